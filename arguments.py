@@ -1,0 +1,287 @@
+"""Every option of the command lines, once: its name, type, default, group and help, and the checks that need no
+file and no model. `parse_train_args` and `parse_eval_args` turn a command line into typed, checked options;
+defaults come from the dataclasses below, over them the preset's `preset.json`, over that the command line.
+Standard library only, so that a mistake is reported before anything heavy is imported.
+"""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PRESETS = Path(__file__).parent / "presets"
+DTYPES = ("bfloat16", "float16", "float32")
+SHARED, MODELS, DATA, LOSS, TRAINING, OUTPUT, EVALUATION = (
+    "general",
+    "models",
+    "data",
+    "loss",
+    "training",
+    "output and logs",
+    "evaluation",
+)
+
+
+def option(group: str, help: str, default: Any = dataclasses.MISSING, **argparse_kwargs) -> Any:
+    """A field that is an option. Without a default, every preset has to give one."""
+    metadata = {"group": group, "help": help, **argparse_kwargs}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class CommonArguments:
+    """Options of training and of evaluation alike."""
+
+    preset: str = option(SHARED, "folder under presets/ whose values stand in for options not given", "llamba-8b")
+    seed: int = option(SHARED, "seed of the data order and of dropout", 0)
+    local_files_only: bool = option(SHARED, "use only what is on this disk; touch no network", False)
+    teacher_model: str = option(MODELS, "name or directory of the teacher, a Llama-family causal LM")
+    student_model: str = option(MODELS, "name or directory of the student: a Llamba, or a checkpoint of a run")
+    layers: list[int] = option(
+        MODELS, "student layers to replace whole by the teacher's; a negative index means none", nargs="*"
+    )
+    dtype: str = option(MODELS, "weights and compute", choices=DTYPES)
+
+
+@dataclass(kw_only=True)
+class TrainArguments(CommonArguments):
+    """Options of train_gpus.py."""
+
+    teacher_device: str | None = option(
+        MODELS, "device of the teacher, e.g. cuda:4 or cpu (default: the last visible GPU)", None
+    )
+    teacher_signal: str = option(
+        MODELS,
+        "what the teacher sends: its last hidden states (small), or its logits (large, the original way)",
+        "hidden",
+        choices=("hidden", "logits"),
+    )
+    freeze_mlp: bool = option(MODELS, "do not train the MLPs of the mixer layers", False)
+    freeze_replaced_layers: bool = option(MODELS, "do not train the layers that come from the teacher", False)
+    gradient_checkpointing: bool = option(MODELS, "recompute activations in backward to save memory", False)
+
+    dataset_name: str = option(DATA, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)")
+    dataset_subset: str | None = option(DATA, "configuration of the data set", None)
+    dataset_split: str = option(DATA, "split of the data set", "train")
+    dataset_revision: str | None = option(DATA, "branch, tag or commit of the data set", None)
+    dataset_text_field: str = option(DATA, "column that holds the text", "text")
+    dataset_streaming: bool = option(
+        DATA, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", True
+    )
+    dataset_cache_dir: str | None = option(DATA, "where packed tokens are cached (default: datasets' own cache)", None)
+    dataset_workers: int = option(DATA, "loader processes per rank for the cached path", 0)
+    shuffle_buffer: int = option(DATA, "rows of the shuffle buffer of a stream; 0 keeps the order", 10_000)
+    seq_length: int = option(DATA, "tokens that the models see per window")
+    batch_size: int = option(DATA, "windows per rank and micro step")
+
+    ce_weight: float = option(LOSS, "weight of the cross entropy with the text", 1.0)
+    kl_weight: float = option(LOSS, "weight of KL(teacher || student); 0 runs no teacher", 0.1)
+    temperature: float = option(LOSS, "temperature of the KL", 1.0)
+
+    max_steps: int = option(TRAINING, "optimizer steps at most", 100_000)
+    epochs: int = option(TRAINING, "passes over the data at most", 1)
+    grad_accumulation_steps: int = option(TRAINING, "micro steps per optimizer step", 1)
+    max_lr: float = option(TRAINING, "learning rate of the stable phase", 1e-5)
+    min_lr: float = option(TRAINING, "learning rate at the end of the decay", 1e-8)
+    warmup_ratio: float = option(TRAINING, "part of the steps in which the learning rate rises", 0.01)
+    decay_ratio: float = option(TRAINING, "part of the steps, at the end, in which it falls", 0.1)
+    weight_decay: float = option(TRAINING, "AdamW's weight decay, on matrices only", 0.1)
+    grad_clip: float = option(TRAINING, "largest gradient norm; 0 does not clip", 1.0)
+    resume_step: int = option(
+        TRAINING, "micro step from which counters and schedule go on; weights are --student_model's", 0
+    )
+
+    output_dir: str = option(OUTPUT, "where checkpoints and metrics.jsonl go")
+    save_interval: int = option(OUTPUT, "micro steps between checkpoints; 0 saves the first and the last only", 1000)
+    log_interval: int = option(OUTPUT, "optimizer steps between log lines", 10)
+    log_file: str | None = option(OUTPUT, "also write the log here", None)
+    wandb: bool = option(OUTPUT, "log to Weights & Biases", False)
+    wandb_project: str = option(OUTPUT, "W&B project", "llamba-distill")
+    wandb_run_name: str | None = option(OUTPUT, "W&B run name", None)
+    wandb_entity: str | None = option(OUTPUT, "W&B entity", None)
+    wandb_mode: Literal["online", "offline", "disabled"] | None = option(
+        OUTPUT,
+        "online, offline or disabled (default: offline under --local_files_only, else W&B's own)",
+        None,
+        choices=("online", "offline", "disabled"),
+    )
+
+    def problems(self) -> list[str]:
+        positive = (
+            "seq_length",
+            "batch_size",
+            "grad_accumulation_steps",
+            "max_steps",
+            "epochs",
+            "log_interval",
+        )
+        found = [_too_small(self, name, 1) for name in positive]
+        not_negative = (
+            "shuffle_buffer",
+            "dataset_workers",
+            "save_interval",
+            "resume_step",
+            "ce_weight",
+            "kl_weight",
+        )
+        found += [_too_small(self, name, 0) for name in not_negative]
+        found += [_too_small(self, name, 0) for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")]
+        found += _layer_problems(self.layers)
+        if self.temperature <= 0:
+            found.append(f"--temperature {self.temperature}: expected a number above 0; 1.0 is the usual choice")
+        if self.ce_weight == self.kl_weight == 0:
+            found.append("--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight")
+        if self.min_lr > self.max_lr:
+            found.append(f"--min_lr {self.min_lr}: expected at most --max_lr {self.max_lr}; lower it")
+        ratios = (self.warmup_ratio, self.decay_ratio)
+        if min(ratios) < 0 or sum(ratios) > 1:
+            found.append(
+                f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, "
+                "each at least 0 and together at most 1"
+            )
+        for name in ("save_interval", "resume_step"):
+            if getattr(self, name) % max(self.grad_accumulation_steps, 1):
+                found.append(
+                    f"--{name} {getattr(self, name)}: expected a multiple of --grad_accumulation_steps "
+                    f"{self.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
+                )
+        return [problem for problem in found if problem]
+
+
+@dataclass(kw_only=True)
+class EvalArguments(CommonArguments):
+    """Options of eval_mmlu_hybrid.py."""
+
+    which: list[str] = option(
+        EVALUATION,
+        "models to score: hybrid is the student with --layers replaced, untrained; hybrid_ft is --ckpt",
+        ["teacher"],
+        nargs="+",
+        choices=("teacher", "student", "hybrid", "hybrid_ft", "all"),
+    )
+    ckpt: str | None = option(EVALUATION, "checkpoint directory of a training run", None)
+    mmlu_dir: str | None = option(EVALUATION, "folder of the original release: dev/ and test/ with CSV files", None)
+    subjects: list[str] | None = option(EVALUATION, "subjects to score (default: all)", None, nargs="+")
+    num_fewshot: int = option(EVALUATION, "examples before each question, 0 to 5", 5)
+    limit: int | None = option(EVALUATION, "questions per subject at most", None)
+    batch_size: int = option(EVALUATION, "questions per forward pass", 8)
+    max_length: int | None = option(EVALUATION, "tokens of a prompt at most; longer ones lose their start", None)
+    output: str | None = option(EVALUATION, "JSON file for scores and predictions", None)
+    overwrite: bool = option(EVALUATION, "replace --output if it exists", False)
+    device: str | None = option(EVALUATION, "device to run on (default: the first GPU, else the CPU)", None)
+    layers_given: bool = dataclasses.field(default=False)  # --layers stood on the command line
+
+    def problems(self) -> list[str]:
+        found = [_too_small(self, "batch_size", 1), *_layer_problems(self.layers)]
+        found += [_too_small(self, name, 1) for name in ("limit", "max_length") if getattr(self, name) is not None]
+        if not 0 <= self.num_fewshot <= 5:
+            found.append(f"--num_fewshot {self.num_fewshot}: expected 0 to 5, as many as MMLU's dev split has")
+        return [problem for problem in found if problem]
+
+
+def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
+    """The options of a training run. Raises ValueError that lists every problem found."""
+    return _parse(TrainArguments, "Distil a Llama into a hybrid Llamba. Run under torchrun.", argv)
+
+
+def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
+    """The options of an evaluation. Raises ValueError that lists every problem found."""
+    return _parse(EvalArguments, "Score teacher, student and hybrids on MMLU.", argv)
+
+
+def _parse(cls, description: str, argv: list[str] | None):
+    parser = _parser(cls, description)
+    given = vars(parser.parse_args(argv))  # only what the command line names
+    preset = _preset_values(given.get("preset", cls.preset), cls)
+    if "dataset_name" in given:  # the preset's subset, split and column are those of its own data set
+        preset = {key: value for key, value in preset.items() if not key.startswith("dataset_")}
+    values = {**preset, **given}
+    if cls is EvalArguments:
+        values["layers_given"] = "layers" in given
+    if any(index < 0 for index in values["layers"]):
+        values["layers"] = [] if max(values["layers"]) < 0 else values["layers"]
+    args = cls(**values)
+    problems = args.problems()
+    if problems:
+        raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def _parser(cls, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups: dict[str, Any] = {}
+    types_of = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.metadata:
+            continue
+        metadata = dict(field.metadata)
+        title = metadata.pop("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        help = metadata.pop("help") + _default_text(field)
+        flag = f"--{field.name}"
+        if types_of[field.name] is bool:
+            group.add_argument(flag, action="store_true", dest=field.name, help=help)
+            group.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
+        else:
+            group.add_argument(flag, type=_scalar_type(types_of[field.name]), help=help, **metadata)
+    return parser
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f" (default: {' '.join(map(str, field.default_factory()))})"
+    if field.default is dataclasses.MISSING:
+        return " (default: the preset's)"
+    return "" if field.default is None else f" (default: {field.default})"
+
+
+def _scalar_type(hint: Any) -> type:
+    """int for `int`, `int | None`, `list[int]` and `list[int] | None`."""
+    if typing.get_origin(hint) is types.UnionType:
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0]
+    return str if typing.get_origin(hint) is Literal else hint
+
+
+def _preset_values(name: str, cls) -> dict[str, Any]:
+    """The preset's values for `cls`; paths that begin with ./ are relative to the preset's folder."""
+    file = PRESETS / name / "preset.json"
+    if not file.is_file():
+        known = sorted(path.parent.name for path in PRESETS.glob("*/preset.json"))
+        raise ValueError(f"--preset {name}: expected one of {', '.join(known)}")
+    sections = json.loads(file.read_text())
+    values = {**sections["common"], **sections["train" if cls is TrainArguments else "eval"]}
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"{file}: unknown options {unknown}")
+    return {
+        key: str(file.parent / value[2:]) if isinstance(value, str) and value.startswith("./") else value
+        for key, value in values.items()
+    }
+
+
+def _too_small(args: Any, name: str, least: float) -> str | None:
+    value = getattr(args, name)
+    return f"--{name} {value}: expected at least {least}" if not value >= least else None
+
+
+def _layer_problems(layers: list[int]) -> list[str]:
+    if any(index < 0 for index in layers):
+        return [f"--layers {' '.join(map(str, layers))}: a negative index means no layer and stands alone"]
+    if len(set(layers)) != len(layers):
+        return [f"--layers {' '.join(map(str, layers))}: expected each index once"]
+    return []

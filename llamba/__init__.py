@@ -1,0 +1,23 @@
+"""The student's architecture: Llamba and its hybrids for transformers. Importing it registers `llamba` with
+AutoConfig and AutoModelForCausalLM.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .cache import LlambaCache
+from .configuration import LlambaConfig, attention_cfg_from
+from .mixer import DiscreteMamba2
+from .modeling import LlambaBlock, LlambaForCausalLM, LlambaModel
+
+AutoConfig.register("llamba", LlambaConfig)
+AutoModelForCausalLM.register(LlambaConfig, LlambaForCausalLM)
+
+__all__ = [
+    "DiscreteMamba2",
+    "LlambaBlock",
+    "LlambaCache",
+    "LlambaConfig",
+    "LlambaForCausalLM",
+    "LlambaModel",
+    "attention_cfg_from",
+]

@@ -1,0 +1,87 @@
+"""The hybrid's cache for generation and prefix reuse: per layer either keys and values (transformers' own dynamic
+layer) or a mixer's convolution and state-space states, whose size does not grow with the sequence.
+
+It can be deep-copied, expanded and reordered over the batch; a recurrent state cannot be cut back to an earlier
+token, so `crop` is an error.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .configuration import LlambaConfig
+
+
+class RecurrentLayer(CacheLayerMixin):
+    """States of one mixer: conv_state (B, channels, d_conv), its last inputs; ssm_state (B, H, P, N), float32."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_state: Tensor | None = None
+        self.ssm_state: Tensor | None = None
+        self.seq_len = 0
+
+    def update_states(self, conv_state: Tensor, ssm_state: Tensor, n_tokens: int) -> None:
+        self.conv_state, self.ssm_state = conv_state, ssm_state
+        self.seq_len += n_tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.seq_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seq_len + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.conv_state, self.ssm_state, self.seq_len, self.is_initialized = None, None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda state: state.index_select(0, indices.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        if self.conv_state is not None:
+            self.device = self.conv_state.device
+        self._map(lambda state: state.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda state: state.to(self.device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.conv_state is not None and self.ssm_state is not None:
+            self.conv_state, self.ssm_state = function(self.conv_state), function(self.ssm_state)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a recurrent state cannot be cut back; copy the cache before the tokens to undo")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise TypeError("a mixer's cache holds states, not keys and values")
+
+    update = lazy_initialization
+
+
+class LlambaCache(Cache):
+    """One `RecurrentLayer` or `DynamicLayer` per layer of the model, by `config.attention_layers`."""
+
+    def __init__(self, config: LlambaConfig) -> None:
+        attention = set(config.attention_layers)
+        super().__init__(layers=[DynamicLayer() if i in attention else RecurrentLayer() for i in range(config.n_layer)])
+
+    def nbytes(self) -> int:
+        """Bytes of all keys, values and states."""
+        tensors: list[Tensor | None] = []
+        for layer in self.layers:
+            recurrent = isinstance(layer, RecurrentLayer)
+            tensors += [layer.conv_state, layer.ssm_state] if recurrent else [layer.keys, layer.values]
+        return sum(t.nbytes for t in tensors if t is not None)

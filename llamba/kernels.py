@@ -1,0 +1,169 @@
+"""The one place where optional CUDA packages are imported: fast forms of the scan and of the causal convolution,
+chosen per device at run time, each with the plain form's arguments and results.
+
+Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla, else `ssd.ssd_chunked`.
+Convolution: causal-conv1d, else PyTorch's own.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import sys
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ssd import ssd_chunked
+
+logger = logging.getLogger("llamba")
+
+Scan = Callable[..., tuple[Tensor, Tensor]]
+Conv = Callable[..., Tensor]
+
+
+class Kernels(NamedTuple):
+    scan_name: str
+    scan: Scan
+    conv_name: str
+    conv: Conv
+
+
+@functools.cache
+def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels that this machine has for tensors on `device_type` ("cuda", "cpu"); named in the log."""
+    scan_name, scan = "plain PyTorch", ssd_chunked
+    conv_name, conv = "plain PyTorch", causal_conv
+    if device_type == "cuda":
+        # mamba-ssm takes x / dt, which can leave float16's range; its kernels compute in 16 or 32 bits.
+        if dtype in (torch.bfloat16, torch.float32) and (module := _mamba_ssm_triton()):
+            scan_name, scan = "mamba-ssm", functools.partial(mamba_ssm_scan, module.mamba_chunk_scan_combined)
+        elif dtype != torch.float64 and (module := _optional("fla.ops.simple_gla")):
+            scan_name, scan = "flash-linear-attention", functools.partial(fla_scan, module.chunk_simple_gla)
+        if dtype != torch.float64 and (module := _optional("causal_conv1d")):
+            conv_name, conv = "causal-conv1d", functools.partial(causal_conv1d_conv, module.causal_conv1d_fn)
+    logger.info("%s %s: scan by %s, convolution by %s", device_type, dtype, scan_name, conv_name)
+    return Kernels(scan_name, scan, conv_name, conv)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, past: Tensor | None) -> Tensor:
+    """Depthwise causal convolution: x (B, channels, L), weight (channels, width), past (B, channels, width) the
+    inputs before x (zeros if None). Returns (B, channels, L).
+    """
+    width = weight.shape[1]
+    if past is None:
+        x = F.pad(x, (width - 1, 0))
+    else:
+        x = torch.cat([past[..., past.shape[-1] - width + 1 :].to(x.dtype), x], dim=-1)
+    y = F.conv1d(x, weight[:, None], bias, groups=x.shape[1])
+    return y if activation == "identity" else F.silu(y)
+
+
+def causal_conv1d_conv(
+    causal_conv1d_fn: Callable,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    past: Tensor | None,
+) -> Tensor:
+    """`causal_conv` through causal-conv1d; the past is put in front, since its own initial states ask for a
+    channel-last layout.
+    """
+    n_past = 0
+    if past is not None:
+        n_past = weight.shape[1] - 1
+        x = torch.cat([past[..., past.shape[-1] - n_past :].to(x.dtype), x], dim=-1)
+    y = causal_conv1d_fn(x.contiguous(), weight, bias, activation=None if activation == "identity" else "silu")
+    return y[..., n_past:]
+
+
+def mamba_ssm_scan(
+    mamba_chunk_scan_combined: Callable,
+    x: Tensor,
+    log_decay: Tensor,
+    B_: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_chunked` through mamba-ssm, whose recurrence is h_t = exp(dt A) h_{t-1} + dt x B^T: with A = -1 and
+    dt = -log_decay, x is divided by the dt that the kernel multiplies by.
+    """
+    dt = (-log_decay.float()).clamp_min(1e-9)  # (B, L, H); 0 would be divided by
+    A = torch.full((x.shape[2],), -1.0, device=x.device)  # (H,)
+    y, state = mamba_chunk_scan_combined(
+        (x / dt[..., None]).to(x.dtype),
+        dt,
+        A,
+        B_,
+        C,
+        chunk_size=chunk_size,
+        initial_states=initial_state,
+        seq_idx=None if seq_idx is None else seq_idx.int(),
+        return_final_states=True,
+    )
+    return y, state.float()
+
+
+def fla_scan(
+    chunk_simple_gla: Callable,
+    x: Tensor,
+    log_decay: Tensor,
+    B_: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_chunked` through flash-linear-attention: queries C, keys B, values x, state (B, H, N, P). It has no
+    document index for a batch, so packed documents take the plain form.
+    """
+    if seq_idx is not None:
+        return ssd_chunked(x, log_decay, B_, C, chunk_size, initial_state, seq_idx)
+    repeats = x.shape[2] // B_.shape[2]
+    keys, queries = (m.repeat_interleave(repeats, dim=2) for m in (B_, C))  # (B, L, H, N)
+    y, state = chunk_simple_gla(
+        q=queries,
+        k=keys,
+        v=x,
+        g=log_decay.float(),
+        scale=1.0,
+        initial_state=None if initial_state is None else initial_state.float().transpose(-1, -2).contiguous(),
+        output_final_state=True,
+    )
+    return y.to(x.dtype), state.transpose(-1, -2)
+
+
+def _optional(name: str) -> types.ModuleType | None:
+    """The module, or None where it is not installed; a broken installation is reported, not hidden."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0]:
+            logger.warning("%s is installed but does not import: %s", name, error)
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("%s is installed but does not import: %s", name, error)
+    return None
+
+
+def _mamba_ssm_triton() -> types.ModuleType | None:
+    """mamba-ssm's Triton scan. `import mamba_ssm` itself fails where its compiled selective scan is absent or
+    built for another torch; the scan used here needs none of it, so it is then imported under a bare package.
+    """
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    try:
+        importlib.import_module("mamba_ssm")
+    except ImportError as error:
+        logger.info("import mamba_ssm fails (%s); using its Triton scan alone", error)
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["mamba_ssm"] = package
+    return _optional("mamba_ssm.ops.triton.ssd_combined")

@@ -1,0 +1,239 @@
+"""Llamba and its hybrids as a transformers model: Llama's blocks with discrete Mamba-2 mixers in place of attention,
+and, at `config.attention_layers`, whole decoder layers of a Llama. Weight names are those of the published
+checkpoints; loading is exact: a missing, unexpected or misshapen weight is an error that lists it.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .cache import LlambaCache
+from .configuration import LlambaConfig
+from .mixer import DiscreteMamba2
+
+
+class LlambaMLP(nn.Module):
+    """Llama's gated MLP: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlambaConfig) -> None:
+        super().__init__()
+        mlp = config.mlp_cfg
+        self.gate_proj = nn.Linear(config.d_model, mlp["intermediate_size"], bias=mlp["bias"])
+        self.up_proj = nn.Linear(config.d_model, mlp["intermediate_size"], bias=mlp["bias"])
+        self.down_proj = nn.Linear(mlp["intermediate_size"], config.d_model, bias=mlp["bias"])
+        self.act = ACT2FN[mlp["act_fn"]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlambaBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): x (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: LlambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.input_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.mixer = DiscreteMamba2(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.mlp = LlambaMLP(config)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        past_key_values: LlambaCache | None = None,
+        token_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
+        states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        x = x + self.dropout(self.mixer(self.input_layernorm(x), states, token_mask, seq_idx))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class LlambaPreTrainedModel(PreTrainedModel):
+    config_class = LlambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlambaBlock", "LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _is_stateful = True  # a recurrent state cannot be rolled back, as assisted generation would need
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DiscreteMamba2):
+            init.ones_(module.D)
+            if module.z_bias is not None:
+                init.zeros_(module.z_bias)
+
+    @classmethod
+    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but every weight must be there, be known and fit: else ValueError lists them."""
+        kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the rest
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
+        if problems:
+            lines = [f"  {kind}: {', '.join(names)}" for kind, names in problems.items()]
+            raise ValueError(f"{name} does not hold the weights that its config.json asks for:\n" + "\n".join(lines))
+        return (model, info) if output_loading_info else model
+
+
+class LlambaModel(LlambaPreTrainedModel):
+    """Embedding, blocks and final norm: input_ids (B, L) -> hidden states (B, L, D)."""
+
+    def __init__(self, config: LlambaConfig) -> None:
+        super().__init__(config)
+        attention_config = config.attention_config() if config.attention_layers else None
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(attention_config, i) if i in config.attention_layers else LlambaBlock(config, i)
+            for i in range(config.n_layer)
+        )
+        self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.rotary_emb = LlamaRotaryEmbedding(attention_config) if attention_config else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlambaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """attention_mask (B, past + L): 0 at padding, on the left where there is a cache to go on with.
+        seq_idx (B, L): the document of each token of a packed window; documents do not see one another.
+        hidden_states, if asked for: the embeddings, then every block's output, the last one after the final norm.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, D)
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache and past_key_values is None and seq_idx is None:
+            past_key_values = LlambaCache(self.config)
+        token_mask, attention_inputs = self._masks(x, attention_mask, position_ids, past_key_values, seq_idx)
+
+        all_hidden_states = [x]
+        for layer in self.layers:
+            if isinstance(layer, LlambaBlock):
+                x = layer(x, past_key_values=past_key_values, token_mask=token_mask, seq_idx=seq_idx)
+            else:
+                x = layer(x, past_key_values=past_key_values, use_cache=use_cache, **attention_inputs)
+            all_hidden_states.append(x)
+        x = self.final_layernorm(x)
+        all_hidden_states[-1] = x
+
+        outputs = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+        )
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def _masks(self, x, attention_mask, position_ids, past_key_values, seq_idx):
+        """The mixers' token mask (B, L), or None where no token is padding; and what attention layers need."""
+        length = x.shape[1]
+        n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # A decoding step never feeds padding, and asking the mask about it would stop the GPU.
+        token_mask = None
+        if attention_mask is not None and length > 1:
+            token_mask = attention_mask[:, -length:].bool()
+        if self.rotary_emb is None:
+            return token_mask, {}
+
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=x.device) + n_past)[None]  # (1, L)
+            if seq_idx is not None:
+                position_ids = _positions_in_documents(seq_idx)  # (B, L)
+        same_document = None
+        if seq_idx is not None:
+
+            def same_document(b, h, q, kv):
+                return seq_idx[b, q] == seq_idx[b, kv]
+
+        mask = create_causal_mask(
+            config=self.layers[self.config.attention_layers[0]].self_attn.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=same_document,
+        )
+        rotary = self.rotary_emb(x, position_ids)
+        return token_mask, {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "position_embeddings": rotary,
+        }
+
+
+class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}
+
+    def __init__(self, config: LlambaConfig) -> None:
+        super().__init__(config)
+        self.backbone = LlambaModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the first forward of generate() makes a LlambaCache
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """input_ids (B, L) -> logits (B, L or `logits_to_keep`, vocab_size); the rest as `LlambaModel`.
+
+        labels (B, L): next-token cross entropy as transformers counts it (shifted inside, -100 ignored).
+        """
+        outputs = self.backbone(input_ids, attention_mask=attention_mask, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+def _positions_in_documents(seq_idx: Tensor) -> Tensor:
+    """Position of each token within its document: (B, L)"""
+    index = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values

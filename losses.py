@@ -1,0 +1,58 @@
+"""Distillation losses as pure functions of tensors: float32 inside (float64 for float64), explicit masks, means
+over the unmasked tokens. `compute_distill_loss` is the readable reference.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def shared_vocab(student_vocab: int, teacher_vocab: int) -> int:
+    """Entries that both vocabularies have: the losses' softmax runs over these and no others."""
+    return min(student_vocab, teacher_vocab)
+
+
+def mask_unknown_labels(labels: Tensor, loss_mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Labels (B, S) outside 0..vocab-1 cannot be learned. Returns the mask (B, S) without them, and how many of
+    the unmasked tokens they were (a scalar tensor; reading it waits for the device).
+    """
+    known = (labels >= 0) & (labels < vocab)
+    return loss_mask & known, (loss_mask & ~known).sum()
+
+
+def compute_distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    loss_mask: Tensor,
+    ce_weight: float,
+    kl_weight: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ce_weight * CE + kl_weight * T^2 * KL(teacher || student), T^2 as in Hinton et al. (arXiv 1503.02531).
+
+    student_logits (B, S, V_s), teacher_logits (B, S, V_t) or None (then kl is 0); labels, loss_mask (B, S).
+    Softmax runs over the first min(V_s, V_t) entries; labels outside them are left out. Means over unmasked
+    tokens, 0 where there are none. Returns (total, kl, ce), scalars; kl without its weight and T^2... is the mean
+    KL at temperature T times T^2, ce the mean cross entropy at temperature 1.
+    """
+    vocab = student_logits.shape[-1]
+    if teacher_logits is not None:
+        vocab = shared_vocab(vocab, teacher_logits.shape[-1])
+    loss_mask, _ = mask_unknown_labels(labels, loss_mask.bool(), vocab)
+    n_tokens = loss_mask.sum().clamp_min(1)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student = student_logits[..., :vocab].to(dtype)  # (B, S, V)
+
+    token_ce = F.cross_entropy(
+        student.flatten(0, 1), labels.masked_fill(~loss_mask, -100).flatten(), reduction="none"
+    ).view_as(labels)  # (B, S)
+    ce = (token_ce * loss_mask).sum() / n_tokens
+
+    kl = torch.zeros_like(ce)
+    if teacher_logits is not None:
+        student_log_p = F.log_softmax(student / temperature, dim=-1)
+        teacher_log_p = F.log_softmax(teacher_logits[..., :vocab].to(dtype) / temperature, dim=-1)
+        token_kl = (teacher_log_p.exp() * (teacher_log_p - student_log_p)).sum(-1)  # (B, S)
+        kl = temperature**2 * (token_kl * loss_mask).sum() / n_tokens
+    return ce_weight * ce + kl_weight * kl, kl, ce

@@ -1,0 +1,242 @@
+"""Loading teacher and student with one copy of each in memory, putting the teacher's layers into the student,
+freezing, and counting parameters. Nothing here knows of ranks.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_from
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(name)
+
+
+def locate_model(flag: str, name: str, local_files_only: bool) -> str:
+    """The directory or hub name to load `name` from. With `local_files_only` it is always a complete directory on
+    this disk, so that loading touches no network. Raises ValueError that names the option.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if not local_files_only and not name.startswith((".", "/")):
+            return name
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{flag} {name}: neither a directory nor complete in the local Hugging Face cache; give a "
+                f"directory, or run `hf download {name}` on a machine with network and copy its cache"
+            ) from error
+    _check_weight_files(flag, name, folder)
+    return str(folder)
+
+
+def get_configs(teacher_name: str, student_name: str) -> tuple[PretrainedConfig, LlambaConfig]:
+    """Configs of teacher and student, before a weight is read. Raises ValueError that names the option."""
+    teacher = _get_config("--teacher_model", teacher_name)
+    student = _get_config("--student_model", student_name)
+    if not isinstance(student, LlambaConfig):
+        raise ValueError(
+            f"--student_model {student_name}: its config.json says model_type {student.model_type!r}; expected "
+            "'llamba', a Llamba or a checkpoint of a training run"
+        )
+    return teacher, student
+
+
+def _get_config(flag: str, name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{flag} {name}: cannot read its config.json: {error}") from error
+
+
+def _check_weight_files(flag: str, name: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{flag} {name}: no config.json in it; expected a directory written by save_pretrained")
+    for file in WEIGHT_FILES:
+        index = folder / f"{file}.index.json"
+        if (folder / file).is_file():
+            return
+        if index.is_file():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+            if missing:
+                raise ValueError(f"{flag} {name}: shards are missing: {', '.join(missing)}; copy them again")
+            return
+    raise ValueError(f"{flag} {name}: no weights in it; expected {' or '.join(WEIGHT_FILES)}, or their shards")
+
+
+def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int]) -> None:
+    """Whether `layers` of this teacher can stand in this student. Raises ValueError that lists every reason why
+    not. A student that is already a hybrid keeps its own layers; `layers` then has to name just those.
+    """
+    flag = f"--layers {' '.join(map(str, layers)) or '-1'}"
+    if student.attention_layers:
+        if sorted(layers) != student.attention_layers:
+            raise ValueError(
+                f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} from its "
+                "teacher; name those, or start from a student without"
+            )
+        return
+    if not layers:
+        return
+    problems = []
+    n_layer = min(student.n_layer, teacher.num_hidden_layers)
+    if outside := [index for index in layers if index >= n_layer]:
+        problems.append(
+            f"{flag}: {outside} out of range; the student has {student.n_layer} layers and the teacher "
+            f"{teacher.num_hidden_layers}, so expected 0 to {n_layer - 1}"
+        )
+    if teacher.model_type != "llama":
+        problems.append(
+            f"{flag}: layers can be taken from a teacher of model_type 'llama', not {teacher.model_type!r}; "
+            "use --layers -1 to distil without replaced layers"
+        )
+    if teacher.hidden_size != student.d_model:
+        problems.append(
+            f"{flag}: the teacher's layers are {teacher.hidden_size} wide and the student's {student.d_model}; "
+            "choose a student made from this teacher, or --layers -1"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_head: bool = True) -> PreTrainedModel:
+    """The teacher, frozen, in eval mode, read straight onto `device` in `dtype`. On the meta device it is a
+    skeleton: all shapes and no weights. Without its head it can lend layers but has no logits.
+    """
+    auto_class = AutoModelForCausalLM if with_head else AutoModel
+    if device.type == "meta":
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            teacher = auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    else:
+        teacher = auto_class.from_pretrained(name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
+    return teacher.eval().requires_grad_(False)
+
+
+def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> LlambaForCausalLM:
+    """The student, or a hybrid checkpoint with its layout, read straight onto `device` in `dtype`."""
+    return LlambaForCausalLM.from_pretrained(name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
+
+
+def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:
+    """Puts an independent copy of each of the teacher's whole decoder layers in the place of the student's, with
+    the student's device and dtype, brings the rotary embedding along, and records the layout in the config.
+
+    Layers of a teacher on the meta device have no weights to copy: theirs become NaN, so that a caller who
+    forgets to fill them (see `teacher.share_layers`) cannot train on noise.
+    """
+    if not layers:
+        return
+    config, backbone = student.config, student.backbone
+    check_replacements(config, teacher.config, layers)
+    config.attention_cfg = attention_cfg_from(teacher.config)
+    config.attention_layers = sorted(layers)
+    attention_config = config.attention_config()
+    device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
+    for index in config.attention_layers:
+        source = teacher.base_model.layers[index]
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(attention_config, index)
+        layer = layer.to(dtype).to_empty(device=device)
+        with torch.no_grad():
+            for own, given in zip(layer.parameters(), source.parameters(), strict=True):
+                if given.is_meta:
+                    own.fill_(float("nan"))
+                else:
+                    own.copy_(given)
+        layer.train(student.training)
+        layer.gradient_checkpointing = False
+        backbone.layers[index] = layer
+    backbone.rotary_emb = LlamaRotaryEmbedding(attention_config).to(device)
+
+
+def adopt_special_tokens(student: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets `generate()` on the student, and on what it is saved as, begin and end where the tokenizer says."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(student.config, name, getattr(tokenizer, name))
+    student.generation_config = GenerationConfig.from_model_config(student.config)
+
+
+def freeze_student_mlps(student: LlambaForCausalLM) -> None:
+    for layer in student.backbone.layers:
+        layer.mlp.requires_grad_(False)
+
+
+def freeze_student_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
+    for index in layers:
+        student.backbone.layers[index].requires_grad_(False)
+
+
+def check_trainable(student: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "nothing is left to train: --freeze_mlp and --freeze_replaced_layers freeze every parameter of this "
+            "student; leave one of them out, or replace fewer --layers"
+        )
+
+
+def parameter_table(student: LlambaForCausalLM) -> str:
+    """Total, trainable and frozen parameters by part of the model, as text."""
+    groups: dict[str, list[nn.Parameter]] = {
+        "embedding and head": [*student.backbone.embedding.parameters(), *student.lm_head.parameters()],
+        "mixers": [],
+        "MLPs": [],
+        "norms": [*student.backbone.final_layernorm.parameters()],
+        "replaced layers": [],
+    }
+    for layer in student.backbone.layers:
+        if not isinstance(layer, LlambaBlock):
+            groups["replaced layers"] += layer.parameters()
+            continue
+        groups["mixers"] += layer.mixer.parameters()
+        groups["MLPs"] += layer.mlp.parameters()
+        groups["norms"] += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+
+    lines = [f"{'parameters':<20}{'total':>16}{'trainable':>16}{'frozen':>16}"]
+    for name, members in groups.items():
+        lines.append(_table_row(name, members))
+    lines.append(_table_row("all", list(student.parameters())))
+    return "\n".join(lines)
+
+
+def _table_row(name: str, parameters: list[nn.Parameter]) -> str:
+    unique = {id(p): p for p in parameters}.values()  # a tied head is the embedding
+    total = sum(p.numel() for p in unique)
+    trainable = sum(p.numel() for p in unique if p.requires_grad)
+    return f"{name:<20}{total:>16,}{trainable:>16,}{total - trainable:>16,}"
+
+
+def checked_device(flag: str, name: str | None) -> torch.device:
+    """The device that `name` means, or the first GPU, or the CPU. Raises ValueError if it is not there."""
+    n_gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda:0" if n_gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{flag} {name}: not a device; expected cpu, or cuda:0 to cuda:{n_gpus - 1}") from error
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise ValueError(
+            f"{flag} {name}: {n_gpus} GPUs are visible here; expected cpu"
+            + (f" or cuda:0 to cuda:{n_gpus - 1}" if n_gpus else "; check CUDA_VISIBLE_DEVICES and the driver")
+        )
+    return device

@@ -1,0 +1,222 @@
+"""Distils a teacher into a hybrid student: N student ranks under DDP, the teacher on the last visible GPU.
+
+    torchrun --standalone --nproc_per_node=4 train_gpus.py --layers 14 16 17 30 --output_dir runs/mine
+
+1. Text becomes tokens, windows, batches. 2. The student takes over the teacher's layers. 3. For each batch the
+teacher answers all ranks at once, and each student learns from its part. 4. Checkpoints and metrics go to
+--output_dir.
+"""
+
+import dataclasses
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from arguments import TrainArguments, parse_train_args
+from checkpoint import save_checkpoint
+from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
+from llamba import LlambaForCausalLM
+from losses import shared_vocab
+from model_utils import (
+    adopt_special_tokens,
+    apply_replacements,
+    check_replacements,
+    check_trainable,
+    freeze_student_layers,
+    freeze_student_mlps,
+    get_configs,
+    get_student_model,
+    get_teacher_model,
+    get_tokenizer,
+    locate_model,
+    parameter_table,
+)
+from teacher import TeacherLane, share_head, share_layers
+from training_utils import (
+    DTYPES,
+    DistillationModel,
+    LossScale,
+    Meter,
+    Ranks,
+    build_optimizer,
+    build_schedule,
+    choose_devices,
+    process_groups,
+    to_device,
+    update,
+    wrap_ddp,
+)
+from utils import RunLog, Stopwatch, describe_environment, prepare_output_dir, run_entry, setup_logging
+
+logger = logging.getLogger("train")
+
+
+def main() -> None:
+    args = parse_train_args()
+    device, teacher_device = choose_devices(args.teacher_device, runs_teacher=args.kl_weight > 0)
+    args.teacher_model = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
+    args.student_model = locate_model("--student_model", args.student_model, args.local_files_only)
+    teacher_config, student_config = get_configs(args.teacher_model, args.student_model)
+    check_replacements(student_config, teacher_config, args.layers)
+    vocab = shared_vocab(student_config.vocab_size, teacher_config.vocab_size)
+    with process_groups(device) as ranks:
+        setup_logging(args.log_file, ranks.is_main)
+        run(args, vocab, ranks, device, teacher_device)
+
+
+def run(args: TrainArguments, vocab: int, ranks: Ranks, device: torch.device, teacher_device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    logger.info(describe_environment())
+    if ranks.is_main:
+        prepare_output_dir(args.output_dir, args.resume_step)
+    tokenizer = get_tokenizer(args.teacher_model)
+    check_tokenizer(tokenizer, vocab)
+
+    # 1. Text to batches. The first is drawn now: data that cannot fill it is found out before models load.
+    loader = build_dataloader(
+        args,
+        tokenizer,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        is_builder=ranks.local_rank == 0,
+        control_group=ranks.control,
+    )
+    total_steps = count_steps(args, loader)
+    batches = all_epochs(loader, args.epochs)
+    batches = itertools.chain([next(batches)], batches)
+
+    # 2. The student takes over the teacher's layers.
+    student, teacher_head, lane = load_models(args, vocab, ranks, device, teacher_device)
+    adopt_special_tokens(student, tokenizer)
+    logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
+    model = wrap_ddp(DistillationModel(student, teacher_head, vocab, args), device)
+
+    # 3. and 4. Learn from text and teacher, log, save.
+    def save(micro_step: int, step: int) -> None:
+        if ranks.is_main:
+            state = {"micro_step": micro_step, "step": step, "arguments": dataclasses.asdict(args)}
+            path = save_checkpoint(Path(args.output_dir), micro_step, student, tokenizer, state)
+            logger.info("saved %s", path)
+
+    with RunLog(args, ranks.is_main) as log:
+        distil(args, batches, total_steps, model, lane, ranks, device, log, save)
+
+
+def load_models(
+    args: TrainArguments, vocab: int, ranks: Ranks, device: torch.device, teacher_device: torch.device
+) -> tuple[LlambaForCausalLM, torch.Tensor | None, TeacherLane | None]:
+    """The student of this rank, hybrid and frozen as asked; the teacher's head, if hidden states are sent; and the
+    lane to the teacher, if it runs. Only the ranks that run the teacher, or rank 0 where none does, read it.
+    """
+    dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
+    if not runs_teacher:  # only its layers are wanted, once, by rank 0
+        teacher_device = torch.device("cpu")
+    reads_teacher = ranks.owns_teacher if runs_teacher else ranks.is_main
+    teacher = get_teacher_model(
+        args.teacher_model, dtype, teacher_device if reads_teacher else torch.device("meta"), runs_teacher
+    )
+    student = get_student_model(args.student_model, dtype, device)
+    if not student.config.attention_layers:  # else it is a hybrid that was trained before
+        apply_replacements(student, teacher, args.layers)
+        share_layers(student, args.layers)
+    if args.freeze_mlp:
+        freeze_student_mlps(student)
+    if args.freeze_replaced_layers:
+        freeze_student_layers(student, args.layers)
+    check_trainable(student)
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if not runs_teacher:
+        return student, None, None
+    head = share_head(teacher, vocab, ranks, dtype, device) if args.teacher_signal == "hidden" else None
+    return student, head, TeacherLane(teacher, args.teacher_signal, vocab, ranks, device)
+
+
+def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) -> int:
+    """Optimizer steps of the whole run: --max_steps or --epochs, whichever ends first. How long a stream is, nobody
+    knows; it may end before the learning rate has decayed.
+    """
+    total = args.max_steps
+    if isinstance(loader, CachedLoader):
+        total = min(total, args.epochs * len(loader) // args.grad_accumulation_steps)
+    if args.resume_step // args.grad_accumulation_steps >= total:
+        raise ValueError(
+            f"--resume_step {args.resume_step}: the run has {total} optimizer steps of "
+            f"{args.grad_accumulation_steps} micro steps; nothing is left to train, raise --max_steps or --epochs"
+        )
+    return total
+
+
+def all_epochs(loader: CachedLoader | StreamingLoader, epochs: int) -> Iterator[Batch]:
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def distil(
+    args: TrainArguments,
+    batches: Iterator[Batch],
+    total_steps: int,
+    model: DistributedDataParallel,
+    lane: TeacherLane | None,
+    ranks: Ranks,
+    device: torch.device,
+    log: RunLog,
+    save: Callable[[int, int], None],
+) -> None:
+    accumulate = args.grad_accumulation_steps
+    micro_step, step = args.resume_step, args.resume_step // accumulate
+    optimizer = build_optimizer(model, args)
+    schedule = build_schedule(optimizer, args, total_steps, done=step)
+    loss_scale = LossScale(DTYPES[args.dtype])
+    meter, stopwatch = Meter(device), Stopwatch()
+    tokens_per_micro_step = ranks.world_size * args.batch_size * args.seq_length
+    logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, step)
+    if micro_step == 0:
+        save(micro_step, step)
+
+    model.train()
+    for batch in batches:
+        batch = to_device(batch, device)
+        signal = lane.submit(batch.input_ids).result() if lane else None  # (B, S, D_t) or (B, S, vocab)
+        micro_step += 1
+        steps_now = micro_step % accumulate == 0
+        with nullcontext() if steps_now else model.no_sync():
+            loss, figures = model(batch, signal)
+            (loss * (loss_scale.value / accumulate)).backward()
+        meter.add(figures, lane.take_wait() if lane else 0.0)
+
+        if steps_now:
+            lr = schedule.get_last_lr()[0]
+            grad_norm = update(model, optimizer, schedule, loss_scale, args.grad_clip)
+            step += 1
+            seconds = stopwatch.lap()
+            log.write(
+                {
+                    "step": step,
+                    "micro_step": micro_step,
+                    **meter.mean(),
+                    "lr": lr,
+                    "grad_norm": grad_norm,
+                    "tokens": micro_step * tokens_per_micro_step,
+                    "tokens_per_s": accumulate * tokens_per_micro_step / seconds,
+                    "step_time_s": seconds,
+                }
+            )
+        if args.save_interval and micro_step % args.save_interval == 0 and step < total_steps:
+            save(micro_step, step)
+        if step == total_steps:
+            break
+    save(micro_step, step)
+    if step < total_steps:
+        logger.warning("the data ended at step %d of %d, before the learning rate had decayed", step, total_steps)
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))

@@ -1,0 +1,354 @@
+"""What a training step is made of: process groups and devices, the optimizer and its schedule, the student with its
+loss as one module for DDP, and the update that follows the backward passes.
+"""
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_wsd_schedule
+
+from arguments import TrainArguments
+from data import Batch
+from llamba import LlambaForCausalLM
+from losses import compute_distill_loss, mask_unknown_labels
+from model_utils import checked_device
+
+__all__ = ["compute_distill_loss"]  # re-exported: users of the original layout look for it here
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Reading an 8B model from a slow disk on one rank must not time out the others.
+TIMEOUT = timedelta(hours=2)
+
+
+# --- ranks and devices ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. `node` groups the ranks of one box, whose teacher is run by its local rank 0;
+    `control` is a CPU group for small agreements.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def owns_teacher(self) -> bool:
+        return self.local_rank == 0
+
+    @property
+    def teacher_rank(self) -> int:
+        """Global rank of the process that runs this node's teacher."""
+        return self.rank - self.local_rank
+
+
+def env_rank(name: str) -> int:
+    """torchrun's RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; a plain `python` run is one rank of one."""
+    return int(os.environ.get(name, "1" if name.endswith("SIZE") else "0"))
+
+
+def choose_devices(teacher_device: str | None, runs_teacher: bool) -> tuple[torch.device, torch.device]:
+    """This rank's student device and its node's teacher device: students take the first GPUs in order of local
+    rank, the teacher the last visible one. Without a GPU all are on the CPU. Raises ValueError if GPUs are short.
+    """
+    n_gpus, n_students = torch.cuda.device_count(), env_rank("LOCAL_WORLD_SIZE")
+    named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
+    if n_gpus == 0:
+        return torch.device("cpu"), named or torch.device("cpu")
+    needed = n_students + (1 if runs_teacher and named is None else 0)
+    if n_gpus < needed:
+        raise ValueError(
+            f"--nproc_per_node {n_students}: needs {needed} visible GPUs ({n_students} for students"
+            + (", the last for the teacher" if needed > n_students else "")
+            + f"), and {n_gpus} are visible; start fewer processes, make more GPUs visible, "
+            "or share a student's GPU with --teacher_device cuda:0"
+        )
+    return torch.device("cuda", env_rank("LOCAL_RANK")), named or torch.device("cuda", n_gpus - 1)
+
+
+@contextmanager
+def process_groups(device: torch.device) -> Iterator[Ranks]:
+    """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs) and leaves them again, also on error.
+
+    What uses the groups has to be gone when the block ends: a DDP model that outlives them can hang its process.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        local_world_size = env_rank("LOCAL_WORLD_SIZE")
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        # Every rank takes part in making every node's group.
+        firsts = range(0, world_size, local_world_size)
+        nodes = [dist.new_group(range(first, first + local_world_size), timeout=TIMEOUT) for first in firsts]
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        node = nodes[rank // local_world_size]
+        yield Ranks(rank, world_size, env_rank("LOCAL_RANK"), local_world_size, node, control)
+        dist.barrier(group=control)  # nobody leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+# --- the student and its loss --------------------------------------------------------------------------------
+
+
+class DistillationModel(nn.Module):
+    """The student with its loss, so that DDP sees one module from tokens to scalars.
+
+    teacher_head: the teacher's output weight (vocab, D_t), which turns its hidden states into logits, or None
+        where the teacher sends logits or does not run.
+    vocab: entries that both vocabularies have.
+    """
+
+    def __init__(
+        self, student: LlambaForCausalLM, teacher_head: Tensor | None, vocab: int, args: TrainArguments
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher_head: Tensor | None
+        self.register_buffer("teacher_head", teacher_head, persistent=False)
+        self.vocab = vocab
+        self.weights = (args.ce_weight, args.kl_weight, args.temperature)
+
+    def forward(self, batch: Batch, teacher_signal: Tensor | None) -> tuple[Tensor, Tensor]:
+        """batch of (B, S); teacher_signal: hidden states (B, S, D_t), logits (B, S, vocab), or None.
+
+        Returns the loss to descend, and its figures for a `Meter`.
+        """
+        student_logits = self.student(batch.input_ids, use_cache=False).logits  # (B, S, V_s)
+        teacher_logits = teacher_signal
+        if teacher_signal is not None and self.teacher_head is not None:
+            teacher_logits = teacher_signal @ self.teacher_head.T  # (B, S, vocab)
+        loss_mask, n_ignored = mask_unknown_labels(batch.labels, batch.loss_mask, self.vocab)
+        total, kl, ce = compute_distill_loss(
+            student_logits[..., : self.vocab], teacher_logits, batch.labels, loss_mask, *self.weights
+        )
+        return total, torch.stack([total, kl, ce, n_ignored]).detach().float()
+
+
+class Meter:
+    """Sums what a rank sees in the micro steps of one optimizer step; `mean` is their average over all ranks."""
+
+    NAMES = ("loss", "kl", "ce", "ignored_labels", "teacher_wait_s")
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.NAMES), device=device)
+        self.n = 0
+
+    def add(self, figures: Tensor, teacher_wait_s: float) -> None:
+        """figures (4,): as `DistillationModel` returns them."""
+        self.sums[:-1] += figures
+        self.sums[-1] += teacher_wait_s
+        self.n += 1
+
+    def mean(self) -> dict[str, float]:
+        """Per micro step for the losses, per optimizer step for counts and seconds. Starts anew."""
+        dist.all_reduce(self.sums)
+        sums = [value / dist.get_world_size() for value in self.sums.tolist()]
+        means = dict(zip(self.NAMES, sums, strict=True))
+        for name in ("loss", "kl", "ce"):
+            means[name] /= self.n
+        self.sums.zero_()
+        self.n = 0
+        return means
+
+
+def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates the name; its successor is not known to torch 2.11.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        batch.input_ids.to(device, non_blocking=True),
+        batch.labels.to(device, non_blocking=True),
+        batch.loss_mask.to(device, non_blocking=True),
+    )
+
+
+# --- the optimizer -------------------------------------------------------------------------------------------
+
+
+class MasterWeightAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) that steps on float32 master weights and moments, whatever the parameters' dtype.
+
+    In bfloat16 a step of lr 1e-5 is below the weights' resolution and most of it would be lost; the masters
+    keep it. For float32 parameters the parameter is its own master.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+
+    def _step_one(self, parameter: Tensor, group: dict) -> None:
+        # One parameter at a time: the float32 gradient is then the size of one parameter, not of all.
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.detach().float()
+        master = state.get("master", parameter)
+        adamw(
+            [master],
+            [parameter.grad.float()],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        if master is not parameter:
+            parameter.copy_(master)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters: matrices decay, vectors (norms, biases, D) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, args: TrainArguments) -> ZeroRedundancyOptimizer:
+    """AdamW (0.9, 0.95) whose masters and moments are kept on the one rank that owns the shard."""
+    return ZeroRedundancyOptimizer(
+        parameter_groups(model, args.weight_decay),
+        optimizer_class=MasterWeightAdamW,
+        lr=args.max_lr,
+        betas=(0.9, 0.95),
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total_steps: int, done: int) -> LRScheduler:
+    """Warm-up, stable, decay over `total_steps` optimizer steps, of which `done` are behind."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = args.max_lr
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=round(args.warmup_ratio * total_steps),
+        num_decay_steps=round(args.decay_ratio * total_steps),
+        num_training_steps=total_steps,
+        decay_type="linear",
+        min_lr_ratio=args.min_lr / args.max_lr if args.max_lr else 0.0,
+        last_epoch=done - 1,
+    )
+
+
+class LossScale:
+    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
+    `growth_interval` good steps. For other dtypes it is 1 for good.
+    """
+
+    def __init__(self, dtype: torch.dtype, growth_interval: int = 1000) -> None:
+        self.active = dtype == torch.float16
+        self.value = 2.0**14 if self.active else 1.0
+        self.growth_interval, self.good_steps, self.skipped = growth_interval, 0, 0
+
+    def update(self, overflowed: bool) -> None:
+        if not self.active:
+            return
+        self.good_steps = 0 if overflowed else self.good_steps + 1
+        if overflowed:
+            self.skipped += 1
+            self.value /= 2
+        elif self.good_steps % self.growth_interval == 0:
+            self.value *= 2
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module) -> Tensor:
+    """L2 norm of all gradients, in float32 whatever their dtype: a scalar tensor."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    loss_scale: LossScale,
+    grad_clip: float,
+) -> float:
+    """Unscale, clip, step, move the schedule on, clear the gradients. Returns the gradient norm before clipping.
+
+    DDP has made the gradients, and so the norm, the same on all ranks: they agree without asking whether a step
+    is sound. An overflow of the float16 scale skips the update; anything else that is not finite raises
+    FloatingPointError before the weights are touched.
+    """
+    norm = gradient_norm(model).item() / loss_scale.value
+    finite = norm < float("inf")  # False for nan too
+    if not finite and not loss_scale.active:
+        raise FloatingPointError(f"gradient norm is {norm}: the run diverged, and its weights were left as they were")
+    if finite:
+        factor = 1.0 / loss_scale.value
+        if grad_clip and norm > grad_clip:
+            factor *= grad_clip / norm
+        if factor != 1.0:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        optimizer.step()
+    loss_scale.update(overflowed=not finite)
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,166 @@
+"""What every entry needs around its work: the environment of a run, the logger, metrics.jsonl, Weights & Biases, the
+output directory, and figures that people can read.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from arguments import TrainArguments
+
+logger = logging.getLogger("train")
+
+
+def setup_logging(log_file: str | None, is_main: bool) -> None:
+    """Lines as `[train] ...` on standard error and in `log_file`, from the main rank; warnings from all."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    formatter = logging.Formatter("[%(name)s] %(message)s")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file and is_main:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file))
+    for name in ("train", "llamba"):
+        log = logging.getLogger(name)
+        log.handlers.clear()
+        log.setLevel(logging.INFO if is_main else logging.WARNING)
+        log.propagate = False
+        for handler in handlers:
+            handler.setFormatter(formatter)
+            log.addHandler(handler)
+
+
+def describe_environment() -> str:
+    """Versions, devices and the NCCL settings that cost speed or memory, in one line."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    nccl = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("NCCL_", "TORCH_NCCL_"))}
+    parts = [
+        f"python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+        f"GPUs {', '.join(devices) if devices else 'none'}",
+    ]
+    parts += [f"{name}={value}" for name, value in nccl.items()]
+    return " | ".join(parts)
+
+
+def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
+    """Makes the directory, tries that it can be written, and refuses one that holds another run's results, which
+    this run would overwrite. Raises ValueError.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {output_dir}: cannot be written ({error.strerror}); choose a directory of your own"
+        ) from error
+    steps = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-[0-9]*")]
+    if any(step >= max(resume_step, 1) and step != resume_step for step in steps) or (steps and not resume_step):
+        raise ValueError(
+            f"--output_dir {output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
+            "overwrite; choose another directory, or move the old one away"
+        )
+    return folder
+
+
+def free_gib(path: Path) -> float:
+    return shutil.disk_usage(path).free / 2**30
+
+
+class RunLog:
+    """Where the rows of optimizer steps go: `metrics.jsonl`, appended and flushed so that a run that dies keeps its
+    lines; the log, every `log_interval` steps; W&B if asked for. Only the main rank writes.
+    """
+
+    def __init__(self, args: TrainArguments, is_main: bool) -> None:
+        folder = Path(args.output_dir)
+        self.log_interval = args.log_interval
+        self.file = (folder / "metrics.jsonl").open("a") if is_main else None
+        self.wandb_run = _start_wandb(args, folder) if is_main and args.wandb else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if row["step"] % self.log_interval == 0 or row["step"] == 1:
+            logger.info(format_metrics(row))
+        if self.wandb_run:
+            self.wandb_run.log(row)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if self.file:
+            self.file.close()
+        if self.wandb_run:
+            self.wandb_run.finish(exit_code=0 if error_type is None else 1)
+
+
+def _start_wandb(args: TrainArguments, folder: Path):
+    """A W&B run; offline and disabled modes need no network."""
+    import wandb  # takes a second, and only some runs want it
+
+    run = wandb.init(
+        project=args.wandb_project,
+        name=args.wandb_run_name,
+        entity=args.wandb_entity,
+        mode=args.wandb_mode or ("offline" if args.local_files_only else None),
+        dir=str(folder),
+        config=dataclasses.asdict(args),
+    )
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+class Stopwatch:
+    """Seconds since it was made or last read."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.start = now - self.start, now
+        return elapsed
+
+
+def format_metrics(row: dict[str, Any]) -> str:
+    """The line of one optimizer step, as it stands in the log."""
+    return (
+        f"micro_step {row['micro_step']} (opt {row['step']}) | loss {row['loss']:.4f} | kl {row['kl']:.4f} | "
+        f"ce {row['ce']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f} | "
+        f"teacher wait {row['teacher_wait_s']:.2f}s"
+    )
+
+
+def run_entry(main: Callable[[], None]) -> int:
+    """Runs an entry's `main`; what a user can put right (ValueError) is one line, without a traceback.
+
+    Under torchrun every rank finds the same mistake, and the first rank to end takes the others with it; so rank
+    0 speaks, and the others give it time to.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
