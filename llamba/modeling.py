@@ -131,20 +131,20 @@ class LlambaModel(LlambaPreTrainedModel):
             past_key_values = LlambaCache(self.config)
         token_mask, attention_inputs = self._masks(x, attention_mask, position_ids, past_key_values, seq_idx)
 
-        all_hidden_states = [x]
+        all_hidden_states = [x] if output_hidden_states else []
         for layer in self.layers:
             if isinstance(layer, LlambaBlock):
                 x = layer(x, past_key_values=past_key_values, token_mask=token_mask, seq_idx=seq_idx)
             else:
                 x = layer(x, past_key_values=past_key_values, use_cache=use_cache, **attention_inputs)
-            all_hidden_states.append(x)
+            if output_hidden_states:
+                all_hidden_states.append(x)
         x = self.final_layernorm(x)
-        all_hidden_states[-1] = x
 
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states[:-1], x) if output_hidden_states else None,
         )
         return outputs.to_tuple() if return_dict is False else outputs
 

@@ -1,0 +1,42 @@
+# Two commands do everything from nothing: `make demo` and `make test`. Both make .venv and install what they need.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+# Ranks share the cores of a machine without GPUs; more threads than that only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: setup setup-dev demo test lint
+
+setup: .venv/installed
+setup-dev: .venv/installed-dev
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+# Of mamba-ssm the tests need the Python files alone, as a reference; its CUDA extension is not built.
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/pip install --quiet --no-deps --no-build-isolation mamba-ssm==2.2.4
+	touch $@
+
+# Two students and their teacher, tiny, on whatever this machine has; then all four models' scores. A demo run
+# before this one is moved aside, not overwritten.
+demo: .venv/installed
+	if [ -e $(DEMO) ]; then mv $(DEMO) $(DEMO)-$$(date +%Y%m%d-%H%M%S); fi
+	$(BIN)/torchrun --standalone --nproc_per_node=2 train_gpus.py --preset tiny --output_dir $(DEMO)
+	$(BIN)/python eval_mmlu_hybrid.py --preset tiny --which student hybrid hybrid_ft teacher \
+		--ckpt $$($(BIN)/python -c "import checkpoint; print(checkpoint.newest('$(DEMO)'))") --output $(DEMO)/eval.json
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,565 @@
+"""data.py: every lane and every number of ranks sees the documents' own windows, once; bad input is named."""
+
+import dataclasses
+import gzip
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from test_packing import EOS, plain_ids, random_documents, small_tokenizer, tokenise_threads
+
+import packing
+from arguments import TrainArguments
+from data import build_dataloader
+
+ROOT = Path(__file__).parents[1]
+SEQ = 8
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def options(name: Path | str, **changes) -> TrainArguments:
+    """Cached, in order, everything else as by default."""
+    args = TrainArguments(
+        dataset_name=str(name),
+        dataset_streaming=False,
+        shuffle_buffer=0,
+        seq_length=SEQ,
+        batch_size=2,
+        seed=0,
+        # required, and nothing to do with data
+        teacher_model="",
+        student_model="",
+        layers=[0],
+        dtype="float32",
+        output_dir="",
+    )
+    return dataclasses.replace(args, **changes)
+
+
+def loader(args: TrainArguments, rank: int = 0, world_size: int = 1, **more):
+    return build_dataloader(args, small_tokenizer(), rank=rank, world_size=world_size, is_builder=rank == 0, **more)
+
+
+def write_jsonl(path: Path, rows: list, field: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({field: row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def windows_of(batches) -> list[list[int]]:
+    """The windows that batches were made of, in order."""
+    rows = [torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1) for batch in batches]
+    return [window for row in rows for window in row.tolist()]
+
+
+def expected_windows(documents: list[str], seq: int = SEQ) -> list[list[int]]:
+    ids = plain_ids(documents)
+    return [ids[i : i + seq + 1] for i in range(0, len(ids) - seq, seq + 1)]
+
+
+def packed_dirs(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "hf" / "packed").glob("*"))
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that were tokenised from now on."""
+    encoded: list[str] = []
+    encode = packing.Encoder.__call__
+    monkeypatch.setattr(packing.Encoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    return encoded
+
+
+# ---- batches, ranks, epochs
+
+
+def test_a_batch_is_inputs_and_what_follows_them(tmp_path: Path):
+    batch = next(iter(loader(options(write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))))))
+    assert batch.input_ids.shape == batch.labels.shape == batch.loss_mask.shape == (2, SEQ)
+    assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.bool and batch.loss_mask.all()
+    assert batch.input_ids.is_contiguous() and batch.labels.is_contiguous()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cached_ranks_share_out_every_window_once(tmp_path: Path, world_size: int, seed: int):
+    documents = random_documents(seed, 47)
+    args = options(write_jsonl(tmp_path / "a.jsonl", documents), seed=seed)
+    ranks = [loader(args, rank, world_size) for rank in range(world_size)]
+    seen = [windows_of(rank) for rank in ranks]
+    expected = expected_windows(documents)
+    steps = len(expected) // (2 * world_size)
+    assert [len(rank) for rank in ranks] == [steps] * world_size
+    assert [len(windows) for windows in seen] == [2 * steps] * world_size
+    # Windows may be equal by chance, so positions are compared, which the sampler gives.
+    positions = [i for rank in ranks for batch in rank.order for i in batch]
+    assert len(set(positions)) == len(positions) == steps * 2 * world_size
+    assert sorted(w for rank in seen for w in rank) == sorted(expected[i] for i in positions)
+
+
+def test_the_global_order_does_not_depend_on_the_number_of_ranks(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(3, 60))
+    alone = [windows_of([batch]) for batch in loader(options(path, batch_size=6))]
+    for world_size in (2, 3):
+        args = options(path, batch_size=6 // world_size)
+        ranks = [loader(args, rank, world_size) for rank in range(world_size)]
+        assert [sum(map(windows_of, ([b] for b in step)), []) for step in zip(*ranks, strict=True)] == alone
+
+
+def test_epochs_and_seeds_differ_and_repeat(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(4, 60))
+    orders = {
+        (seed, epoch): windows_of(loader(options(path, seed=seed), epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)
+    }
+    assert len({str(order) for order in orders.values()}) == 4
+    again = loader(options(path, seed=1))
+    again.set_epoch(1)
+    assert windows_of(again) == orders[1, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_starting_at_a_step_gives_the_rest_of_the_epoch(tmp_path: Path, streaming: bool):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60))
+    args = options(path, dataset_streaming=streaming, shuffle_buffer=16)
+    whole = windows_of(loader(args, epoch=2))
+    resumed = loader(args, epoch=2, start_step=3)
+    assert windows_of(resumed) == whole[6:]
+    resumed.set_epoch(2)
+    assert windows_of(resumed) == whole
+
+
+def test_loading_leaves_the_global_random_state_alone(tmp_path: Path):
+    batches = loader(options(write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))))
+    before = torch.get_rng_state()
+    list(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loader_workers_give_the_same_batches(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))
+    assert windows_of(loader(options(path, dataset_workers=1))) == windows_of(loader(options(path)))
+
+
+# ---- streaming
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streaming_gives_the_windows_of_the_documents_in_order(tmp_path: Path, seed: int):
+    documents = random_documents(seed, 50)
+    batches = loader(options(write_jsonl(tmp_path / "a.jsonl", documents), dataset_streaming=True))
+    expected = expected_windows(documents)
+    assert windows_of(batches) == expected[: len(expected) // 2 * 2]
+    with pytest.raises(TypeError):
+        len(batches)
+    assert not packed_dirs(tmp_path)
+
+
+@pytest.mark.parametrize("n_files", [1, 3])  # a share is every W-th document, or where they divide, whole files
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_streaming_ranks_read_disjoint_documents(tmp_path: Path, n_files: int, world_size: int):
+    documents = [f"{i:04d}" + "." * 30 for i in range(60)]  # each makes one window of 35 ids
+    for i in range(n_files):
+        write_jsonl(tmp_path / "dir" / f"{i}.jsonl", documents[i::n_files])
+    args = options(tmp_path / "dir", dataset_streaming=True, shuffle_buffer=10, seq_length=34, batch_size=1)
+    shares = [windows_of(loader(args, rank, world_size)) for rank in range(world_size)]
+    assert sorted(sum(shares, [])) == sorted(plain_ids([document]) for document in documents)
+
+
+def test_streaming_without_a_shuffle_buffer_keeps_the_order_in_every_epoch(tmp_path: Path):
+    documents = random_documents(6, 40)
+    for i in range(4):
+        write_jsonl(tmp_path / "dir" / f"{i}.jsonl", documents[10 * i : 10 * (i + 1)])
+    batches = loader(options(tmp_path / "dir", dataset_streaming=True, batch_size=1), epoch=3)
+    assert windows_of(batches) == expected_windows(documents)
+
+
+def test_streaming_shuffles_by_seed_and_epoch(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(6, 60))
+
+    def order(seed: int, epoch: int) -> str:
+        args = options(path, dataset_streaming=True, shuffle_buffer=20, seed=seed)
+        return str(windows_of(loader(args, epoch=epoch)))
+
+    assert len({order(0, 0), order(1, 0), order(0, 1)}) == 3
+    assert order(0, 1) == order(0, 1)
+
+
+def test_streaming_error_in_the_thread_reaches_the_consumer_and_no_thread_stays(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", [*["a b c"] * 3000, 7])
+    batches = loader(options(path, dataset_streaming=True))
+    with pytest.raises(ValueError, match="row 3000 holds int"):
+        list(batches)
+    next(iter(batches))
+    assert tokenise_threads() == 0
+
+
+# ---- the cache
+
+
+def test_another_window_length_reuses_the_token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    documents = random_documents(7, 40)
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    loader(options(path))
+    (directory,) = packed_dirs(tmp_path)
+    before = (directory / "tokens.bin").stat()
+    encoded = count_encoded(monkeypatch)
+    batches = loader(options(path, seq_length=5, batch_size=1))
+    assert sorted(windows_of(batches)) == sorted(expected_windows(documents, 5))
+    assert not encoded and packed_dirs(tmp_path) == [directory]
+    assert (directory / "tokens.bin").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_edited_text_another_column_or_tokenizer_is_tokenised_anew(tmp_path: Path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    row = {"text": "abcd" * 40, "other": "ijkl" * 40}
+    path.write_text(json.dumps(row))
+    encoded = count_encoded(monkeypatch)
+    loader(options(path))
+    loader(options(path, dataset_text_field="other"))
+    another = pickle.loads(pickle.dumps(small_tokenizer()))
+    another.add_tokens(["abcd"])
+    build_dataloader(options(path), another, rank=0, world_size=1, is_builder=True)
+    path.write_text(json.dumps(row | {"text": "efgh" * 40}))  # the same size
+    windows = windows_of(loader(options(path, batch_size=1)))
+    assert sorted(windows) == sorted(expected_windows(["efgh" * 40]))
+    assert encoded == ["abcd" * 40, "ijkl" * 40, "abcd" * 40, "efgh" * 40]
+    assert len(packed_dirs(tmp_path)) == 4
+
+
+def test_edited_save_to_disk_folder_is_tokenised_anew(tmp_path: Path):
+    for text in ("abcd" * 40, "efgh" * 40):
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        datasets.Dataset.from_dict({"text": [text]}).save_to_disk(tmp_path / "saved")
+        windows = windows_of(loader(options(tmp_path / "saved", batch_size=1)))
+        assert sorted(windows) == sorted(expected_windows([text]))
+
+
+def test_cache_directory_can_be_chosen(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))
+    loader(options(path, dataset_cache_dir=str(tmp_path / "elsewhere")))
+    assert len(list((tmp_path / "elsewhere" / "packed").glob("*"))) == 1 and not packed_dirs(tmp_path)
+
+
+PROCESS = """
+    import os, sys, time
+    from pathlib import Path
+    import datasets
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    import packing
+    from test_data import loader, options, windows_of
+    tmp_path = Path({tmp_path!r})
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "hf"
+"""
+
+
+def start(tmp_path: Path, body: str) -> subprocess.Popen:
+    code = textwrap.dedent(PROCESS).format(root=str(ROOT), tmp_path=str(tmp_path)) + textwrap.dedent(body)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.05)
+
+
+def test_a_killed_build_is_not_served_and_a_waiting_rank_gets_the_next_one(tmp_path: Path):
+    documents = random_documents(8, 300)
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    builder = start(
+        tmp_path,
+        f"""
+        encode, batches = packing.Encoder.__call__, iter(range(10**9))
+        packing.Encoder.__call__ = lambda *a: encode(*a) if next(batches) < 5 else time.sleep(600)
+        packing.text_batches.__defaults__ = (16, 1 << 22)
+        loader(options({str(path)!r}))
+        """,
+    )
+    waiter = start(
+        tmp_path,
+        f"""
+        print("ready", flush=True)
+        print(windows_of(loader(options({str(path)!r}), rank=1, world_size=2)), flush=True)
+        """,
+    )
+    try:
+        wait_until(lambda: any(file.stat().st_size for file in tmp_path.glob("hf/packed/*/tokens.bin")))
+        assert waiter.stdout.readline() == "ready\n"
+        builder.send_signal(signal.SIGKILL)
+        assert builder.wait() == -signal.SIGKILL
+        time.sleep(1)
+        assert waiter.poll() is None
+        ranks = [windows_of(loader(options(path), rank, 2)) for rank in range(2)]
+        assert waiter.communicate(timeout=60)[0] == f"{ranks[1]}\n"
+        assert len(ranks[0] + ranks[1]) == len(expected_windows(documents)) // 4 * 4
+    finally:
+        builder.kill()
+        waiter.kill()
+
+
+def test_streaming_ranks_whose_shares_differ_stop_together(tmp_path: Path):
+    # every second document is long, so rank 1 has much more to read
+    path = write_jsonl(tmp_path / "a.jsonl", ["ab" * 9, "ab" * 50] * 20)
+    args = options(path, dataset_streaming=True)
+    alone = [len(list(loader(args, rank, 2))) for rank in range(2)]
+    assert alone[0] < alone[1] - 5
+    ranks = [
+        start(
+            tmp_path,
+            f"""
+            import torch.distributed as dist
+            dist.init_process_group("gloo", "file://{tmp_path}/store", rank={rank}, world_size=2)
+            args = options({str(path)!r}, dataset_streaming=True)
+            batches = loader(args, {rank}, 2, control_group=dist.group.WORLD)
+            print(len(list(batches)), len(list(batches)))
+            args = options({str(path)!r}, dataset_streaming=True, batch_size=50)
+            try:
+                list(loader(args, {rank}, 2, control_group=dist.group.WORLD))
+            except ValueError as error:
+                print("too small" in str(error), flush=True)
+            dist.destroy_process_group()
+            held = iter(loader(options({str(path)!r}, dataset_streaming=True)))
+            next(held)  # and never closed: the process must end all the same
+            """,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.communicate(timeout=60)[0] == f"{alone[0]} {alone[0]}\nTrue\n"
+            assert rank.returncode == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+# ---- kinds of data
+
+
+def as_jsonl(path: Path, documents: list[str]) -> Path:
+    return write_jsonl(path / "a [1]*.jsonl", documents)  # a name that is also a pattern
+
+
+def as_json(path: Path, documents: list[str]) -> Path:
+    (path / "a.json").write_text(json.dumps([{"text": document} for document in documents]))
+    return path / "a.json"
+
+
+def as_gzip(path: Path, documents: list[str]) -> Path:
+    with gzip.open(path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+    return path / "a.jsonl.gz"
+
+
+def as_parquet(path: Path, documents: list[str]) -> Path:
+    datasets.Dataset.from_dict({"text": documents}).to_parquet(path / "a.parquet")
+    return path / "a.parquet"
+
+
+def as_txt(path: Path, documents: list[str]) -> Path:
+    (path / "a.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    return path / "a.txt"
+
+
+def as_directory(path: Path, documents: list[str]) -> Path:
+    write_jsonl(path / "dir" / "1.jsonl", documents[:20])
+    write_jsonl(path / "dir" / "2.jsonl", documents[20:])
+    return path / "dir"
+
+
+def as_saved(path: Path, documents: list[str]) -> Path:
+    datasets.Dataset.from_dict({"text": documents}).save_to_disk(path / "saved")
+    return path / "saved"
+
+
+def as_saved_splits(path: Path, documents: list[str]) -> Path:
+    splits = {"test": ["no"], "train": documents}
+    datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in splits.items()}).save_to_disk(
+        path / "saved"
+    )
+    return path / "saved"
+
+
+KINDS = [as_jsonl, as_json, as_gzip, as_parquet, as_txt, as_directory, as_saved, as_saved_splits]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_local_data_without_network(tmp_path: Path, monkeypatch, kind, streaming: bool):
+    forbid_network(monkeypatch)
+    documents = [document.replace("\n", " ") or "x" for document in random_documents(9, 40)]
+    args = options(kind(tmp_path, documents), dataset_streaming=streaming, local_files_only=True, batch_size=1)
+    assert sorted(windows_of(loader(args))) == sorted(expected_windows(documents))
+
+
+def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def cache_as_hub_dataset(tmp_path: Path, documents: list[str]) -> None:
+    """Leave in datasets' cache what a download of `someone/something` leaves there."""
+    source = write_jsonl(tmp_path / "src" / "a.jsonl", documents)
+    builder = datasets.load_dataset_builder("json", data_files=str(source))
+    builder.download_and_prepare()
+    folder = tmp_path / "hf" / "someone___something" / "default" / "0.0.0" / ("c0ffee" * 7)[:40]
+    shutil.copytree(builder.cache_dir, folder)
+    for path in folder.glob("json-*"):
+        path.rename(path.with_name(path.name.replace("json-", "something-")))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info |= {"dataset_name": "something", "config_name": "default"}
+    info["splits"]["train"]["dataset_name"] = "something"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_dataset_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool):
+    forbid_network(monkeypatch)
+    args = options("someone/something", dataset_streaming=streaming, local_files_only=True, batch_size=1)
+    with pytest.raises(ValueError, match="'someone/something'.*not in the cache .*--local_files_only"):
+        loader(args)
+    documents = random_documents(10, 30)
+    cache_as_hub_dataset(tmp_path, documents)
+    assert sorted(windows_of(loader(args))) == sorted(expected_windows(documents))
+    with pytest.raises(ValueError, match="--dataset_split 'test': no such split; available: train"):
+        loader(dataclasses.replace(args, dataset_split="test"))
+    assert not datasets.config.HF_HUB_OFFLINE  # as it was found
+
+
+def test_files_of_another_kind_in_a_directory_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    directory = as_directory(tmp_path, random_documents(12, 40))
+    loader(options(directory))
+    assert not caplog.records
+    as_txt(directory, ["notes"])
+    loader(options(directory))
+    assert "1 file(s) of" in caplog.text and "a.txt" in caplog.text
+
+
+def test_split_expressions(tmp_path: Path):
+    write_jsonl(tmp_path / "dir" / "train.jsonl", ["abcd" * 40] * 10)
+    write_jsonl(tmp_path / "dir" / "test.jsonl", ["efgh" * 40])
+    args = options(tmp_path / "dir", dataset_split="train[:10%]+test", batch_size=1)
+    expected = expected_windows(["abcd" * 40, "efgh" * 40])
+    assert sorted(windows_of(loader(args))) == sorted(expected)
+    with pytest.raises(ValueError, match="--dataset_split 'train\\[:10%\\]\\+test': .*"):
+        loader(dataclasses.replace(args, dataset_streaming=True))
+
+
+def test_rows_without_text_are_skipped_in_both_lanes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    documents = random_documents(11, 30)
+    path = write_jsonl(tmp_path / "a.jsonl", ["", *documents[:9], None, *documents[9:]])
+    for streaming in (False, True):
+        args = options(path, dataset_streaming=streaming, batch_size=1)
+        with caplog.at_level(logging.INFO, "train"):
+            assert sorted(windows_of(loader(args))) == sorted(expected_windows(documents))
+    skipped = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert skipped == ["skipped 2 of 32 rows: no text in column 'text'"] * 2
+
+
+# ---- what is wrong is named
+
+
+BOTH_LANES = pytest.mark.parametrize("streaming", [False, True])
+
+
+@BOTH_LANES
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (
+            ["a" * 99],
+            {"dataset_text_field": "body"},
+            "--dataset_text_field 'body': no such column; available: text",
+        ),
+        ([1, 2], {}, "--dataset_text_field 'text': the column holds .*int64.*, expected text"),
+        ([["a"]], {}, "--dataset_text_field 'text': the column holds List.*, expected text"),
+        (["a" * 99, 5, "b"], {}, "--dataset_text_field 'text': row 1 holds int .5., expected text"),
+        (["a" * 99], {"dataset_split": "test"}, "--dataset_split 'test': no such split; available: train"),
+        (["a" * 99], {"dataset_subset": "en"}, "--dataset_subset 'en': .*; leave it out"),
+        (["a" * 99], {"dataset_revision": "v1"}, "--dataset_revision 'v1': .*; leave it out"),
+    ],
+)
+def test_wrong_columns_rows_splits(tmp_path: Path, streaming: bool, rows: list, changes: dict, message: str):
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        list(loader(options(path, dataset_streaming=streaming, **changes)))
+
+
+@BOTH_LANES
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "none.jsonl': no such file or directory"),
+        ("none/such/dir", None, "none/such/dir': no such file or directory"),
+        ("a.docx", b"x", "a.docx': unsupported file ending, expected one of .jsonl, .json, .parquet, .txt"),
+        ("a.parquet.gz", b"x", "unsupported file ending"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "JSON parse error"),
+        ("a.txt", b"", "--dataset_name|too small"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, streaming: bool, name: str, content: bytes | None, message: str):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        loader(options(tmp_path / name, dataset_streaming=streaming))
+
+
+@BOTH_LANES
+def test_wrong_directories(tmp_path: Path, streaming: bool):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--dataset_name .*empty.* cannot be opened"):
+        loader(options(tmp_path / "empty", dataset_streaming=streaming))
+    as_saved_splits(tmp_path, ["a"])
+    with pytest.raises(ValueError, match="--dataset_split 'dev': no such split; available: test, train"):
+        loader(options(tmp_path / "saved", dataset_split="dev", dataset_streaming=streaming))
+    write_jsonl(tmp_path / "dir" / "a.jsonl", ["a"])
+    with pytest.raises(ValueError, match="subset 'en'.* cannot be opened.*default"):
+        loader(options(tmp_path / "dir", dataset_subset="en", dataset_streaming=streaming))
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_would_wait_for_the_file_sees_a_wrong_column_itself(tmp_path: Path):
+    with pytest.raises(ValueError, match="--dataset_text_field 'body'"):
+        loader(options(as_saved(tmp_path, ["a"]), dataset_text_field="body"), rank=1, world_size=2)
+
+
+def test_too_little_text(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["a" * (5 * (SEQ + 1))])
+    with pytest.raises(ValueError, match="5 windows, but one micro step needs 6 .--batch_size 3 x 2 ranks"):
+        loader(options(path, batch_size=3), rank=0, world_size=2)
+    with pytest.raises(ValueError, match="fewer than the 6 windows of one batch .rank 0 read 5"):
+        list(loader(options(path, batch_size=6, dataset_streaming=True)))
+
+
+def test_special_token_strings_in_documents_are_text(tmp_path: Path):
+    document = f"a{EOS}b" * 20
+    for streaming in (False, True):
+        args = options(write_jsonl(tmp_path / "a.jsonl", [document]), dataset_streaming=streaming, batch_size=1)
+        windows = windows_of(loader(args))
+        assert sorted(windows) == sorted(expected_windows([document]))

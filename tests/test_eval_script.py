@@ -1,0 +1,304 @@
+"""The evaluation entry: run whole on small models made here and on the tiny preset, and given bad options."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import eval_mmlu_hybrid as entry
+import mmlu
+from arguments import parse_eval_args
+from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
+from model_utils import apply_replacements
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "presets" / "tiny"
+WHICH = ["student", "hybrid", "hybrid_ft", "teacher"]
+LAYERS = ["0", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # Models this small gain nothing from threads, and lose much where other programs use the cores.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_student(vocab_size: int, **hybrid) -> LlambaForCausalLM:
+    config = LlambaConfig(
+        vocab_size=vocab_size,
+        pad_vocab_size_multiple=100,
+        d_model=32,
+        n_layer=3,
+        mlp_cfg={"intermediate_size": 64},
+        ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 16},
+        initializer_range=0.2,
+        **hybrid,
+    )
+    return LlambaForCausalLM(config).eval()
+
+
+def make_teacher(vocab_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_hybrid(student: LlambaForCausalLM, teacher: LlamaForCausalLM) -> LlambaForCausalLM:
+    """Put together weight by weight, rather than by the function that the entry uses."""
+    hybrid = make_student(
+        student.config.vocab_size,
+        attention_layers=[int(layer) for layer in LAYERS],
+        attention_cfg=attention_cfg_from(teacher.config),
+    )
+    weights = student.state_dict()
+    for layer in LAYERS:
+        prefix = f"backbone.layers.{layer}."
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
+        given = teacher.model.layers[int(layer)].state_dict()
+        weights |= {prefix + name: weight for name, weight in given.items()}
+    hybrid.load_state_dict(weights)
+    return hybrid
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> SimpleNamespace:
+    """A teacher, a student and a "trained" hybrid with random weights, loaded and on disk."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "teacher")
+    torch.manual_seed(0)
+    teacher, student = make_teacher(len(tokenizer)), make_student(len(tokenizer))
+    hybrid, trained = make_hybrid(student, teacher), make_hybrid(student, teacher)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    for name, model in {"teacher": teacher, "student": student, "ckpt": trained}.items():
+        model.save_pretrained(root / name)
+    tokenizer.save_pretrained(root / "teacher")
+    loaded = {"student": student, "hybrid": hybrid, "hybrid_ft": trained, "teacher": teacher}
+    return SimpleNamespace(root=root, tokenizer=tokenizer, loaded=loaded)
+
+
+@pytest.fixture
+def options(models):
+    """Options of a correct call, which a test changes at one place."""
+    return {
+        "teacher_model": [str(models.root / "teacher")],
+        "student_model": [str(models.root / "student")],
+        "ckpt": [str(models.root / "ckpt")],
+        "layers": LAYERS,
+        "dtype": ["float32"],
+        "device": ["cpu"],
+        "mmlu_dir": [str(TINY / "mmlu")],
+        "num_fewshot": ["2"],
+        "limit": ["3"],
+        "batch_size": ["4"],
+        "which": WHICH,
+    }
+
+
+def command_line(options: dict[str, list[str]]) -> list[str]:
+    return [word for name, values in options.items() for word in (f"--{name}", *values)]
+
+
+def evaluate(options: dict[str, list[str]]) -> None:
+    args = parse_eval_args(command_line(options))
+    entry.run(args, entry.check(args))
+
+
+def error_of(options: dict[str, list[str]]) -> str:
+    """The message of a call that has to end before any model is loaded: nothing but checks runs here."""
+    with pytest.raises(ValueError) as caught:
+        entry.check(parse_eval_args(command_line(options)))
+    return str(caught.value)
+
+
+def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys):
+    output = tmp_path / "new" / "eval.json"
+    evaluate(options | {"output": [str(output)]})
+    report = json.loads(output.read_text())
+
+    questions = mmlu.build_questions(mmlu.load_mmlu(TINY / "mmlu"), num_fewshot=2, limit=3)
+    assert report["n"] == len(questions) == 12
+    assert list(report["models"]) == WHICH
+    for name in WHICH:
+        result = report["models"][name]
+        expected = mmlu.score(models.loaded[name], models.tokenizer, questions, 1, "cpu", None)
+        for question, got, wanted in zip(questions, result["predictions"], expected, strict=True):
+            assert (got["subject"], got["index"]) == (question.subject, question.index)
+            assert (got["answer"], got["prediction"]) == (question.answer, wanted.prediction)
+            assert got["log_likelihoods"] == pytest.approx(wanted.log_likelihoods, abs=1e-4)
+        counts = mmlu.aggregate(expected)
+        assert {key: result[key] for key in counts} == counts
+        assert report[name] == counts["acc"]
+    likelihoods = [str(report["models"][name]["predictions"][0]["log_likelihoods"]) for name in WHICH]
+    assert len(set(likelihoods)) == 4
+
+    configs = [report["models"][name]["config"] for name in WHICH]
+    assert [config["layers"] for config in configs] == [[], [0, 2], [0, 2], None]
+    assert configs[2]["ckpt"] == options["ckpt"][0] and configs[2]["student_model"] is None
+    assert all(config["versions"]["torch"] == torch.__version__ for config in configs)
+    assert {(c["num_fewshot"], c["dtype"], c["max_length"]) for c in configs} == {(2, "float32", 512)}
+    assert list(tmp_path.rglob("*.json")) == [output] and len(list(output.parent.iterdir())) == 1
+
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["subject", "n", *WHICH]
+    assert [line.split()[0] for line in table[1:]] == [
+        "animals",
+        "colours",
+        "meals",
+        "tools",
+        "all",
+        "stderr",
+    ]
+    assert table[5].split() == ["all", "12", *(f"{report[name]:.4f}" for name in WHICH)]
+
+
+def test_one_model_is_reported_flat(options, tmp_path):
+    output = tmp_path / "eval.json"
+    options |= {"which": ["student"], "subjects": ["tools"], "output": [str(output)]}
+    del options["ckpt"]
+    evaluate(options)
+    report = json.loads(output.read_text())
+    assert list(report) == ["acc", "stderr", "n", "subjects", "config", "predictions"]
+    assert report["n"] == 3 and report["subjects"] == {"tools": {"acc": report["acc"], "n": 3}}
+    assert report["config"]["which"] == "student"
+
+
+def test_max_length_cuts_prompts(options, tmp_path):
+    reports = []
+    for length in ("40", "512"):
+        options |= {"which": ["student"], "max_length": [length], "output": [str(tmp_path / length)]}
+        evaluate(options)
+        reports.append(json.loads((tmp_path / length).read_text()))
+    assert [report["config"]["max_length"] for report in reports] == [40, 512]
+    assert reports[0]["predictions"] != reports[1]["predictions"]
+
+
+def test_an_output_is_never_overwritten_in_silence(options, tmp_path):
+    output = tmp_path / "eval.json"
+    output.write_text("precious")
+    options |= {"output": [str(output)], "which": ["teacher"]}
+    assert "--overwrite" in error_of(options)
+    assert output.read_text() == "precious"
+    evaluate(options | {"overwrite": []})
+    assert json.loads(output.read_text())["n"] == 12
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    output = tmp_path / "eval.json"
+    output.write_text("precious")
+    with pytest.raises(TypeError):
+        entry.write_json(output, {"acc": object()})
+    assert output.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"mmlu_dir": ["nowhere"]}, ["--mmlu_dir nowhere", "is not a folder", "dev/<subject>_dev.csv"]),
+        ({"mmlu_dir": None}, ["--mmlu_dir: not given"]),
+        ({"subjects": ["toolz"]}, ["--subjects toolz", "did you mean tools?"]),
+        ({"num_fewshot": ["7"]}, ["--num_fewshot 7", "0 to 5"]),
+        ({"ckpt": None}, ["hybrid_ft", "--ckpt"]),
+        ({"ckpt": ["nowhere"]}, ["--ckpt nowhere: not a directory"]),
+        ({"ckpt": [str(TINY / "text")]}, ["--ckpt", "no config.json"]),
+        ({"layers": ["1"]}, ["--layers 1: --ckpt", "[0, 2]"]),
+        ({"layers": ["0", "9"], "which": ["hybrid"]}, ["--layers 0 9", "[9] out of range"]),
+        ({"teacher_model": [str(TINY / "text")]}, ["--teacher_model", "no config.json"]),
+        ({"student_model": [str(TINY / "text")]}, ["--student_model", "no config.json"]),
+        ({"output": [str(TINY)]}, ["--output", "is a directory"]),
+        ({"output": [f"{__file__}/eval.json"]}, ["--output", "cannot write below"]),
+        ({"device": ["tpu:0"]}, ["--device tpu:0"]),
+        (
+            {"mmlu_dir": ["nowhere"], "ckpt": ["lost"], "output": [str(TINY)]},
+            ["--mmlu_dir nowhere", "--ckpt lost", "--output"],
+        ),
+    ],
+)
+def test_bad_options_are_reported_before_a_model_is_loaded(change, expected, options):
+    options = {name: values for name, values in (options | change).items() if values is not None}
+    message = error_of(options)
+    for part in expected:
+        assert part in message
+
+
+def test_a_llama_is_no_student_and_no_checkpoint(models, options):
+    llama = [str(models.root / "teacher")]
+    message = error_of(options | {"student_model": llama, "ckpt": llama})
+    assert f"--student_model {llama[0]}: " in message and f"--ckpt {llama[0]}: " in message
+    assert message.count("expected 'llamba'") == 2
+
+
+def test_a_teacher_without_tokenizer_is_named(models, options, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(models.root / "teacher", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    message = error_of(options | {"teacher_model": [str(bare)]})
+    assert f"--teacher_model {bare}: cannot read its tokenizer" in message
+
+
+def test_the_layers_of_a_preset_do_not_contradict_a_checkpoint(models, options, tmp_path):
+    # Without --layers the preset's 14 16 17 30 stand; the checkpoint's own count.
+    del options["layers"]
+    options |= {"which": ["hybrid_ft"], "output": [str(tmp_path / "eval.json")]}
+    evaluate(options)
+    assert json.loads((tmp_path / "eval.json").read_text())["config"]["layers"] == [0, 2]
+
+
+def test_a_hybrid_is_no_student_to_make_a_hybrid_of(options):
+    options |= {"student_model": options["ckpt"]}
+    assert "--which hybrid: --student_model" in error_of(options)
+    assert entry.check(parse_eval_args(command_line(options | {"which": ["student"]}))).models == ["student"]
+
+
+def run_script(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "eval_mmlu_hybrid.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+def test_the_script_ends_with_one_clear_error(options, tmp_path):
+    del options["ckpt"]
+    result = run_script(*command_line(options), cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert "hybrid_ft: needs --ckpt" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not (TINY / "preset.json").is_file(), reason="presets/tiny has no preset.json yet")
+def test_the_script_on_the_tiny_preset(tmp_path):
+    args = parse_eval_args(["--preset", "tiny"])
+    student = AutoModelForCausalLM.from_pretrained(args.student_model)
+    teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model)
+    apply_replacements(student, teacher, args.layers)
+    student.save_pretrained(tmp_path / "ckpt")
+
+    output = tmp_path / "eval.json"
+    words = "--preset tiny --which all --device cpu --dtype float32 --num_fewshot 1 --limit 5 --local_files_only"
+    files = ["--ckpt", str(tmp_path / "ckpt"), "--output", str(output)]
+    result = run_script(*words.split(), *files, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert report["n"] == 20
+    assert report["models"]["hybrid_ft"]["config"]["layers"] == sorted(args.layers)
+    scored = report["models"]
+    assert scored["hybrid_ft"]["predictions"] == scored["hybrid"]["predictions"]  # a step-0 checkpoint
+    assert report["teacher"] > 0.5  # chance is 0.25, and the teacher knows these questions
+    assert f"{report['teacher']:.4f}" in result.stdout
