@@ -2,6 +2,7 @@
 padding, packed documents, exact loading, and the round trip of a hybrid.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from llamba import LlambaCache, LlambaConfig, LlambaForCausalLM
+from llamba import LlambaCache, LlambaForCausalLM
 from model_utils import apply_replacements
+from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden vectors are not at {GOLDEN}")
@@ -20,38 +22,11 @@ CASES = ["untied", "tied_grouped"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def tiny_config(**changes):
-    ssm = {"d_state": 8, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 8}
-    values = dict(vocab_size=50, d_model=32, n_layer=4, mlp_cfg={"intermediate_size": 48}, ssm_cfg=ssm)
-    return LlambaConfig(**{**values, **changes})
-
-
-def tiny_teacher(**changes):
-    torch.manual_seed(1)
-    values = dict(vocab_size=56, hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4)
-    values |= dict(num_key_value_heads=2, max_position_embeddings=128)
-    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
-
-
-def tiny_student(**changes):
-    """Random weights, larger than the usual initialisation, so that every part of the model shows in the logits."""
-    torch.manual_seed(0)
-    student = LlambaForCausalLM(tiny_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return student
-
-
 @pytest.fixture(scope="module")
 def hybrid():
     student = tiny_student()
     apply_replacements(student, tiny_teacher(), [1, 3])
     return student
-
-
-def tokens(batch=2, length=21, seed=0):
-    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 # --- the official mixer --------------------------------------------------------------------------------------
@@ -166,8 +141,6 @@ def test_packed_documents_do_not_see_one_another(hybrid):
 
 @torch.no_grad()
 def test_cache_is_copied_expanded_and_never_cut(hybrid):
-    import copy
-
     ids = tokens(2, 10)
     cache = hybrid(ids, use_cache=True).past_key_values
     kept = copy.deepcopy(cache)

@@ -1,0 +1,311 @@
+"""The real entry under the real torchrun, on random tiny models and real text: what ranks agree on, what a step does,
+what is left on disk, and how bad input ends.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_gpus
+from llamba import LlambaForCausalLM
+from tests.tiny import tiny_student, tiny_teacher
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "presets" / "tiny" / "teacher"
+TEXT = ROOT / "presets" / "tiny" / "text" / "heldout.jsonl"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher with 1030 entries and a student with 1024, for the tiny preset's tokenizer of at most 1024."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    assert len(tokenizer) <= 1024
+    tiny_teacher(vocab_size=1030).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    tiny_student(vocab_size=1024).save_pretrained(folder / "student")
+    return folder
+
+
+def options(models, output_dir, **changes):
+    values = {
+        "teacher_model": models / "teacher",
+        "student_model": models / "student",
+        "dataset_name": TEXT,
+        "dataset_cache_dir": models / "cache",
+        "output_dir": output_dir,
+        "layers": "1 3",
+        "dtype": "float32",
+        "seq_length": 32,
+        "batch_size": 2,
+        "max_steps": 6,
+        "max_lr": 1e-3,
+        "warmup_ratio": 0.0,
+        "log_interval": 2,
+        "save_interval": 3,
+        **changes,
+    }
+    argv = ["--local_files_only"]
+    for name, value in values.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif value is not None:
+            argv += [f"--{name}", *str(value).split()]
+    return argv
+
+
+def launch(n_ranks, argv, script="tests/run_and_dump.py"):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, script, *argv]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    """Runs once for each set of options that a test asks for; returns the output directory."""
+    done = {}
+
+    def start(n_ranks=2, **changes):
+        key = (n_ranks, *sorted(changes.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run") / "out"
+            result = launch(n_ranks, options(models, folder, no_dataset_streaming=True, **changes))
+            assert result.returncode == 0, result.stderr[-4000:]
+            (folder / "stderr.txt").write_text(result.stderr)
+            done[key] = folder
+        return done[key]
+
+    return start
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder, rank=0):
+    return torch.load(folder / f"rank-{rank}.pt", weights_only=True)
+
+
+def moved(folder, step):
+    """Names of weights that differ between checkpoint-0 and checkpoint-<step>."""
+    before, after = (
+        LlambaForCausalLM.from_pretrained(folder / f"checkpoint-{n}", dtype="auto").state_dict() for n in (0, step)
+    )
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+FROZEN = {"freeze_mlp": True, "freeze_replaced_layers": True}
+
+
+# --- what ranks agree on -------------------------------------------------------------------------------------
+
+
+def test_all_ranks_hold_the_same_weights(run):
+    folder = run(2, **FROZEN)
+    first, second = weights(folder, 0), weights(folder, 1)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_two_students_equal_one_with_twice_the_batch(run):
+    two, one = run(2, **FROZEN), run(1, batch_size=4, **FROZEN)
+    for a, b in zip(metrics(two), metrics(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]
+    two_weights, one_weights = weights(two), weights(one)
+    for name in two_weights:
+        torch.testing.assert_close(two_weights[name], one_weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_accumulated_steps_equal_one_large_batch(run):
+    accumulated = run(1, grad_accumulation_steps=2, save_interval=4, **FROZEN)
+    for a, b in zip(metrics(accumulated), metrics(run(1, batch_size=4, **FROZEN)), strict=True):
+        assert a["micro_step"] == 2 * a["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_both_teacher_signals_give_the_same_losses(run):
+    hidden, logits = run(2, **FROZEN), run(2, teacher_signal="logits", **FROZEN)
+    for a, b in zip(metrics(hidden), metrics(logits), strict=True):
+        for name in ("loss", "kl", "ce"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+        assert a["kl"] > 0.01
+
+
+# --- what a step does ----------------------------------------------------------------------------------------
+
+
+def test_the_first_loss_is_the_reference_loss(run, models):
+    """The logged figures against a plain single-process computation on the same windows."""
+    import arguments
+    from data import build_dataloader
+    from losses import compute_distill_loss
+
+    folder = run(2, **FROZEN)
+    argv = options(models, folder, no_dataset_streaming=True, **FROZEN)
+    args = arguments.parse_train_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    args.batch_size = 4
+    batch = next(iter(build_dataloader(args, tokenizer, rank=0, world_size=1, is_builder=True)))
+    student = LlambaForCausalLM.from_pretrained(folder / "checkpoint-0").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher").eval()
+    with torch.no_grad():
+        total, kl, ce = compute_distill_loss(
+            student(batch.input_ids).logits,
+            teacher(batch.input_ids).logits,
+            batch.labels,
+            batch.loss_mask,
+            args.ce_weight,
+            args.kl_weight,
+            args.temperature,
+        )
+    first = metrics(folder)[0]
+    assert (first["loss"], first["kl"], first["ce"]) == pytest.approx((total.item(), kl.item(), ce.item()), rel=1e-5)
+
+
+def test_frozen_weights_stay_and_all_others_move(run):
+    folder = run(2, **FROZEN)
+    changed = moved(folder, 6)
+    everything = set(weights(folder))
+    frozen = {name for name in everything if ".mlp." in name or ".layers.1." in name or ".layers.3." in name}
+    assert changed == everything - frozen
+
+
+def test_weights_move_in_bfloat16_at_a_small_learning_rate(run):
+    """At lr 1e-5 a bfloat16 AdamW loses most of its steps; with float32 masters they add up."""
+    folder = run(1, dtype="bfloat16", max_lr=1e-5, max_steps=30, save_interval=0, weight_decay=0.0)
+    before, after = (LlambaForCausalLM.from_pretrained(folder / f"checkpoint-{n}", dtype="auto") for n in (0, 30))
+    assert after.dtype == torch.bfloat16
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    old, new = before.state_dict()[name], after.state_dict()[name]
+    spacing = old.abs().float() * 2**-8  # half of a bfloat16 step
+    reachable = spacing < 30 * 1e-5 * 0.5  # weights that half of the summed steps would carry across
+    assert reachable.float().mean() > 0.02
+    assert (old != new)[reachable].float().mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_train_like_float32(run, dtype):
+    reference, half = metrics(run(2, **FROZEN)), metrics(run(2, dtype=dtype, **FROZEN))
+    for a, b in zip(reference, half, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.1)
+
+
+def test_without_kl_no_teacher_runs(run):
+    folder = run(2, kl_weight=0.0, **FROZEN)
+    assert all(row["kl"] == 0 and row["teacher_wait_s"] == 0 for row in metrics(folder))
+    with_teacher = metrics(run(2, **FROZEN))[0]
+    assert metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)  # the layers came all the same
+
+
+def test_gradient_checkpointing_changes_no_loss(run):
+    plain, saving = metrics(run(2, **FROZEN)), metrics(run(2, gradient_checkpointing=True, **FROZEN))
+    assert [row["loss"] for row in saving] == pytest.approx([row["loss"] for row in plain], rel=1e-6)
+
+
+# --- what is left on disk ------------------------------------------------------------------------------------
+
+
+def test_checkpoints_metrics_and_log(run):
+    folder = run(2, **FROZEN)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-3", "checkpoint-6"}
+    state = json.loads((folder / "checkpoint-3" / "training_state.json").read_text())
+    assert (state["micro_step"], state["step"], state["arguments"]["layers"]) == (3, 3, [1, 3])
+    assert AutoTokenizer.from_pretrained(folder / "checkpoint-6").eos_token == "<|endoftext|>"
+    assert AutoModelForCausalLM.from_pretrained(folder / "checkpoint-6").config.attention_layers == [1, 3]
+
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["tokens"] == 6 * 2 * 2 * 32
+    names = {"step", "micro_step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"}
+    assert names | {"teacher_wait_s"} <= rows[0].keys()
+    log = (folder / "stderr.txt").read_text()
+    assert "[train] micro_step 6 (opt 6) | loss " in log
+    assert log.count("[train] micro_step 2 ") == 1  # one rank speaks
+    assert "replaced layers" in log
+
+
+def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
+    """A run that goes on from a checkpoint's weights: counters and schedule at their place, the hybrid as it was."""
+    first = tmp_path / "first"
+    changes = dict(shuffle_buffer=20, max_steps=4, save_interval=2, decay_ratio=0.5, wandb=True)
+    result = launch(1, options(models, first, **changes), "train_gpus.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert list((first / "wandb").glob("offline-run-*"))
+
+    second = tmp_path / "second"
+    argv = options(models, second, **{**changes, "wandb": None}, resume_step=2)
+    argv[argv.index("--student_model") + 1] = str(first / "checkpoint-2")
+    result = launch(1, argv, "train_gpus.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows, expected = metrics(second), metrics(first)[2:]
+    assert [(r["step"], r["micro_step"], r["lr"]) for r in rows] == [
+        (r["step"], r["micro_step"], r["lr"]) for r in expected
+    ]
+    assert {path.name for path in second.glob("checkpoint-*")} == {"checkpoint-4"}
+
+
+# --- bad input -----------------------------------------------------------------------------------------------
+
+
+def fail(models, tmp_path, monkeypatch, **changes):
+    """The error of a run in this process, which must come before any weight is read."""
+    for loader in ("get_student_model", "get_teacher_model"):
+        monkeypatch.setattr(train_gpus, loader, lambda *a, **k: pytest.fail("a model was loaded"))
+    argv = options(models, **{"output_dir": tmp_path / "out", "no_dataset_streaming": True, **changes})
+    monkeypatch.setattr(sys, "argv", ["train_gpus.py", *argv])
+    with pytest.raises(ValueError) as error:
+        train_gpus.main()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"layers": "1 9"}, ["--layers 1 9", "out of range", "0 to 3"]),
+        ({"dataset_text_field": "body"}, ["--dataset_text_field", "body", "text"]),
+        ({"batch_size": 100_000}, ["too small", "--batch_size"]),
+        ({"teacher_device": "cuda:3"}, ["--teacher_device cuda:3"]),
+        ({"temperature": 0}, ["--temperature 0"]),
+        ({"teacher_model": "meta-llama/Absent"}, ["--teacher_model meta-llama/Absent", "hf download"]),
+        ({"dataset_split": "validation"}, ["--dataset_split", "validation"]),
+        ({"dataset_name": "nowhere.jsonl"}, ["--dataset_name", "nowhere.jsonl"]),
+        ({"output_dir": "/proc/nowhere"}, ["--output_dir /proc/nowhere", "cannot be written"]),
+        ({"resume_step": 600}, ["--resume_step 600", "nothing is left"]),
+        ({"save_interval": 3, "grad_accumulation_steps": 2}, ["--save_interval 3", "--grad_accumulation_steps 2"]),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_a_model_is_loaded(models, tmp_path, monkeypatch, changes, words):
+    message = fail(models, tmp_path, monkeypatch, **changes)
+    for word in words:
+        assert word in message
+
+
+def test_a_tokenizer_that_is_too_large_for_the_student(models, tmp_path, monkeypatch):
+    tiny_student(vocab_size=96).save_pretrained(tmp_path / "small")
+    message = fail(models, tmp_path, monkeypatch, student_model=tmp_path / "small")
+    assert "--student_model" in message and "96" in message
+
+
+def test_an_output_directory_with_results_is_left_alone(models, tmp_path, monkeypatch):
+    (tmp_path / "out" / "checkpoint-30").mkdir(parents=True)
+    assert "checkpoint-30" in fail(models, tmp_path, monkeypatch)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "checkpoint-30"]
+
+
+def test_under_torchrun_one_rank_reports_and_the_exit_code_is_not_zero(models, tmp_path):
+    result = launch(2, options(models, tmp_path, layers="1 9"), "train_gpus.py")
+    assert result.returncode != 0
+    assert result.stderr.count("error: --layers 1 9") == 1
+    assert 'train_gpus.py", line' not in result.stderr  # no traceback of ours

@@ -1,0 +1,33 @@
+"""Random models of a few thousand weights, made in memory, for tests that need a teacher and a student."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llamba import LlambaConfig, LlambaForCausalLM
+
+
+def tiny_config(**changes):
+    ssm = {"d_state": 8, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 8}
+    values = dict(vocab_size=50, d_model=32, n_layer=4, mlp_cfg={"intermediate_size": 48}, ssm_cfg=ssm)
+    return LlambaConfig(**{**values, **changes})
+
+
+def tiny_teacher(**changes):
+    torch.manual_seed(1)
+    values = dict(vocab_size=56, hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4)
+    values |= dict(num_key_value_heads=2, max_position_embeddings=128)
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def tiny_student(**changes):
+    """Random weights, larger than the usual initialisation, so that every part of the model shows in the logits."""
+    torch.manual_seed(0)
+    student = LlambaForCausalLM(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return student
+
+
+def tokens(batch=2, length=21, seed=0):
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
