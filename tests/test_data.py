@@ -407,6 +407,19 @@ KINDS = [as_jsonl, as_json, as_gzip, as_parquet, as_txt, as_directory, as_saved,
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_in_a_txt_file_blank_lines_separate_documents(tmp_path: Path, streaming: bool, as_folder: bool):
+    documents = ["First Citizen:\nBefore we proceed, hear me.", "All:\nSpeak, speak.", "one line"] * 5
+    file = as_txt(tmp_path, documents)
+    name = tmp_path / "texts" if as_folder else file
+    if as_folder:
+        name.mkdir()
+        file.rename(name / "a.txt")
+    batches = loader(options(name, dataset_streaming=streaming, batch_size=1))
+    assert sorted(windows_of(batches)) == sorted(expected_windows(documents))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_local_data_without_network(tmp_path: Path, monkeypatch, kind, streaming: bool):
     forbid_network(monkeypatch)
