@@ -2,8 +2,8 @@
 loss as one module for DDP, and the update that follows the backward passes.
 """
 
+import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +26,8 @@ from losses import compute_distill_loss, mask_unknown_labels
 from model_utils import checked_device
 
 __all__ = ["compute_distill_loss"]  # re-exported: users of the original layout look for it here
+
+logger = logging.getLogger("train")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -93,14 +95,16 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
 
     What uses the groups has to be gone when the block ends: a DDP model that outlives them can hang its process.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    elif dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        logger.warning("TORCH_DISTRIBUTED_DEBUG=DETAIL taken as INFO: with it torch's DDP crashes on gloo groups")
+        dist.set_debug_level(dist.DebugLevel.INFO)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:  # a plain `python` run
+        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     try:
         local_world_size = env_rank("LOCAL_WORLD_SIZE")
         rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -138,6 +138,11 @@ def test_evaluation():
     assert (args.subjects, args.max_length, args.device, args.overwrite) == (None, None, None, False)
 
 
+@pytest.mark.parametrize("name,choices", [("wandb_mode", ["online", "offline", "disabled"]), ("dtype", arguments.DTYPES)])
+def test_every_choice_can_be_made(name, choices):
+    assert [getattr(train(f"--{name} {choice}"), name) for choice in choices] == list(choices)
+
+
 def test_evaluation_knows_whether_layers_stood_on_the_command_line():
     args = parse_eval_args([])
     assert (args.layers, args.layers_given) == ([14, 16, 17, 30], False)

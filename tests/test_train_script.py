@@ -236,6 +236,18 @@ def test_checkpoints_metrics_and_log(run):
     assert "replaced layers" in log
 
 
+def test_the_environment_of_slow_links_changes_nothing(run, models, tmp_path, monkeypatch):
+    """What users with bad interconnect set; gloo ignores the NCCL part, and torch's DETAIL crashes DDP on gloo."""
+    slow = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_ALGO": "Ring", "NCCL_MAX_NCHANNELS": "1"}
+    slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    for name, value in slow.items():
+        monkeypatch.setenv(name, value)
+    result = launch(2, options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [row["loss"] for row in metrics(tmp_path / "out")] == [row["loss"] for row in metrics(run(2, **FROZEN))]
+    assert "NCCL_P2P_DISABLE=1" in result.stderr and "DETAIL taken as INFO" in result.stderr
+
+
 def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
     """A run that goes on from a checkpoint's weights: counters and schedule at their place, the hybrid as it was."""
     first = tmp_path / "first"

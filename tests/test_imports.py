@@ -1,0 +1,175 @@
+"""The design's rule of imports, held by walking the source: they point down only, ranks are known to a few modules, and
+optional CUDA packages to one. The walker itself is tried on sources that break each rule.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (
+    {"arguments", "utils", "llamba"},
+    {"packing"},  # data's lower halves
+    {"sources"},
+    {"model_utils", "data", "losses"},
+    {"training_utils", "checkpoint", "mmlu"},
+    {"teacher"},  # of one level with these, and uses training_utils
+    {"train_gpus", "eval_mmlu_hybrid"},
+)
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+# Where less is allowed than the level allows.
+ALLOWED: dict[str, set[str]] = {
+    "llamba": set(),
+    "losses": set(),
+    "arguments": set(),
+    "utils": {"arguments"},
+    "teacher": {name for name in LEVEL_OF if LEVEL_OF[name] < LEVEL_OF["training_utils"]} | {"training_utils"},
+}
+KNOW_RANKS = {"training_utils", "teacher", "checkpoint", "data", "packing"}
+OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "fla"}
+DOTTED_NAME = re.compile(r"\w+(\.\w+)*")
+
+
+def project_sources():
+    """Module name -> source of everything that the entries are made of."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "llamba").rglob("*.py")]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text() for file in files}
+
+
+def imported(tree):
+    """Absolute dotted names that a module imports, wherever the statement stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def named_in_calls(tree):
+    """Dotted names that a module gives to calls as text, as `importlib.import_module` wants them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield from DOTTED_NAME.fullmatch(argument.value) and [argument.value] or []
+
+
+def climbs_out(tree, depth):
+    """Whether a relative import leaves the package of a module `depth` packages deep."""
+    return any(isinstance(node, ast.ImportFrom) and node.level > depth for node in ast.walk(tree))
+
+
+def uses_distributed(tree):
+    names = [*imported(tree), *(ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))]
+    return any(f"{name}.".startswith("torch.distributed.") for name in names)
+
+
+def is_below(module, target):
+    return target in ALLOWED.get(module, {name for name in LEVEL_OF if LEVEL_OF[name] < LEVEL_OF[module]})
+
+
+def violations(sources):
+    """Every breach of the rule, as `module: what`."""
+    found = []
+    for name, source in sorted(sources.items()):
+        module, tree = name.split(".")[0], ast.parse(source)
+        if module not in LEVEL_OF:
+            found.append(f"{name}: has no place in LEVELS")
+            continue
+        targets = {target.split(".")[0] for target in imported(tree)}
+        project = (targets & set(LEVEL_OF)) - ({"llamba"} if module == "llamba" else set())
+        found += [f"{name}: imports {target}" for target in sorted(project) if not is_below(module, target)]
+        if climbs_out(tree, name.count(".")):
+            found.append(f"{name}: imports from above its package")
+        if uses_distributed(tree) and module not in KNOW_RANKS:
+            found.append(f"{name}: uses torch.distributed")
+        optional = (targets | {text.split(".")[0] for text in named_in_calls(tree)}) & OPTIONAL_PACKAGES
+        if name != "llamba.kernels":
+            found += [f"{name}: imports {package}" for package in sorted(optional)]
+    return found
+
+
+def test_imports_point_down_only():
+    assert violations(project_sources()) == []
+
+
+def test_the_walk_sees_the_project():
+    sources = project_sources()
+    assert {"train_gpus", "arguments", "llamba.kernels", "llamba.modeling", "llamba.__init__"} <= set(sources)
+    assert {name.split(".")[0] for name in sources} == set(LEVEL_OF)
+    kernels = ast.parse(sources["llamba.kernels"])
+    assert {name.split(".")[0] for name in named_in_calls(kernels)} >= OPTIONAL_PACKAGES
+    assert uses_distributed(ast.parse(sources["training_utils"]))
+    assert set(imported(ast.parse(sources["teacher"]))) >= {"llamba.LlambaForCausalLM", "training_utils.Ranks"}
+
+
+@pytest.mark.parametrize(
+    "module,source,breach",
+    [
+        ("arguments", "import utils", "imports utils"),
+        ("utils", "import losses", "imports losses"),
+        ("losses", "from arguments import DTYPES", "imports arguments"),
+        ("llamba.ssd", "from utils import logger", "imports utils"),
+        ("llamba.ssd", "from ..utils import logger", "imports from above its package"),
+        ("packing", "import data", "imports data"),
+        ("sources", "import torch.distributed", "uses torch.distributed"),
+        ("data", "import model_utils", "imports model_utils"),
+        ("data", "def f():\n    from training_utils import Ranks", "imports training_utils"),
+        ("model_utils", "import checkpoint as c", "imports checkpoint"),
+        ("training_utils", "import teacher", "imports teacher"),
+        ("teacher", "import mmlu", "imports mmlu"),
+        ("checkpoint", "import train_gpus", "imports train_gpus"),
+        ("eval_mmlu_hybrid", "import train_gpus", "imports train_gpus"),
+        ("stranger", "", "has no place in LEVELS"),
+        ("train_gpus", "import torch.distributed as dist", "uses torch.distributed"),
+        ("train_gpus", "from torch import distributed", "uses torch.distributed"),
+        ("model_utils", "from torch.distributed import barrier", "uses torch.distributed"),
+        ("utils", "import torch\ntorch.distributed.barrier()", "uses torch.distributed"),
+        ("llamba.mixer", "import mamba_ssm.ops", "imports mamba_ssm"),
+        ("model_utils", "from fla.ops import simple_gla", "imports fla"),
+        ("llamba.mixer", "import importlib\nimportlib.import_module('causal_conv1d')", "imports causal_conv1d"),
+        ("llamba.mixer", "f(name='fla.ops.gla')", "imports fla"),
+    ],
+)
+def test_a_breach_is_seen(module, source, breach):
+    assert violations({module: source}) == [f"{module}: {breach}"]
+
+
+@pytest.mark.parametrize(
+    "module,source",
+    [
+        ("train_gpus", "import teacher, checkpoint, data, losses, arguments, utils\nfrom llamba import LlambaConfig"),
+        ("train_gpus", "from torch.nn.parallel import DistributedDataParallel"),
+        ("teacher", "import torch.distributed\nfrom training_utils import Ranks"),
+        ("data", "import packing, sources, arguments"),
+        ("utils", "from arguments import TrainArguments"),
+        ("llamba.mixer", "from .kernels import kernels_for\nfrom llamba.ssd import ssd_step"),
+        ("llamba.kernels", "import mamba_ssm"),
+        ("mmlu", "print('the words mamba_ssm and fla in a text')"),
+    ],
+)
+def test_what_is_allowed_is_no_breach(module, source):
+    assert violations({module: source}) == []
+
+
+def test_importing_a_module_runs_no_program():
+    """No side effects at import: outside definitions, entries only call what the guard protects."""
+    for name in ("train_gpus", "eval_mmlu_hybrid"):
+        for node in ast.parse(project_sources()[name]).body:
+            if isinstance(node, ast.Expr):
+                assert isinstance(node.value, ast.Constant), f"{name}: {ast.unparse(node)}"
+            if isinstance(node, ast.If):
+                assert ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def test_no_path_tricks():
+    for name, source in project_sources().items():
+        assert "sys.path" not in source, name
+
+
+def test_python_knows_the_modules_as_ours():
+    """A standard module of the same name would be imported in our place, or we in its."""
+    assert not set(LEVEL_OF) & set(sys.stdlib_module_names)

@@ -1,0 +1,608 @@
+"""What a training step is made of, each part against numbers worked out by hand or against PyTorch, and what two real
+ranks agree on.
+"""
+
+import os
+import socket
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import training_utils
+from arguments import parse_train_args
+from data import Batch
+from losses import compute_distill_loss
+from tests.tiny import tiny_student, tiny_teacher, tokens
+from training_utils import (
+    DistillationModel,
+    LossScale,
+    MasterWeightAdamW,
+    Meter,
+    build_optimizer,
+    build_schedule,
+    choose_devices,
+    env_rank,
+    gradient_norm,
+    parameter_groups,
+    process_groups,
+    update,
+)
+
+CPU = torch.device("cpu")
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def no_torchrun():
+    """The environment of a plain `python` run, restored afterwards."""
+    with mock.patch.dict(os.environ):
+        for name in RANK_NAMES:
+            os.environ.pop(name, None)
+        yield
+
+
+def options(line=""):
+    return parse_train_args(line.split())
+
+
+class Mixed(nn.Module):
+    """Parameters of one, two and three dimensions, one of them frozen."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(7, 5, generator=g).to(dtype))
+        self.conv = nn.Parameter(torch.randn(4, 1, 3, generator=g).to(dtype))
+        self.bias = nn.Parameter(torch.randn(6, generator=g).to(dtype))
+        self.scale = nn.Parameter(torch.randn((), generator=g).to(dtype))
+        self.frozen = nn.Parameter(torch.randn(3, 3, generator=g).to(dtype), requires_grad=False)
+
+
+def give_gradients(model, seed, factor=1.0):
+    g = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = (factor * torch.randn(parameter.shape, generator=g)).to(parameter.dtype)
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# --- MasterWeightAdamW ---------------------------------------------------------------------------------------
+
+
+def test_in_float32_it_is_pytorchs_adamw():
+    own_model, torch_model = Mixed(), Mixed()
+    own = MasterWeightAdamW(parameter_groups(own_model, 0.3), lr=1e-3)
+    theirs = torch.optim.AdamW(parameter_groups(torch_model, 0.3), lr=1e-3, betas=(0.9, 0.95), foreach=False)
+    assert [group["weight_decay"] for group in own.param_groups] == [0.3, 0.0]
+    for step in range(20):
+        for optimizer, model in ((own, own_model), (theirs, torch_model)):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (1 + step % 5)
+            give_gradients(model, seed=step)
+            optimizer.step()
+    before = weights(Mixed())
+    for name, value in weights(own_model).items():
+        torch.testing.assert_close(value, weights(torch_model)[name], rtol=1e-6, atol=1e-9)
+        assert torch.equal(value, before[name]) is (name == "frozen")
+
+
+def steps_of(optimizer_class, dtype, n=40, lr=1e-5):
+    """A weight matrix as large as a model's, before and after `n` steps along one noisy direction."""
+    g = torch.Generator().manual_seed(0)
+    start = (0.05 * torch.randn(64, 64, generator=g)).bfloat16()
+    direction = torch.randn(64, 64, generator=g).sign()
+    weight = nn.Parameter(start.to(dtype))
+    optimizer = optimizer_class([weight], lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(n):
+        weight.grad = (direction + 0.1 * torch.randn(64, 64, generator=g)).bfloat16().to(dtype)
+        optimizer.step()
+    return start, weight.detach(), optimizer.state[weight]
+
+
+def test_in_bfloat16_small_steps_add_up():
+    start, own, _ = steps_of(MasterWeightAdamW, torch.bfloat16)
+    _, exact, _ = steps_of(torch.optim.AdamW, torch.float32)
+    _, plain, _ = steps_of(torch.optim.AdamW, torch.bfloat16)
+    assert own.dtype == torch.bfloat16
+    torch.testing.assert_close(own.float(), exact, rtol=2**-8, atol=1e-7)  # no more than rounded
+    assert (own == exact.bfloat16()).float().mean() > 0.999
+    moved, could_move, moved_by_plain = ((w != start).float().mean() for w in (own, exact.bfloat16(), plain))
+    assert moved == pytest.approx(could_move, abs=0.002)
+    assert moved > 0.9
+    assert moved_by_plain < 0.3  # what this optimizer is for
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_and_moments_are_float32(dtype):
+    _, weight, state = steps_of(MasterWeightAdamW, dtype, n=3)
+    assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq", "master"), torch.float32
+    )
+    assert torch.equal(state["master"].to(dtype), weight)
+    assert not torch.equal(state["master"], weight.float())
+
+
+def test_a_float32_parameter_is_its_own_master():
+    _, _, state = steps_of(MasterWeightAdamW, torch.float32, n=1)
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_parameter_without_a_gradient_stays():
+    model = Mixed(torch.bfloat16)
+    optimizer = MasterWeightAdamW(parameter_groups(model, 0.5), lr=0.1)
+    model.matrix.grad = torch.ones_like(model.matrix)
+    optimizer.step()
+    before = weights(Mixed(torch.bfloat16))
+    changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert changed == {"matrix"}
+
+
+# --- parameter groups ----------------------------------------------------------------------------------------
+
+
+def test_only_matrices_decay():
+    model = Mixed()
+    matrices, vectors = parameter_groups(model, 0.1)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert [id(p) for p in matrices["params"]] == [id(model.matrix), id(model.conv)]
+    assert [id(p) for p in vectors["params"]] == [id(model.bias), id(model.scale)]
+
+
+def test_groups_of_a_student():
+    student = tiny_student()
+    for name in ("mlp", "mixer"):
+        getattr(student.backbone.layers[0], name).requires_grad_(False)
+    groups = parameter_groups(student, 0.1)
+    names = {id(p): name for name, p in student.named_parameters()}
+    decaying, others = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert decaying | others == {name for name, p in student.named_parameters() if p.requires_grad}
+    assert not decaying & others
+    assert {"backbone.layers.1.mixer.conv1d.weight", "backbone.layers.1.mixer.in_proj.weight"} <= decaying
+    assert {"backbone.layers.1.mixer.D", "backbone.final_layernorm.weight"} <= others
+    assert not any("norm" in name or name.endswith("bias") for name in decaying)
+    assert sum(len(group["params"]) for group in groups) == len(decaying) + len(others)  # tied weights once
+
+
+def test_groups_without_members_are_left_out():
+    model = Mixed()
+    model.bias.requires_grad_(False)
+    model.scale.requires_grad_(False)
+    assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.1]
+
+
+# --- the schedule --------------------------------------------------------------------------------------------
+
+TWENTY = "--max_lr 1e-3 --min_lr 1e-4 --warmup_ratio 0.2 --decay_ratio 0.25"
+# Warm-up over 4 steps from min_lr, stable for 11, linear decay over 5; min_lr from there on.
+TWENTY_LRS = [1e-4, 3.25e-4, 5.5e-4, 7.75e-4, *[1e-3] * 11, 1e-3, 8.2e-4, 6.4e-4, 4.6e-4, 2.8e-4, 1e-4, 1e-4]
+
+
+def learning_rates(line, total_steps, done, n):
+    """Of `n` steps, as the optimizer sees them."""
+    args = options(line)
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=args.max_lr)
+    schedule = build_schedule(optimizer, args, total_steps, done)
+    found = []
+    for _ in range(n):
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert first == second == schedule.get_last_lr()[0]
+        found.append(first)
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_warm_up_stable_decay():
+    assert learning_rates(TWENTY, 20, done=0, n=22) == pytest.approx(TWENTY_LRS, rel=1e-12)
+
+
+@pytest.mark.parametrize("done", [1, 4, 9, 15, 17, 20])
+def test_a_run_that_goes_on_has_the_rest_of_the_same_schedule(done):
+    rest = learning_rates(TWENTY, 20, done, n=22 - done)
+    assert rest == learning_rates(TWENTY, 20, done=0, n=22)[done:]
+
+
+@pytest.mark.parametrize(
+    "done,lr",
+    [(0, 1e-8), (500, 5.005e-6), (1000, 1e-5), (50_000, 1e-5), (90_000, 1e-5), (95_000, 5.005e-6), (100_000, 1e-8)],
+)
+def test_the_production_schedule(done, lr):
+    assert learning_rates("", 100_000, done, n=1) == pytest.approx([lr], rel=1e-9)
+
+
+def test_schedules_without_warm_up_or_decay():
+    assert learning_rates("--max_lr 1 --warmup_ratio 0 --decay_ratio 0", 3, done=0, n=3) == [1, 1, 1]
+    assert learning_rates("--max_lr 0 --min_lr 0", 3, done=0, n=3) == [0, 0, 0]
+
+
+# --- loss scale, norm, update --------------------------------------------------------------------------------
+
+
+def test_the_float16_scale_halves_and_doubles():
+    scale = LossScale(torch.float16, growth_interval=3)
+    values = []
+    for overflowed in (False, False, True, False, False, False, False, False, False, True):
+        scale.update(overflowed)
+        values.append(scale.value / 2**14)
+    assert values == [1, 1, 0.5, 0.5, 0.5, 1, 1, 1, 2, 1]
+    assert scale.skipped == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_dtypes_have_no_scale(dtype):
+    scale = LossScale(dtype, growth_interval=1)
+    scale.update(overflowed=True)
+    scale.update(overflowed=False)
+    assert (scale.value, scale.active, scale.skipped) == (1.0, False, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_norm(dtype):
+    model = Mixed(dtype)
+    give_gradients(model, seed=1)
+    flat = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+    assert gradient_norm(model).dtype == torch.float32
+    assert gradient_norm(model).item() == pytest.approx(flat.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype,size", [(torch.bfloat16, 2.0**-6), (torch.float16, 300.0)])
+def test_the_norm_of_sixteen_bit_gradients_is_float32s(dtype, size):
+    """A sum in bfloat16 would stop growing, one in float16 overflow."""
+    model = nn.Linear(300, 300, bias=False).to(dtype)
+    model.weight.grad = torch.full_like(model.weight, size)
+    assert gradient_norm(model).item() == pytest.approx(300 * size, rel=1e-6)
+
+
+def prepared(dtype=torch.float32, grad_factor=1.0):
+    """A model with gradients, plain SGD of lr 1 over it, whose steps are the gradients, and a schedule."""
+    model = Mixed(dtype)
+    give_gradients(model, seed=3, factor=grad_factor)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+
+def distance(before, model):
+    return torch.cat([(before[name] - value).flatten() for name, value in weights(model).items()]).norm().item()
+
+
+@pytest.mark.parametrize("grad_clip", [0.25, 1.0])
+def test_clipping_scales_to_the_clip_and_the_norm_is_that_before(grad_clip):
+    model, optimizer, schedule = prepared()
+    before, norm = weights(model), gradient_norm(model).item()
+    gradient = model.matrix.grad.clone()
+    assert norm > 5
+    assert update(model, optimizer, schedule, LossScale(torch.float32), grad_clip) == norm
+    assert distance(before, model) == pytest.approx(grad_clip, rel=1e-5)
+    torch.testing.assert_close(before["matrix"] - model.matrix.detach(), gradient * (grad_clip / norm))
+    assert all(p.grad is None for p in model.parameters())
+    assert schedule.get_last_lr() == [0.5]
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1e4])
+def test_small_gradients_and_clip_0_are_left_as_they_are(grad_clip):
+    model, optimizer, schedule = prepared()
+    expected = {name: p.detach() - p.grad if p.requires_grad else p for name, p in model.named_parameters()}
+    update(model, optimizer, schedule, LossScale(torch.float32), grad_clip)
+    assert all(torch.equal(expected[name], value) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(bad, dtype):
+    model, optimizer, schedule = prepared(dtype)
+    before = weights(model)
+    model.bias.grad[2] = bad
+    with pytest.raises(FloatingPointError, match="diverged"):
+        update(model, optimizer, schedule, LossScale(dtype), 1.0)
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    assert schedule.get_last_lr() == [1.0]
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_scaled_gradients_are_unscaled(grad_clip):
+    scale = LossScale(torch.float16)
+    scaled, plain = prepared(grad_factor=scale.value), prepared()
+    norm = update(*plain, LossScale(torch.float32), grad_clip)
+    assert update(*scaled, scale, grad_clip) == pytest.approx(norm, rel=1e-6)
+    for name, value in weights(plain[0]).items():
+        torch.testing.assert_close(weights(scaled[0])[name], value)
+    assert (scale.value, scale.good_steps, scale.skipped) == (2.0**14, 1, 0)
+
+
+def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale():
+    model, optimizer, schedule = prepared(torch.float16)
+    before, scale = weights(model), LossScale(torch.float16)
+    model.conv.grad[0] = float("inf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the schedule moves without the optimizer, as it has to
+        assert not update(model, optimizer, schedule, scale, 1.0) < float("inf")
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    assert (scale.value, scale.skipped) == (2.0**13, 1)
+    assert all(p.grad is None for p in model.parameters())
+    give_gradients(model, seed=4, factor=scale.value * 1e-3)
+    assert update(model, optimizer, schedule, scale, 1.0) < 1.0
+    assert distance(before, model) > 0
+
+
+def test_small_float16_gradients_are_not_lost_when_they_are_unscaled():
+    """A gradient of 1e-8 is 0 in float16 and 1.6e-4 under the scale; Adam moves by it as by a larger one."""
+    weight = nn.Parameter(torch.full((8, 8), 0.01, dtype=torch.float16))
+    model = nn.ParameterList([weight])
+    optimizer = MasterWeightAdamW([weight], lr=0.1)
+    scale = LossScale(torch.float16)
+    weight.grad = torch.full_like(weight, 1e-8 * scale.value)
+    update(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 100), scale, 1.0)
+    moved = 0.01 - weight.detach().float()
+    torch.testing.assert_close(moved, torch.full((8, 8), 0.05), rtol=0.02, atol=0.0)  # lr * g / (g + eps)
+
+
+def test_a_float16_run_that_diverged_for_good_stops():
+    """Weights that are NaN overflow at every scale; skipping for ever would hide it."""
+    model, optimizer, schedule = prepared(torch.float16)
+    scale = LossScale(torch.float16)
+    with warnings.catch_warnings(), pytest.raises(FloatingPointError):
+        warnings.simplefilter("ignore")
+        for _ in range(1200):
+            model.bias.grad = torch.full_like(model.bias, float("nan"))
+            update(model, optimizer, schedule, scale, 1.0)
+
+
+# --- devices and ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch, no_torchrun):
+    """A machine with some GPUs and torchrun's environment of one rank."""
+
+    def become(n_gpus, n_students, local_rank=0):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+        os.environ.update(LOCAL_WORLD_SIZE=str(n_students), LOCAL_RANK=str(local_rank))
+
+    return become
+
+
+@pytest.mark.parametrize("local_rank", range(4))
+def test_students_take_the_first_gpus_and_the_teacher_the_last(machine, local_rank):
+    machine(5, 4, local_rank)
+    assert choose_devices(None, True) == (torch.device("cuda", local_rank), torch.device("cuda:4"))
+
+
+def test_the_teacher_takes_the_last_visible_gpu_of_many(machine):
+    machine(8, 2, 1)
+    assert choose_devices(None, True) == (torch.device("cuda:1"), torch.device("cuda:7"))
+
+
+@pytest.mark.parametrize("n_gpus,n_students,needed", [(4, 4, 5), (1, 1, 2), (2, 4, 5)])
+def test_there_is_one_more_gpu_than_students(machine, n_gpus, n_students, needed):
+    machine(n_gpus, n_students)
+    with pytest.raises(ValueError) as error:
+        choose_devices(None, True)
+    message = str(error.value)
+    assert f"--nproc_per_node {n_students}: needs {needed} visible GPUs" in message
+    assert f"and {n_gpus} are visible" in message and "--teacher_device cuda:0" in message
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:3", "cpu"])
+def test_a_named_teacher_device_may_be_a_students_own(machine, name):
+    machine(4, 4, 2)
+    assert choose_devices(name, True) == (torch.device("cuda:2"), torch.device(name))
+
+
+def test_students_need_their_own_gpus_all_the_same(machine):
+    machine(3, 4)
+    with pytest.raises(ValueError, match="needs 4 visible GPUs .4 for students., and 3 are visible"):
+        choose_devices("cpu", True)
+
+
+@pytest.mark.parametrize("name", ["cuda:5", "cuda:17", "cuda:-1", "gpu", "gpu:0", "5"])
+def test_a_teacher_device_that_is_not_there(machine, name):
+    machine(5, 4)
+    with pytest.raises(ValueError, match=f"--teacher_device {name}: .*cuda:0 to cuda:4"):
+        choose_devices(name, True)
+
+
+def test_without_a_teacher_its_gpu_is_not_needed(machine):
+    machine(4, 4, 3)
+    assert choose_devices(None, runs_teacher=False)[0] == torch.device("cuda:3")
+
+
+def test_without_gpus_all_are_on_the_cpu(machine):
+    machine(0, 4, 2)
+    assert choose_devices(None, True) == choose_devices("cpu", True) == (CPU, CPU)
+    with pytest.raises(ValueError, match="--teacher_device cuda:0: 0 GPUs are visible"):
+        choose_devices("cuda:0", True)
+
+
+def test_a_plain_run_is_one_rank_of_one(no_torchrun):
+    assert [env_rank(name) for name in RANK_NAMES[:4]] == [0, 1, 0, 1]
+    os.environ.update(RANK="5", WORLD_SIZE="8")
+    assert (env_rank("RANK"), env_rank("WORLD_SIZE")) == (5, 8)
+
+
+def test_process_groups_of_a_plain_run(no_torchrun):
+    with process_groups(CPU) as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (0, 1, 0, 1)
+        assert ranks.is_main and ranks.owns_teacher and ranks.teacher_rank == 0
+        assert dist.get_backend() == "gloo"
+    assert not dist.is_initialized()
+
+
+def test_process_groups_are_left_on_an_error(no_torchrun):
+    with pytest.raises(KeyError), process_groups(CPU):
+        assert dist.is_initialized()
+        raise KeyError
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("rank,local_rank,teacher_rank", [(0, 0, 0), (3, 3, 0), (4, 0, 4), (6, 2, 4)])
+def test_each_node_has_its_own_teacher(rank, local_rank, teacher_rank):
+    ranks = training_utils.Ranks(rank, 8, local_rank, 4, node=None, control=None)
+    assert ranks.teacher_rank == teacher_rank
+    assert ranks.owns_teacher is (local_rank == 0)
+    assert ranks.is_main is (rank == 0)
+
+
+def test_means_of_a_meter(no_torchrun):
+    with process_groups(CPU):
+        meter = Meter(CPU)
+        meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.5)
+        meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), 0.25)
+        expected = {"loss": 2.0, "kl": 3.0, "ce": 4.0, "ignored_labels": 10.0, "teacher_wait_s": 0.75}
+        assert meter.mean() == expected
+        meter.add(torch.tensor([1.0, 1.0, 1.0, 0.0]), 0.0)  # it started anew
+        assert meter.mean() == {"loss": 1.0, "kl": 1.0, "ce": 1.0, "ignored_labels": 0.0, "teacher_wait_s": 0.0}
+
+
+# --- the student with its loss -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_both_signals_give_the_reference_loss():
+    """The student has 48 entries after padding, the teacher 40: labels from there on are ignored and counted."""
+    student, teacher = tiny_student(vocab_size=48), tiny_teacher(vocab_size=40)
+    batch = Batch.from_windows(tokens(2, 9) % 40)
+    batch.labels[0, 3] = 45
+    batch.loss_mask[1, :2] = False
+    args = options("--ce_weight 0.5 --kl_weight 0.2 --temperature 2")
+    hidden = teacher.model(batch.input_ids).last_hidden_state
+    logits = teacher(batch.input_ids).logits
+    reference = compute_distill_loss(
+        student(batch.input_ids).logits, logits, batch.labels, batch.loss_mask, 0.5, 0.2, 2.0
+    )
+    for head, signal in ((teacher.lm_head.weight, hidden), (None, logits)):
+        total, figures = DistillationModel(student, head, 40, args)(batch, signal)
+        torch.testing.assert_close(total, reference[0])
+        torch.testing.assert_close(figures, torch.stack([*reference, torch.tensor(1.0)]))
+
+
+def test_the_teachers_head_is_neither_trained_nor_saved():
+    student, teacher = tiny_student(), tiny_teacher()
+    model = DistillationModel(student, teacher.lm_head.weight.detach(), 50, options())
+    assert len(list(model.parameters())) == len(list(student.parameters()))
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+# --- two real ranks ------------------------------------------------------------------------------------------
+
+STEPS = 6
+TRAINING = "--max_lr 1e-2 --min_lr 1e-4 --weight_decay 0.1 --warmup_ratio 0.34 --decay_ratio 0.34 --grad_clip 1.0"
+
+
+def train_mixed(dtype):
+    """`STEPS` updates of the project's own optimizer and schedule, with the gradients that DDP would have made the
+    same on all ranks. Returns the model and the optimizer.
+    """
+    args, model = options(TRAINING), Mixed(dtype)
+    optimizer = build_optimizer(model, args)
+    schedule = build_schedule(optimizer, args, STEPS, done=0)
+    for step in range(STEPS):
+        give_gradients(model, seed=step)
+        update(model, optimizer, schedule, LossScale(dtype), args.grad_clip)
+    return model, optimizer
+
+
+def expected_weights(dtype):
+    """The same by one process without ZeRO, every quantity by hand."""
+    model = Mixed(dtype)
+    optimizer = MasterWeightAdamW(parameter_groups(model, 0.1), betas=(0.9, 0.95))
+    # Warm-up over 2 of 6 steps, stable for 2, decay over 2.
+    for step, lr in enumerate([1e-4, 5.05e-3, 1e-2, 1e-2, 1e-2, 5.05e-3]):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        give_gradients(model, seed=step)
+        norm = gradient_norm(model).item()
+        for parameter in model.parameters():
+            if parameter.grad is not None and norm > 1.0:
+                parameter.grad.mul_(1.0 / norm)
+        optimizer.step()
+    return weights(model)
+
+
+def masters(model, optimizer):
+    """Names of the parameters whose state this rank keeps, and the masters among it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = {names[id(parameter)]: entry for parameter, entry in optimizer.optim.state.items()}
+    return {name: entry["master"].dtype if "master" in entry else None for name, entry in state.items()}
+
+
+def work(rank, port, folder):
+    """One of two ranks; leaves what it found in `<folder>/<rank>.pt`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    with process_groups(CPU) as ranks:
+        found = {"ranks": (ranks.rank, ranks.local_rank, ranks.owns_teacher, ranks.is_main, ranks.teacher_rank)}
+        found["sizes"] = (dist.get_world_size(ranks.node), dist.get_world_size(ranks.control))
+        for dtype in (torch.float32, torch.bfloat16):
+            model, optimizer = train_mixed(dtype)
+            found[dtype] = {"weights": weights(model), "masters": masters(model, optimizer)}
+        meter = Meter(CPU)
+        for micro_step in range(3):
+            meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]) * (rank + 1) + micro_step, 0.5 * rank)
+        found["mean"] = meter.mean()
+        torch.save(found, Path(folder) / f"{rank}.pt")
+        del model, optimizer
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two real processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        mp.spawn(work, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_two_ranks_of_one_node(two_ranks):
+    assert [found["ranks"] for found in two_ranks] == [(0, 0, True, True, 0), (1, 1, False, False, 0)]
+    assert [found["sizes"] for found in two_ranks] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_cover_everything_and_each_master_is_on_one_rank(two_ranks, dtype):
+    first, second = (found[dtype]["masters"] for found in two_ranks)
+    assert first.keys() | second.keys() == {"matrix", "conv", "bias", "scale"}
+    assert not first.keys() & second.keys()
+    assert first and second
+    expected = torch.float32 if dtype == torch.bfloat16 else None
+    assert set(first.values()) | set(second.values()) == {expected}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_ranks_step_like_one_process(two_ranks, dtype):
+    first, second = (found[dtype]["weights"] for found in two_ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, value in expected_weights(dtype).items():
+        torch.testing.assert_close(first[name], value, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_rank_needs_no_special_path(no_torchrun, dtype):
+    with process_groups(CPU):
+        model, optimizer = train_mixed(dtype)
+        found, kept = weights(model), masters(model, optimizer)
+        del model, optimizer
+    assert kept.keys() == {"matrix", "conv", "bias", "scale"}
+    before = weights(Mixed(dtype))
+    for name, value in expected_weights(dtype).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-8)
+        assert torch.equal(found[name], before[name]) is (name == "frozen")
+
+
+def test_a_meter_averages_over_ranks(two_ranks):
+    """Rank 0 saw 1, 2, 3 as losses in its three micro steps, rank 1 saw 2, 3, 4; and so on."""
+    expected = {"loss": 2.5, "kl": 4.0, "ce": 5.5, "ignored_labels": 21.0, "teacher_wait_s": 0.75}
+    for found in two_ranks:
+        assert found["mean"] == pytest.approx(expected)
