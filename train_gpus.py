@@ -112,17 +112,16 @@ def load_models(
     args: TrainArguments, vocab: int, ranks: Ranks, device: torch.device, teacher_device: torch.device
 ) -> tuple[LlambaForCausalLM, torch.Tensor | None, TeacherLane | None]:
     """The student of this rank, hybrid and frozen as asked; the teacher's head, if hidden states are sent; and the
-    lane to the teacher, if it runs. Only the ranks that run the teacher, or rank 0 where none does, read it.
+    lane to the teacher, if it runs. The teacher's weights are read where it runs; where it does not, by rank 0
+    alone, for its layers alone.
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
-    if not runs_teacher:  # only its layers are wanted, once, by rank 0
-        teacher_device = torch.device("cpu")
-    reads_teacher = ranks.owns_teacher if runs_teacher else ranks.is_main
-    teacher = get_teacher_model(
-        args.teacher_model, dtype, teacher_device if reads_teacher else torch.device("meta"), runs_teacher
-    )
     student = get_student_model(args.student_model, dtype, device)
-    if not student.config.attention_layers:  # else it is a hybrid that was trained before
+    takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
+    reads_teacher = ranks.owns_teacher if runs_teacher else ranks.is_main and takes_layers
+    place = torch.device("meta") if not reads_teacher else teacher_device if runs_teacher else torch.device("cpu")
+    teacher = get_teacher_model(args.teacher_model, dtype, place, with_head=runs_teacher)
+    if takes_layers:
         apply_replacements(student, teacher, args.layers)
         share_layers(student, args.layers)
     if args.freeze_mlp:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -76,10 +75,6 @@ def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
             "overwrite; choose another directory, or move the old one away"
         )
     return folder
-
-
-def free_gib(path: Path) -> float:
-    return shutil.disk_usage(path).free / 2**30
 
 
 class RunLog:
