@@ -4,6 +4,7 @@ what is left on disk, and how bad input ends.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +61,17 @@ def options(models, output_dir, **changes):
     return argv
 
 
-def launch(n_ranks, argv, script="tests/run_and_dump.py"):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+def start(torchrun_options, argv, script="tests/run_and_dump.py"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*torchrun, script, *argv]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options, script, *argv]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def launch(n_ranks, argv, script="tests/run_and_dump.py"):
+    """Runs to the end; returns (exit code, standard error)."""
+    process = start(["--standalone", f"--nproc_per_node={n_ranks}"], argv, script)
+    _, stderr = process.communicate(timeout=240)
+    return process.returncode, stderr
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +79,17 @@ def run(models, tmp_path_factory):
     """Runs once for each set of options that a test asks for; returns the output directory."""
     done = {}
 
-    def start(n_ranks=2, **changes):
+    def run_once(n_ranks=2, **changes):
         key = (n_ranks, *sorted(changes.items()))
         if key not in done:
             folder = tmp_path_factory.mktemp("run") / "out"
-            result = launch(n_ranks, options(models, folder, no_dataset_streaming=True, **changes))
-            assert result.returncode == 0, result.stderr[-4000:]
-            (folder / "stderr.txt").write_text(result.stderr)
+            code, stderr = launch(n_ranks, options(models, folder, no_dataset_streaming=True, **changes))
+            assert code == 0, stderr[-4000:]
+            (folder / "stderr.txt").write_text(stderr)
             done[key] = folder
         return done[key]
 
-    return start
+    return run_once
 
 
 def metrics(folder):
@@ -124,6 +131,25 @@ def test_two_students_equal_one_with_twice_the_batch(run):
     two_weights, one_weights = weights(two), weights(one)
     for name in two_weights:
         torch.testing.assert_close(two_weights[name], one_weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_nodes_equal_two_ranks_of_one(run, models, tmp_path):
+    """Each node runs a teacher of its own; two torchruns on this machine stand for two nodes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN)
+    common = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [start([*common, f"--node_rank={rank}"], argv) for rank in (0, 1)]
+    ends = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    one_node = run(2, **FROZEN)
+    for a, b in zip(metrics(tmp_path / "out"), metrics(one_node), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-6)
+    for rank in (0, 1):
+        for name, weight in weights(tmp_path / "out", rank).items():
+            torch.testing.assert_close(weight, weights(one_node)[name], rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_steps_equal_one_large_batch(run):
@@ -242,25 +268,25 @@ def test_the_environment_of_slow_links_changes_nothing(run, models, tmp_path, mo
     slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     for name, value in slow.items():
         monkeypatch.setenv(name, value)
-    result = launch(2, options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN))
-    assert result.returncode == 0, result.stderr[-3000:]
+    code, stderr = launch(2, options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN))
+    assert code == 0, stderr[-3000:]
     assert [row["loss"] for row in metrics(tmp_path / "out")] == [row["loss"] for row in metrics(run(2, **FROZEN))]
-    assert "NCCL_P2P_DISABLE=1" in result.stderr and "DETAIL taken as INFO" in result.stderr
+    assert "NCCL_P2P_DISABLE=1" in stderr and "DETAIL taken as INFO" in stderr
 
 
 def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
     """A run that goes on from a checkpoint's weights: counters and schedule at their place, the hybrid as it was."""
     first = tmp_path / "first"
     changes = dict(shuffle_buffer=20, max_steps=4, save_interval=2, decay_ratio=0.5, wandb=True)
-    result = launch(1, options(models, first, **changes), "train_gpus.py")
-    assert result.returncode == 0, result.stderr[-3000:]
+    code, stderr = launch(1, options(models, first, **changes), "train_gpus.py")
+    assert code == 0, stderr[-3000:]
     assert list((first / "wandb").glob("offline-run-*"))
 
     second = tmp_path / "second"
     argv = options(models, second, **{**changes, "wandb": None}, resume_step=2)
     argv[argv.index("--student_model") + 1] = str(first / "checkpoint-2")
-    result = launch(1, argv, "train_gpus.py")
-    assert result.returncode == 0, result.stderr[-3000:]
+    code, stderr = launch(1, argv, "train_gpus.py")
+    assert code == 0, stderr[-3000:]
     rows, expected = metrics(second), metrics(first)[2:]
     assert [(r["step"], r["micro_step"], r["lr"]) for r in rows] == [
         (r["step"], r["micro_step"], r["lr"]) for r in expected
@@ -317,7 +343,7 @@ def test_an_output_directory_with_results_is_left_alone(models, tmp_path, monkey
 
 
 def test_under_torchrun_one_rank_reports_and_the_exit_code_is_not_zero(models, tmp_path):
-    result = launch(2, options(models, tmp_path, layers="1 9"), "train_gpus.py")
-    assert result.returncode != 0
-    assert result.stderr.count("error: --layers 1 9") == 1
-    assert 'train_gpus.py", line' not in result.stderr  # no traceback of ours
+    code, stderr = launch(2, options(models, tmp_path, layers="1 9"), "train_gpus.py")
+    assert code != 0
+    assert stderr.count("error: --layers 1 9") == 1
+    assert 'train_gpus.py", line' not in stderr  # no traceback of ours
