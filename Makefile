@@ -4,10 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-# Ranks share the cores of a machine without GPUs; more threads than that only get in each other's way.
-export OMP_NUM_THREADS ?= 1
-export TOKENIZERS_PARALLELISM ?= true
-
 .PHONY: setup setup-dev demo test lint
 
 setup: .venv/installed
@@ -33,8 +29,9 @@ demo: .venv/installed
 	$(BIN)/python eval_mmlu_hybrid.py --preset tiny --which student hybrid hybrid_ft teacher \
 		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json
 
+# Tensors here are tiny and many tests start several processes: more threads would only get in each other's way.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
