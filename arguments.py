@@ -7,6 +7,7 @@ Standard library only, so that a mistake is reported before anything heavy is im
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class TrainArguments(CommonArguments):
         "hidden",
         choices=("hidden", "logits"),
     )
-    freeze_mlp: bool = option(MODELS, "do not train the MLPs of the mixer layers", False)
+    freeze_mlp: bool = option(MODELS, "do not train the MLPs, those of replaced layers included", False)
     freeze_replaced_layers: bool = option(MODELS, "do not train the layers that come from the teacher", False)
     gradient_checkpointing: bool = option(MODELS, "recompute activations in backward to save memory", False)
 
@@ -133,14 +134,14 @@ class TrainArguments(CommonArguments):
         found += [_too_small(self, name, 0) for name in not_negative]
         found += [_too_small(self, name, 0) for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")]
         found += _layer_problems(self.layers)
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             found.append(f"--temperature {self.temperature}: expected a number above 0; 1.0 is the usual choice")
         if self.ce_weight == self.kl_weight == 0:
             found.append("--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight")
         if self.min_lr > self.max_lr:
             found.append(f"--min_lr {self.min_lr}: expected at most --max_lr {self.max_lr}; lower it")
         ratios = (self.warmup_ratio, self.decay_ratio)
-        if min(ratios) < 0 or sum(ratios) > 1:
+        if not (all(ratio >= 0 for ratio in ratios) and sum(ratios) <= 1):
             found.append(
                 f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, "
                 "each at least 0 and together at most 1"
@@ -250,7 +251,7 @@ def _default_text(field: dataclasses.Field) -> str:
 
 def _scalar_type(hint: Any) -> type:
     """int for `int`, `int | None`, `list[int]` and `list[int] | None`."""
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is list:
         return typing.get_args(hint)[0]
@@ -276,7 +277,7 @@ def _preset_values(name: str, cls) -> dict[str, Any]:
 
 def _too_small(args: Any, name: str, least: float) -> str | None:
     value = getattr(args, name)
-    return f"--{name} {value}: expected at least {least}" if not value >= least else None
+    return None if least <= value < math.inf else f"--{name} {value}: expected at least {least}"
 
 
 def _layer_problems(layers: list[int]) -> list[str]:

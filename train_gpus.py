@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments, parse_train_args
 from checkpoint import save_checkpoint
@@ -47,6 +48,7 @@ from training_utils import (
     build_optimizer,
     build_schedule,
     choose_devices,
+    env_rank,
     process_groups,
     to_device,
     update,
@@ -65,18 +67,25 @@ def main() -> None:
     teacher_config, student_config = get_configs(args.teacher_model, args.student_model)
     check_replacements(student_config, teacher_config, args.layers)
     vocab = shared_vocab(student_config.vocab_size, teacher_config.vocab_size)
-    with process_groups(device) as ranks:
-        setup_logging(args.log_file, ranks.is_main)
-        run(args, vocab, ranks, device, teacher_device)
-
-
-def run(args: TrainArguments, vocab: int, ranks: Ranks, device: torch.device, teacher_device: torch.device) -> None:
-    torch.manual_seed(args.seed)
-    logger.info(describe_environment())
-    if ranks.is_main:
-        prepare_output_dir(args.output_dir, args.resume_step)
     tokenizer = get_tokenizer(args.teacher_model)
     check_tokenizer(tokenizer, vocab)
+    if env_rank("RANK") == 0:
+        prepare_output_dir(args.output_dir, args.resume_step)
+    with process_groups(device) as ranks:
+        setup_logging(args.log_file, ranks.is_main)
+        run(args, tokenizer, vocab, ranks, device, teacher_device)
+
+
+def run(
+    args: TrainArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: int,
+    ranks: Ranks,
+    device: torch.device,
+    teacher_device: torch.device,
+) -> None:
+    torch.manual_seed(args.seed)
+    logger.info(describe_environment())
 
     # 1. Text to batches. The first is drawn now: data that cannot fill it is found out before models load.
     loader = build_dataloader(
@@ -174,13 +183,14 @@ def distil(
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args, total_steps, done=step)
     loss_scale = LossScale(DTYPES[args.dtype])
-    meter, stopwatch = Meter(device), Stopwatch()
+    meter = Meter(device)
     tokens_per_micro_step = ranks.world_size * args.batch_size * args.seq_length
     logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, step)
     if micro_step == 0:
         save(micro_step, step)
 
     model.train()
+    stopwatch = Stopwatch()
     for batch in batches:
         batch = to_device(batch, device)
         signal = lane.submit(batch.input_ids).result() if lane else None  # (B, S, D_t) or (B, S, vocab)
@@ -210,6 +220,7 @@ def distil(
             )
         if args.save_interval and micro_step % args.save_interval == 0 and step < total_steps:
             save(micro_step, step)
+            stopwatch.lap()  # saving is no part of a step's time
         if step == total_steps:
             break
     save(micro_step, step)

@@ -210,7 +210,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that steps on float32 master weights and moments, whatever the parameters' dtype.
 
     In bfloat16 a step of lr 1e-5 is below the weights' resolution and most of it would be lost; the masters
-    keep it. For float32 parameters the parameter is its own master.
+    keep it. For float32 parameters the parameter is its own master. Gradients are multiplied by their group's
+    `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, grad_factor=1.0))
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -244,7 +245,7 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         master = state.get("master", parameter)
         adamw(
             [master],
-            [parameter.grad.float()],
+            [parameter.grad.float() * group["grad_factor"]],
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
@@ -299,7 +300,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total
 
 class LossScale:
     """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
-    `growth_interval` good steps. For other dtypes it is 1 for good.
+    `growth_interval` good steps. For other dtypes it is 1 for good. Where even a factor of 1 overflows, the run
+    has diverged: FloatingPointError.
     """
 
     def __init__(self, dtype: torch.dtype, growth_interval: int = 1000) -> None:
@@ -314,6 +316,10 @@ class LossScale:
         if overflowed:
             self.skipped += 1
             self.value /= 2
+            if self.value < 1:
+                raise FloatingPointError(
+                    f"float16 gradients overflow at every scale: the run diverged ({self.skipped} updates skipped)"
+                )
         elif self.good_steps % self.growth_interval == 0:
             self.value *= 2
 
@@ -347,10 +353,8 @@ def update(
         factor = 1.0 / loss_scale.value
         if grad_clip and norm > grad_clip:
             factor *= grad_clip / norm
-        if factor != 1.0:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        for group in optimizer.param_groups:
+            group["grad_factor"] = factor
         optimizer.step()
     loss_scale.update(overflowed=not finite)
     schedule.step()

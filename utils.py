@@ -5,8 +5,10 @@ output directory, and figures that people can read.
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -68,7 +70,8 @@ def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
         raise ValueError(
             f"--output_dir {output_dir}: cannot be written ({error.strerror}); choose a directory of your own"
         ) from error
-    steps = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-[0-9]*")]
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir()]
+    steps = [int(match[1]) for match in found if match]
     if any(step >= max(resume_step, 1) and step != resume_step for step in steps) or (steps and not resume_step):
         raise ValueError(
             f"--output_dir {output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
@@ -91,7 +94,9 @@ class RunLog:
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
-        self.file.write(json.dumps(row) + "\n")
+        # JSON has no infinity, which the gradient norm of a skipped float16 step can be.
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
         if row["step"] % self.log_interval == 0 or row["step"] == 1:
             logger.info(format_metrics(row))

@@ -1,5 +1,5 @@
-"""Command lines to typed options: the project's own commands to exact values, presets under and over them, and every
-mistake as one ValueError that names flag, value and remedy.
+"""Command lines to typed options: the project's own commands to exact values, presets under and over them, and
+every mistake as one ValueError that names flag, value and remedy.
 """
 
 import dataclasses
@@ -114,7 +114,15 @@ def test_the_production_command():
 
 def test_no_option_at_all_is_the_production_preset():
     args, production = train(), train(PRODUCTION)
-    for name in ("teacher_model", "student_model", "layers", "dtype", "dataset_name", "dataset_subset", "seq_length"):
+    for name in (
+        "teacher_model",
+        "student_model",
+        "layers",
+        "dtype",
+        "dataset_name",
+        "dataset_subset",
+        "seq_length",
+    ):
         assert getattr(args, name) == getattr(production, name), name
     assert (args.freeze_mlp, args.freeze_replaced_layers, args.dataset_streaming, args.wandb) == (
         False,
@@ -130,15 +138,16 @@ def test_the_command_line_of_the_process_is_the_default(monkeypatch):
 
 
 def test_evaluation():
-    args = parse_eval_args(
-        "--which student hybrid_ft --ckpt C --layers 14 30 --mmlu_dir M --num_fewshot 0 --limit 9 --output F".split()
-    )
+    line = "--which student hybrid_ft --ckpt C --layers 14 30 --mmlu_dir M --num_fewshot 0 --limit 9 --output F"
+    args = parse_eval_args(line.split())
     assert (args.which, args.ckpt, args.layers, args.mmlu_dir) == (["student", "hybrid_ft"], "C", [14, 30], "M")
     assert (args.num_fewshot, args.limit, args.output, args.batch_size) == (0, 9, "F", 8)
     assert (args.subjects, args.max_length, args.device, args.overwrite) == (None, None, None, False)
 
 
-@pytest.mark.parametrize("name,choices", [("wandb_mode", ["online", "offline", "disabled"]), ("dtype", arguments.DTYPES)])
+@pytest.mark.parametrize(
+    "name,choices", [("wandb_mode", ["online", "offline", "disabled"]), ("dtype", arguments.DTYPES)]
+)
 def test_every_choice_can_be_made(name, choices):
     assert [getattr(train(f"--{name} {choice}"), name) for choice in choices] == list(choices)
 

@@ -1,5 +1,4 @@
-"""Checkpoints are whole or absent: what a directory holds, its round trip, and saves that fail or are killed on the way.
-"""
+"""Checkpoints are whole or absent: what a directory holds, its round trip, and saves that end on their way."""
 
 import json
 import os
@@ -115,7 +114,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_save_that_fails_leaves_no_checkpoint_and_the_next_succeeds(tmp_path, hybrid, tokenizer, monkeypatch, stage):
+def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, hybrid, tokenizer, monkeypatch, stage):
     with monkeypatch.context() as patch:
         patch.setattr(*STAGES[stage], fail)
         with pytest.raises(Killed):

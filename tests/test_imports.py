@@ -1,5 +1,5 @@
-"""The design's rule of imports, held by walking the source: they point down only, ranks are known to a few modules, and
-optional CUDA packages to one. The walker itself is tried on sources that break each rule.
+"""The design's rule of imports, held by walking the source: they point down only, few modules know of ranks,
+and one of optional CUDA packages. The walker itself is tried on sources that break each rule.
 """
 
 import ast
@@ -141,7 +141,10 @@ def test_a_breach_is_seen(module, source, breach):
 @pytest.mark.parametrize(
     "module,source",
     [
-        ("train_gpus", "import teacher, checkpoint, data, losses, arguments, utils\nfrom llamba import LlambaConfig"),
+        (
+            "train_gpus",
+            "import teacher, checkpoint, data, losses, arguments, utils\nfrom llamba import LlambaConfig",
+        ),
         ("train_gpus", "from torch.nn.parallel import DistributedDataParallel"),
         ("teacher", "import torch.distributed\nfrom training_utils import Ranks"),
         ("data", "import packing, sources, arguments"),

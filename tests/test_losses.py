@@ -1,5 +1,5 @@
-"""The distillation loss against golden figures, PyTorch's own losses and finite differences: values, gradients, masks,
-vocabularies of different width, and precision.
+"""The distillation loss against golden figures, PyTorch's own losses and finite differences: values, gradients,
+masks, vocabularies of different width, and precision.
 """
 
 import json
@@ -47,9 +47,8 @@ def test_golden_losses_and_gradients(name, temperature):
     io = load_file(GOLDEN / name / "io.safetensors")
     student = io["hybrid_logits"][..., : case["min_vocab"]].clone().requires_grad_()
     weights = case["ce_weight"], case["kl_weight"]
-    figures = compute_distill_loss(
-        student, io["teacher_logits"], io["labels"], io["loss_mask"], *weights, temperature
-    )
+    golden = student, io["teacher_logits"], io["labels"], io["loss_mask"]
+    figures = compute_distill_loss(*golden, *weights, temperature)
     figures[0].backward()
     for figure, key in zip(figures, ("total", "kl", "ce"), strict=True):
         torch.testing.assert_close(figure.detach(), io[f"{key}_T{temperature}"], rtol=1e-5, atol=1e-6)

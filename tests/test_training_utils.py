@@ -1,5 +1,5 @@
-"""What a training step is made of, each part against numbers worked out by hand or against PyTorch, and what two real
-ranks agree on.
+"""What a training step is made of, each part against numbers worked out by hand or against PyTorch, and what two
+real ranks agree on.
 """
 
 import os
@@ -100,12 +100,16 @@ def steps_of(optimizer_class, dtype, n=40, lr=1e-5):
     g = torch.Generator().manual_seed(0)
     start = (0.05 * torch.randn(64, 64, generator=g)).bfloat16()
     direction = torch.randn(64, 64, generator=g).sign()
-    weight = nn.Parameter(start.to(dtype))
+    weight = nn.Parameter(start.to(dtype, copy=True))
     optimizer = optimizer_class([weight], lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     for _ in range(n):
         weight.grad = (direction + 0.1 * torch.randn(64, 64, generator=g)).bfloat16().to(dtype)
         optimizer.step()
     return start, weight.detach(), optimizer.state[weight]
+
+
+def share_moved(start, weight):
+    return (weight != start).float().mean().item()
 
 
 def test_in_bfloat16_small_steps_add_up():
@@ -115,7 +119,7 @@ def test_in_bfloat16_small_steps_add_up():
     assert own.dtype == torch.bfloat16
     torch.testing.assert_close(own.float(), exact, rtol=2**-8, atol=1e-7)  # no more than rounded
     assert (own == exact.bfloat16()).float().mean() > 0.999
-    moved, could_move, moved_by_plain = ((w != start).float().mean() for w in (own, exact.bfloat16(), plain))
+    moved, could_move, moved_by_plain = (share_moved(start, w) for w in (own, exact.bfloat16(), plain))
     assert moved == pytest.approx(could_move, abs=0.002)
     assert moved > 0.9
     assert moved_by_plain < 0.3  # what this optimizer is for
@@ -213,7 +217,15 @@ def test_a_run_that_goes_on_has_the_rest_of_the_same_schedule(done):
 
 @pytest.mark.parametrize(
     "done,lr",
-    [(0, 1e-8), (500, 5.005e-6), (1000, 1e-5), (50_000, 1e-5), (90_000, 1e-5), (95_000, 5.005e-6), (100_000, 1e-8)],
+    [
+        (0, 1e-8),
+        (500, 5.005e-6),
+        (1000, 1e-5),
+        (50_000, 1e-5),
+        (90_000, 1e-5),
+        (95_000, 5.005e-6),
+        (100_000, 1e-8),
+    ],
 )
 def test_the_production_schedule(done, lr):
     assert learning_rates("", 100_000, done, n=1) == pytest.approx([lr], rel=1e-9)
@@ -259,14 +271,28 @@ def test_the_norm_of_sixteen_bit_gradients_is_float32s(dtype, size):
     """A sum in bfloat16 would stop growing, one in float16 overflow."""
     model = nn.Linear(300, 300, bias=False).to(dtype)
     model.weight.grad = torch.full_like(model.weight, size)
-    assert gradient_norm(model).item() == pytest.approx(300 * size, rel=1e-6)
+    assert gradient_norm(model).item() == pytest.approx(300 * size, rel=1e-3)
+
+
+class GradientStep(torch.optim.Optimizer):
+    """Descends by the gradient as `update` hands it on: lr 1, times the group's grad_factor."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_((parameter.grad.float() * group["grad_factor"]).to(parameter.dtype))
 
 
 def prepared(dtype=torch.float32, grad_factor=1.0):
-    """A model with gradients, plain SGD of lr 1 over it, whose steps are the gradients, and a schedule."""
+    """A model with gradients, an optimizer whose steps are the gradients, and a schedule."""
     model = Mixed(dtype)
     give_gradients(model, seed=3, factor=grad_factor)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = GradientStep([p for p in model.parameters() if p.requires_grad])
     return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
 
 
@@ -429,7 +455,9 @@ def test_a_plain_run_is_one_rank_of_one(no_torchrun):
 
 
 def test_process_groups_of_a_plain_run(no_torchrun):
+    environment = dict(os.environ)
     with process_groups(CPU) as ranks:
+        assert os.environ == environment
         assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (0, 1, 0, 1)
         assert ranks.is_main and ranks.owns_teacher and ranks.teacher_rank == 0
         assert dist.get_backend() == "gloo"
@@ -561,7 +589,8 @@ def two_ranks(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        mp.spawn(work, args=(port, str(folder)), nprocs=2)
+        # Forked: importing everything once more takes longer than all the rest, and no rank runs a backward.
+        mp.start_processes(work, args=(port, str(folder)), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
