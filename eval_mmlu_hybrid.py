@@ -29,13 +29,12 @@ from llamba import LlambaConfig
 from model_utils import (
     apply_replacements,
     check_replacements,
-    checked_device,
     get_student_model,
     get_teacher_model,
     get_tokenizer,
     locate_model,
 )
-from utils import run_entry, setup_logging
+from utils import checked_device, run_entry, setup_logging
 
 MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
 
@@ -115,10 +114,7 @@ def check(args: EvalArguments) -> Plan:
 def _find_teacher(args: EvalArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, str]:
     path = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
     config = _read_config("--teacher_model", args.teacher_model, path)
-    try:
-        return config, get_tokenizer(path), path
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--teacher_model {args.teacher_model}: cannot read its tokenizer: {error}") from error
+    return config, get_tokenizer("--teacher_model", path), path
 
 
 def _find_student(args: EvalArguments, lender: PretrainedConfig | None) -> str:

@@ -33,8 +33,8 @@ def compute_distill_loss(
 
     student_logits (B, S, V_s), teacher_logits (B, S, V_t) or None (then kl is 0); labels, loss_mask (B, S).
     Softmax runs over the first min(V_s, V_t) entries; labels outside them are left out. Means over unmasked
-    tokens, 0 where there are none. Returns (total, kl, ce), scalars; kl without its weight and T^2... is the mean
-    KL at temperature T times T^2, ce the mean cross entropy at temperature 1.
+    tokens, 0 where there are none. Returns (total, kl, ce), scalars: kl is T^2 times the mean KL at temperature T,
+    ce the mean cross entropy at temperature 1; neither has its weight.
     """
     vocab = student_logits.shape[-1]
     if teacher_logits is not None:

@@ -25,13 +25,19 @@ from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_f
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(name)
+def get_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{flag} {name}: cannot read its tokenizer; copy tokenizer.json and tokenizer_config.json into it ({error})"
+        ) from error
 
 
-def locate_model(flag: str, name: str, local_files_only: bool) -> str:
-    """The directory or hub name to load `name` from. With `local_files_only` it is always a complete directory on
-    this disk, so that loading touches no network. Raises ValueError that names the option.
+def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bool = True) -> str:
+    """The directory or hub name to load `name` from. With `local_files_only` it is always a directory on this
+    disk, with every weight file if they are needed, so that loading touches no network. Raises ValueError that
+    names the option.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -44,7 +50,10 @@ def locate_model(flag: str, name: str, local_files_only: bool) -> str:
                 f"{flag} {name}: neither a directory nor complete in the local Hugging Face cache; give a "
                 f"directory, or run `hf download {name}` on a machine with network and copy its cache"
             ) from error
-    _check_weight_files(flag, name, folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{flag} {name}: no config.json in it; expected a directory written by save_pretrained")
+    if needs_weights:
+        _check_weight_files(flag, name, folder)
     return str(folder)
 
 
@@ -68,8 +77,6 @@ def _get_config(flag: str, name: str) -> PretrainedConfig:
 
 
 def _check_weight_files(flag: str, name: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{flag} {name}: no config.json in it; expected a directory written by save_pretrained")
     for file in WEIGHT_FILES:
         index = folder / f"{file}.index.json"
         if (folder / file).is_file():
@@ -164,7 +171,6 @@ def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, lay
                 else:
                     own.copy_(given)
         layer.train(student.training)
-        layer.gradient_checkpointing = False
         backbone.layers[index] = layer
     backbone.rotary_emb = LlamaRotaryEmbedding(attention_config).to(device)
 
@@ -223,20 +229,3 @@ def _table_row(name: str, parameters: list[nn.Parameter]) -> str:
     total = sum(p.numel() for p in unique)
     trainable = sum(p.numel() for p in unique if p.requires_grad)
     return f"{name:<20}{total:>16,}{trainable:>16,}{total - trainable:>16,}"
-
-
-def checked_device(flag: str, name: str | None) -> torch.device:
-    """The device that `name` means, or the first GPU, or the CPU. Raises ValueError if it is not there."""
-    n_gpus = torch.cuda.device_count()
-    if name is None:
-        return torch.device("cuda:0" if n_gpus else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{flag} {name}: not a device; expected cpu, or cuda:0 to cuda:{n_gpus - 1}") from error
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise ValueError(
-            f"{flag} {name}: {n_gpus} GPUs are visible here; expected cpu"
-            + (f" or cuda:0 to cuda:{n_gpus - 1}" if n_gpus else "; check CUDA_VISIBLE_DEVICES and the driver")
-        )
-    return device

@@ -81,15 +81,15 @@ def _slow_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]]
     return token_lists, f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Every id that the tokenizer can produce has a row in the student's embedding."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str, vocab_size: int) -> None:
+    """Every id that the tokenizer can produce has a row in the embedding of the model that `flag` names."""
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{i} ({token!r})" for i, token in beyond[:5])
         raise ValueError(
-            f"--student_model has a vocabulary of {vocab_size}, but the tokenizer {tokenizer.name_or_path!r} "
+            f"{flag} has a vocabulary of {vocab_size}, but the tokenizer {tokenizer.name_or_path!r} "
             f"has {len(beyond)} token(s) beyond it: {named}{', ...' if len(beyond) > 5 else ''}; use the "
-            "tokenizer that the student was made for"
+            "tokenizer that the model was made for"
         )
 
 
@@ -110,7 +110,7 @@ def rows_of(data: datasets.Dataset | datasets.IterableDataset, field: str) -> It
 def only_texts(rows: Iterable[object], field: str) -> Iterator[str]:
     """The rows that hold text. Empty ones are skipped and counted; anything but text is an error."""
     seen = skipped = 0
-    for row, text in enumerate(rows):
+    for text in rows:
         seen += 1
         if text is None or text == "":
             skipped += 1
@@ -118,8 +118,8 @@ def only_texts(rows: Iterable[object], field: str) -> Iterator[str]:
             yield text
         else:
             raise ValueError(
-                f"--dataset_text_field {field!r}: row {row} holds {type(text).__name__} ({text!r:.60}), "
-                "expected text; correct that row or name another column"
+                f"--dataset_text_field {field!r}: row {seen - 1} as read here holds {type(text).__name__} "
+                f"({text!r:.60}), expected text; correct that row or name another column"
             )
     if skipped:
         logger.warning("skipped %d of %d rows: no text in column %r", skipped, seen, field)

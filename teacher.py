@@ -24,8 +24,8 @@ class TeacherLane:
     vocab: columns of the logits that are sent, the entries that both vocabularies have.
     """
 
-    def __init__(self, teacher: PreTrainedModel, signal: str, vocab: int, ranks: Ranks, device: torch.device) -> None:
-        self.teacher, self.signal, self.vocab, self.ranks, self.device = teacher, signal, vocab, ranks, device
+    def __init__(self, teacher: PreTrainedModel, signal: str, vocab: int, ranks: Ranks) -> None:
+        self.teacher, self.signal, self.vocab, self.ranks = teacher, signal, vocab, ranks
         self.wait_s = 0.0  # seconds that this rank has waited since `take_wait`
         if ranks.owns_teacher and signal == "hidden":
             _check_hidden_signal(teacher)
@@ -34,22 +34,32 @@ class TeacherLane:
         """input_ids (B, S) on this rank's device, of the same shape on every rank."""
         return PendingSignal(self, input_ids)
 
+    def collect(self, input_ids: Tensor) -> Tensor:
+        """The teacher's answer. Only the wait for it is counted, not what the GPU still had to do before."""
+        _synchronize(self.ranks.device)
+        start = time.perf_counter()
+        signal = self._exchange(input_ids)
+        _synchronize(self.ranks.device)
+        self.wait_s += time.perf_counter() - start
+        return signal
+
     def take_wait(self) -> float:
         waited, self.wait_s = self.wait_s, 0.0
         return waited
 
     @torch.no_grad()
     def _exchange(self, input_ids: Tensor) -> Tensor:
-        ranks, W = self.ranks, self.ranks.local_world_size
-        gathered = [torch.empty_like(input_ids) for _ in range(W if ranks.owns_teacher else 0)]
-        dist.gather(input_ids, gathered or None, dst=ranks.teacher_rank, group=ranks.node)
-        parts = None
+        ranks = self.ranks
+        gathered = parts = None
         if ranks.owns_teacher:
+            gathered = [torch.empty_like(input_ids) for _ in range(ranks.local_world_size)]
+        dist.gather(input_ids, gathered, dst=ranks.teacher_rank, group=ranks.node)
+        if gathered is not None:
             inputs = torch.cat(gathered).to(self.teacher.device)  # (W*B, S)
-            answer = self._forward(inputs).to(self.device)  # (W*B, S, D_t or vocab)
+            answer = self._forward(inputs).to(ranks.device)  # (W*B, S, D_t or vocab)
             parts = list(answer.split(input_ids.shape[0]))
         width = self.teacher.config.hidden_size if self.signal == "hidden" else self.vocab
-        received = torch.empty(*input_ids.shape, width, dtype=self.teacher.dtype, device=self.device)
+        received = torch.empty(*input_ids.shape, width, dtype=self.teacher.dtype, device=ranks.device)
         dist.scatter(received, parts, src=ranks.teacher_rank, group=ranks.node)
         return received
 
@@ -66,12 +76,7 @@ class PendingSignal:
         self.lane, self.input_ids = lane, input_ids
 
     def result(self) -> Tensor:
-        start = time.perf_counter()
-        signal = self.lane._exchange(self.input_ids)
-        if signal.is_cuda:
-            torch.cuda.current_stream().synchronize()  # the wait is measured, not guessed
-        self.lane.wait_s += time.perf_counter() - start
-        return signal
+        return self.lane.collect(self.input_ids)
 
 
 def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
@@ -81,12 +86,17 @@ def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
             dist.broadcast(parameter.data, src=0)
 
 
-def share_head(teacher: PreTrainedModel, vocab: int, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> Tensor:
+def share_head(teacher: PreTrainedModel, vocab: int, ranks: Ranks) -> Tensor:
     """The first `vocab` rows of the teacher's output weight, (vocab, D_t), on every rank's own device."""
     head = teacher.get_output_embeddings().weight.detach()[:vocab]
-    own = head.to(device, dtype) if ranks.owns_teacher else torch.empty(head.shape, dtype=dtype, device=device)
+    own = head.to(ranks.device) if ranks.owns_teacher else torch.empty_like(head, device=ranks.device)
     dist.broadcast(own, src=ranks.teacher_rank, group=ranks.node)
     return own
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 @torch.no_grad()

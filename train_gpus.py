@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +49,7 @@ from training_utils import (
     build_optimizer,
     build_schedule,
     choose_devices,
-    env_rank,
+    is_main_rank,
     process_groups,
     to_device,
     update,
@@ -59,38 +60,50 @@ from utils import RunLog, Stopwatch, describe_environment, prepare_output_dir, r
 logger = logging.getLogger("train")
 
 
+class Models(NamedTuple):
+    """What the checks before a run have found: where the models are, and what both of them speak."""
+
+    teacher: str
+    student: str
+    vocab: int  # entries that both vocabularies have
+    tokenizer: PreTrainedTokenizerBase
+
+
 def main() -> None:
     args = parse_train_args()
+    setup_logging(args.log_file, is_main_rank())
     device, teacher_device = choose_devices(args.teacher_device, runs_teacher=args.kl_weight > 0)
-    args.teacher_model = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
-    args.student_model = locate_model("--student_model", args.student_model, args.local_files_only)
-    teacher_config, student_config = get_configs(args.teacher_model, args.student_model)
-    check_replacements(student_config, teacher_config, args.layers)
-    vocab = shared_vocab(student_config.vocab_size, teacher_config.vocab_size)
-    tokenizer = get_tokenizer(args.teacher_model)
-    check_tokenizer(tokenizer, vocab)
-    if env_rank("RANK") == 0:
+    models = check_models(args)
+    if is_main_rank():
         prepare_output_dir(args.output_dir, args.resume_step)
     with process_groups(device) as ranks:
-        setup_logging(args.log_file, ranks.is_main)
-        run(args, tokenizer, vocab, ranks, device, teacher_device)
+        run(args, models, ranks, teacher_device)
 
 
-def run(
-    args: TrainArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab: int,
-    ranks: Ranks,
-    device: torch.device,
-    teacher_device: torch.device,
-) -> None:
+def check_models(args: TrainArguments) -> Models:
+    """Whether these models go together, before a weight of them is read. Raises ValueError."""
+    runs_teacher = args.kl_weight > 0
+    teacher_needed = runs_teacher or bool(args.layers)
+    teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, teacher_needed)
+    student = locate_model("--student_model", args.student_model, args.local_files_only)
+    teacher_config, student_config = get_configs(teacher, student)
+    check_replacements(student_config, teacher_config, args.layers)
+    tokenizer = get_tokenizer("--teacher_model", teacher)
+    check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
+    if not runs_teacher:
+        return Models(teacher, student, student_config.vocab_size, tokenizer)
+    check_tokenizer(tokenizer, "--teacher_model", teacher_config.vocab_size)
+    return Models(teacher, student, shared_vocab(student_config.vocab_size, teacher_config.vocab_size), tokenizer)
+
+
+def run(args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device) -> None:
     torch.manual_seed(args.seed)
     logger.info(describe_environment())
 
     # 1. Text to batches. The first is drawn now: data that cannot fill it is found out before models load.
     loader = build_dataloader(
         args,
-        tokenizer,
+        models.tokenizer,
         rank=ranks.rank,
         world_size=ranks.world_size,
         is_builder=ranks.local_rank == 0,
@@ -101,35 +114,38 @@ def run(
     batches = itertools.chain([next(batches)], batches)
 
     # 2. The student takes over the teacher's layers.
-    student, teacher_head, lane = load_models(args, vocab, ranks, device, teacher_device)
-    adopt_special_tokens(student, tokenizer)
+    student, teacher_head, lane = load_models(args, models, ranks, teacher_device)
+    adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
-    model = wrap_ddp(DistillationModel(student, teacher_head, vocab, args), device)
+    model = wrap_ddp(DistillationModel(student, teacher_head, models.vocab, args), ranks.device)
 
     # 3. and 4. Learn from text and teacher, log, save.
     def save(micro_step: int, step: int) -> None:
         if ranks.is_main:
             state = {"micro_step": micro_step, "step": step, "arguments": dataclasses.asdict(args)}
-            path = save_checkpoint(Path(args.output_dir), micro_step, student, tokenizer, state)
+            path = save_checkpoint(Path(args.output_dir), micro_step, student, models.tokenizer, state)
             logger.info("saved %s", path)
 
     with RunLog(args, ranks.is_main) as log:
-        distil(args, batches, total_steps, model, lane, ranks, device, log, save)
+        distil(args, batches, total_steps, model, lane, ranks, log, save)
 
 
 def load_models(
-    args: TrainArguments, vocab: int, ranks: Ranks, device: torch.device, teacher_device: torch.device
+    args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device
 ) -> tuple[LlambaForCausalLM, torch.Tensor | None, TeacherLane | None]:
     """The student of this rank, hybrid and frozen as asked; the teacher's head, if hidden states are sent; and the
     lane to the teacher, if it runs. The teacher's weights are read where it runs; where it does not, by rank 0
     alone, for its layers alone.
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
-    student = get_student_model(args.student_model, dtype, device)
+    student = get_student_model(models.student, dtype, ranks.device)
     takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
-    reads_teacher = ranks.owns_teacher if runs_teacher else ranks.is_main and takes_layers
-    place = torch.device("meta") if not reads_teacher else teacher_device if runs_teacher else torch.device("cpu")
-    teacher = get_teacher_model(args.teacher_model, dtype, place, with_head=runs_teacher)
+    place = torch.device("meta")
+    if runs_teacher and ranks.owns_teacher:
+        place = teacher_device
+    elif takes_layers and ranks.is_main:
+        place = torch.device("cpu")
+    teacher = get_teacher_model(models.teacher, dtype, place, with_head=runs_teacher)
     if takes_layers:
         apply_replacements(student, teacher, args.layers)
         share_layers(student, args.layers)
@@ -142,21 +158,27 @@ def load_models(
         student.gradient_checkpointing_enable({"use_reentrant": False})
     if not runs_teacher:
         return student, None, None
-    head = share_head(teacher, vocab, ranks, dtype, device) if args.teacher_signal == "hidden" else None
-    return student, head, TeacherLane(teacher, args.teacher_signal, vocab, ranks, device)
+    head = share_head(teacher, models.vocab, ranks) if args.teacher_signal == "hidden" else None
+    return student, head, TeacherLane(teacher, args.teacher_signal, models.vocab, ranks)
 
 
 def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) -> int:
     """Optimizer steps of the whole run: --max_steps or --epochs, whichever ends first. How long a stream is, nobody
     knows; it may end before the learning rate has decayed.
     """
-    total = args.max_steps
+    total, accumulate = args.max_steps, args.grad_accumulation_steps
     if isinstance(loader, CachedLoader):
-        total = min(total, args.epochs * len(loader) // args.grad_accumulation_steps)
-    if args.resume_step // args.grad_accumulation_steps >= total:
+        micro_steps = args.epochs * len(loader)
+        total = min(total, micro_steps // accumulate)
+        if total == 0:
+            raise ValueError(
+                f"--grad_accumulation_steps {accumulate}: the data has {micro_steps} micro steps, fewer than one "
+                "optimizer step; lower it, raise --epochs or use more text"
+            )
+    if args.resume_step // accumulate >= total:
         raise ValueError(
-            f"--resume_step {args.resume_step}: the run has {total} optimizer steps of "
-            f"{args.grad_accumulation_steps} micro steps; nothing is left to train, raise --max_steps or --epochs"
+            f"--resume_step {args.resume_step}: the run has {total} optimizer steps of {accumulate} micro steps; "
+            "nothing is left to train, raise --max_steps or --epochs"
         )
     return total
 
@@ -174,16 +196,16 @@ def distil(
     model: DistributedDataParallel,
     lane: TeacherLane | None,
     ranks: Ranks,
-    device: torch.device,
     log: RunLog,
     save: Callable[[int, int], None],
 ) -> None:
     accumulate = args.grad_accumulation_steps
-    micro_step, step = args.resume_step, args.resume_step // accumulate
+    micro_step = saved = args.resume_step
+    step = micro_step // accumulate
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args, total_steps, done=step)
     loss_scale = LossScale(DTYPES[args.dtype])
-    meter = Meter(device)
+    meter = Meter(ranks.device)
     tokens_per_micro_step = ranks.world_size * args.batch_size * args.seq_length
     logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, step)
     if micro_step == 0:
@@ -192,7 +214,7 @@ def distil(
     model.train()
     stopwatch = Stopwatch()
     for batch in batches:
-        batch = to_device(batch, device)
+        batch = to_device(batch, ranks.device)
         signal = lane.submit(batch.input_ids).result() if lane else None  # (B, S, D_t) or (B, S, vocab)
         micro_step += 1
         steps_now = micro_step % accumulate == 0
@@ -213,17 +235,21 @@ def distil(
                     **meter.mean(),
                     "lr": lr,
                     "grad_norm": grad_norm,
+                    "skipped_updates": loss_scale.skipped,
                     "tokens": micro_step * tokens_per_micro_step,
                     "tokens_per_s": accumulate * tokens_per_micro_step / seconds,
                     "step_time_s": seconds,
                 }
             )
-        if args.save_interval and micro_step % args.save_interval == 0 and step < total_steps:
+        if args.save_interval and micro_step % args.save_interval == 0:
             save(micro_step, step)
+            saved = micro_step
             stopwatch.lap()  # saving is no part of a step's time
         if step == total_steps:
             break
-    save(micro_step, step)
+    trained = step * accumulate  # micro steps after the last update have changed no weight
+    if trained != saved:
+        save(trained, step)
     if step < total_steps:
         logger.warning("the data ended at step %d of %d, before the learning rate had decayed", step, total_steps)
 

@@ -3,6 +3,7 @@ loss as one module for DDP, and the update that follows the backward passes.
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,10 +23,9 @@ from transformers import get_wsd_schedule
 from arguments import TrainArguments
 from data import Batch
 from llamba import LlambaForCausalLM
-from losses import compute_distill_loss, mask_unknown_labels
-from model_utils import checked_device
-
-__all__ = ["compute_distill_loss"]  # re-exported: users of the original layout look for it here
+from losses import compute_distill_loss as compute_distill_loss  # users of the original layout look for it here
+from losses import mask_unknown_labels
+from utils import checked_device
 
 logger = logging.getLogger("train")
 
@@ -40,14 +40,15 @@ TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. `node` groups the ranks of one box, whose teacher is run by its local rank 0;
-    `control` is a CPU group for small agreements.
+    """Where this process stands, and the device of its student. `node` groups the ranks of one box, whose teacher
+    is run by its local rank 0; `control` is a CPU group for small agreements.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    device: torch.device
     node: dist.ProcessGroup
     control: dist.ProcessGroup
 
@@ -65,16 +66,24 @@ class Ranks:
         return self.rank - self.local_rank
 
 
-def env_rank(name: str) -> int:
-    """torchrun's RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; a plain `python` run is one rank of one."""
-    return int(os.environ.get(name, "1" if name.endswith("SIZE") else "0"))
+def is_main_rank() -> bool:
+    """Whether this is the rank that speaks for all; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def choose_devices(teacher_device: str | None, runs_teacher: bool) -> tuple[torch.device, torch.device]:
     """This rank's student device and its node's teacher device: students take the first GPUs in order of local
     rank, the teacher the last visible one. Without a GPU all are on the CPU. Raises ValueError if GPUs are short.
     """
-    n_gpus, n_students = torch.cuda.device_count(), env_rank("LOCAL_WORLD_SIZE")
+    n_gpus, n_students = torch.cuda.device_count(), local_world_size()
     named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
     if n_gpus == 0:
         return torch.device("cpu"), named or torch.device("cpu")
@@ -86,14 +95,16 @@ def choose_devices(teacher_device: str | None, runs_teacher: bool) -> tuple[torc
             + f"), and {n_gpus} are visible; start fewer processes, make more GPUs visible, "
             "or share a student's GPU with --teacher_device cuda:0"
         )
-    return torch.device("cuda", env_rank("LOCAL_RANK")), named or torch.device("cuda", n_gpus - 1)
+    return torch.device("cuda", local_rank()), named or torch.device("cuda", n_gpus - 1)
 
 
 @contextmanager
 def process_groups(device: torch.device) -> Iterator[Ranks]:
-    """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs) and leaves them again, also on error.
+    """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs), and leaves them together at the end.
 
     What uses the groups has to be gone when the block ends: a DDP model that outlives them can hang its process.
+    On an error the groups are left as they are: to destroy them, NCCL would first wait for collectives that the
+    other ranks are in and this one never joins. The process ends with its error, and torchrun ends the others.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -105,18 +116,19 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:  # a plain `python` run
         dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        local_world_size = env_rank("LOCAL_WORLD_SIZE")
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        # Every rank takes part in making every node's group.
-        firsts = range(0, world_size, local_world_size)
-        nodes = [dist.new_group(range(first, first + local_world_size), timeout=TIMEOUT) for first in firsts]
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        node = nodes[rank // local_world_size]
-        yield Ranks(rank, world_size, env_rank("LOCAL_RANK"), local_world_size, node, control)
-        dist.barrier(group=control)  # nobody leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
+    rank, world_size, n_local = dist.get_rank(), dist.get_world_size(), local_world_size()
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    sizes = [torch.zeros((), dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor(n_local), group=control)
+    if any(size != n_local for size in sizes):
+        raise ValueError(
+            f"--nproc_per_node: nodes have {sorted({int(size) for size in sizes})} ranks; start the same number on each"
+        )
+    # Every rank takes part in making every node's group.
+    nodes = [dist.new_group(range(i, i + n_local), timeout=TIMEOUT) for i in range(0, world_size, n_local)]
+    yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
+    dist.barrier(group=control)  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
 
 
 # --- the student and its loss --------------------------------------------------------------------------------
@@ -149,10 +161,10 @@ class DistillationModel(nn.Module):
         teacher_logits = teacher_signal
         if teacher_signal is not None and self.teacher_head is not None:
             teacher_logits = teacher_signal @ self.teacher_head.T  # (B, S, vocab)
-        loss_mask, n_ignored = mask_unknown_labels(batch.labels, batch.loss_mask, self.vocab)
         total, kl, ce = compute_distill_loss(
-            student_logits[..., : self.vocab], teacher_logits, batch.labels, loss_mask, *self.weights
+            student_logits[..., : self.vocab], teacher_logits, batch.labels, batch.loss_mask, *self.weights
         )
+        _, n_ignored = mask_unknown_labels(batch.labels, batch.loss_mask, self.vocab)
         return total, torch.stack([total, kl, ce, n_ignored]).detach().float()
 
 
@@ -172,12 +184,16 @@ class Meter:
         self.n += 1
 
     def mean(self) -> dict[str, float]:
-        """Per micro step for the losses, per optimizer step for counts and seconds. Starts anew."""
+        """Per micro step for the losses, per optimizer step for counts and seconds. Starts anew. All ranks see the
+        same means; if the loss is not finite they all raise FloatingPointError.
+        """
         dist.all_reduce(self.sums)
         sums = [value / dist.get_world_size() for value in self.sums.tolist()]
         means = dict(zip(self.NAMES, sums, strict=True))
         for name in ("loss", "kl", "ce"):
             means[name] /= self.n
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"loss is {means['loss']}: the run diverged")
         self.sums.zero_()
         self.n = 0
         return means
@@ -356,7 +372,7 @@ def update(
         for group in optimizer.param_groups:
             group["grad_factor"] = factor
         optimizer.step()
+        schedule.step()
     loss_scale.update(overflowed=not finite)
-    schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
     formatter = logging.Formatter("[%(name)s] %(message)s")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file and is_main:
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
+        try:
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log_file))
+        except OSError as error:
+            raise ValueError(f"--log_file {log_file}: cannot be written ({error.strerror}); name another") from error
     for name in ("train", "llamba"):
         log = logging.getLogger(name)
         log.handlers.clear()
@@ -54,6 +58,21 @@ def describe_environment() -> str:
     ]
     parts += [f"{name}={value}" for name, value in nccl.items()]
     return " | ".join(parts)
+
+
+def checked_device(flag: str, name: str | None) -> torch.device:
+    """The device that `name` means, or the first GPU, or the CPU. Raises ValueError if it is not there."""
+    n_gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda:0" if n_gpus else "cpu")
+    expected = "expected cpu" + (f" or cuda:0 to cuda:{n_gpus - 1}" if n_gpus else "; check CUDA_VISIBLE_DEVICES")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_gpus):
+        raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}")
+    return device
 
 
 def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
@@ -159,6 +178,9 @@ def run_entry(main: Callable[[], None]) -> int:
     try:
         main()
     except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if "site-packages" in raised_in.parts:
+            raise  # a library's, which no check of ours foresaw: where it happened matters
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)

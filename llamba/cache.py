@@ -68,7 +68,8 @@ class RecurrentLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise TypeError("a mixer's cache holds states, not keys and values")
 
-    update = lazy_initialization
+    def update(self, *args, **kwargs):
+        raise TypeError("a mixer's cache holds states, not keys and values")
 
 
 class LlambaCache(Cache):

@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 import logging
 import sys
-import types
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from .ssd import ssd_chunked
 
 logger = logging.getLogger("llamba")
+
+# What importing a package raises whose compiled part is missing or built for another torch.
+BROKEN = (ImportError, OSError, RuntimeError)
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
 Conv = Callable[..., Tensor]
@@ -140,19 +143,19 @@ def fla_scan(
     return y.to(x.dtype), state.transpose(-1, -2)
 
 
-def _optional(name: str) -> types.ModuleType | None:
+def _optional(name: str) -> ModuleType | None:
     """The module, or None where it is not installed; a broken installation is reported, not hidden."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".")[0]:
             logger.warning("%s is installed but does not import: %s", name, error)
-    except (ImportError, OSError, RuntimeError) as error:
+    except BROKEN as error:
         logger.warning("%s is installed but does not import: %s", name, error)
     return None
 
 
-def _mamba_ssm_triton() -> types.ModuleType | None:
+def _mamba_ssm_triton() -> ModuleType | None:
     """mamba-ssm's Triton scan. `import mamba_ssm` itself fails where its compiled selective scan is absent or
     built for another torch; the scan used here needs none of it, so it is then imported under a bare package.
     """
@@ -161,9 +164,7 @@ def _mamba_ssm_triton() -> types.ModuleType | None:
         return None
     try:
         importlib.import_module("mamba_ssm")
-    except ImportError as error:
+    except BROKEN as error:
         logger.info("import mamba_ssm fails (%s); using its Triton scan alone", error)
-        package = types.ModuleType("mamba_ssm")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["mamba_ssm"] = package
+        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
     return _optional("mamba_ssm.ops.triton.ssd_combined")

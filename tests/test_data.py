@@ -204,7 +204,7 @@ def test_streaming_shuffles_by_seed_and_epoch(tmp_path: Path):
 def test_streaming_error_in_the_thread_reaches_the_consumer_and_no_thread_stays(tmp_path: Path):
     path = write_jsonl(tmp_path / "a.jsonl", [*["a b c"] * 3000, 7])
     batches = loader(options(path, dataset_streaming=True))
-    with pytest.raises(ValueError, match="row 3000 holds int"):
+    with pytest.raises(ValueError, match="row 3000 as read here holds int"):
         list(batches)
     next(iter(batches))
     assert tokenise_threads() == 0
@@ -512,7 +512,7 @@ BOTH_LANES = pytest.mark.parametrize("streaming", [False, True])
         ),
         ([1, 2], {}, "--dataset_text_field 'text': the column holds .*int64.*, expected text"),
         ([["a"]], {}, "--dataset_text_field 'text': the column holds List.*, expected text"),
-        (["a" * 99, 5, "b"], {}, "--dataset_text_field 'text': row 1 holds int .5., expected text"),
+        (["a" * 99, 5, "b"], {}, "--dataset_text_field 'text': row 1 as read here holds int .5., expected text"),
         (["a" * 99], {"dataset_split": "test"}, "--dataset_split 'test': no such split; available: train"),
         (["a" * 99], {"dataset_subset": "en"}, "--dataset_subset 'en': .*; leave it out"),
         (["a" * 99], {"dataset_revision": "v1"}, "--dataset_revision 'v1': .*; leave it out"),

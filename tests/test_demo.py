@@ -37,7 +37,9 @@ def held_out_kl(folder, step):
     args = parse_train_args(["--preset", "tiny", "--no_dataset_streaming"])
     args.dataset_name = str(ROOT / "presets" / "tiny" / "text" / "heldout.jsonl")
     args.dataset_cache_dir = str(folder / "cache")
-    loader = build_dataloader(args, get_tokenizer(args.teacher_model), rank=0, world_size=1, is_builder=True)
+    loader = build_dataloader(
+        args, get_tokenizer("--teacher_model", args.teacher_model), rank=0, world_size=1, is_builder=True
+    )
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}", dtype=torch.float32).eval()
     kls = []

@@ -12,7 +12,6 @@ from model_utils import (
     apply_replacements,
     check_replacements,
     check_trainable,
-    checked_device,
     freeze_student_layers,
     freeze_student_mlps,
     get_configs,
@@ -22,6 +21,7 @@ from model_utils import (
     parameter_table,
 )
 from tests.tiny import tiny_config, tiny_student, tiny_teacher
+from utils import checked_device
 
 CPU = torch.device("cpu")
 
@@ -215,7 +215,7 @@ def test_a_student_of_another_architecture_is_refused(saved):
         get_configs(saved[0], saved[0])
 
 
-@pytest.mark.parametrize("name", ["cuda:0", "cuda:7", "gpu"])
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:7", "gpu", "meta"])
 def test_a_device_that_is_not_there(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=f"--device {name}"):

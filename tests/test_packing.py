@@ -117,9 +117,9 @@ def test_tokenizer_errors():
     with pytest.raises(ValueError, match="has no eos_token.*set it"):
         Encoder(without_eos)
     n = len(small_tokenizer())
-    check_tokenizer(small_tokenizer(), n)
+    check_tokenizer(small_tokenizer(), "--student_model", n)
     with pytest.raises(ValueError, match=rf"--student_model .* {n - 2}, .* 2 token.*{n - 2} \(.*{n - 1} \("):
-        check_tokenizer(small_tokenizer(), n - 2)
+        check_tokenizer(small_tokenizer(), "--student_model", n - 2)
 
 
 # ---- rows, batches, blocks
@@ -132,7 +132,7 @@ def test_rows_without_text_are_skipped_and_counted_once(caplog):
 
 
 def test_row_that_is_not_text_is_named():
-    with pytest.raises(ValueError, match="--dataset_text_field 'body': row 2 holds int .5."):
+    with pytest.raises(ValueError, match="--dataset_text_field 'body': row 2 as read here holds int .5."):
         list(only_texts(["a", None, 5], "body"))
 
 

@@ -114,8 +114,13 @@ def test_generator_follows_its_seed(english):
     assert short[0] == short[1] != short[2]
 
 
-def test_committed_tokenizer_is_what_the_generator_makes(tokenizer, english):
-    assert make_tiny.make_tokenizer(english).get_vocab() == tokenizer.get_vocab()
+def test_committed_tokenizer_is_what_the_generator_makes(english, tmp_path):
+    make_tiny.save_tokenizer(make_tiny.make_tokenizer(english), tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(
+        (TINY / "teacher" / "tokenizer.json").read_text()
+    )
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert (made.bos_token, made.eos_token) == ("<|endoftext|>", "<|endoftext|>")
 
 
 def test_every_stage_makes_windows(tokenizer):

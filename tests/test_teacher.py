@@ -23,17 +23,17 @@ def ranks(monkeypatch):
 def test_both_signals_tell_the_teachers_logits(ranks):
     teacher, vocab = tiny_teacher(), 50  # of the teacher's 56
     expected = teacher(tokens()).logits[..., :vocab]
-    sent = TeacherLane(teacher, "logits", vocab, ranks, CPU).submit(tokens()).result()
+    sent = TeacherLane(teacher, "logits", vocab, ranks).submit(tokens()).result()
     assert torch.equal(sent, expected)
 
-    hidden = TeacherLane(teacher, "hidden", vocab, ranks, CPU).submit(tokens()).result()
-    head = share_head(teacher, vocab, ranks, torch.float32, CPU)
+    hidden = TeacherLane(teacher, "hidden", vocab, ranks).submit(tokens()).result()
+    head = share_head(teacher, vocab, ranks)
     assert hidden.shape == (2, 21, 32) and head.shape == (50, 32)
     torch.testing.assert_close(hidden @ head.T, expected)
 
 
 def test_waiting_is_counted_once(ranks):
-    lane = TeacherLane(tiny_teacher(), "hidden", 50, ranks, CPU)
+    lane = TeacherLane(tiny_teacher(), "hidden", 50, ranks)
     lane.submit(tokens()).result()
     assert lane.take_wait() > 0
     assert lane.take_wait() == 0
@@ -52,6 +52,6 @@ def test_a_teacher_whose_hidden_states_do_not_tell_its_logits_is_refused(ranks):
     )
     teacher = GraniteForCausalLM(config).eval()
     with pytest.raises(ValueError, match="--teacher_signal hidden.*use --teacher_signal logits"):
-        TeacherLane(teacher, "hidden", 50, ranks, CPU)
-    sent = TeacherLane(teacher, "logits", 50, ranks, CPU).submit(tokens()).result()
+        TeacherLane(teacher, "hidden", 50, ranks)
+    sent = TeacherLane(teacher, "logits", 50, ranks).submit(tokens()).result()
     assert torch.equal(sent, teacher(tokens()).logits[..., :50])

@@ -320,6 +320,9 @@ def fail(models, tmp_path, monkeypatch, **changes):
         ({"dataset_split": "validation"}, ["--dataset_split", "validation"]),
         ({"dataset_name": "nowhere.jsonl"}, ["--dataset_name", "nowhere.jsonl"]),
         ({"output_dir": "/proc/nowhere"}, ["--output_dir /proc/nowhere", "cannot be written"]),
+        ({"grad_accumulation_steps": 900, "save_interval": 900}, ["--grad_accumulation_steps 900", "micro steps"]),
+        ({"log_file": "/proc/nowhere/log"}, ["--log_file /proc/nowhere/log", "cannot be written"]),
+        ({"teacher_device": "meta"}, ["--teacher_device meta", "expected cpu"]),
         ({"resume_step": 600}, ["--resume_step 600", "nothing is left"]),
         ({"save_interval": 3, "grad_accumulation_steps": 2}, ["--save_interval 3", "--grad_accumulation_steps 2"]),
     ],
@@ -328,6 +331,31 @@ def test_bad_input_is_one_clear_error_before_a_model_is_loaded(models, tmp_path,
     message = fail(models, tmp_path, monkeypatch, **changes)
     for word in words:
         assert word in message
+
+
+def test_streaming_that_ends_on_a_save_or_within_an_accumulation(models, tmp_path):
+    """Micro steps after the last update change nothing: the last checkpoint is that of the update, saved once."""
+    text = tmp_path / "short.jsonl"
+    text.write_text("".join(TEXT.read_text().splitlines(keepends=True)[:8]))
+    for accumulate, save_interval in ((1, 1), (3, 0)):
+        folder = tmp_path / f"out-{accumulate}"
+        changes = dict(grad_accumulation_steps=accumulate, save_interval=save_interval, max_steps=1000, batch_size=1)
+        code, stderr = launch(1, options(models, folder, dataset_name=text, **changes), "train_gpus.py")
+        assert code == 0, stderr[-3000:]
+        last = metrics(folder)[-1]["micro_step"]
+        assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == last
+        assert "before the learning rate had decayed" in stderr
+
+
+def test_a_rank_that_fails_ends_the_others_and_tells_why(models, tmp_path):
+    """Rank 0 cannot save (its checkpoint's place is taken); the others wait in a collective meanwhile."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".partial-checkpoint-3").write_text("in the way")
+    code, stderr = launch(2, options(models, folder, no_dataset_streaming=True), "train_gpus.py")
+    assert code != 0
+    assert "NotADirectoryError" in stderr and ".partial-checkpoint-3" in stderr
+    assert (folder / "checkpoint-0").is_dir() and not (folder / "checkpoint-3").exists()
 
 
 def test_a_tokenizer_that_is_too_large_for_the_student(models, tmp_path, monkeypatch):

@@ -1,0 +1,25 @@
+"""What every test leaves behind is taken down."""
+
+import logging
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A run that fails leaves its groups to the end of its process; here the process goes on."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """An entry that runs in this process sets up logging for good."""
+    loggers = [logging.getLogger(name) for name in ("train", "llamba")]
+    before = [(log.level, log.propagate, log.handlers[:]) for log in loggers]
+    yield
+    for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        log.setLevel(level)
+        log.propagate, log.handlers = propagate, handlers
