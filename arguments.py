@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 PRESETS = Path(__file__).parent / "presets"
-DTYPES = ("bfloat16", "float16", "float32")
 SHARED, MODELS, DATA, LOSS, TRAINING, OUTPUT, EVALUATION = (
     "general",
     "models",
@@ -47,7 +46,7 @@ class CommonArguments:
     layers: list[int] = option(
         MODELS, "student layers to replace whole by the teacher's; a negative index means none", nargs="*"
     )
-    dtype: str = option(MODELS, "weights and compute", choices=DTYPES)
+    dtype: Literal["bfloat16", "float16", "float32"] = option(MODELS, "weights and compute")
 
 
 @dataclass(kw_only=True)
@@ -57,11 +56,10 @@ class TrainArguments(CommonArguments):
     teacher_device: str | None = option(
         MODELS, "device of the teacher, e.g. cuda:4 or cpu (default: the last visible GPU)", None
     )
-    teacher_signal: str = option(
+    teacher_signal: Literal["hidden", "logits"] = option(
         MODELS,
         "what the teacher sends: its last hidden states (small), or its logits (large, the original way)",
         "hidden",
-        choices=("hidden", "logits"),
     )
     freeze_mlp: bool = option(MODELS, "do not train the MLPs, those of replaced layers included", False)
     freeze_replaced_layers: bool = option(MODELS, "do not train the layers that come from the teacher", False)
@@ -110,7 +108,6 @@ class TrainArguments(CommonArguments):
         OUTPUT,
         "online, offline or disabled (default: offline under --local_files_only, else W&B's own)",
         None,
-        choices=("online", "offline", "disabled"),
     )
 
     def problems(self) -> list[str]:
@@ -159,12 +156,11 @@ class TrainArguments(CommonArguments):
 class EvalArguments(CommonArguments):
     """Options of eval_mmlu_hybrid.py."""
 
-    which: list[str] = option(
+    which: list[Literal["teacher", "student", "hybrid", "hybrid_ft", "all"]] = option(
         EVALUATION,
         "models to score: hybrid is the student with --layers replaced, untrained; hybrid_ft is --ckpt",
         ["teacher"],
         nargs="+",
-        choices=("teacher", "student", "hybrid", "hybrid_ft", "all"),
     )
     ckpt: str | None = option(EVALUATION, "checkpoint directory of a training run", None)
     mmlu_dir: str | None = option(EVALUATION, "folder of the original release: dev/ and test/ with CSV files", None)
@@ -237,7 +233,8 @@ def _parser(cls, description: str) -> argparse.ArgumentParser:
             group.add_argument(flag, action="store_true", dest=field.name, help=help)
             group.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
         else:
-            group.add_argument(flag, type=_scalar_type(types_of[field.name]), help=help, **metadata)
+            type_, choices = _scalar_type(types_of[field.name])
+            group.add_argument(flag, type=type_, choices=choices, help=help, **metadata)
     return parser
 
 
@@ -249,13 +246,15 @@ def _default_text(field: dataclasses.Field) -> str:
     return "" if field.default is None else f" (default: {field.default})"
 
 
-def _scalar_type(hint: Any) -> type:
-    """int for `int`, `int | None`, `list[int]` and `list[int] | None`."""
+def _scalar_type(hint: Any) -> tuple[type, tuple | None]:
+    """What a value is, and what it can be if not anything: (int, None) for `int`, `int | None`, `list[int]` and
+    `list[int] | None`; (str, choices) for a Literal in their place.
+    """
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0]
-    return str if typing.get_origin(hint) is Literal else hint
+        hint = typing.get_args(hint)[0]
+    return (str, typing.get_args(hint)) if typing.get_origin(hint) is Literal else (hint, None)
 
 
 def _preset_values(name: str, cls) -> dict[str, Any]:
