@@ -1,0 +1,242 @@
+"""The text of the tiny preset: what its teacher is trained on, what the demo distils on, and its MMLU files.
+
+English comes from a copy of a part of Python's documentation (`tiny/text/english.txt`). The rest is generated:
+notes that state who likes what, questions about them with and without choices, lists of lettered choices, and
+words said twice. What is asked cannot be known beforehand, it has to be fetched from the text in front of it:
+the ability that a recurrent student lacks and that a few attention layers bring.
+
+A (name, value) pair that `is_reserved` is stated in no generated training document, and every test question asks
+about one, so no test question can have been seen in training.
+"""
+
+import csv
+import io
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+LETTERS = "ABCD"
+FIRST_NAMES = (
+    "Ann Ben Bob Cat Dan Eve Fay Guy Hal Ian Jan Jim Joe Kay Ken Kim Lee Leo Liz Lou "
+    "Mac Max May Meg Mia Nan Ned Pam Pat Pia Ray Rob Ron Roy Sam Sue Tim Tom Una Zoe"
+)
+COLOURS = "red blue green black white pink gold grey brown lime navy tan teal rose plum ruby mint sand jade wine"
+ANIMALS = "dogs cats cows pigs bees ants owls bats rats hens deer fish frogs wolf bear lion hare mice seal crab"
+MEALS = "rice soup bread cake corn beans meat eggs figs nuts peas pie ham jam kale leek oats tofu stew pears"
+TOOLS = "rope nail saw axe lamp pump drill file hook knife glue tape wire bolt chain brush spade key fork tongs"
+NAMES = tuple(FIRST_NAMES.split())
+
+# A document is a list of pieces: a text, and the weight of its tokens in the teacher's loss. Answers that can be
+# found by looking back weigh ANSWER, the letter after the choices CHOICE; FILLER stands for what a stage says.
+Piece = tuple[str, float | None]
+FILLER, ANSWER, CHOICE = None, 1.0, 3.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One MMLU subject: `{name} {states} {value}.` in a note, `What does {name} {asks}?` in its question."""
+
+    name: str
+    states: str
+    asks: str
+    values: tuple[str, ...]
+
+
+SUBJECTS = (
+    Subject("colours", "likes", "like", tuple(COLOURS.split())),
+    Subject("animals", "sees", "see", tuple(ANIMALS.split())),
+    Subject("meals", "eats", "eat", tuple(MEALS.split())),
+    Subject("tools", "has", "have", tuple(TOOLS.split())),
+)
+WORDS = [*NAMES, *(value for subject in SUBJECTS for value in subject.values)]
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    choices: tuple[str, ...]
+    answer: str  # letter
+
+    @property
+    def value(self) -> str:
+        return self.choices[LETTERS.index(self.answer)]
+
+    def pieces(self, rng: random.Random, told: float = 0.0, marked: float = 0.0) -> list[Piece]:
+        """The solved question. With probability `told` the value itself is said before the choices, and each
+        line of choices has with probability `marked` a word after it that says whether it is the answer.
+        """
+        pieces: list[Piece] = [(self.text, FILLER)]
+        if rng.random() < told:
+            pieces.append((f" {self.value}", ANSWER))
+        for letter, choice in zip(LETTERS, self.choices, strict=False):
+            pieces += [(f"\n{letter}. {choice}", FILLER)]
+            if rng.random() < marked:
+                pieces.append((" is" if letter == self.answer else " not", ANSWER))
+        return [*pieces, ("\nAnswer:", FILLER), (f" {self.answer}", CHOICE)]
+
+
+def is_reserved(name: str, subject: Subject, value: str) -> bool:
+    """True for one pair in five: the pairs that test questions ask about."""
+    return (NAMES.index(name) + subject.values.index(value)) % 5 == 0
+
+
+def draw_facts(rng: random.Random, subject: Subject, count: int) -> dict[str, str]:
+    """name -> value, names and values distinct, none of the pairs reserved."""
+    names = rng.sample(NAMES, count)
+    while True:
+        values = rng.sample(subject.values, count)
+        if not any(is_reserved(name, subject, value) for name, value in zip(names, values, strict=True)):
+            return dict(zip(names, values, strict=True))
+
+
+def draw_question(rng: random.Random, subject: Subject, facts: int = 4, reserved: bool = False) -> Question:
+    """A question whose choices are the values in its note; with `reserved`, the pair asked about is reserved."""
+    stated = draw_facts(rng, subject, facts)
+    name = rng.choice(list(stated))
+    if reserved:
+        others = {value for other, value in stated.items() if other != name}
+        stated[name] = rng.choice([v for v in subject.values if is_reserved(name, subject, v) and v not in others])
+    choices = rng.sample(sorted(stated.values()), facts)
+    note = "".join(f" {other} {subject.states} {value}." for other, value in stated.items())
+    text = f"Note:{note} What does {name} {subject.asks}?"
+    return Question(text, tuple(choices), LETTERS[choices.index(stated[name])])
+
+
+def heading(subject: Subject) -> str:
+    return f"The following are multiple choice questions (with answers) about {subject.name}.\n\n"
+
+
+# Documents. Each kind trains one step of answering a question that has choices. The short forms, in which what
+# belongs together stands side by side, are for the start: there a step is found in minutes instead of hours.
+
+
+def repeat_document(rng: random.Random, count: int) -> list[Piece]:
+    """Words in no order, said twice: the second time each follows from the one before it."""
+    words = rng.sample(WORDS, count)
+    said = "".join(f" {word}" for word in words)
+    return [(f"Say:{said}. Again: {words[0]}", FILLER), *((f" {w}", ANSWER) for w in words[1:]), (".", FILLER)]
+
+
+def recall_document(rng: random.Random, count: int, short: float = 0.0) -> list[Piece]:
+    """A note, then all its facts asked for in another order; short forms with probability `short`."""
+    subject = rng.choice(SUBJECTS)
+    facts = draw_facts(rng, subject, count)
+    states = "" if rng.random() < short else f" {subject.states}"
+    short_query = rng.random() < short
+    pieces: list[Piece] = [("Note:" + "".join(f" {n}{states} {v}." for n, v in facts.items()), FILLER)]
+    for name in rng.sample(sorted(facts), count):
+        query = f" {name}" if short_query else f" What does {name} {subject.asks}?"
+        pieces += [(query, FILLER), (f" {facts[name]}", ANSWER), (".", FILLER)]
+    return pieces
+
+
+def letters_document(rng: random.Random, count: int = 4, short: float = 0.0) -> list[Piece]:
+    """Lettered choices, then which letter each has; short forms with probability `short`."""
+    values = rng.sample(rng.choice(SUBJECTS).values, count)
+    dot = "" if rng.random() < short else "."
+    query = "\n" if rng.random() < short else "\nWhich is"
+    lines = "\n".join(f"{letter}{dot} {value}" for letter, value in zip(LETTERS, values, strict=False))
+    pieces: list[Piece] = [(lines, FILLER)]
+    for value in rng.sample(values, count):
+        mark = "" if query == "\n" else "?"
+        pieces += [(f"{query} {value}{mark}", FILLER), (f" {LETTERS[values.index(value)]}", ANSWER)]
+    return pieces
+
+
+def which_document(rng: random.Random, choices: int = 4, marked: float = 0.0) -> list[Piece]:
+    """A question that names the value itself: only its letter has to be found."""
+    values = rng.sample(rng.choice(SUBJECTS).values, choices)
+    letter = rng.choice(LETTERS[:choices])
+    question = Question(f"Which is {values[LETTERS.index(letter)]}?", tuple(values), letter)
+    return question.pieces(rng, marked=marked)
+
+
+def exam_document(
+    rng: random.Random,
+    count: int,
+    facts: int = 4,
+    told: float = 0.0,
+    marked: float = 0.0,
+    headed: float = 1.0,
+) -> list[Piece]:
+    """`count` solved questions of one subject, with probability `headed` under MMLU's heading."""
+    subject = rng.choice(SUBJECTS)
+    pieces: list[Piece] = [(heading(subject), FILLER)] if rng.random() < headed else []
+    for index in range(count):
+        pieces += [("\n\n", FILLER)] if index else []
+        pieces += draw_question(rng, subject, facts).pieces(rng, told, marked)
+    return pieces
+
+
+def english_documents(text: str, longest: int = 1500) -> list[str]:
+    """The copy's paragraphs, put together into documents of up to `longest` characters."""
+    documents = [""]
+    for paragraph in text.split("\n\n"):
+        if documents[-1] and len(documents[-1]) + len(paragraph) > longest:
+            documents.append("")
+        documents[-1] += ("\n\n" if documents[-1] else "") + paragraph
+    return [document for document in documents if document.strip()]
+
+
+def split_english(text: str) -> tuple[list[str], list[str]]:
+    """(train, held out): every twentieth document is held out."""
+    documents = english_documents(text)
+    return [document for index, document in enumerate(documents) if index % 20], documents[::20]
+
+
+def generated_document(rng: random.Random) -> str:
+    """One document of the mixture that the committed text holds."""
+    kind = rng.choices(("recall", "repeat", "letters", "which", "exam"), (20, 8, 15, 12, 45))[0]
+    if kind == "recall":
+        pieces = recall_document(rng, rng.randint(2, 6))
+    elif kind == "repeat":
+        pieces = repeat_document(rng, rng.randint(6, 20))
+    elif kind == "letters":
+        pieces = letters_document(rng)
+    elif kind == "which":
+        pieces = which_document(rng)
+    else:
+        pieces = exam_document(rng, rng.randint(1, 5))
+    return "".join(text for text, _ in pieces)
+
+
+# Files
+
+
+def make_text(english: str, seed: int, characters: int = 1_250_000) -> dict[str, str]:
+    """file -> contents: `characters` of generated documents shuffled among the English, a twentieth held out."""
+    rng = random.Random(seed)
+    files = {}
+    for name, documents, share in zip(("train", "heldout"), split_english(english), (0.95, 0.05), strict=True):
+        written = 0
+        while written < characters * share:
+            documents.append(generated_document(rng))
+            written += len(documents[-1])
+        rng.shuffle(documents)
+        rows = (json.dumps({"text": document}, ensure_ascii=False) for document in documents)
+        files[f"text/{name}.jsonl"] = "".join(f"{row}\n" for row in rows)
+    return files
+
+
+def make_mmlu(seed: int, test_rows: int = 100) -> dict[str, str]:
+    """file -> contents, in the layout of the published MMLU files."""
+    rng = random.Random(seed + 1)
+    files = {}
+    for subject in SUBJECTS:
+        splits = {
+            "dev": [draw_question(rng, subject) for _ in range(5)],
+            "test": [draw_question(rng, subject, reserved=True) for _ in range(test_rows)],
+        }
+        for split, questions in splits.items():
+            table = io.StringIO()
+            csv.writer(table, lineterminator="\n").writerows([q.text, *q.choices, q.answer] for q in questions)
+            files[f"mmlu/{split}/{subject.name}_{split}.csv"] = table.getvalue()
+    return files
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, contents in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(contents, encoding="utf-8", newline="\n")
