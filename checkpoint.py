@@ -3,7 +3,6 @@ tokenizer, and the run's counters and options. A checkpoint appears whole or not
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llamba import LlambaForCausalLM
+from utils import flush_to_disk
 
 STATE_FILE = "training_state.json"
 
@@ -34,15 +34,7 @@ def save_checkpoint(
     tokenizer.save_pretrained(partial)
     (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
     for path in [*partial.iterdir(), partial]:
-        _flush(path)
+        flush_to_disk(path)
     partial.rename(final)
-    _flush(output_dir)
+    flush_to_disk(output_dir)
     return final
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

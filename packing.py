@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from utils import flush_to_disk
+
 logger = logging.getLogger("train")
 
 T = TypeVar("T")
@@ -207,7 +209,7 @@ def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, ma
         about = {"tokens": tokens, "documents": documents, "dtype": encoder.dtype.name, **made_from}
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for path in (partial / "tokens.bin", partial / "about.json", partial):
-            _fsync(path)
+            flush_to_disk(path)
         _publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -240,15 +242,7 @@ def _publish(partial: Path, directory: Path) -> None:
             raise
         # Another job built the same tokens meanwhile; its ranks may have them open, so ours go.
     else:
-        _fsync(directory.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush_to_disk(directory.parent)
 
 
 def _remove_abandoned(directory: Path) -> None:

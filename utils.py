@@ -99,6 +99,15 @@ def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
     return folder
 
 
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a directory's entries, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class RunLog:
     """Where the rows of optimizer steps go: `metrics.jsonl`, appended and flushed so that a run that dies keeps its
     lines; the log, every `log_interval` steps; W&B if asked for. Only the main rank writes.

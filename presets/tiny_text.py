@@ -69,7 +69,7 @@ class Question:
         pieces: list[Piece] = [(self.text, FILLER)]
         if rng.random() < told:
             pieces.append((f" {self.value}", ANSWER))
-        for letter, choice in zip(LETTERS, self.choices, strict=False):
+        for letter, choice in zip(LETTERS[: len(self.choices)], self.choices, strict=True):
             pieces += [(f"\n{letter}. {choice}", FILLER)]
             if rng.random() < marked:
                 pieces.append((" is" if letter == self.answer else " not", ANSWER))
@@ -136,7 +136,7 @@ def letters_document(rng: random.Random, count: int = 4, short: float = 0.0) -> 
     values = rng.sample(rng.choice(SUBJECTS).values, count)
     dot = "" if rng.random() < short else "."
     query = "\n" if rng.random() < short else "\nWhich is"
-    lines = "\n".join(f"{letter}{dot} {value}" for letter, value in zip(LETTERS, values, strict=False))
+    lines = "\n".join(f"{letter}{dot} {value}" for letter, value in zip(LETTERS[:count], values, strict=True))
     pieces: list[Piece] = [(lines, FILLER)]
     for value in rng.sample(values, count):
         mark = "" if query == "\n" else "?"

@@ -324,7 +324,8 @@ def test_bounds_name_flag_value_and_remedy(line, remedy):
     ],
 )
 def test_the_bounds_themselves_are_allowed(line):
-    train(line)
+    flag, value, *_ = line.split()
+    assert getattr(train(line), flag.removeprefix("--")) == float(value)
 
 
 def test_an_empty_loss():

@@ -108,7 +108,7 @@ STAGES = {
     "before the weights": (LlambaForCausalLM, "save_pretrained"),
     "before the tokenizer": (PreTrainedTokenizerFast, "save_pretrained"),
     "before the state": (Path, "write_text"),
-    "before the flush": (checkpoint, "_flush"),
+    "before the flush": (checkpoint, "flush_to_disk"),
     "before the rename": (Path, "rename"),
 }
 
@@ -130,7 +130,7 @@ def test_all_is_flushed_before_the_rename_and_the_rename_after_it(tmp_path, hybr
     """A machine that loses power must not find the name without the content."""
     events = []
     rename = Path.rename
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(checkpoint, "flush_to_disk", lambda path: events.append(path.name))
     monkeypatch.setattr(Path, "rename", lambda own, target: events.append("rename") or rename(own, target))
     path = save_checkpoint(tmp_path, 7, hybrid, tokenizer, STATE)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
