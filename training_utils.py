@@ -24,7 +24,7 @@ from arguments import TrainArguments
 from data import Batch
 from llamba import LlambaForCausalLM
 from losses import compute_distill_loss as compute_distill_loss  # users of the original layout look for it here
-from losses import mask_unknown_labels
+from losses import fused_distill_loss, mask_unknown_labels
 from utils import checked_device
 
 logger = logging.getLogger("train")
@@ -157,12 +157,18 @@ class DistillationModel(nn.Module):
 
         Returns the loss to descend, and its figures for a `Meter`.
         """
-        student_logits = self.student(batch.input_ids, use_cache=False).logits  # (B, S, V_s)
-        teacher_logits = teacher_signal
-        if teacher_signal is not None and self.teacher_head is not None:
-            teacher_logits = teacher_signal @ self.teacher_head.T  # (B, S, vocab)
-        total, kl, ce = compute_distill_loss(
-            student_logits[..., : self.vocab], teacher_logits, batch.labels, batch.loss_mask, *self.weights
+        hidden = self.student.backbone(batch.input_ids, use_cache=False).last_hidden_state  # (B, S, D)
+        head = self.student.lm_head
+        total, kl, ce = fused_distill_loss(
+            hidden,
+            head.weight,
+            head.bias,
+            teacher_signal,
+            self.teacher_head,
+            batch.labels,
+            batch.loss_mask,
+            self.vocab,
+            *self.weights,
         )
         _, n_ignored = mask_unknown_labels(batch.labels, batch.loss_mask, self.vocab)
         return total, torch.stack([total, kl, ce, n_ignored]).detach().float()
