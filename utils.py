@@ -116,6 +116,8 @@ class RunLog:
     def __init__(self, args: TrainArguments, is_main: bool) -> None:
         folder = Path(args.output_dir)
         self.log_interval = args.log_interval
+        if is_main:
+            _set_aside_rows_after(folder / "metrics.jsonl", args.resume_step)
         self.file = (folder / "metrics.jsonl").open("a") if is_main else None
         self.wandb_run = _start_wandb(args, folder) if is_main and args.wandb else None
 
@@ -139,6 +141,26 @@ class RunLog:
             self.file.close()
         if self.wandb_run:
             self.wandb_run.finish(exit_code=0 if error_type is None else 1)
+
+
+def _set_aside_rows_after(path: Path, micro_step: int) -> None:
+    """A run that goes on from `micro_step` takes the steps after it again. What stands in `path` of the first time,
+    a last line cut short by a crash included, moves to metrics.abandoned.jsonl, so that a curve drawn from `path`
+    never goes back.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    abandoned: list[str] = []
+    for line in path.read_text().splitlines(keepends=True):
+        whole = line.endswith("\n")
+        (kept if whole and json.loads(line)["micro_step"] <= micro_step else abandoned).append(line)
+    if abandoned:
+        with path.with_name("metrics.abandoned.jsonl").open("a") as file:
+            file.writelines(abandoned)
+        rewritten = path.with_name(".metrics.jsonl.partial")
+        rewritten.write_text("".join(kept))
+        rewritten.replace(path)
 
 
 def _start_wandb(args: TrainArguments, folder: Path):

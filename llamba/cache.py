@@ -78,11 +78,3 @@ class LlambaCache(Cache):
     def __init__(self, config: LlambaConfig) -> None:
         attention = set(config.attention_layers)
         super().__init__(layers=[DynamicLayer() if i in attention else RecurrentLayer() for i in range(config.n_layer)])
-
-    def nbytes(self) -> int:
-        """Bytes of all keys, values and states."""
-        tensors: list[Tensor | None] = []
-        for layer in self.layers:
-            recurrent = isinstance(layer, RecurrentLayer)
-            tensors += [layer.conv_state, layer.ssm_state] if recurrent else [layer.keys, layer.values]
-        return sum(t.nbytes for t in tensors if t is not None)

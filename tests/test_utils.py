@@ -110,11 +110,19 @@ def test_rows_are_on_the_disk_as_soon_as_they_are_written(tmp_path):
             assert rows_of(tmp_path) == [row(n) for n in range(1, step + 1)]  # while the file is open
 
 
-def test_a_run_that_goes_on_appends(tmp_path):
-    for step in (1, 2):
-        with RunLog(options(tmp_path), is_main=True) as log:
+def test_a_run_that_goes_on_appends_and_sets_aside_what_it_takes_again(tmp_path):
+    with RunLog(options(tmp_path), is_main=True) as log:
+        for step in (1, 2, 3):
             log.write(row(step))
-    assert rows_of(tmp_path) == [row(1), row(2)]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "mic')  # the run died while it wrote
+    second = options(tmp_path, "--resume_step", str(row(2)["micro_step"]))
+    with RunLog(second, is_main=True) as log:
+        assert rows_of(tmp_path) == [row(1), row(2)]
+        log.write(row(3, loss=1.5))
+    assert rows_of(tmp_path) == [row(1), row(2), row(3, loss=1.5)]
+    first, cut_short = (tmp_path / "metrics.abandoned.jsonl").read_text().splitlines()
+    assert json.loads(first) == row(3) and cut_short == '{"step": 4, "mic'
 
 
 @pytest.mark.parametrize("norm", [float("inf"), float("nan")])
