@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eval_mmlu_hybrid as entry
 import mmlu
 from arguments import parse_eval_args
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import apply_replacements
+from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "presets" / "tiny"
@@ -48,17 +49,7 @@ def make_student(vocab_size: int, **hybrid) -> LlambaForCausalLM:
 
 
 def make_teacher(vocab_size: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_teacher(vocab_size=vocab_size, num_hidden_layers=3, max_position_embeddings=512, initializer_range=0.2)
 
 
 def make_hybrid(student: LlambaForCausalLM, teacher: LlamaForCausalLM) -> LlambaForCausalLM:

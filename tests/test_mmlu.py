@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import mmlu
 from mmlu import Example, Prediction, Question, Subject
+from tests.tiny import tiny_teacher
 
 REAL_MMLU = Path(__file__).parents[1] / ".." / "shared" / "data" / "mmlu"
 VOCAB = 300  # more than the tokenizers below need, as in a model whose vocabulary is padded
@@ -74,18 +75,8 @@ TOKENIZERS = {
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,  # wide enough that answers differ clearly
-    )
-    return LlamaForCausalLM(config).eval()
+    # Weights wide enough that answers differ clearly.
+    return tiny_teacher(vocab_size=VOCAB, num_hidden_layers=2, max_position_embeddings=1024, initializer_range=0.3)
 
 
 def make_questions() -> list[Question]:
