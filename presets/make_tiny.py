@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+import mmlu
 from llamba import DiscreteMamba2, LlambaConfig, LlambaForCausalLM
 from presets import tiny_text as text
 from presets.tiny_teacher import ENGLISH, VOCABULARY, make_teacher
 
 END = "<|endoftext|>"
+LEAST_ACCURACY = 0.9
 PARTS = ("text", "tokenizer", "teacher", "student")
 
 
@@ -145,6 +147,21 @@ def save(model: LlamaForCausalLM | LlambaForCausalLM, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
+def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """A stage that was not learned shows in the end only, as a teacher at chance. Such a one is set aside, and the
+    parts that would be made from it are not.
+    """
+    questions = mmlu.build_questions(mmlu.load_mmlu(out / "mmlu"), num_fewshot=0)
+    accuracy = mmlu.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, "cpu", 1024))["acc"]
+    print(f"teacher: {accuracy:.3f} of {len(questions)} questions")
+    if accuracy < LEAST_ACCURACY:
+        save(teacher, out / "teacher.rejected")
+        raise SystemExit(
+            f"a teacher has to answer {LEAST_ACCURACY:.0%}; this one is in teacher.rejected, try another --seed"
+        )
+    save(teacher, out / "teacher")
+
+
 def make(out: Path, seed: int, scale: float, parts: list[str]) -> None:
     english = ENGLISH.read_text(encoding="utf-8")
     if "text" in parts:
@@ -154,7 +171,7 @@ def make(out: Path, seed: int, scale: float, parts: list[str]) -> None:
             save_tokenizer(make_tokenizer(english), out / model)
     if "teacher" in parts:
         tokenizer = AutoTokenizer.from_pretrained(out / "teacher")
-        save(make_teacher(tokenizer, seed, scale), out / "teacher")
+        keep_if_it_answers(make_teacher(tokenizer, seed, scale), tokenizer, out)
     if "student" in parts:
         teacher = LlamaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
         save(make_student(teacher, seed), out / "student")

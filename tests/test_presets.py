@@ -2,8 +2,10 @@
 presets/make_tiny.py makes the same text, questions and tokenizer again.
 """
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,21 @@ def test_committed_student_is_made_from_the_committed_teacher(teacher):
     committed = LlambaForCausalLM.from_pretrained(TINY / "student", dtype=torch.bfloat16).state_dict()
     for name, weight in made.items():
         torch.testing.assert_close(committed[name], weight, msg=name)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_teacher_is_kept_only_if_it_answers(tmp_path, monkeypatch, teacher, answers):
+    shutil.copytree(TINY / "mmlu", tmp_path / "mmlu")
+    shutil.copytree(TINY / "teacher", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.unlink()
+    made = teacher if answers else LlamaForCausalLM(teacher.config)
+    monkeypatch.setattr(make_tiny, "make_teacher", lambda *_: copy.deepcopy(made))
+    if answers:
+        make_tiny.make(tmp_path, 0, 1.0, ["teacher"])
+    else:
+        with pytest.raises(SystemExit, match="has to answer 90%"):
+            make_tiny.make(tmp_path, 0, 1.0, ["teacher", "student"])
+    assert weights.exists() == answers
+    assert (tmp_path / "teacher.rejected").exists() != answers
+    assert not (tmp_path / "student").exists()
