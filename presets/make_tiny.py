@@ -1,5 +1,6 @@
 """Makes presets/tiny: text, tokenizer, a small Llama that answers questions from their own text, and the Llamba made
-from it. On two CPU cores the teacher takes about an hour, the rest a minute:
+from it. On two CPU cores the teacher takes about an hour, the rest a minute; a teacher that does not answer is set
+aside, and another --seed has to be tried (presets/tiny/README.md tells how runs went):
 
     python -m presets.make_tiny --out presets/tiny
     python -m presets.make_tiny --out /tmp/tiny --only text tokenizer

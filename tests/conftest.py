@@ -1,9 +1,16 @@
-"""What every test leaves behind is taken down."""
+"""What holds for every test: one thread, and what it leaves behind is taken down."""
 
 import logging
 
 import pytest
+import torch
 import torch.distributed as dist
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads, and lose much where other programs use the cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

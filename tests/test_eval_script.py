@@ -25,15 +25,6 @@ WHICH = ["student", "hybrid", "hybrid_ft", "teacher"]
 LAYERS = ["0", "2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Models this small gain nothing from threads, and lose much where other programs use the cores.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_student(vocab_size: int, **hybrid) -> LlambaForCausalLM:
     config = LlambaConfig(
         vocab_size=vocab_size,

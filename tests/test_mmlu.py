@@ -37,15 +37,6 @@ def write_mmlu(root: Path, files: dict[str, list[list[str]]]) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Matrices this small gain nothing from threads, and lose much where other programs use the cores.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def mmlu_dir(tmp_path: Path) -> Path:
     files = {"dev/world_geography_dev": GEOGRAPHY, "test/world_geography_test": GEOGRAPHY[::-1]}
