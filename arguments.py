@@ -61,9 +61,23 @@ class TrainArguments(CommonArguments):
         "what the teacher sends: its last hidden states (small), or its logits (large, the original way)",
         "hidden",
     )
+    teacher_placement: Literal["dedicated", "colocated"] = option(
+        MODELS,
+        "one teacher per node on a device of its own, or one beside every student on the student's device",
+        "dedicated",
+    )
+    teacher_prefetch: int = option(
+        MODELS, "batches that a dedicated teacher works ahead of the students; 0 lets them wait for each other", 1
+    )
     freeze_mlp: bool = option(MODELS, "do not train the MLPs, those of replaced layers included", False)
     freeze_replaced_layers: bool = option(MODELS, "do not train the layers that come from the teacher", False)
     gradient_checkpointing: bool = option(MODELS, "recompute activations in backward to save memory", False)
+    checkpoint_blocks: int | None = option(
+        MODELS, "with --gradient_checkpointing: recompute the first N blocks only (default: all)", None
+    )
+    compile: bool = option(
+        MODELS, "compile the student's blocks and the loss with torch.compile; the first step takes minutes", False
+    )
 
     dataset_name: str = option(DATA, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)")
     dataset_subset: str | None = option(DATA, "configuration of the data set", None)
@@ -82,6 +96,9 @@ class TrainArguments(CommonArguments):
     ce_weight: float = option(LOSS, "weight of the cross entropy with the text", 1.0)
     kl_weight: float = option(LOSS, "weight of KL(teacher || student); 0 runs no teacher", 0.1)
     temperature: float = option(LOSS, "temperature of the KL", 1.0)
+    loss_chunk_tokens: int | None = option(
+        LOSS, "tokens whose logits exist at the same time (default: by the memory that is free)", None
+    )
 
     max_steps: int = option(TRAINING, "optimizer steps at most", 100_000)
     epochs: int = option(TRAINING, "passes over the data at most", 1)
@@ -123,6 +140,7 @@ class TrainArguments(CommonArguments):
         not_negative = (
             "shuffle_buffer",
             "dataset_workers",
+            "teacher_prefetch",
             "save_interval",
             "resume_step",
             "ce_weight",
@@ -131,6 +149,18 @@ class TrainArguments(CommonArguments):
         found += [_too_small(self, name, 0) for name in not_negative]
         found += [_too_small(self, name, 0) for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")]
         found += _layer_problems(self.layers)
+        optional = [name for name in ("loss_chunk_tokens", "checkpoint_blocks") if getattr(self, name) is not None]
+        found += [_too_small(self, name, 1) for name in optional]
+        if self.checkpoint_blocks is not None and not self.gradient_checkpointing:
+            found.append(
+                f"--checkpoint_blocks {self.checkpoint_blocks}: says how many blocks --gradient_checkpointing "
+                "recomputes, which is off; give both"
+            )
+        if self.teacher_placement == "colocated" and self.teacher_device is not None:
+            found.append(
+                f"--teacher_device {self.teacher_device}: a colocated teacher is on each student's own device; "
+                "leave it out, or use --teacher_placement dedicated"
+            )
         if not 0 < self.temperature < math.inf:
             found.append(f"--temperature {self.temperature}: expected a number above 0; 1.0 is the usual choice")
         if self.ce_weight == self.kl_weight == 0:

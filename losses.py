@@ -3,6 +3,8 @@ over the unmasked tokens. `compute_distill_loss` is the readable reference; `fus
 hidden states and heads, and never holds the logits of more than a chunk of tokens.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of one chunk: 128 MiB in float32, several times that with what is made of them.
-LOGITS_PER_CHUNK = 2**25
+# Bytes of a chunk's logits in float32, the student's and the teacher's: on the CPU the first figure, on a GPU up to the
+# second and an eighth of what is free. Smaller chunks read the heads more often; larger ones gain nothing.
+CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**28, 2**30
+# Logits that stay in a CPU's cache from one pass over them to the next.
+CACHED_LOGITS = 2**21
 
 
 def shared_vocab(student_vocab: int, teacher_vocab: int) -> int:
@@ -78,6 +83,7 @@ def fused_distill_loss(
     kl_weight: float,
     temperature: float,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`compute_distill_loss` in chunks of tokens: each chunk's logits give its loss and at once its gradients, so
     that nothing of size tokens x vocabulary is ever made. Over N tokens, of any leading shape (...):
@@ -85,12 +91,14 @@ def fused_distill_loss(
     student_hidden (..., D), student_head (V_s, D), student_bias (V_s,) or None; teacher: its hidden states
     (..., D_t) with teacher_head (vocab, D_t), its logits (..., vocab) with None, or None without a teacher;
     labels, loss_mask (...). Softmax runs over the first `vocab` entries.
+    chunk_tokens: tokens per chunk (default: `choose_chunk_tokens`).
+    compiled: fuse what is done to the logits with torch.compile.
 
     Returns (total, kl, ce) as `compute_distill_loss`; gradients of `total` alone reach student_hidden, student_head
     and student_bias, those of the head summed in float32.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, LOGITS_PER_CHUNK // vocab)
+        chunk_tokens = choose_chunk_tokens(vocab, student_hidden.dtype, student_hidden.device)
     total, kl, ce = _FusedDistillLoss.apply(
         student_hidden.flatten(0, -2),
         student_head,
@@ -99,9 +107,20 @@ def fused_distill_loss(
         teacher_head,
         labels.flatten(),
         loss_mask.flatten().bool(),
-        (vocab, ce_weight, kl_weight, temperature, chunk_tokens),
+        (vocab, ce_weight, kl_weight, temperature, chunk_tokens, compiled),
     )
     return total, kl, ce
+
+
+def choose_chunk_tokens(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens per chunk, a power of two."""
+    budget = CPU_CHUNK_BYTES
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = min(CUDA_CHUNK_BYTES, (free + cached) // 8)
+    tokens = budget // (2 * vocab * max(dtype.itemsize, 4))
+    return 2 ** max(0, tokens.bit_length() - 1)
 
 
 class _FusedDistillLoss(torch.autograd.Function):
@@ -113,72 +132,140 @@ class _FusedDistillLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden, head, bias, teacher, teacher_head, labels, loss_mask, settings
     ) -> tuple[Tensor, Tensor, Tensor]:
-        vocab, ce_weight, kl_weight, temperature, chunk_tokens = settings
+        vocab, ce_weight, kl_weight, temperature, chunk_tokens, compiled = settings
+        losses_of = _chunk_losses if hidden.is_cuda else _chunk_losses_in_cache
+        if compiled:
+            losses_of = _compiled_chunk_losses()
         loss_mask, _ = mask_unknown_labels(labels, loss_mask, vocab)
         labels = labels.masked_fill(~loss_mask, 0)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        kl = ce = torch.zeros((), dtype=dtype, device=hidden.device)
+        n_tokens, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
-        d_head = torch.zeros(head.shape, dtype=dtype, device=head.device) if wants_head else None
-        d_bias = torch.zeros(head.shape[0], dtype=dtype, device=head.device) if wants_bias else None
-        head = head[:vocab]
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wants_hidden else None
+        d_head = head.new_zeros(head.shape, dtype=dtype) if wants_head else None
+        d_bias = head.new_zeros(head.shape[0], dtype=dtype) if wants_bias else None
+        head, bias = head[:vocab], None if bias is None else bias[:vocab]
+        sums = hidden.new_zeros(2, dtype=dtype)  # of KL and of CE
+        # Fresh buffers of this size cost more than the arithmetic on them where the system has to clear their pages.
+        logits_buffer = hidden.new_empty(min(chunk_tokens, n_tokens), vocab)
+        teacher_buffer = None if teacher is None else torch.empty_like(logits_buffer)
 
-        for start in range(0, hidden.shape[0], chunk_tokens):
+        for start in range(0, n_tokens, chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[chunk], head, None if bias is None else bias[:vocab]).to(dtype)  # (n, vocab)
+            labels_chunk, mask_chunk = labels[chunk], loss_mask[chunk]  # (n,)
+            n = labels_chunk.shape[0]
+            logits = _linear(hidden[chunk], head, bias, out=logits_buffer[:n])  # (n, vocab)
+            label_logits = (hidden[chunk].to(dtype) * head[labels_chunk].to(dtype)).sum(-1)  # (n,), not rounded
+            if bias is not None:
+                label_logits += bias[labels_chunk]
             teacher_logits = None
-            if teacher is not None:
-                teacher_logits = teacher[chunk] if teacher_head is None else teacher[chunk] @ teacher_head.T
-                teacher_logits = teacher_logits.to(dtype)  # (n, vocab)
-            chunk_kl, chunk_ce, d_logits = _chunk_losses(
-                logits, teacher_logits, labels[chunk], loss_mask[chunk], ce_weight, kl_weight, temperature
+            if teacher_head is not None:
+                teacher_logits = _linear(teacher[chunk], teacher_head, None, out=teacher_buffer[:n])  # (n, vocab)
+            elif teacher is not None:
+                teacher_logits = teacher_buffer[:n].copy_(teacher[chunk])
+            sums += losses_of(
+                logits, teacher_logits, labels_chunk, label_logits, mask_chunk, ce_weight, kl_weight, temperature
             )
-            kl, ce = kl + chunk_kl, ce + chunk_ce
+            d_logits = logits  # what `losses_of` has made of them
             if d_bias is not None:
-                d_bias[:vocab] += d_logits.sum(0)
-            d_logits = d_logits.to(head.dtype)
+                d_bias[:vocab] += d_logits.sum(0, dtype=dtype)
             if d_hidden is not None:
-                d_hidden[chunk] = d_logits @ head
+                _add_product(d_hidden[chunk], d_logits, head)
             if d_head is not None:
-                d_head[:vocab] += d_logits.T @ hidden[chunk]
+                _add_product(d_head[:vocab], d_logits.T, hidden[chunk])
 
-        n_tokens = loss_mask.sum().clamp_min(1)
-        kl, ce = kl / n_tokens, ce / n_tokens
-        ctx.gradients, ctx.n_tokens, ctx.dtype = (d_hidden, d_head, d_bias), n_tokens, hidden.dtype
+        n_learned = loss_mask.sum().clamp_min(1)
+        kl, ce = (sums / n_learned).unbind()
+        ctx.gradients, ctx.n_learned, ctx.dtype = (d_hidden, d_head, d_bias), n_learned, hidden.dtype
         ctx.mark_non_differentiable(kl, ce)
         return ce_weight * ce + kl_weight * kl, kl, ce
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total, *_) -> tuple[Tensor | None, ...]:
-        factor = d_total / ctx.n_tokens
-        gradients = [None if d is None else (d.mul_(factor)).to(ctx.dtype) for d in ctx.gradients]
+        factor = d_total / ctx.n_learned
+        gradients = [None if d is None else d.mul_(factor).to(ctx.dtype) for d in ctx.gradients]
         return (*gradients, None, None, None, None, None)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """F.linear into `out`."""
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, k) += a (m, n) b (n, k), in total's float32 where a and b have 16 bits."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # the CPU has no such product; factors widened as a whole would be as large as the head
+        for columns, rows in zip(a.split(8192, dim=1), b.split(8192), strict=True):
+            total.addmm_(columns.to(total.dtype), rows.to(total.dtype))
 
 
 def _chunk_losses(
     logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor,
+    label_logits: Tensor,
     loss_mask: Tensor,
     ce_weight: float,
     kl_weight: float,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of KL (times T^2) and CE over a chunk's unmasked tokens, and the gradient of their weighted sum by the
-    logits (n, V): ce_weight (p - onehot) + kl_weight T (p_T - q_T), p and q the student's and teacher's softmax.
+) -> Tensor:
+    """Sums of KL (times T^2) and of CE over a chunk's unmasked tokens: (2,). logits (n, V) are overwritten by the
+    gradient of the weighted sum, ce_weight (p - onehot) + kl_weight T (p_T - q_T), p and q the student's and
+    teacher's softmax; teacher_logits (n, V) are used up. All in place, in float32 or better.
+
+    label_logits (n,) are the labels' own, unrounded: what 16 bits lose of the vocabulary's logits averages out in the
+    normaliser, and of the one logit beside it it does not.
     """
-    log_p = F.log_softmax(logits, dim=-1)  # (n, V)
-    label_log_p = log_p.gather(1, labels[:, None])  # (n, 1)
-    d_logits = log_p.exp().mul_(ce_weight)
-    d_logits.scatter_add_(1, labels[:, None], torch.full_like(label_log_p, -ce_weight))
-    ce = -(label_log_p[:, 0] * loss_mask).sum()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(dtype)  # (n, V); the logits themselves where they are float32
+    log_p_T = None if temperature == 1 else (scores / temperature).log_softmax(-1)
+    labels = labels[:, None]  # (n, 1)
+    rounded_logits = scores.gather(1, labels)
+    log_p = torch.log_softmax(scores, -1, out=scores)
+    log_normaliser = (rounded_logits - log_p.gather(1, labels))[:, 0]  # (n,)
+    ce = log_normaliser - label_logits
     kl = torch.zeros_like(ce)
-    if teacher_logits is not None:
-        log_p_T = log_p if temperature == 1 else F.log_softmax(logits / temperature, dim=-1)
-        log_q_T = F.log_softmax(teacher_logits / temperature, dim=-1)
+    if teacher_logits is None:
+        d_logits = log_p.exp_().mul_(ce_weight)
+    else:
+        scores = teacher_logits.to(dtype)
+        if temperature != 1:
+            scores /= temperature
+        log_q_T = torch.log_softmax(scores, -1, out=scores)
         q_T = log_q_T.exp()
-        kl = temperature**2 * ((q_T * (log_q_T - log_p_T)).sum(-1) * loss_mask).sum()
-        d_logits += (log_p_T.exp() - q_T).mul_(kl_weight * temperature)
-    return kl, ce, d_logits.mul_(loss_mask[:, None])
+        log_ratio = log_q_T.sub_(log_p if log_p_T is None else log_p_T)
+        kl = temperature**2 * log_ratio.mul_(q_T).sum(-1)  # (n,)
+        d_logits = log_p.exp_()
+        if log_p_T is None:
+            d_logits.mul_(ce_weight + kl_weight)
+        else:
+            d_logits.mul_(ce_weight).add_(log_p_T.exp_(), alpha=kl_weight * temperature)
+        d_logits.add_(q_T, alpha=-kl_weight * temperature)
+    d_logits.scatter_add_(1, labels, torch.full_like(rounded_logits, -ce_weight))
+    d_logits.mul_(loss_mask[:, None])
+    logits.copy_(d_logits)
+    return torch.stack([(kl * loss_mask).sum(), (ce * loss_mask).sum()])
+
+
+def _chunk_losses_in_cache(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, label_logits: Tensor, loss_mask: Tensor, *weights
+) -> Tensor:
+    """`_chunk_losses` of some rows after the other."""
+    n_rows = max(1, CACHED_LOGITS // logits.shape[1])
+    sums = []
+    for start in range(0, logits.shape[0], n_rows):
+        rows = slice(start, start + n_rows)
+        teacher_rows = None if teacher_logits is None else teacher_logits[rows]
+        sums.append(
+            _chunk_losses(logits[rows], teacher_rows, labels[rows], label_logits[rows], loss_mask[rows], *weights)
+        )
+    return torch.stack(sums).sum(0)
+
+
+@functools.cache
+def _compiled_chunk_losses() -> Callable[..., Tensor]:
+    return torch.compile(_chunk_losses)

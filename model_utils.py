@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_from
+from llamba.kernels import kernels_for
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -190,6 +191,33 @@ def freeze_student_mlps(student: LlambaForCausalLM) -> None:
 def freeze_student_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
     for index in layers:
         student.backbone.layers[index].requires_grad_(False)
+
+
+def check_checkpoint_blocks(student: LlambaConfig, n_blocks: int | None) -> None:
+    if n_blocks is not None and n_blocks > student.n_layer:
+        raise ValueError(
+            f"--checkpoint_blocks {n_blocks}: the student has {student.n_layer}; leave it out to recompute all of them"
+        )
+
+
+def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
+    """Recompute the activations of the first `n_blocks` blocks in backward (None: of all) instead of keeping them.
+    The first, because they are recomputed last, when the others' activations are gone.
+    """
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    if n_blocks is not None:
+        for block in student.backbone.layers[n_blocks:]:
+            block.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def compile_blocks(student: LlambaForCausalLM) -> None:
+    """torch.compile for each block by itself: blocks of one kind share their graph, and what is saved keeps its
+    names. The kernels are chosen first; logging that choice would cut the graph.
+    """
+    weight = student.backbone.embedding.weight
+    kernels_for(weight.device.type, weight.dtype)
+    for block in student.backbone.layers:
+        block.compile()
 
 
 def check_trainable(student: nn.Module) -> None:

@@ -1,82 +1,255 @@
-"""The teacher lane: the first rank of each node owns the node's teacher, gathers every rank's input, runs the teacher
-once, and hands each rank its own part. Its traffic has a process group of its own.
-
-A caller asks with `submit` and collects with `result`. Both run in the caller's thread for now; work that goes on
-between the two is what this seam is for.
+"""How students get the teacher's answers. `submit` asks for a batch, `result` waits for its answer, and a lane counts
+the waiting. On a device of its own the teacher works while the students do, through the first rank of each node;
+colocated, every rank runs a teacher on its own device.
 """
 
+import contextlib
+import queue
+import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from data import Batch
 from llamba import LlambaForCausalLM
 from training_utils import Ranks
 
+# An answer, and the event after which it may be read: None where there is nothing to wait for.
+Answer = tuple[Tensor, "torch.cuda.Event | None"]
 
-class TeacherLane:
-    """Answers for one batch shape: what comes back is (B, S, D_t) for the signal "hidden", the teacher's final
-    hidden states after its last norm; (B, S, vocab) for "logits".
 
-    teacher: the model on the node's first rank, its meta skeleton on the others.
-    vocab: columns of the logits that are sent, the entries that both vocabularies have.
+def ask_ahead(batches: Iterable[Batch], lane: "Lane", prefetch: int) -> Iterator[tuple[Batch, "PendingSignal"]]:
+    """Batches with the answers to them, each asked for `prefetch` batches before it is handed out."""
+    asked: deque[tuple[Batch, PendingSignal]] = deque()
+    for batch in batches:
+        asked.append((batch, lane.submit(batch.input_ids)))
+        if len(asked) > prefetch:
+            yield asked.popleft()
+    yield from asked
+
+
+class Teacher:
+    """The frozen model as a function of input_ids (B, S): its last hidden states (B, S, D_t) after its last norm for
+    the signal "hidden", its logits (B, S, vocab) for "logits".
+
+    model: its weights where it runs, else its meta skeleton, which still tells what an answer looks like.
+    vocab: columns of the logits, the entries that both vocabularies have.
     """
 
-    def __init__(self, teacher: PreTrainedModel, signal: str, vocab: int, ranks: Ranks) -> None:
-        self.teacher, self.signal, self.vocab, self.ranks = teacher, signal, vocab, ranks
-        self.wait_s = 0.0  # seconds that this rank has waited since `take_wait`
-        if ranks.owns_teacher and signal == "hidden":
-            _check_hidden_signal(teacher)
-
-    def submit(self, input_ids: Tensor) -> "PendingSignal":
-        """input_ids (B, S) on this rank's device, of the same shape on every rank."""
-        return PendingSignal(self, input_ids)
-
-    def collect(self, input_ids: Tensor) -> Tensor:
-        """The teacher's answer. Only the wait for it is counted, not what the GPU still had to do before."""
-        _synchronize(self.ranks.device)
-        start = time.perf_counter()
-        signal = self._exchange(input_ids)
-        _synchronize(self.ranks.device)
-        self.wait_s += time.perf_counter() - start
-        return signal
-
-    def take_wait(self) -> float:
-        waited, self.wait_s = self.wait_s, 0.0
-        return waited
+    def __init__(self, model: PreTrainedModel, signal: str, vocab: int) -> None:
+        self.model, self.signal, self.vocab = model, signal, vocab
+        self.width = model.config.hidden_size if signal == "hidden" else vocab
+        if signal == "hidden" and model.device.type != "meta":
+            _check_hidden_signal(model)
 
     @torch.no_grad()
-    def _exchange(self, input_ids: Tensor) -> Tensor:
-        ranks = self.ranks
-        gathered = parts = None
-        if ranks.owns_teacher:
-            gathered = [torch.empty_like(input_ids) for _ in range(ranks.local_world_size)]
-        dist.gather(input_ids, gathered, dst=ranks.teacher_rank, group=ranks.node)
-        if gathered is not None:
-            inputs = torch.cat(gathered).to(self.teacher.device)  # (W*B, S)
-            answer = self._forward(inputs).to(ranks.device)  # (W*B, S, D_t or vocab)
-            parts = list(answer.split(input_ids.shape[0]))
-        width = self.teacher.config.hidden_size if self.signal == "hidden" else self.vocab
-        received = torch.empty(*input_ids.shape, width, dtype=self.teacher.dtype, device=ranks.device)
-        dist.scatter(received, parts, src=ranks.teacher_rank, group=ranks.node)
-        return received
-
-    def _forward(self, inputs: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        inputs = input_ids.to(self.model.device, non_blocking=True)  # (B, S)
         if self.signal == "hidden":
-            return self.teacher.base_model(inputs, use_cache=False).last_hidden_state  # (W*B, S, D_t)
-        return self.teacher(inputs, use_cache=False).logits[..., : self.vocab].contiguous()  # (W*B, S, vocab)
+            return self.model.base_model(inputs, use_cache=False).last_hidden_state  # (B, S, D_t)
+        return self.model(inputs, use_cache=False).logits[..., : self.vocab].contiguous()  # (B, S, vocab)
+
+
+# --- the three ways to an answer -----------------------------------------------------------------------------
+
+
+class TeacherLane:
+    """To the node's one teacher. A thread of each rank does what is asked in order: the first rank receives the
+    others' inputs, runs the teacher for one rank after another, and sends each its answer.
+
+    The traffic goes over gloo and pinned memory, by its own connections: it needs no agreement with the students'
+    NCCL collectives about who comes first, and settings that make those block the caller do not reach it. On GPUs
+    the teacher and the copies have streams of their own, and only this thread waits for them.
+    """
+
+    def __init__(self, teacher: Teacher, ranks: Ranks) -> None:
+        self.teacher, self.ranks = teacher, ranks
+        self.waits = WaitClock(ranks.device)
+        self.worker = _Worker("teacher-lane")
+        devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
+        self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+
+    def submit(self, input_ids: Tensor) -> "PendingSignal":
+        """input_ids (B, S) on the CPU, of the same shape on every rank."""
+        return PendingSignal(self.worker.submit(lambda: self._exchange(input_ids)).result, self.waits)
+
+    def close(self) -> None:
+        self.worker.close()
+
+    @torch.no_grad()
+    def _exchange(self, input_ids: Tensor) -> Answer:
+        device = self.ranks.device
+        with contextlib.ExitStack() as stack:
+            for stream in reversed(self.streams.values()):  # the last one's device, the student's, becomes current
+                stack.enter_context(torch.cuda.stream(stream))
+            answer = self._answer_all(input_ids) if self.ranks.owns_teacher else self._ask(input_ids)
+            answer = answer.to(device, non_blocking=True)
+            return answer, _event_after_current_work(device)
+
+    def _answer_all(self, input_ids: Tensor) -> Tensor:
+        """Answers all ranks of the node, and returns this rank's own answer."""
+        first, group = self.ranks.teacher_rank, self.ranks.node
+        others = range(first + 1, first + self.ranks.local_world_size)
+        asked = [torch.empty_like(input_ids) for _ in others]  # (B, S) each
+        arrivals = [dist.irecv(ids, src=rank, group=group) for ids, rank in zip(asked, others, strict=True)]
+        copies = []
+        for ids, arrival in zip(asked, arrivals, strict=True):
+            assert arrival is not None  # only ranks outside the group get none
+            arrival.wait()
+            copies.append(_start_copy_to_host(self.teacher(ids)))
+        own = self.teacher(input_ids)  # last: what the others wait for travels meanwhile
+        for (answer, copied), rank in zip(copies, others, strict=True):
+            if copied is not None:
+                copied.synchronize()
+            dist.send(answer, dst=rank, group=group)
+        return own
+
+    def _ask(self, input_ids: Tensor) -> Tensor:
+        first, group = self.ranks.teacher_rank, self.ranks.node
+        dist.send(input_ids, dst=first, group=group)
+        answer = torch.empty(
+            *input_ids.shape,
+            self.teacher.width,
+            dtype=self.teacher.model.dtype,
+            pin_memory=self.ranks.device.type == "cuda",
+        )  # (B, S, width)
+        dist.recv(answer, src=first, group=group)
+        return answer
+
+
+class ColocatedTeacher:
+    """To this rank's own teacher, on the student's device: no traffic, and nothing to gain from asking early."""
+
+    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+        self.teacher = teacher
+        self.waits = WaitClock(device)
+
+    def submit(self, input_ids: Tensor) -> "PendingSignal":
+        return PendingSignal(lambda: (self.teacher(input_ids), None), self.waits)
+
+    def close(self) -> None:
+        pass
+
+
+class NoTeacher:
+    """Where the loss has no KL."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = WaitClock(device)
+
+    def submit(self, input_ids: Tensor) -> "PendingSignal":
+        return PendingSignal(None, self.waits)
+
+    def close(self) -> None:
+        pass
+
+
+Lane = TeacherLane | ColocatedTeacher | NoTeacher
 
 
 class PendingSignal:
-    """A batch on its way through the teacher."""
+    """An answer under way."""
 
-    def __init__(self, lane: TeacherLane, input_ids: Tensor) -> None:
-        self.lane, self.input_ids = lane, input_ids
+    def __init__(self, collect: Callable[[], Answer] | None, waits: "WaitClock") -> None:
+        self.collect, self.waits = collect, waits
 
-    def result(self) -> Tensor:
-        return self.lane.collect(self.input_ids)
+    def result(self) -> Tensor | None:
+        """(B, S, width) on the rank's device, ready for its current stream; None without a teacher. Raises what the
+        teacher raised.
+        """
+        if self.collect is None:
+            return None
+        with self.waits.counting():
+            signal, ready = self.collect()
+            if ready is not None:
+                stream = torch.cuda.current_stream(signal.device)
+                stream.wait_event(ready)
+                signal.record_stream(stream)
+        return signal
+
+
+class WaitClock:
+    """Seconds that a device's work stood still for the teacher. On a GPU they are counted where they pass: between
+    the end of what the GPU had to do before and the moment when it can go on. The host never waits for the count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(torch.cuda.current_stream(self.device))
+            yield
+            end.record(torch.cuda.current_stream(self.device))
+            self.spans.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Seconds since the last take. On a GPU, call it after something else has waited for the step's end."""
+        for begin, end in self.spans:
+            end.synchronize()
+            self.seconds += begin.elapsed_time(end) / 1000
+        taken, self.seconds = self.seconds, 0.0
+        self.spans.clear()
+        return taken
+
+
+class _Worker:
+    """One thread that does its jobs in order. It ends with the process: a job that hangs because another rank died
+    must not keep this process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self.thread.start()
+
+    def submit(self, job: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        self.jobs.put((future, job))
+        return future
+
+    def close(self) -> None:
+        self.jobs.put(None)
+        self.thread.join()
+
+    def _work(self) -> None:
+        while (item := self.jobs.get()) is not None:
+            future, job = item
+            try:
+                future.set_result(job())
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+
+
+def _start_copy_to_host(answer: Tensor) -> Answer:
+    """The answer in pinned memory, and the event after which it is there."""
+    if answer.device.type == "cpu":
+        return answer, None
+    host = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
+    host.copy_(answer, non_blocking=True)
+    return host, _event_after_current_work(answer.device)
+
+
+def _event_after_current_work(device: torch.device) -> "torch.cuda.Event | None":
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+# --- before the first batch ----------------------------------------------------------------------------------
 
 
 def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
@@ -86,17 +259,17 @@ def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
             dist.broadcast(parameter.data, src=0)
 
 
+def teacher_head(teacher: PreTrainedModel, vocab: int) -> Tensor:
+    """The first `vocab` rows of the teacher's output weight, (vocab, D_t)."""
+    return teacher.get_output_embeddings().weight.detach()[:vocab]
+
+
 def share_head(teacher: PreTrainedModel, vocab: int, ranks: Ranks) -> Tensor:
-    """The first `vocab` rows of the teacher's output weight, (vocab, D_t), on every rank's own device."""
-    head = teacher.get_output_embeddings().weight.detach()[:vocab]
-    own = head.to(ranks.device) if ranks.owns_teacher else torch.empty_like(head, device=ranks.device)
-    dist.broadcast(own, src=ranks.teacher_rank, group=ranks.node)
-    return own
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    """`teacher_head` on every rank's own device, from the rank that runs the node's teacher."""
+    head = teacher_head(teacher, vocab)
+    copy = head.cpu() if ranks.owns_teacher else torch.empty_like(head, device="cpu")
+    dist.broadcast(copy, src=ranks.teacher_rank, group=ranks.node)
+    return copy.to(ranks.device)
 
 
 @torch.no_grad()

@@ -28,8 +28,11 @@ from losses import shared_vocab
 from model_utils import (
     adopt_special_tokens,
     apply_replacements,
+    check_checkpoint_blocks,
     check_replacements,
     check_trainable,
+    checkpoint_blocks,
+    compile_blocks,
     freeze_student_layers,
     freeze_student_mlps,
     get_configs,
@@ -39,7 +42,17 @@ from model_utils import (
     locate_model,
     parameter_table,
 )
-from teacher import TeacherLane, share_head, share_layers
+from teacher import (
+    ColocatedTeacher,
+    Lane,
+    NoTeacher,
+    Teacher,
+    TeacherLane,
+    ask_ahead,
+    share_head,
+    share_layers,
+    teacher_head,
+)
 from training_utils import (
     DTYPES,
     DistillationModel,
@@ -55,7 +68,17 @@ from training_utils import (
     update,
     wrap_ddp,
 )
-from utils import RunLog, Stopwatch, describe_environment, prepare_output_dir, run_entry, setup_logging
+from utils import (
+    COMPILE_NEEDS,
+    RunLog,
+    Stopwatch,
+    TimedIterator,
+    can_compile,
+    describe_environment,
+    prepare_output_dir,
+    run_entry,
+    setup_logging,
+)
 
 logger = logging.getLogger("train")
 
@@ -72,7 +95,11 @@ class Models(NamedTuple):
 def main() -> None:
     args = parse_train_args()
     setup_logging(args.log_file, is_main_rank())
-    device, teacher_device = choose_devices(args.teacher_device, runs_teacher=args.kl_weight > 0)
+    device, teacher_device = choose_devices(
+        args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
+    )
+    if args.compile and not can_compile(device.type):
+        raise ValueError(f"--compile: {COMPILE_NEEDS[device.type]}, not found here; install it or leave the option out")
     models = check_models(args)
     if is_main_rank():
         prepare_output_dir(args.output_dir, args.resume_step)
@@ -88,6 +115,7 @@ def check_models(args: TrainArguments) -> Models:
     student = locate_model("--student_model", args.student_model, args.local_files_only)
     teacher_config, student_config = get_configs(teacher, student)
     check_replacements(student_config, teacher_config, args.layers)
+    check_checkpoint_blocks(student_config, args.checkpoint_blocks)
     tokenizer = get_tokenizer("--teacher_model", teacher)
     check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
     if not runs_teacher:
@@ -114,10 +142,10 @@ def run(args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torc
     batches = itertools.chain([next(batches)], batches)
 
     # 2. The student takes over the teacher's layers.
-    student, teacher_head, lane = load_models(args, models, ranks, teacher_device)
+    student, head, lane = load_models(args, models, ranks, teacher_device)
     adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
-    model = wrap_ddp(DistillationModel(student, teacher_head, models.vocab, args), ranks.device)
+    model = wrap_ddp(DistillationModel(student, head, models.vocab, args), ranks.device)
 
     # 3. and 4. Learn from text and teacher, log, save.
     def save(micro_step: int, step: int) -> None:
@@ -128,20 +156,22 @@ def run(args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torc
 
     with RunLog(args, ranks.is_main) as log:
         distil(args, batches, total_steps, model, lane, ranks, log, save)
+    lane.close()
 
 
 def load_models(
     args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device
-) -> tuple[LlambaForCausalLM, torch.Tensor | None, TeacherLane | None]:
-    """The student of this rank, hybrid and frozen as asked; the teacher's head, if hidden states are sent; and the
-    lane to the teacher, if it runs. The teacher's weights are read where it runs; where it does not, by rank 0
-    alone, for its layers alone.
+) -> tuple[LlambaForCausalLM, torch.Tensor | None, Lane]:
+    """The student of this rank, hybrid and frozen as asked; the teacher's head, if its hidden states are what comes;
+    and the way to its answers. The teacher's weights are read where it runs; where it does not, by rank 0 alone, for
+    its layers alone.
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
+    colocated = args.teacher_placement == "colocated"
     student = get_student_model(models.student, dtype, ranks.device)
     takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
     place = torch.device("meta")
-    if runs_teacher and ranks.owns_teacher:
+    if runs_teacher and (ranks.owns_teacher or colocated):
         place = teacher_device
     elif takes_layers and ranks.is_main:
         place = torch.device("cpu")
@@ -155,11 +185,16 @@ def load_models(
         freeze_student_layers(student, args.layers)
     check_trainable(student)
     if args.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(student, args.checkpoint_blocks)
+    if args.compile:
+        compile_blocks(student)
     if not runs_teacher:
-        return student, None, None
-    head = share_head(teacher, models.vocab, ranks) if args.teacher_signal == "hidden" else None
-    return student, head, TeacherLane(teacher, args.teacher_signal, models.vocab, ranks)
+        return student, None, NoTeacher(ranks.device)
+    answers = Teacher(teacher, args.teacher_signal, models.vocab)
+    head = None
+    if args.teacher_signal == "hidden":
+        head = teacher_head(teacher, models.vocab) if colocated else share_head(teacher, models.vocab, ranks)
+    return student, head, ColocatedTeacher(answers, ranks.device) if colocated else TeacherLane(answers, ranks)
 
 
 def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) -> int:
@@ -194,7 +229,7 @@ def distil(
     batches: Iterator[Batch],
     total_steps: int,
     model: DistributedDataParallel,
-    lane: TeacherLane | None,
+    lane: Lane,
     ranks: Ranks,
     log: RunLog,
     save: Callable[[int, int], None],
@@ -208,20 +243,21 @@ def distil(
     meter = Meter(ranks.device)
     tokens_per_micro_step = ranks.world_size * args.batch_size * args.seq_length
     logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, step)
+    timed_batches = TimedIterator(itertools.islice(batches, total_steps * accumulate - micro_step))  # and not one more
     if micro_step == 0:
         save(micro_step, step)
 
     model.train()
     stopwatch = Stopwatch()
-    for batch in batches:
+    for batch, asked in ask_ahead(timed_batches, lane, args.teacher_prefetch):
         batch = to_device(batch, ranks.device)
-        signal = lane.submit(batch.input_ids).result() if lane else None  # (B, S, D_t) or (B, S, vocab)
+        signal = asked.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
         micro_step += 1
         steps_now = micro_step % accumulate == 0
         with nullcontext() if steps_now else model.no_sync():
             loss, figures = model(batch, signal)
             (loss * (loss_scale.value / accumulate)).backward()
-        meter.add(figures, lane.take_wait() if lane else 0.0)
+        meter.add(figures)
 
         if steps_now:
             lr = schedule.get_last_lr()[0]
@@ -232,7 +268,7 @@ def distil(
                 {
                     "step": step,
                     "micro_step": micro_step,
-                    **meter.mean(),
+                    **meter.mean(teacher_wait_s=lane.waits.take(), data_wait_s=timed_batches.take()),
                     "lr": lr,
                     "grad_norm": grad_norm,
                     "skipped_updates": loss_scale.skipped,
@@ -245,8 +281,6 @@ def distil(
             save(micro_step, step)
             saved = micro_step
             stopwatch.lap()  # saving is no part of a step's time
-        if step == total_steps:
-            break
     trained = step * accumulate  # micro steps after the last update have changed no weight
     if trained != saved:
         save(trained, step)

@@ -23,9 +23,9 @@ from transformers import get_wsd_schedule
 from arguments import TrainArguments
 from data import Batch
 from llamba import LlambaForCausalLM
+from losses import choose_chunk_tokens, fused_distill_loss, mask_unknown_labels
 from losses import compute_distill_loss as compute_distill_loss  # users of the original layout look for it here
-from losses import fused_distill_loss, mask_unknown_labels
-from utils import checked_device
+from utils import can_compile, checked_device
 
 logger = logging.getLogger("train")
 
@@ -40,8 +40,8 @@ TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands, and the device of its student. `node` groups the ranks of one box, whose teacher
-    is run by its local rank 0; `control` is a CPU group for small agreements.
+    """Where this process stands, and the device of its student. `node` is a CPU group of the ranks of one box, whose
+    teacher is run by its local rank 0; `control` is a CPU group of all ranks for small agreements.
     """
 
     rank: int
@@ -79,23 +79,28 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def choose_devices(teacher_device: str | None, runs_teacher: bool) -> tuple[torch.device, torch.device]:
-    """This rank's student device and its node's teacher device: students take the first GPUs in order of local
-    rank, the teacher the last visible one. Without a GPU all are on the CPU. Raises ValueError if GPUs are short.
+def choose_devices(
+    teacher_device: str | None, teacher_placement: str, runs_teacher: bool
+) -> tuple[torch.device, torch.device]:
+    """This rank's student device and the device of its teacher: students take the first GPUs in order of local
+    rank; a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a
+    GPU all are on the CPU. Raises ValueError if GPUs are short.
     """
     n_gpus, n_students = torch.cuda.device_count(), local_world_size()
     named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
     if n_gpus == 0:
         return torch.device("cpu"), named or torch.device("cpu")
-    needed = n_students + (1 if runs_teacher and named is None else 0)
+    colocated = teacher_placement == "colocated"
+    needed = n_students + (1 if runs_teacher and named is None and not colocated else 0)
     if n_gpus < needed:
         raise ValueError(
             f"--nproc_per_node {n_students}: needs {needed} visible GPUs ({n_students} for students"
             + (", the last for the teacher" if needed > n_students else "")
             + f"), and {n_gpus} are visible; start fewer processes, make more GPUs visible, "
-            "or share a student's GPU with --teacher_device cuda:0"
+            "or share students' GPUs with --teacher_device cuda:0 or --teacher_placement colocated"
         )
-    return torch.device("cuda", local_rank()), named or torch.device("cuda", n_gpus - 1)
+    student = torch.device("cuda", local_rank())
+    return student, student if colocated else named or torch.device("cuda", n_gpus - 1)
 
 
 @contextmanager
@@ -125,7 +130,9 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
             f"--nproc_per_node: nodes have {sorted({int(size) for size in sizes})} ranks; start the same number on each"
         )
     # Every rank takes part in making every node's group.
-    nodes = [dist.new_group(range(i, i + n_local), timeout=TIMEOUT) for i in range(0, world_size, n_local)]
+    nodes = [
+        dist.new_group(range(i, i + n_local), timeout=TIMEOUT, backend="gloo") for i in range(0, world_size, n_local)
+    ]
     yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
     dist.barrier(group=control)  # nobody leaves while another still talks to it
     dist.destroy_process_group()
@@ -151,6 +158,9 @@ class DistillationModel(nn.Module):
         self.register_buffer("teacher_head", teacher_head, persistent=False)
         self.vocab = vocab
         self.weights = (args.ce_weight, args.kl_weight, args.temperature)
+        self.chunk_tokens = args.loss_chunk_tokens
+        device = student.backbone.embedding.weight.device
+        self.compiled = args.compile or (device.type == "cuda" and can_compile(device.type))
 
     def forward(self, batch: Batch, teacher_signal: Tensor | None) -> tuple[Tensor, Tensor]:
         """batch of (B, S); teacher_signal: hidden states (B, S, D_t), logits (B, S, vocab), or None.
@@ -159,6 +169,9 @@ class DistillationModel(nn.Module):
         """
         hidden = self.student.backbone(batch.input_ids, use_cache=False).last_hidden_state  # (B, S, D)
         head = self.student.lm_head
+        if self.chunk_tokens is None:  # once: what is free varies from step to step, and with it the rounding
+            self.chunk_tokens = choose_chunk_tokens(self.vocab, hidden.dtype, hidden.device)
+            logger.info("the loss takes %d tokens at a time", self.chunk_tokens)
         total, kl, ce = fused_distill_loss(
             hidden,
             head.weight,
@@ -169,6 +182,8 @@ class DistillationModel(nn.Module):
             batch.loss_mask,
             self.vocab,
             *self.weights,
+            self.chunk_tokens,
+            self.compiled,
         )
         _, n_ignored = mask_unknown_labels(batch.labels, batch.loss_mask, self.vocab)
         return total, torch.stack([total, kl, ce, n_ignored]).detach().float()
@@ -177,25 +192,25 @@ class DistillationModel(nn.Module):
 class Meter:
     """Sums what a rank sees in the micro steps of one optimizer step; `mean` is their average over all ranks."""
 
-    NAMES = ("loss", "kl", "ce", "ignored_labels", "teacher_wait_s")
+    NAMES = ("loss", "kl", "ce", "ignored_labels")
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(self.NAMES), device=device)
         self.n = 0
 
-    def add(self, figures: Tensor, teacher_wait_s: float) -> None:
+    def add(self, figures: Tensor) -> None:
         """figures (4,): as `DistillationModel` returns them."""
-        self.sums[:-1] += figures
-        self.sums[-1] += teacher_wait_s
+        self.sums += figures
         self.n += 1
 
-    def mean(self) -> dict[str, float]:
-        """Per micro step for the losses, per optimizer step for counts and seconds. Starts anew. All ranks see the
-        same means; if the loss is not finite they all raise FloatingPointError.
+    def mean(self, **seconds: float) -> dict[str, float]:
+        """Per micro step for the losses, per optimizer step for counts and for `seconds`, this rank's own. Starts
+        anew. All ranks see the same means; if the loss is not finite they all raise FloatingPointError.
         """
-        dist.all_reduce(self.sums)
-        sums = [value / dist.get_world_size() for value in self.sums.tolist()]
-        means = dict(zip(self.NAMES, sums, strict=True))
+        sums = torch.cat([self.sums, self.sums.new_tensor(list(seconds.values()))])
+        dist.all_reduce(sums)
+        values = [value / dist.get_world_size() for value in sums.tolist()]
+        means = dict(zip([*self.NAMES, *seconds], values, strict=True))
         for name in ("loss", "kl", "ce"):
             means[name] /= self.n
         if not math.isfinite(means["loss"]):
@@ -236,6 +251,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
     """
 
+    SLICE = 2**24  # weights stepped at once
+
     def __init__(
         self,
         params,
@@ -255,7 +272,6 @@ class MasterWeightAdamW(torch.optim.Optimizer):
                     self._step_one(parameter, group)
 
     def _step_one(self, parameter: Tensor, group: dict) -> None:
-        # One parameter at a time: the float32 gradient is then the size of one parameter, not of all.
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -265,22 +281,27 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
         master = state.get("master", parameter)
-        adamw(
-            [master],
-            [parameter.grad.float() * group["grad_factor"]],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            foreach=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        # A slice at a time: the float32 gradient and AdamW's own temporaries are then the size of a slice, where a
+        # vocabulary's weights alone would take gigabytes.
+        tensors = (master, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        for weight, grad, exp_avg, exp_avg_sq in zip(*(t.view(-1).split(self.SLICE) for t in tensors), strict=True):
+            adamw(
+                [weight],
+                [grad.float() * group["grad_factor"]],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [state["step"].clone()],  # adamw counts in place, and would count every slice
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+        state["step"] += 1
         if master is not parameter:
             parameter.copy_(master)
 

@@ -3,18 +3,21 @@ output directory, and figures that people can read.
 """
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import logging
 import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,6 +25,8 @@ import transformers
 from arguments import TrainArguments
 
 logger = logging.getLogger("train")
+
+T = TypeVar("T")
 
 
 def setup_logging(log_file: str | None, is_main: bool) -> None:
@@ -73,6 +78,18 @@ def checked_device(flag: str, name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_gpus):
         raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}")
     return device
+
+
+COMPILE_NEEDS = {"cpu": "torch.compile needs a C++ compiler", "cuda": "torch.compile needs Triton and a C compiler"}
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether what COMPILE_NEEDS names is here."""
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False
+    names = ("CXX", "c++", "g++", "clang++") if device_type == "cpu" else ("CC", "cc", "gcc", "clang")
+    return any(shutil.which(name) for name in (os.environ.get(names[0], ""), *names[1:]))
 
 
 def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
@@ -189,6 +206,26 @@ class Stopwatch:
         now = time.perf_counter()
         elapsed, self.start = now - self.start, now
         return elapsed
+
+
+class TimedIterator(Iterator[T]):
+    """Hands on another iterator's items and counts the seconds that they made the caller wait."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self.items = iter(items)
+        self.seconds = 0.0
+
+    def __next__(self) -> T:
+        start = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Seconds since the last take."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
 
 
 def format_metrics(row: dict[str, Any]) -> str:

@@ -36,9 +36,18 @@ class Kernels(NamedTuple):
     conv: Conv
 
 
-@functools.cache
+_chosen: dict[tuple[str, torch.dtype], Kernels] = {}
+
+
 def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that this machine has for tensors on `device_type` ("cuda", "cpu"); named in the log."""
+    key = (device_type, dtype)
+    if key not in _chosen:  # a plain dictionary: torch.compile looks into it, and not through functools.cache
+        _chosen[key] = _choose(device_type, dtype)
+    return _chosen[key]
+
+
+def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
     scan_name, scan = "plain PyTorch", ssd_chunked
     conv_name, conv = "plain PyTorch", causal_conv
     if device_type == "cuda":

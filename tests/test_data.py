@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_packing import EOS, plain_ids, random_documents, small_tokenizer, tokenise_threads
+from test_packing import EOS, ahead_threads, plain_ids, random_documents, small_tokenizer
 
 import packing
 from arguments import TrainArguments
@@ -207,7 +207,7 @@ def test_streaming_error_in_the_thread_reaches_the_consumer_and_no_thread_stays(
     with pytest.raises(ValueError, match="row 3000 as read here holds int"):
         list(batches)
     next(iter(batches))
-    assert tokenise_threads() == 0
+    assert ahead_threads() == 0
 
 
 # ---- the cache

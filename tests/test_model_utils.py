@@ -12,6 +12,8 @@ from model_utils import (
     apply_replacements,
     check_replacements,
     check_trainable,
+    checkpoint_blocks,
+    compile_blocks,
     freeze_student_layers,
     freeze_student_mlps,
     get_configs,
@@ -20,7 +22,7 @@ from model_utils import (
     locate_model,
     parameter_table,
 )
-from tests.tiny import tiny_config, tiny_student, tiny_teacher
+from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
 from utils import checked_device
 
 CPU = torch.device("cpu")
@@ -243,3 +245,44 @@ def test_the_student_keeps_one_copy_while_layers_change_places():
     gc.collect()
     assert old() is None
     assert student.backbone.layers[0].mixer.in_proj.weight.data_ptr() == kept
+
+
+# --- memory and speed of the blocks --------------------------------------------------------------------------
+
+
+def recomputed(student):
+    """How often each block runs in a forward and backward pass: twice if its activations are recomputed."""
+    calls = [0] * len(student.backbone.layers)
+
+    def count(index):
+        def hook(module, args):
+            calls[index] += 1
+
+        return hook
+
+    for index, block in enumerate(student.backbone.layers):
+        block.input_layernorm.register_forward_pre_hook(count(index))
+    student.train()(tokens(), use_cache=False).logits.sum().backward()
+    return calls
+
+
+@pytest.mark.parametrize("n_blocks,expected", [(None, [2, 2, 2, 2]), (3, [2, 2, 2, 1]), (1, [2, 1, 1, 1])])
+def test_as_many_blocks_are_recomputed_as_asked(n_blocks, expected):
+    student = tiny_student()
+    apply_replacements(student, tiny_teacher(), [1])  # a block like the others
+    checkpoint_blocks(student, n_blocks)
+    assert recomputed(student) == expected
+
+
+def test_compiled_blocks_compute_the_same_under_the_same_names():
+    student, plain = tiny_student(n_layer=2), tiny_student(n_layer=2)
+    compile_blocks(student)
+    assert student.state_dict().keys() == plain.state_dict().keys()
+    results = []
+    for model in (student, plain):
+        hidden = model.train().backbone(tokens(), use_cache=False).last_hidden_state
+        hidden.square().mean().backward()
+        results.append((hidden, model.backbone.layers[0].mixer.in_proj.weight.grad))
+    assert all(block._compiled_call_impl is not None for block in student.backbone.layers)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

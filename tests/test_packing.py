@@ -148,7 +148,7 @@ def test_blocks_are_consecutive_and_full(seed: int):
     arrays = [np.arange(rng.choice([0, 1, 3, 50])) for _ in range(20)]
     size = rng.choice([1, 2, 7, 31, 1000])
     ids = np.concatenate(arrays)
-    cut = list(blocks(arrays, size))
+    cut = [block for stack in blocks(arrays, size) for block in stack]
     assert len(cut) == len(ids) // size
     assert [i for block in cut for i in block] == ids[: len(cut) * size].tolist()
 
@@ -245,8 +245,8 @@ def test_no_documents_give_no_windows(tmp_path: Path):
 # ---- the thread
 
 
-def tokenise_threads() -> int:
-    return sum(thread.name == "tokenise" for thread in threading.enumerate())
+def ahead_threads() -> int:
+    return sum(thread.name == "run-ahead" for thread in threading.enumerate())
 
 
 def test_run_ahead_draws_before_it_is_asked_but_not_without_bound():
@@ -259,7 +259,7 @@ def test_run_ahead_draws_before_it_is_asked_but_not_without_bound():
     time.sleep(0.2)
     assert len(drawn) == 6
     assert list(ahead) == list(range(1, 100))
-    assert tokenise_threads() == 0
+    assert ahead_threads() == 0
 
 
 def test_run_ahead_raises_the_threads_error_after_what_came_before():
@@ -271,11 +271,11 @@ def test_run_ahead_raises_the_threads_error_after_what_came_before():
     assert next(ahead) == 1
     with pytest.raises(ValueError, match="row 7"):
         next(ahead)
-    assert tokenise_threads() == 0
+    assert ahead_threads() == 0
 
 
 def test_run_ahead_ends_its_thread_when_the_consumer_breaks_off():
     for i in run_ahead(iter(range(10**9)), depth=2):
         if i == 3:
             break
-    assert tokenise_threads() == 0
+    assert ahead_threads() == 0

@@ -168,6 +168,17 @@ def test_both_teacher_signals_give_the_same_losses(run):
         assert a["kl"] > 0.01
 
 
+@pytest.mark.parametrize("changes", [{"teacher_prefetch": 0}, {"teacher_placement": "colocated"}])
+def test_where_and_when_the_teacher_works_changes_no_figure(run, changes):
+    """Bit for bit: each rank's part is computed alone, wherever that is; and what was fetched ahead is not counted."""
+    ahead, other = metrics(run(2, **FROZEN)), metrics(run(2, **changes, **FROZEN))
+    for a, b in zip(ahead, other, strict=True):
+        for name in ("micro_step", "tokens", "loss", "kl", "ce", "grad_norm", "lr"):
+            assert a[name] == b[name], name
+    for name, weight in weights(run(2, **FROZEN)).items():
+        assert torch.equal(weight, weights(run(2, **changes, **FROZEN))[name]), name
+
+
 # --- what a step does ----------------------------------------------------------------------------------------
 
 
@@ -235,9 +246,18 @@ def test_without_kl_no_teacher_runs(run):
     assert metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)  # the layers came all the same
 
 
-def test_gradient_checkpointing_changes_no_loss(run):
-    plain, saving = metrics(run(2, **FROZEN)), metrics(run(2, gradient_checkpointing=True, **FROZEN))
-    assert [row["loss"] for row in saving] == pytest.approx([row["loss"] for row in plain], rel=1e-6)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "checkpoint_blocks": 2},
+        {"loss_chunk_tokens": 10},
+        {"compile": True},
+    ],
+)
+def test_ways_to_save_memory_or_time_change_no_loss(run, changes):
+    plain, other = metrics(run(2, **FROZEN)), metrics(run(2, **changes, **FROZEN))
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
 
 
 # --- what is left on disk ------------------------------------------------------------------------------------
@@ -255,7 +275,7 @@ def test_checkpoints_metrics_and_log(run):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["tokens"] == 6 * 2 * 2 * 32
     names = {"step", "micro_step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"}
-    assert names | {"teacher_wait_s"} <= rows[0].keys()
+    assert names | {"teacher_wait_s", "data_wait_s"} <= rows[0].keys()
     log = (folder / "stderr.txt").read_text()
     assert "[train] micro_step 6 (opt 6) | loss " in log
     assert log.count("[train] micro_step 2 ") == 1  # one rank speaks
@@ -323,6 +343,7 @@ def fail(models, tmp_path, monkeypatch, **changes):
         ({"grad_accumulation_steps": 900, "save_interval": 900}, ["--grad_accumulation_steps 900", "micro steps"]),
         ({"log_file": "/proc/nowhere/log"}, ["--log_file /proc/nowhere/log", "cannot be written"]),
         ({"teacher_device": "meta"}, ["--teacher_device meta", "expected cpu"]),
+        ({"gradient_checkpointing": True, "checkpoint_blocks": 5}, ["--checkpoint_blocks 5", "has 4"]),
         ({"resume_step": 600}, ["--resume_step 600", "nothing is left"]),
         ({"save_interval": 3, "grad_accumulation_steps": 2}, ["--save_interval 3", "--grad_accumulation_steps 2"]),
     ],

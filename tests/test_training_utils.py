@@ -398,19 +398,19 @@ def machine(monkeypatch, no_torchrun):
 @pytest.mark.parametrize("local_rank", range(4))
 def test_students_take_the_first_gpus_and_the_teacher_the_last(machine, local_rank):
     machine(5, 4, local_rank)
-    assert choose_devices(None, True) == (torch.device("cuda", local_rank), torch.device("cuda:4"))
+    assert choose_devices(None, "dedicated", True) == (torch.device("cuda", local_rank), torch.device("cuda:4"))
 
 
 def test_the_teacher_takes_the_last_visible_gpu_of_many(machine):
     machine(8, 2, 1)
-    assert choose_devices(None, True) == (torch.device("cuda:1"), torch.device("cuda:7"))
+    assert choose_devices(None, "dedicated", True) == (torch.device("cuda:1"), torch.device("cuda:7"))
 
 
 @pytest.mark.parametrize("n_gpus,n_students,needed", [(4, 4, 5), (1, 1, 2), (2, 4, 5)])
 def test_there_is_one_more_gpu_than_students(machine, n_gpus, n_students, needed):
     machine(n_gpus, n_students)
     with pytest.raises(ValueError) as error:
-        choose_devices(None, True)
+        choose_devices(None, "dedicated", True)
     message = str(error.value)
     assert f"--nproc_per_node {n_students}: needs {needed} visible GPUs" in message
     assert f"and {n_gpus} are visible" in message and "--teacher_device cuda:0" in message
@@ -419,32 +419,37 @@ def test_there_is_one_more_gpu_than_students(machine, n_gpus, n_students, needed
 @pytest.mark.parametrize("name", ["cuda:0", "cuda:3", "cpu"])
 def test_a_named_teacher_device_may_be_a_students_own(machine, name):
     machine(4, 4, 2)
-    assert choose_devices(name, True) == (torch.device("cuda:2"), torch.device(name))
+    assert choose_devices(name, "dedicated", True) == (torch.device("cuda:2"), torch.device(name))
 
 
 def test_students_need_their_own_gpus_all_the_same(machine):
     machine(3, 4)
     with pytest.raises(ValueError, match="needs 4 visible GPUs .4 for students., and 3 are visible"):
-        choose_devices("cpu", True)
+        choose_devices("cpu", "dedicated", True)
 
 
 @pytest.mark.parametrize("name", ["cuda:5", "cuda:17", "cuda:-1", "gpu", "gpu:0", "5"])
 def test_a_teacher_device_that_is_not_there(machine, name):
     machine(5, 4)
     with pytest.raises(ValueError, match=f"--teacher_device {name}: .*cuda:0 to cuda:4"):
-        choose_devices(name, True)
+        choose_devices(name, "dedicated", True)
+
+
+def test_a_colocated_teacher_is_beside_every_student(machine):
+    machine(4, 4, 3)
+    assert choose_devices(None, "colocated", True) == (torch.device("cuda:3"), torch.device("cuda:3"))
 
 
 def test_without_a_teacher_its_gpu_is_not_needed(machine):
     machine(4, 4, 3)
-    assert choose_devices(None, runs_teacher=False)[0] == torch.device("cuda:3")
+    assert choose_devices(None, "dedicated", runs_teacher=False)[0] == torch.device("cuda:3")
 
 
 def test_without_gpus_all_are_on_the_cpu(machine):
     machine(0, 4, 2)
-    assert choose_devices(None, True) == choose_devices("cpu", True) == (CPU, CPU)
+    assert choose_devices(None, "dedicated", True) == choose_devices("cpu", "dedicated", True) == (CPU, CPU)
     with pytest.raises(ValueError, match="--teacher_device cuda:0: 0 GPUs are visible"):
-        choose_devices("cuda:0", True)
+        choose_devices("cuda:0", "dedicated", True)
 
 
 def test_a_plain_run_is_the_main_rank(no_torchrun):
@@ -481,12 +486,12 @@ def test_each_node_has_its_own_teacher(rank, local_rank, teacher_rank):
 def test_means_of_a_meter(no_torchrun):
     with process_groups(CPU):
         meter = Meter(CPU)
-        meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.5)
-        meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), 0.25)
+        meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]))
         expected = {"loss": 2.0, "kl": 3.0, "ce": 4.0, "ignored_labels": 10.0, "teacher_wait_s": 0.75}
-        assert meter.mean() == expected
-        meter.add(torch.tensor([1.0, 1.0, 1.0, 0.0]), 0.0)  # it started anew
-        assert meter.mean() == {"loss": 1.0, "kl": 1.0, "ce": 1.0, "ignored_labels": 0.0, "teacher_wait_s": 0.0}
+        assert meter.mean(teacher_wait_s=0.75) == expected
+        meter.add(torch.tensor([1.0, 1.0, 1.0, 0.0]))  # it started anew
+        assert meter.mean() == {"loss": 1.0, "kl": 1.0, "ce": 1.0, "ignored_labels": 0.0}
 
 
 # --- the student with its loss -------------------------------------------------------------------------------
@@ -574,8 +579,8 @@ def work(rank, port, folder):
             found[dtype] = {"weights": weights(model), "masters": masters(model, optimizer)}
         meter = Meter(CPU)
         for micro_step in range(3):
-            meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]) * (rank + 1) + micro_step, 0.5 * rank)
-        found["mean"] = meter.mean()
+            meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]) * (rank + 1) + micro_step)
+        found["mean"] = meter.mean(teacher_wait_s=rank)
         torch.save(found, Path(folder) / f"{rank}.pt")
         del model, optimizer
 
@@ -631,6 +636,6 @@ def test_one_rank_needs_no_special_path(no_torchrun, dtype):
 
 def test_a_meter_averages_over_ranks(two_ranks):
     """Rank 0 saw 1, 2, 3 as losses in its three micro steps, rank 1 saw 2, 3, 4; and so on."""
-    expected = {"loss": 2.5, "kl": 4.0, "ce": 5.5, "ignored_labels": 21.0, "teacher_wait_s": 0.75}
+    expected = {"loss": 2.5, "kl": 4.0, "ce": 5.5, "ignored_labels": 21.0, "teacher_wait_s": 0.5}
     for found in two_ranks:
         assert found["mean"] == pytest.approx(expected)
