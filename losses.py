@@ -158,10 +158,12 @@ class _FusedDistillLoss(torch.autograd.Function):
             if bias is not None:
                 label_logits += bias[labels_chunk]
             teacher_logits = None
-            if teacher_head is not None:
-                teacher_logits = _linear(teacher[chunk], teacher_head, None, out=teacher_buffer[:n])  # (n, vocab)
-            elif teacher is not None:
-                teacher_logits = teacher_buffer[:n].copy_(teacher[chunk])
+            if teacher_buffer is not None:
+                teacher_logits = teacher_buffer[:n]  # (n, vocab)
+                if teacher_head is None:
+                    teacher_logits.copy_(teacher[chunk])
+                else:
+                    _linear(teacher[chunk], teacher_head, None, out=teacher_logits)
             sums += losses_of(
                 logits, teacher_logits, labels_chunk, label_logits, mask_chunk, ce_weight, kl_weight, temperature
             )

@@ -252,6 +252,23 @@ def _event_after_current_work(device: torch.device) -> "torch.cuda.Event | None"
 # --- before the first batch ----------------------------------------------------------------------------------
 
 
+def open_lane(
+    teacher: PreTrainedModel, signal: str, placement: str, vocab: int, ranks: Ranks
+) -> tuple[Tensor | None, Lane]:
+    """The teacher's head (vocab, D_t) on this rank's device, or None if logits are what it sends; and the way to its
+    answers. teacher: its weights where it runs, its meta skeleton elsewhere.
+    """
+    answers = Teacher(teacher, signal, vocab)
+    head = None
+    if placement == "colocated":
+        if signal == "hidden":
+            head = teacher_head(teacher, vocab)
+        return head, ColocatedTeacher(answers, ranks.device)
+    if signal == "hidden":
+        head = share_head(teacher, vocab, ranks)
+    return head, TeacherLane(answers, ranks)
+
+
 def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
     """Fills the replaced layers of every rank from rank 0, the one that read the teacher's weights for them."""
     for index in layers:

@@ -42,17 +42,7 @@ from model_utils import (
     locate_model,
     parameter_table,
 )
-from teacher import (
-    ColocatedTeacher,
-    Lane,
-    NoTeacher,
-    Teacher,
-    TeacherLane,
-    ask_ahead,
-    share_head,
-    share_layers,
-    teacher_head,
-)
+from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
 from training_utils import (
     DTYPES,
     DistillationModel,
@@ -69,11 +59,10 @@ from training_utils import (
     wrap_ddp,
 )
 from utils import (
-    COMPILE_NEEDS,
     RunLog,
     Stopwatch,
     TimedIterator,
-    can_compile,
+    check_compiler,
     describe_environment,
     prepare_output_dir,
     run_entry,
@@ -98,8 +87,8 @@ def main() -> None:
     device, teacher_device = choose_devices(
         args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
     )
-    if args.compile and not can_compile(device.type):
-        raise ValueError(f"--compile: {COMPILE_NEEDS[device.type]}, not found here; install it or leave the option out")
+    if args.compile:
+        check_compiler(device.type)
     models = check_models(args)
     if is_main_rank():
         prepare_output_dir(args.output_dir, args.resume_step)
@@ -167,11 +156,10 @@ def load_models(
     its layers alone.
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
-    colocated = args.teacher_placement == "colocated"
     student = get_student_model(models.student, dtype, ranks.device)
     takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
     place = torch.device("meta")
-    if runs_teacher and (ranks.owns_teacher or colocated):
+    if runs_teacher and (ranks.owns_teacher or args.teacher_placement == "colocated"):
         place = teacher_device
     elif takes_layers and ranks.is_main:
         place = torch.device("cpu")
@@ -179,6 +167,15 @@ def load_models(
     if takes_layers:
         apply_replacements(student, teacher, args.layers)
         share_layers(student, args.layers)
+    prepare_student(student, args)
+    if not runs_teacher:
+        return student, None, NoTeacher(ranks.device)
+    head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks)
+    return student, head, lane
+
+
+def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
+    """What is frozen, what is recomputed, what is compiled."""
     if args.freeze_mlp:
         freeze_student_mlps(student)
     if args.freeze_replaced_layers:
@@ -188,13 +185,6 @@ def load_models(
         checkpoint_blocks(student, args.checkpoint_blocks)
     if args.compile:
         compile_blocks(student)
-    if not runs_teacher:
-        return student, None, NoTeacher(ranks.device)
-    answers = Teacher(teacher, args.teacher_signal, models.vocab)
-    head = None
-    if args.teacher_signal == "hidden":
-        head = teacher_head(teacher, models.vocab) if colocated else share_head(teacher, models.vocab, ranks)
-    return student, head, ColocatedTeacher(answers, ranks.device) if colocated else TeacherLane(answers, ranks)
 
 
 def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) -> int:

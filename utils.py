@@ -80,16 +80,19 @@ def checked_device(flag: str, name: str | None) -> torch.device:
     return device
 
 
-COMPILE_NEEDS = {"cpu": "torch.compile needs a C++ compiler", "cuda": "torch.compile needs Triton and a C compiler"}
-
-
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether what COMPILE_NEEDS names is here."""
+    """Whether torch.compile has what it needs for "cpu", a C++ compiler, or for "cuda", Triton and a C compiler."""
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
         return False
     names = ("CXX", "c++", "g++", "clang++") if device_type == "cpu" else ("CC", "cc", "gcc", "clang")
     return any(shutil.which(name) for name in (os.environ.get(names[0], ""), *names[1:]))
+
+
+def check_compiler(device_type: str) -> None:
+    if not can_compile(device_type):
+        needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
+        raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
 
 
 def prepare_output_dir(output_dir: str, resume_step: int) -> Path:

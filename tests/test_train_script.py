@@ -247,16 +247,15 @@ def test_without_kl_no_teacher_runs(run):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "n_ranks,changes",
     [
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "checkpoint_blocks": 2},
-        {"loss_chunk_tokens": 10},
-        {"compile": True},
+        (2, {"gradient_checkpointing": True}),
+        (2, {"gradient_checkpointing": True, "checkpoint_blocks": 2, "loss_chunk_tokens": 10}),
+        (1, {"batch_size": 4, "compile": True}),
     ],
 )
-def test_ways_to_save_memory_or_time_change_no_loss(run, changes):
-    plain, other = metrics(run(2, **FROZEN)), metrics(run(2, **changes, **FROZEN))
+def test_ways_to_save_memory_or_time_change_no_loss(run, n_ranks, changes):
+    plain, other = metrics(run(2, **FROZEN)), metrics(run(n_ranks, **changes, **FROZEN))
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
 
 

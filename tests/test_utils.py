@@ -18,6 +18,9 @@ from arguments import parse_train_args
 from utils import (
     RunLog,
     Stopwatch,
+    TimedIterator,
+    can_compile,
+    check_compiler,
     describe_environment,
     format_metrics,
     prepare_output_dir,
@@ -330,3 +333,48 @@ def test_other_errors_keep_their_traceback(slept, error):
     with pytest.raises(error, match="deep inside"):
         run_entry(main)
     assert slept == []
+
+
+# --- what torch.compile needs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device_type,programs,has_triton,expected",
+    [
+        ("cpu", {"g++"}, False, True),
+        ("cpu", {"gcc"}, True, False),
+        ("cuda", {"gcc"}, True, True),
+        ("cuda", {"gcc"}, False, False),
+        ("cuda", set(), True, False),
+    ],
+)
+def test_a_missing_compiler_is_told_before_a_run(monkeypatch, device_type, programs, has_triton, expected):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("utils.shutil.which", lambda name: name if name in programs else None)
+    monkeypatch.setattr("utils.importlib.util.find_spec", lambda name: object() if has_triton else None)
+    can_compile.cache_clear()
+    try:
+        assert can_compile(device_type) is expected
+        if not expected:
+            with pytest.raises(ValueError, match="--compile: torch.compile needs .*, not found here"):
+                check_compiler(device_type)
+    finally:
+        can_compile.cache_clear()
+
+
+def test_a_timed_iterator_counts_the_waiting_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("utils.time.perf_counter", lambda: now[0])
+
+    def slow():
+        for item in "ab":
+            now[0] += 3.0
+            yield item
+
+    items = TimedIterator(slow())
+    seen = []
+    for item in items:
+        seen.append(item)
+        now[0] += 5.0
+    assert seen == ["a", "b"] and items.take() == 6.0 and items.take() == 0
