@@ -17,6 +17,8 @@ LEVELS = (
     {"model_utils", "data", "losses"},
     {"training_utils", "checkpoint", "mmlu"},
     {"teacher"},  # of one level with these, and uses training_utils
+    {"footprint"},
+    {"plan"},
     {"train_gpus", "eval_mmlu_hybrid"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

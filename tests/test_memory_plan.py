@@ -1,0 +1,448 @@
+"""The plan against runs: `train_gpus.distil` on small models in fresh processes, whose resident memory at its peak has
+to be what the plan says within 15%. Started by torchrun, this file is such a process.
+
+Resident memory tells what tensors take only if the heap gives every block back at once: see HEAP.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import plan
+import train_gpus
+from arguments import parse_train_args
+from data import Batch
+from footprint import (
+    LiveMemory,
+    build_models,
+    gradient_bytes,
+    measure_footprint,
+    optimizer_bytes,
+    shards,
+    weights_by_fate,
+)
+from llamba import LlambaConfig, LlambaForCausalLM
+from plan import Box, Plan, asked_placement, largest_moment, make_plan, student_moments
+from training_utils import build_optimizer, choose_devices, parameter_groups, process_groups
+
+ROOT = Path(__file__).parents[1]
+PRODUCTION = ["--freeze_mlp", "--freeze_replaced_layers"]
+VOCAB = {"wide": 8192, "narrow": 16384}
+STEPS = 3  # the first makes the optimizer's state, and DDP's final buckets are first written in the second
+
+# Models and options of the runs by number of ranks. bfloat16 products are slow on most CPUs.
+FLOAT32 = "--dtype float32 --batch_size 2 --seq_length 160"
+BFLOAT16 = "--dtype bfloat16 --batch_size 1 --seq_length 256"
+CASES = {
+    1: [
+        ("wide", FLOAT32),
+        ("wide", f"{FLOAT32} --gradient_checkpointing"),
+        ("wide", f"{FLOAT32} --gradient_checkpointing --checkpoint_blocks 2"),
+        ("wide", f"{FLOAT32} --freeze_mlp --freeze_replaced_layers"),
+        ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
+        ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
+        ("narrow", f"{BFLOAT16} --kl_weight 0"),
+    ],
+    2: [
+        ("wide", FLOAT32),
+        ("wide", f"{FLOAT32} --teacher_placement colocated"),
+        ("narrow", BFLOAT16),
+        ("narrow", f"{BFLOAT16} --gradient_checkpointing"),
+    ],
+}
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+
+
+def options(folder, size, text):
+    """The command line of a case."""
+    models = ["--teacher_model", f"{folder}/{size}/teacher", "--student_model", f"{folder}/{size}/student"]
+    usual = ["--preset", "tiny", "--output_dir", "unused", "--layers", "2", "3", "--no_freeze_replaced_layers"]
+    return [*usual, *models, "--loss_chunk_tokens", "64", "--save_interval", "0", *text.split()]
+
+
+def save_models(folder, size, d_model, n_heads):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=VOCAB[size], num_hidden_layers=4, hidden_size=d_model, intermediate_size=2 * d_model)
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2)).save_pretrained(
+        folder / size / "teacher"
+    )
+    config = LlambaConfig(
+        vocab_size=VOCAB[size],
+        n_layer=4,
+        d_model=d_model,
+        mlp_cfg={"intermediate_size": 2 * d_model},
+        ssm_cfg={"d_state": 16, "n_v_heads": n_heads, "n_qk_heads": 4, "chunk_size": 128},
+    )
+    LlambaForCausalLM(config).save_pretrained(folder / size / "student")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder, "wide", d_model=256, n_heads=16)
+    save_models(folder, "narrow", d_model=128, n_heads=16)
+    return folder
+
+
+# --- the process that is measured ----------------------------------------------------------------------------
+
+
+class MeasuredUpdate:
+    """Stands in for `train_gpus.update`, which ends every step: does the same, and notes what memory was like."""
+
+    def __init__(self, base):
+        self.base, self.step, self.found = base, 0, {}
+
+    def __call__(self, model, optimizer, *rest):
+        self.step += 1
+        gradients = {p.grad.untyped_storage() for p in model.parameters() if p.grad is not None}
+        norm = UPDATE(model, optimizer, *rest)
+        if self.step == STEPS - 1:
+            restart_peak()
+        if self.step == STEPS:
+            self.found = {
+                "peak": resident("VmHWM") - self.base,
+                "gradients": sum(storage.nbytes() for storage in gradients),
+                "state": sum(t.nbytes for state in optimizer.optim.state.values() for t in state.values()),
+                "weights": sum(p.nbytes for p in model.parameters()),
+            }
+        return norm
+
+
+UPDATE = train_gpus.update
+
+
+class NoLog:
+    def write(self, row):
+        pass
+
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def restart_peak():
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def measured_run(argv, vocab, ranks):
+    args = parse_train_args(argv)
+    shape = (args.batch_size, args.seq_length)
+    measured = train_gpus.update = MeasuredUpdate(restart_peak())
+
+    def batches():
+        while True:
+            yield Batch(*torch.randint(0, vocab, (2, *shape)), torch.ones(shape, dtype=torch.bool))
+
+    models = train_gpus.Models(args.teacher_model, args.student_model, vocab, tokenizer=None)
+    student, head, lane = train_gpus.load_models(args, models, ranks, ranks.device)
+    model = train_gpus.wrap_ddp(train_gpus.DistillationModel(student, head, vocab, args), ranks.device)
+    train_gpus.distil(args, batches(), STEPS, model, lane, ranks, NoLog(), lambda *_: None)
+    lane.close()
+    return measured.found
+
+
+def child():
+    folder = Path(sys.argv[1])
+    device, _ = choose_devices(None, "dedicated", runs_teacher=True)
+    with process_groups(device) as ranks:
+        for size in VOCAB:  # what the libraries take when they are first used is not the run's
+            dtype = "float32" if size == "wide" else "bfloat16"
+            measured_run(options(folder, size, f"--batch_size 1 --seq_length 8 --dtype {dtype}"), VOCAB[size], ranks)
+        found = [measured_run(options(folder, *case), VOCAB[case[0]], ranks) for case in CASES[ranks.world_size]]
+    (folder / f"rank-{ranks.rank}-of-{ranks.world_size}.json").write_text(json.dumps(found))
+
+
+# --- the plan against it -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(CASES), ids=lambda n: f"{n} ranks")
+def measured(request, folder):
+    """Number of ranks, and for every rank what it found in each case."""
+    n_ranks = request.param
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    run = subprocess.run(
+        [*command, str(Path(__file__)), str(folder)],
+        env={**os.environ, **HEAP, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    files = [folder / f"rank-{rank}-of-{n_ranks}.json" for rank in range(n_ranks)]
+    return n_ranks, [json.loads(file.read_text()) for file in files]
+
+
+def test_peaks_are_within_15_percent(measured, folder):
+    n_ranks, found = measured
+    for i, case in enumerate(CASES[n_ranks]):
+        args = parse_train_args(options(folder, *case))
+        footprint = measure_footprint(args)
+        placement = args.teacher_placement if footprint.teacher else "none"
+        moments = student_moments(args, footprint, n_ranks, placement)
+        planned = largest_moment(moments)[1] - sum(plan.ALLOWANCE.values())
+        for rank in range(n_ranks):
+            expected = planned
+            if rank == 0 and placement == "dedicated":  # the teacher is in the same process, and its head its own
+                expected += footprint.teacher.weights + footprint.teacher.work - footprint.teacher.head
+            assert expected == pytest.approx(found[rank][i]["peak"], rel=0.15), (case, rank)
+            print(f"{n_ranks} ranks, rank {rank}, {case}: {expected / found[rank][i]['peak']:.3f} of the measured peak")
+
+
+def test_what_stays_is_exact(measured, folder):
+    n_ranks, found = measured
+    for i, case in enumerate(CASES[n_ranks]):
+        args = parse_train_args(options(folder, *case))
+        _, student = build_models(args)
+        assert sum(weights_by_fate(student, args.layers).values()) == found[0][i]["weights"]
+        assert gradient_bytes(student) == found[0][i]["gradients"]
+        assert optimizer_bytes(student, args, n_ranks)[0] == max(found[rank][i]["state"] for rank in range(n_ranks))
+
+
+def test_gradients_of_several_micro_steps_take_what_the_plan_says(measured, folder):
+    n_ranks, found = measured
+    if n_ranks > 1:
+        pytest.skip("measured with one rank")
+    peaks = {text: found[0][i]["peak"] for i, (_, text) in enumerate(CASES[1])}
+    more = peaks[f"{FLOAT32} --grad_accumulation_steps 2"] - peaks[FLOAT32]
+    args = parse_train_args(options(folder, "wide", f"{FLOAT32} --grad_accumulation_steps 2"))
+    planned = student_moments(args, measure_footprint(args), 1, "dedicated")["forward"]["gradients outside buckets"]
+    assert more == pytest.approx(planned, abs=found[0][0]["gradients"] / 2)
+
+
+# --- its parts -----------------------------------------------------------------------------------------------
+
+
+def test_live_memory_counts_storages_once_and_until_they_are_freed():
+    given = torch.ones(1000)
+    with LiveMemory([given]) as memory:
+        memory.enter("first")
+        view = given[:10].view(2, 5)
+        assert memory.total == 0
+        doubled = given * 2
+        same = doubled.view(10, 100).t()
+        assert memory.total == doubled.nbytes
+        memory.enter("second")
+        (doubled + 1).sum()
+        assert memory.at_peak == {"first": 4000, "second": 4004}
+        del doubled, view
+        assert memory.total == same.untyped_storage().nbytes()
+        del same
+        assert memory.total == 0
+        assert memory.peak == 8004
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_live_memory_sees_what_autograd_keeps(device):
+    layer = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4, bias=False)).to(device)
+    x = torch.ones(32, 8, device=device)
+    with LiveMemory([*layer.parameters(), x]) as memory:
+        y = layer(x)
+        assert memory.total == 4 * 32 * (16 + 4)  # tanh's result, which its backward and the last layer need, and y
+        y.sum().backward()
+        del y
+        assert memory.total == sum(p.nbytes for p in layer.parameters())  # their gradients
+    assert memory.operations.total() == 2 * 32 * (2 * 8 * 16 + 3 * 16 * 4)  # x needs no gradient
+
+
+def test_operations_of_the_teacher_are_those_of_its_shapes(folder):
+    args = parse_train_args(options(folder, "wide", "--batch_size 3 --seq_length 40"))
+    tokens, d_model, n_layers = 3 * 40, 256, 4
+    products = n_layers * (d_model * (2 * d_model + 2 * 64) + 3 * d_model * 512)  # q, o and k, v of 2 heads; MLP
+    attention = n_layers * tokens * 40 * d_model  # two products over 40 tokens, 20 on average
+    assert measure_footprint(args).teacher.operations == 2 * tokens * products + 2 * attention
+
+
+def test_recomputation_costs_one_more_forward(folder):
+    tokens = 3 * 40
+    kept, recomputed = (
+        measure_footprint(parse_train_args(options(folder, "wide", text)))
+        for text in ("--batch_size 3 --seq_length 40", "--batch_size 3 --seq_length 40 --gradient_checkpointing")
+    )
+    assert recomputed.operations["activations"] == kept.operations["activations"]
+    more = recomputed.operations["backward's own"] - kept.operations["backward's own"]
+    # It stops at the last tensor that backward asks for, before a block's last product.
+    assert more == kept.operations["activations"] - 4 * 2 * tokens * 512 * 256
+
+
+def test_frozen_mlps_need_no_weight_gradients(folder):
+    trained, frozen = (
+        measure_footprint(parse_train_args(options(folder, "wide", f"--batch_size 1 --seq_length 40 {text}")))
+        for text in ("", "--freeze_mlp")
+    )
+    mlps = 4 * 3 * 256 * 512
+    assert trained.operations["backward's own"] - frozen.operations["backward's own"] == 2 * 40 * mlps
+    assert sum(trained.weights.values()) == sum(frozen.weights.values())
+
+
+def test_activations_grow_with_layers_by_the_same_amount(folder, tmp_path):
+    """One block more is one block's activations more: nothing else in a step depends on the number of layers."""
+    config = LlambaConfig.from_pretrained(folder / "wide" / "student")
+    peaks = []
+    for n_layer in (1, 2, 3):
+        config.n_layer = n_layer
+        config.save_pretrained(tmp_path)
+        argv = [*options(folder, "wide", "--layers -1 --seq_length 40"), "--student_model", str(tmp_path)]
+        peaks.append(measure_footprint(parse_train_args(argv)).backward["activations"])
+    assert peaks[1] - peaks[0] == peaks[2] - peaks[1] > 0
+
+
+def test_shards_are_dealt_as_the_optimizer_deals_them():
+    args = parse_train_args(["--preset", "tiny"])
+    _, student = build_models(args)
+    dist.init_process_group("fake", rank=0, world_size=5, store=FakeStore())
+    optimizer = build_optimizer(student, args)
+    dealt = [[p for group in rank for p in group["params"]] for rank in optimizer._partition_parameters()]
+    ours = shards(parameter_groups(student, args.weight_decay), 5)
+    assert [[id(p) for p in rank] for rank in ours] == [[id(p) for p in rank] for rank in dealt]
+
+
+def test_a_hybrid_checkpoint_is_planned_as_the_run_that_made_it(folder, tmp_path):
+    args = parse_train_args(options(folder, "wide", "--seq_length 40 --freeze_replaced_layers"))
+    made = measure_footprint(args)
+    made.student.config.save_pretrained(tmp_path)
+    again = measure_footprint(
+        parse_train_args(
+            [*options(folder, "wide", "--seq_length 40"), "--freeze_replaced_layers", "--student_model", str(tmp_path)]
+        )
+    )
+    assert (again.weights, again.backward, again.operations) == (made.weights, made.backward, made.operations)
+
+
+# --- placements and advice -----------------------------------------------------------------------------------
+
+
+BOX = Box(n_gpus=5, gpu_bytes=80e9, speed=790e12)
+
+
+@pytest.mark.parametrize(
+    "text,placement",
+    [
+        ("", "dedicated"),
+        ("--teacher_device cuda:4", "dedicated"),
+        ("--teacher_device cuda:0", "shared"),
+        ("--teacher_device cpu", "none"),
+        ("--kl_weight 0", "none"),
+        ("--teacher_placement colocated", "colocated"),
+    ],
+)
+def test_the_options_say_where_the_teacher_sits(text, placement):
+    assert asked_placement(parse_train_args(text.split()), BOX) == placement
+
+
+def test_step_times_of_the_placements(folder):
+    args = parse_train_args(options(folder, "wide", "--seq_length 40"))
+    footprint = measure_footprint(args)
+    student, teacher = sum(footprint.operations.values()) / BOX.speed, footprint.teacher.operations / BOX.speed
+    seconds = {name: make_plan(args, footprint, BOX, name).seconds for name in ("dedicated", "colocated", "shared")}
+    assert seconds == pytest.approx(
+        {"dedicated": max(student, 4 * teacher), "colocated": student + teacher, "shared": student + 5 * teacher}
+    )
+    args.teacher_prefetch = 0
+    assert make_plan(args, footprint, BOX, "dedicated").seconds == pytest.approx(student + 4 * teacher)
+
+
+def test_memory_of_the_placements(folder):
+    args = parse_train_args(options(folder, "wide", "--seq_length 40"))
+    footprint = measure_footprint(args)
+    dedicated, colocated, shared = (
+        make_plan(args, footprint, BOX, name).gpus for name in ("dedicated", "colocated", "shared")
+    )
+    teacher = footprint.teacher.weights
+    assert list(dedicated) == ["student GPU", "teacher GPU"]
+    assert dedicated["teacher GPU"]["forward"]["teacher's weights"] == teacher
+    assert "teacher's weights" not in dedicated["student GPU"]["forward"]
+    assert dedicated["student GPU"]["forward"]["teacher's head"] == 4 * 8192 * 256
+    assert colocated["every GPU"]["forward"]["teacher's weights"] == teacher
+    assert "teacher's head" not in colocated["every GPU"]["forward"]
+    assert shared["student GPU"]["forward"]["teacher's head"] == 4 * 8192 * 256
+    both = shared["GPU of student and teacher"]["backward"]
+    assert (both["teacher's weights"], both["teacher's head"]) == (teacher, 0)
+
+
+def made_up(placement, gb, tokens_per_second):
+    return Plan(placement, 4, {"student GPU": {"forward": {"all": int(gb * 1e9)}}}, 0.1, 0.1, 0.1, tokens_per_second)
+
+
+@pytest.mark.parametrize(
+    "asked,other,advice",
+    [
+        ((60, 100), (70, 150), "Colocated fits and is the fastest: give --teacher_placement colocated."),
+        ((60, 200), (70, 150), "Dedicated fits and is the fastest."),
+        ((60, 100), (90, 150), "Dedicated fits; colocated would be 1.50 times as fast and does not fit."),
+        ((90, 100), (70, 50), "Colocated fits; dedicated would be 2.00 times as fast and does not fit: give "
+                              "--teacher_placement colocated."),
+        ((90, 100), (95, 150), "Does not fit."),
+    ],
+)  # fmt: skip
+def test_the_fastest_that_fits_is_advised(asked, other, advice):
+    assert plan.advice(made_up("dedicated", *asked), [made_up("colocated", *other)], BOX) == advice
+
+
+def test_advice_names_the_option_that_is_in_the_way():
+    advice = plan.advice(made_up("shared", 60, 100), [made_up("colocated", 70, 150)], BOX)
+    assert advice.endswith("give --teacher_placement colocated and no --teacher_device.")
+
+
+def test_the_production_command_is_planned_without_models_or_network(tmp_path):
+    file = tmp_path / "plan.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory_plan.py"), *PRODUCTION, "--json", str(file)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    dedicated, colocated = json.loads(file.read_text())
+    forward = dedicated["gpus"]["student GPU"]["forward"]
+    assert forward["weights, trained"] == forward["gradients"] == 2 * 2_934_887_296
+    assert sum(size for name, size in forward.items() if name.startswith("weights")) == 2 * 8_739_836_800
+    assert dedicated["gpus"]["teacher GPU"]["forward"]["teacher's weights"] == 2 * 8_030_261_248
+    assert (dedicated["n_students"], colocated["n_students"]) == (4, 5)
+    assert dedicated["fits"]
+    assert f"{dedicated['largest_bytes'] / 1e9:.1f} of 80 GB" in run.stdout
+
+
+def test_what_does_not_fit_comes_with_what_to_change(folder, capsys):
+    text = "--batch_size 4 --seq_length 256"
+    box = Box(2, 0, 1e12)
+    kept, recomputed = (
+        make_plan(args, measure_footprint(args), box, "dedicated").largest
+        for args in (parse_train_args(options(folder, "wide", t)) for t in (text, f"{text} --gradient_checkpointing"))
+    )
+    text += f" --gpus 2 --gpu_gb {(kept + recomputed) / 2e9}"
+    plan.main(options(folder, "wide", text))
+    printed = capsys.readouterr().out
+    assert "does not fit, " in printed
+    changes = {
+        line.split(" saves ")[0].strip(): line.split(":")[1].split()[0]
+        for line in printed[printed.index("To make dedicated fit:") :].splitlines()
+        if " saves " in line
+    }
+    assert "--freeze_mlp" in changes
+    assert changes["--gradient_checkpointing"] == "fits"
+    fewest = next(change for change in changes if "--checkpoint_blocks" in change)
+    assert changes[fewest] == "fits"
+    plan.main(options(folder, "wide", f"{text} {fewest}"))
+    assert ": fits, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text,flag", [("--gpus 1", "--gpus 1"), ("--gpu_gb -1", "--gpu_gb -1"), ("--no_such 1", "such")]
+)
+def test_mistakes_are_named(text, flag):
+    with pytest.raises(ValueError, match=flag):
+        plan.main(text.split())
+
+
+if __name__ == "__main__":
+    child()
