@@ -24,18 +24,14 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from arguments import PRESETS, TrainArguments, parse_train_args
 from data import Batch
 from llamba import LlambaConfig, LlambaForCausalLM
-from llamba.ssd import ssd_chunked
 from losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab
 from model_utils import (
     apply_replacements,
     check_checkpoint_blocks,
     check_replacements,
-    check_trainable,
-    checkpoint_blocks,
-    freeze_student_layers,
-    freeze_student_mlps,
     get_configs,
     locate_model,
+    prepare_student,
 )
 from teacher import Teacher, teacher_head
 from training_utils import DTYPES, DistillationModel, MasterWeightAdamW, parameter_groups
@@ -68,7 +64,6 @@ class Footprint:
     weights: bytes of the student by what becomes of them.
     forward, backward: bytes that live beside weights, gradients and optimizer state when either is at its largest.
     left: those of them that still live when the optimizer steps.
-    kept_by_plain_scan: bytes, among `backward`, that mamba-ssm's scan does not keep.
     operations: of the student, recomputation included.
     """
 
@@ -77,7 +72,6 @@ class Footprint:
     forward: Items
     backward: Items
     left: Items
-    kept_by_plain_scan: int
     operations: Items
     teacher: TeacherFootprint | None
 
@@ -111,7 +105,6 @@ def measure_footprint(args: TrainArguments) -> Footprint:
         forward,
         backward,
         left,
-        kept_by_plain_scan(args, student.config),
         operations,
         teacher_footprint,
     )
@@ -146,13 +139,7 @@ def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausal
         student = LlambaForCausalLM._from_config(student_config, **settings)
     if not student.config.attention_layers:
         apply_replacements(student, teacher, args.layers)
-    if args.freeze_mlp:
-        freeze_student_mlps(student)
-    if args.freeze_replaced_layers:
-        freeze_student_layers(student, args.layers)
-    check_trainable(student)
-    if args.gradient_checkpointing:
-        checkpoint_blocks(student, args.checkpoint_blocks)
+    prepare_student(student, dataclasses.replace(args, compile=False))
     return teacher, student
 
 
@@ -259,25 +246,6 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
     # The loop holds `loss`, and what hangs on it, until the next forward has made another.
     forward = dict(Counter(forward) + Counter(left))
     return forward, backward, left, dict(memory.operations)
-
-
-def kept_by_plain_scan(args: TrainArguments, config: LlambaConfig) -> int:
-    """What all mixers' plain scans keep for backward, and mamba-ssm's do not: that keeps x / dt, and three times the
-    size of log_decay. Where blocks are recomputed it is there for one of them at a time.
-    """
-    ssm, shape = config.ssm_cfg, (args.batch_size, args.seq_length)
-    settings: dict[str, Any] = {"device": "meta", "requires_grad": True, "dtype": DTYPES[args.dtype]}
-    x = torch.empty(*shape, ssm["n_v_heads"], config.headdim, **settings)  # (B, L, H, P)
-    B_, C = (torch.empty(*shape, ssm["n_qk_heads"], ssm["d_state"], **settings) for _ in range(2))  # (B, L, G, N)
-    log_decay = torch.empty(*shape, ssm["n_v_heads"], device="meta", requires_grad=True)  # (B, L, H)
-    with LiveMemory([x, log_decay, B_, C]) as memory:
-        y, _ = ssd_chunked(x, log_decay, B_, C, ssm["chunk_size"])  # (B, L, H, P)
-        plain = memory.total - y.nbytes
-    n_recomputed = 0
-    if args.gradient_checkpointing:
-        n_recomputed = config.n_layer if args.checkpoint_blocks is None else args.checkpoint_blocks
-    n_mixers = len(set(range(n_recomputed, config.n_layer)) - set(config.attention_layers))
-    return max(n_mixers, 1) * (plain - x.nbytes - 3 * log_decay.nbytes)
 
 
 # --- what stays from step to step ----------------------------------------------------------------------------

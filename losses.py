@@ -185,7 +185,8 @@ class _FusedDistillLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total, *_) -> tuple[Tensor | None, ...]:
         factor = d_total / ctx.n_learned
-        gradients = [None if d is None else d.mul_(factor).to(ctx.dtype) for d in ctx.gradients]
+        gradients, ctx.gradients = ctx.gradients, None  # the loss may live on; what is as large as the head must not
+        gradients = [None if d is None else d.mul_(factor).to(ctx.dtype) for d in gradients]
         return (*gradients, None, None, None, None, None)
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from arguments import TrainArguments
 from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
 
@@ -181,6 +182,19 @@ def adopt_special_tokens(student: LlambaForCausalLM, tokenizer: PreTrainedTokeni
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(student.config, name, getattr(tokenizer, name))
     student.generation_config = GenerationConfig.from_model_config(student.config)
+
+
+def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
+    """What is frozen, what is recomputed in backward, what is compiled."""
+    if args.freeze_mlp:
+        freeze_student_mlps(student)
+    if args.freeze_replaced_layers:
+        freeze_student_layers(student, args.layers)
+    check_trainable(student)
+    if args.gradient_checkpointing:
+        checkpoint_blocks(student, args.checkpoint_blocks)
+    if args.compile:
+        compile_blocks(student)
 
 
 def freeze_student_mlps(student: LlambaForCausalLM) -> None:

@@ -116,15 +116,13 @@ def student_moments(args: TrainArguments, footprint: Footprint, n_students: int,
         always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + args.teacher_prefetch)
         always |= {"teacher's weights": teacher.weights} if colocated else {"teacher's head": teacher.head}
     always |= ALLOWANCE
-    # Until the last micro step of several, gradients gather outside DDP's buckets.
-    gathering = {"gradients outside buckets": gradients if args.grad_accumulation_steps > 1 else 0}
     moments = {
-        "forward": {**always, **gathering, **footprint.forward},
-        "backward": {**always, **gathering, **footprint.backward},
+        "forward": {**always, **footprint.forward},
+        "backward": {**always, **footprint.backward},
         "update": {**always, **footprint.left, "optimizer's work": work},
     }
     if teacher is not None and colocated:  # before the student's forward
-        moments = {"teacher": {**always, **gathering, **footprint.left, "teacher's work": teacher.work}, **moments}
+        moments = {"teacher": {**always, **footprint.left, "teacher's work": teacher.work}, **moments}
     return moments
 
 
@@ -257,8 +255,7 @@ def report(args: TrainArguments, footprint: Footprint, asked: Plan, others: list
     weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
     notes = [
         f"On paper: matrix products and attention at {box.speed / 1e12:g} TFLOP/s, and nothing else that takes time.",
-        "The scan is the plain one; mamba-ssm's keeps about "
-        f"{footprint.kept_by_plain_scan / GB:.1f} GB less (by its source, not measured).",
+        "The scan is the plain one. Others may keep more or less for backward.",
     ]
     if args.teacher_device == "cpu":
         notes.append("The teacher's own time on the CPU is not in these figures.")

@@ -30,17 +30,13 @@ from model_utils import (
     apply_replacements,
     check_checkpoint_blocks,
     check_replacements,
-    check_trainable,
-    checkpoint_blocks,
-    compile_blocks,
-    freeze_student_layers,
-    freeze_student_mlps,
     get_configs,
     get_student_model,
     get_teacher_model,
     get_tokenizer,
     locate_model,
     parameter_table,
+    prepare_student,
 )
 from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
 from training_utils import (
@@ -172,19 +168,6 @@ def load_models(
         return student, None, NoTeacher(ranks.device)
     head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks)
     return student, head, lane
-
-
-def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
-    """What is frozen, what is recomputed, what is compiled."""
-    if args.freeze_mlp:
-        freeze_student_mlps(student)
-    if args.freeze_replaced_layers:
-        freeze_student_layers(student, args.layers)
-    check_trainable(student)
-    if args.gradient_checkpointing:
-        checkpoint_blocks(student, args.checkpoint_blocks)
-    if args.compile:
-        compile_blocks(student)
 
 
 def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) -> int:

@@ -401,5 +401,6 @@ def update(
         optimizer.step()
         schedule.step()
     loss_scale.update(overflowed=not finite)
-    optimizer.zero_grad(set_to_none=True)
+    # Kept as zeros: a gradient that is None gathers outside DDP's buckets until micro steps are summed up.
+    optimizer.zero_grad(set_to_none=False)
     return norm

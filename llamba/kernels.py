@@ -1,7 +1,7 @@
 """The one place where optional CUDA packages are imported: fast forms of the scan and of the causal convolution,
 chosen per device at run time, each with the plain form's arguments and results.
 
-Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla, else `ssd.ssd_chunked`.
+Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla, else `plain_scan`.
 Convolution: causal-conv1d, else PyTorch's own.
 """
 
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .ssd import ssd_chunked
 
@@ -48,7 +49,7 @@ def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
 
 
 def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
-    scan_name, scan = "plain PyTorch", ssd_chunked
+    scan_name, scan = "plain PyTorch", plain_scan
     conv_name, conv = "plain PyTorch", causal_conv
     if device_type == "cuda":
         # mamba-ssm takes x / dt, which can leave float16's range; its kernels compute in 16 or 32 bits.
@@ -60,6 +61,15 @@ def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
             conv_name, conv = "causal-conv1d", functools.partial(causal_conv1d_conv, module.causal_conv1d_fn)
     logger.info("%s %s: scan by %s, convolution by %s", device_type, dtype, scan_name, conv_name)
     return Kernels(scan_name, scan, conv_name, conv)
+
+
+def plain_scan(*inputs, **states) -> tuple[Tensor, Tensor]:
+    """`ssd_chunked` that keeps its inputs alone for backward. Its decays and scores, a chunk wide for every token and
+    head, would take more memory than all else in a block, and are cheap to make again.
+    """
+    if not torch.is_grad_enabled():
+        return ssd_chunked(*inputs, **states)
+    return checkpoint(ssd_chunked, *inputs, **states, use_reentrant=False, preserve_rng_state=False)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, past: Tensor | None) -> Tensor:
@@ -137,7 +147,7 @@ def fla_scan(
     document index for a batch, so packed documents take the plain form.
     """
     if seq_idx is not None:
-        return ssd_chunked(x, log_decay, B_, C, chunk_size, initial_state, seq_idx)
+        return plain_scan(x, log_decay, B_, C, chunk_size, initial_state, seq_idx)
     repeats = x.shape[2] // B_.shape[2]
     keys, queries = (m.repeat_interleave(repeats, dim=2) for m in (B_, C))  # (B, L, H, N)
     y, state = chunk_simple_gla(

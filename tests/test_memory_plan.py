@@ -211,15 +211,13 @@ def test_what_stays_is_exact(measured, folder):
         assert optimizer_bytes(student, args, n_ranks)[0] == max(found[rank][i]["state"] for rank in range(n_ranks))
 
 
-def test_gradients_of_several_micro_steps_take_what_the_plan_says(measured, folder):
+def test_summing_up_micro_steps_takes_no_more_memory(measured):
     n_ranks, found = measured
     if n_ranks > 1:
         pytest.skip("measured with one rank")
     peaks = {text: found[0][i]["peak"] for i, (_, text) in enumerate(CASES[1])}
     more = peaks[f"{FLOAT32} --grad_accumulation_steps 2"] - peaks[FLOAT32]
-    args = parse_train_args(options(folder, "wide", f"{FLOAT32} --grad_accumulation_steps 2"))
-    planned = student_moments(args, measure_footprint(args), 1, "dedicated")["forward"]["gradients outside buckets"]
-    assert more == pytest.approx(planned, abs=found[0][0]["gradients"] / 2)
+    assert abs(more) < found[0][0]["gradients"] / 3
 
 
 # --- its parts -----------------------------------------------------------------------------------------------

@@ -12,7 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamba.kernels import causal_conv, causal_conv1d_conv, fla_scan, kernels_for, mamba_ssm_scan
+from llamba.kernels import (
+    causal_conv,
+    causal_conv1d_conv,
+    fla_scan,
+    kernels_for,
+    mamba_ssm_scan,
+    plain_scan,
+)
 from llamba.ssd import ssd_chunked, ssd_definition, ssd_step
 
 
@@ -227,5 +234,25 @@ def test_convolution_is_causal_and_goes_on_from_its_past(activation, with_past, 
 
 def test_the_cpu_takes_the_plain_forms():
     kernels = kernels_for("cpu", torch.float32)
-    assert kernels.scan is ssd_chunked and kernels.conv is causal_conv
+    assert kernels.scan is plain_scan and kernels.conv is causal_conv
     assert math.isfinite(kernels.scan(*inputs(5, dtype=torch.float32), 4)[0].sum())
+
+
+def test_the_plain_scan_keeps_its_inputs_alone_for_backward():
+    given = [m.requires_grad_() for m in inputs(64)]
+    known = {m.data_ptr() for m in given}
+    results = []
+    for scan in (plain_scan, ssd_chunked):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            if tensor.data_ptr() not in known:
+                kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y, state = scan(*given, 16)
+        results.append((y, *torch.autograd.grad(y.square().sum() + state.sum(), given), sum(kept.values())))
+    for one, other in zip(*(found[:-1] for found in results), strict=True):
+        assert torch.equal(one, other)
+    assert results[0][-1] == 0 < results[1][-1]
