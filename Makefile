@@ -3,11 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+BENCH := runs/bench
 
-.PHONY: setup setup-dev demo test lint
+.PHONY: setup setup-dev setup-bench demo test lint bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
+setup-bench: .venv/installed-bench
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +21,10 @@ setup-dev: .venv/installed-dev
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 		$(BIN)/pip install --quiet --no-deps --no-build-isolation mamba-ssm==2.2.4
+	touch $@
+
+.venv/installed-bench: .venv/installed requirements-bench.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-bench.txt
 	touch $@
 
 # Two students and their teacher, tiny, on whatever this machine has; then all four models' scores. A demo run
@@ -37,3 +43,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Times mean something on a machine that does nothing else. Each prints its table and leaves its rows in runs/bench/.
+bench: .venv/installed-bench
+	for name in loss step wire data; do \
+		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json || exit 1; \
+	done

@@ -8,10 +8,9 @@ tokenised and packed on the fly, each rank from its own share of the documents.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
 import datasets
 import numpy as np
@@ -42,6 +41,7 @@ __all__ = ["Batch", "PackedTextDataset", "build_dataloader", "check_text_field",
 
 logger = logging.getLogger("train")
 
+NONE_READY = np.empty((0, 0), np.uint16)  # (batches, B * (S + 1))
 MAKE_IT_FIT = "use more text, or a smaller --seq_length or --batch_size"
 
 
@@ -149,12 +149,12 @@ class RankBatchSampler(Sampler[list[int]]):
         )
 
 
-class CachedLoader(DataLoader):
+class CachedLoader:
     """Batches of a packed file; `len()` is the number of micro steps in an epoch."""
 
     def __init__(self, windows: PackedTextDataset, sampler: RankBatchSampler, workers: int):
         self.order = sampler
-        super().__init__(
+        self.batches = DataLoader(
             windows,
             batch_sampler=sampler,
             num_workers=workers,
@@ -165,6 +165,14 @@ class CachedLoader(DataLoader):
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.order.set_epoch(epoch, start_step)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # even without workers: a step must not wait for windows that are on the disk alone
+        with closing(run_ahead(iter(self.batches), depth=8)) as batches:
+            yield from batches
 
 
 def collate(windows: list[Tensor]) -> Batch:
@@ -200,16 +208,16 @@ class StreamingLoader:
         self.epoch, self.start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        step = self.start_step
-        with closing(run_ahead(self._batches(), depth=4)) as batches:
-            mine = islice(batches, self.start_step, None)
-            while True:
-                batch = next(mine, None)
-                agreed = self._all_ranks(batch is not None)
-                if batch is None or not agreed:
-                    break
-                yield batch
-                step += 1
+        step = 0
+        with closing(run_ahead(self._encoded(), depth=1)) as encoded:
+            stacks = blocks(encoded, self.batch_size * (self.seq_len + 1))
+            ready = next(stacks, NONE_READY)  # (batches, B * (S + 1))
+            while agreed := self._least_of_all_ranks(len(ready)):
+                for block in ready[:agreed]:
+                    step += 1
+                    if step > self.start_step:
+                        yield self._batch(block)
+                ready = ready[agreed:] if agreed < len(ready) else next(stacks, NONE_READY)
         if step == 0:
             windows = self.n_tokens // (self.seq_len + 1)
             raise ValueError(
@@ -225,24 +233,25 @@ class StreamingLoader:
             stream = stream.shuffle(generator=order, buffer_size=self.shuffle_buffer)
         return split_dataset_by_node(stream, self.rank, self.world_size)
 
-    def _batches(self) -> Iterator[Batch]:
-        texts = only_texts(rows_of(self._share(), self.field), self.field)
-        for block in blocks(self._encoded(texts), self.batch_size * (self.seq_len + 1)):
-            windows = torch.from_numpy(block.astype(np.int64)).view(self.batch_size, -1)  # (B, S + 1)
-            batch = Batch.from_windows(windows)
-            yield batch.pin_memory() if torch.cuda.is_available() else batch
-
-    def _encoded(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    def _encoded(self) -> Iterator[np.ndarray]:
+        """Ids of many documents at a time: as a whole they are made ahead, for each takes as long as many steps."""
         self.n_tokens = 0
-        for batch in text_batches(texts):
-            ids = self.encoder(batch)  # (tokens,)
+        for texts in text_batches(only_texts(rows_of(self._share(), self.field), self.field)):
+            ids = self.encoder(texts)  # (tokens,)
             self.n_tokens += len(ids)
             yield ids
 
-    def _all_ranks(self, here: bool) -> bool:
-        """Shares differ in length: a step is taken only if every rank has a batch for it."""
+    def _batch(self, block: np.ndarray) -> Batch:
+        windows = torch.from_numpy(block.astype(np.int64)).view(self.batch_size, -1)  # (B, S + 1)
+        batch = Batch.from_windows(windows)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _least_of_all_ranks(self, n_ready: int) -> int:
+        """How many steps all ranks can take before they have to ask again; 0 where a share has ended. Shares differ
+        in length, and to ask at every step would make each rank wait for the slowest.
+        """
         if self.control_group is None:
-            return here
-        flag = torch.tensor(int(here))
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.control_group)
-        return bool(flag.item())
+            return n_ready
+        least = torch.tensor(n_ready)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.control_group)
+        return int(least.item())

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1  # raise it when the same text would give another token file
 TEXT_TYPES = [datasets.Value(name) for name in ("string", "large_string", "null")]
+SWITCHED_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the tokenizers package reads its switch
 ABANDONED_AFTER_S = 24 * 3600.0  # a build that wrote nothing for so long was killed
 
 
@@ -55,9 +56,9 @@ class Encoder:
         self.digest = hashlib.sha256(f"{self.eos_id} {content}".encode()).hexdigest()
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        flat = array("I")  # an array("H") or numpy's own conversion takes three times as long
+        flat = array("I")  # array("H"), extending by a list, and numpy's own conversion all take longer
         for ids in self._token_lists(texts):
-            flat.extend(ids)
+            flat += array("I", ids)
             flat.append(self.eos_id)
         return np.asarray(flat).astype(self.dtype)  # (tokens,)
 
@@ -68,6 +69,8 @@ def _fast_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]]
     backend.encode_special_tokens = True
     backend.no_truncation()  # a tokenizer.json may ask for either
     backend.no_padding()
+    if (switch := os.environ.get("TOKENIZERS_PARALLELISM", "true")).lower() in SWITCHED_OFF:
+        logger.warning("TOKENIZERS_PARALLELISM=%s: the tokenizer takes one core; unset it to take them all", switch)
 
     def token_lists(texts: list[str]) -> Iterator[list[int]]:
         return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
@@ -142,7 +145,9 @@ def text_batches(texts: Iterable[str], max_rows: int = 1024, max_chars: int = 1 
 
 
 def blocks(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Cut a stream of id arrays into consecutive blocks of `size` ids; the last partial block is dropped."""
+    """Cut a stream of id arrays into consecutive blocks of `size` ids, as many at a time as there are: (blocks, size).
+    The last partial block is dropped.
+    """
     parts: list[np.ndarray] = []
     held = 0
     for ids in arrays:
@@ -151,7 +156,7 @@ def blocks(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         if held >= size:
             joined = np.concatenate(parts)
             full = held // size * size
-            yield from joined[:full].reshape(-1, size)  # (blocks, size)
+            yield joined[:full].reshape(-1, size)  # (blocks, size)
             parts, held = [joined[full:]], held - full
 
 
@@ -180,7 +185,7 @@ def run_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
         else:
             offer(None)
 
-    thread = threading.Thread(target=produce, name="tokenise")
+    thread = threading.Thread(target=produce, name="run-ahead")
     thread.start()
     try:
         while (item := ready.get()) is not None:

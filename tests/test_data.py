@@ -18,8 +18,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from test_packing import EOS, ahead_threads, plain_ids, random_documents, small_tokenizer
 
+import data
 import packing
 from arguments import TrainArguments
 from data import build_dataloader
@@ -157,6 +159,24 @@ def test_loader_workers_give_the_same_batches(tmp_path: Path):
     assert windows_of(loader(options(path, dataset_workers=1))) == windows_of(loader(options(path)))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cached_batches_are_drawn_before_they_are_asked_for(tmp_path: Path, monkeypatch, workers: int):
+    collated = Path(tmp_path / "collated")  # a file, as workers are processes
+    collate = data.collate
+    monkeypatch.setattr(data, "collate", lambda windows: append(collated, "one batch\n") or collate(windows))
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(0, 60))
+    batches = iter(loader(options(path, dataset_workers=workers)))
+    next(batches)
+    wait_until(lambda: len(collated.read_text().splitlines()) > 8)
+    batches.close()
+    assert ahead_threads() == 0
+
+
+def append(path: Path, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)
+
+
 # ---- streaming
 
 
@@ -180,6 +200,30 @@ def test_streaming_ranks_read_disjoint_documents(tmp_path: Path, n_files: int, w
     args = options(tmp_path / "dir", dataset_streaming=True, shuffle_buffer=10, seq_length=34, batch_size=1)
     shares = [windows_of(loader(args, rank, world_size)) for rank in range(world_size)]
     assert sorted(sum(shares, [])) == sorted(plain_ids([document]) for document in documents)
+
+
+def test_streaming_tokenises_the_next_texts_while_batches_of_the_last_are_used(tmp_path: Path, monkeypatch):
+    documents = random_documents(1, 60)
+    path = write_jsonl(tmp_path / "a.jsonl", documents)
+    monkeypatch.setattr(packing.text_batches, "__defaults__", (20, 1 << 22))
+    encoded = count_encoded(monkeypatch)
+    batches = iter(loader(options(path, dataset_streaming=True)))
+    next(batches)
+    wait_until(lambda: len(encoded) > 20)
+    batches.close()
+    assert ahead_threads() == 0
+
+
+def test_streaming_ranks_do_not_agree_at_every_step(tmp_path: Path, monkeypatch):
+    """To agree is to wait for the slowest rank; they do it when one of them needs more text."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    agreements = []
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **more: agreements.append(1) or all_reduce(*args, **more))
+    monkeypatch.setattr(packing.text_batches, "__defaults__", (20, 1 << 22))
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(1, 60))
+    batches = list(loader(options(path, dataset_streaming=True), control_group=dist.group.WORLD))
+    assert len(agreements) == 3 + 1 < len(batches)  # one for every 20 documents, one at the end
 
 
 def test_streaming_without_a_shuffle_buffer_keeps_the_order_in_every_epoch(tmp_path: Path):
@@ -335,6 +379,8 @@ def test_streaming_ranks_whose_shares_differ_stop_together(tmp_path: Path):
             args = options({str(path)!r}, dataset_streaming=True)
             batches = loader(args, {rank}, 2, control_group=dist.group.WORLD)
             print(len(list(batches)), len(list(batches)))
+            packing.text_batches.__defaults__ = (3, 1 << 22)  # so that ranks need more text at different steps
+            print(len(list(batches)))
             args = options({str(path)!r}, dataset_streaming=True, batch_size=50)
             try:
                 list(loader(args, {rank}, 2, control_group=dist.group.WORLD))
@@ -349,7 +395,7 @@ def test_streaming_ranks_whose_shares_differ_stop_together(tmp_path: Path):
     ]
     try:
         for rank in ranks:
-            assert rank.communicate(timeout=60)[0] == f"{alone[0]} {alone[0]}\nTrue\n"
+            assert rank.communicate(timeout=60)[0] == f"{alone[0]} {alone[0]}\n{alone[0]}\nTrue\n"
             assert rank.returncode == 0
     finally:
         for rank in ranks:

@@ -5,6 +5,9 @@ import logging
 import os
 import pickle
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -110,6 +113,44 @@ def test_ids_are_stored_in_two_bytes_while_they_fit():
     encoder = Encoder(large)
     assert encoder.dtype == np.uint32
     assert encoder([f"<{2**16 - 1}>"]).tolist() == [len(large) - 1, 0]
+
+
+def test_a_tokenizer_held_to_one_core_is_mentioned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    for value in ("true", "False"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+        Encoder(small_tokenizer())
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["TOKENIZERS_PARALLELISM=False"]
+
+
+RUN_TIMES = """
+    import os, sys, threading
+    from pathlib import Path
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+    from torch.utils.data import DataLoader
+    from test_packing import random_documents, write
+
+    def run_times():  # of all threads, in ns
+        return {{task: int(Path("/proc/self/task", task, "schedstat").read_text().split()[0])
+                for task in os.listdir("/proc/self/task")}}
+
+    documents = random_documents(0, 20_000)
+    write(Path({tmp_path!r}, "first"), documents[:100])
+    list(DataLoader(range(4), num_workers=1))  # its worker is forked, behind the tokenizer's back
+    before = run_times()
+    write(Path({tmp_path!r}, "second"), documents)
+    ours = {{str(thread.native_id) for thread in threading.enumerate()}}
+    spent = [time - before.get(task, 0) for task, time in run_times().items() if task not in ours]
+    print(sum(time > 0.05 * sum(spent) for time in spent))
+"""
+
+
+def test_packing_keeps_the_tokenizers_threads_beside_forked_workers(tmp_path: Path):
+    """In a forked process the tokenizer has one thread, and says nothing of it. Packing has to stay out of those."""
+    code = textwrap.dedent(RUN_TIMES).format(root=str(Path(__file__).parents[1]), tmp_path=str(tmp_path))
+    settings = {"RAYON_NUM_THREADS": "3", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 2  # of three, should a busy machine let one of them sleep
 
 
 def test_tokenizer_errors():

@@ -1,0 +1,395 @@
+"""The sections of bench_gpu.py that train: steps of `train_gpus.distil` with 8B shapes and random weights on one
+device, and where the time of one of them goes, by kernel and by part of the models.
+"""
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from gpu_measure import Job, forget_peak, matmul_rate, peak_memory
+from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, record_function
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+import train_gpus
+import training_utils
+from arguments import TrainArguments, parse_train_args
+from data import Batch
+from llamba import DiscreteMamba2, LlambaConfig
+from llamba.kernels import kernels_for
+from losses import shared_vocab
+from model_utils import apply_replacements, freeze_student_layers, freeze_student_mlps
+from training_utils import (
+    DTYPES,
+    DistillationModel,
+    MasterWeightAdamW,
+    Ranks,
+    choose_devices,
+    process_groups,
+    wrap_ddp,
+)
+
+RANKS = 4  # that share the optimizer's state
+STEPS, WARM_UP = 10, 3  # the first steps compile and allocate; the last has no batch to be ahead for
+# Bytes that backward needs of a layer, per token and d_model: of a mixer's, with the plain scan and its MLP frozen, and
+# of a frozen layer of the teacher's.
+MIXER_ACTIVATIONS, ATTENTION_ACTIVATIONS = 90, 40
+PART, REST = "part of the step: ", "optimizer and the rest"
+BACKWARD = "autograd::engine::evaluate_function"
+# Names of kernels of cuBLAS, CUTLASS and Triton's templates, and of the CPU's operators.
+PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|triton_tem|aten::(add|badd)?b?mm$", re.IGNORECASE)
+ATTENTION = re.compile(r"attention|flash|fmha|sdpa", re.IGNORECASE)
+ROOM = 0.95  # of a card's memory that models and steps may take; the rest is fragments and the driver's
+
+
+class Shapes(NamedTuple):
+    """What teacher and student look like, and which of the teacher's layers the student has."""
+
+    teacher: LlamaConfig
+    student: LlambaConfig
+    layers: list[int]
+    seq_length: int
+
+
+def real_shapes(n_layer: int) -> Shapes:
+    """Llama 3.1 8B and Llamba 8B, or the same with fewer layers."""
+    teacher = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=n_layer,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+    )
+    layers = sorted({index * n_layer // 32 for index in (14, 16, 17, 30)})
+    return Shapes(teacher, LlambaConfig(n_layer=n_layer), layers, 1024)
+
+
+def tiny_shapes() -> Shapes:
+    teacher = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    ssm = {"d_state": 4, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 8}
+    student = LlambaConfig(vocab_size=300, d_model=32, n_layer=3, mlp_cfg={"intermediate_size": 48}, ssm_cfg=ssm)
+    return Shapes(teacher, student, [1], 40)
+
+
+# --- what fits -----------------------------------------------------------------------------------------------
+
+
+def plan(job: Job) -> tuple[Shapes, TrainArguments]:
+    """The largest models that this card can train, by arithmetic, and options that let the case fit."""
+    if job.quick:
+        shapes = tiny_shapes()
+        return shapes, train_arguments(job, shapes)
+    room = ROOM * torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else float("inf")
+    for n_layer in (32, 24, 16, 8):
+        shapes = real_shapes(n_layer)
+        for extra in ("", "--gradient_checkpointing"):
+            args = train_arguments(job, shapes, extra)
+            if memory_need(shapes, args) <= room:
+                return shapes, args
+    raise ValueError(f"{room / 1e9:.0f} GB of memory are too few for 8 layers of these models")
+
+
+def train_arguments(job: Job, shapes: Shapes, extra: str = "") -> TrainArguments:
+    """The production command, on one device."""
+    options = f"--dtype bfloat16 --seq_length {shapes.seq_length} --freeze_mlp --freeze_replaced_layers"
+    options += f" --layers {' '.join(map(str, shapes.layers))} --max_steps {STEPS} --save_interval 0"
+    options += f" {job.training_options} {extra}"
+    if "colocated" not in job.training_options:
+        options += f" --teacher_device {job.device}"
+    return parse_train_args(options.split())
+
+
+def memory_need(shapes: Shapes, args: TrainArguments) -> int:
+    """Bytes, by arithmetic: weights, gradients, one rank's masters and moments, what backward needs, and the loss."""
+    meta = torch.device("meta")
+    dtype, d_model, n_layer = DTYPES[args.dtype], shapes.student.d_model, shapes.student.n_layer
+    teacher, student = build(shapes.teacher, dtype, meta), build(shapes.student, dtype, meta)
+    apply_replacements(student, teacher, shapes.layers)
+    freeze_student_mlps(student)
+    freeze_student_layers(student, shapes.layers)
+    head = student.lm_head.weight
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in [*teacher.parameters(), *student.parameters(), head])  # and the teacher's head
+    kept = MIXER_ACTIVATIONS * (n_layer - len(shapes.layers)) + ATTENTION_ACTIVATIONS * len(shapes.layers)
+    if args.gradient_checkpointing:
+        kept = MIXER_ACTIVATIONS + dtype.itemsize * n_layer  # of one layer at a time, and each layer's input
+    activations = args.batch_size * args.seq_length * d_model * kept
+    return weights + trained * (dtype.itemsize + 12 // RANKS) + activations + 6 * head.numel() + 2**30
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+class Share(MasterWeightAdamW):
+    """Steps on the parameters that one of `RANKS` ranks would own, shared out by size; has no state for others."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.owned: set[int] = set()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.owned:
+            loads: list[list[nn.Parameter]] = [[] for _ in range(RANKS)]
+            everything = (parameter for group in self.param_groups for parameter in group["params"])
+            for parameter in sorted(everything, key=torch.Tensor.numel, reverse=True):
+                min(loads, key=lambda load: sum(map(torch.Tensor.numel, load))).append(parameter)
+            self.owned = set(map(id, loads[0]))
+        super().step(closure)
+
+    def _step_one(self, parameter: torch.Tensor, group: dict) -> None:
+        if id(parameter) in self.owned:
+            super()._step_one(parameter, group)
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Random weights, drawn where they stay and in the dtype that they have."""
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, attn_implementation="sdpa")
+
+
+def random_batches(shapes: Shapes, batch_size: int) -> Iterator[Batch]:
+    while True:
+        yield Batch.from_windows(torch.randint(shapes.teacher.vocab_size, (batch_size, shapes.seq_length + 1)))
+
+
+def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
+    """The training script from the loading of the models on; they are made in memory. `log` stands where a run has its
+    log: `begin(model, teacher)` before the first step, `write(metrics)` after each.
+    """
+    device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=True)
+    vocab = shared_vocab(shapes.student.vocab_size, shapes.teacher.vocab_size)
+    teachers = []
+
+    def make_teacher(name: str, dtype: torch.dtype, place: torch.device, with_head: bool = True) -> PreTrainedModel:
+        teachers.append(build(shapes.teacher, dtype, place).eval().requires_grad_(False))
+        return teachers[-1]
+
+    def make_student(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedModel:
+        return build(shapes.student, dtype, place)
+
+    def run(ranks: Ranks) -> None:  # a function: what uses the process groups has to be gone before them
+        models = train_gpus.Models("", "", vocab, None)
+        student, head, lane = train_gpus.load_models(args, models, ranks, teacher_device)
+        model = wrap_ddp(DistillationModel(student, head, vocab, args), device)
+        log.begin(model.module, teachers.pop())
+        batches = random_batches(shapes, args.batch_size)
+        train_gpus.distil(args, batches, STEPS, model, lane, ranks, log, save=lambda micro_step, step: None)
+        lane.close()
+
+    with (
+        mock.patch.multiple(train_gpus, get_teacher_model=make_teacher, get_student_model=make_student),
+        mock.patch.object(training_utils, "MasterWeightAdamW", Share),
+        process_groups(device) as ranks,
+    ):
+        run(ranks)
+
+
+# --- the step ------------------------------------------------------------------------------------------------
+
+
+class StepLog:
+    """Takes down what a run says of its steps, and the memory that it took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rows = device, list[dict[str, float]]()
+        self.peak_bytes = self.flops_per_token = 0
+
+    def begin(self, model: DistillationModel, teacher: PreTrainedModel) -> None:
+        forget_peak(self.device)
+        self.flops_per_token = flops_per_token(model.student, teacher)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        self.rows.append(metrics)
+        self.peak_bytes = peak_memory(self.device)
+
+    def median(self, name: str) -> float:
+        return statistics.median(row[name] for row in self.rows[WARM_UP:-1])
+
+
+def step(job: Job) -> None:
+    shapes, args = plan(job)
+    rate = matmul_rate(job)
+    log = StepLog(job.device)
+    train(shapes, args, log)
+    seconds = log.median("step_time_s")
+    tokens_per_s = args.batch_size * args.seq_length / seconds
+    job.emit(
+        job.case,
+        job.training_options,
+        seconds=seconds,
+        peak_bytes=log.peak_bytes,
+        planned_bytes=memory_need(shapes, args),
+        tokens_per_s=round(tokens_per_s),
+        mfu=tokens_per_s * log.flops_per_token / rate,
+        teacher_wait_s=log.median("teacher_wait_s"),
+        n_layer=shapes.student.n_layer,
+        checkpointing="yes" if args.gradient_checkpointing else "no",
+        scan=kernels_for(job.device.type, DTYPES[args.dtype]).scan_name,
+        loss=log.rows[-1]["loss"],
+    )
+
+
+def flops_per_token(student: nn.Module, teacher: nn.Module) -> int:
+    """Of products with weights: forward passes, the student's gradients by inputs, and those by trained weights."""
+    of_student, of_teacher = (
+        [m.weight for m in model.modules() if isinstance(m, nn.Linear)] for model in (student, teacher)
+    )
+    trained = [weight for weight in of_student if weight.requires_grad]
+    return 2 * sum(weight.numel() for weight in [*of_teacher, *of_student, *of_student, *trained])
+
+
+# --- where the time goes -------------------------------------------------------------------------------------
+
+
+class ProfilingLog(StepLog):
+    """Profiles the first step after the warm-up; parts of the models are marked in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self.profiler = torch.profiler.profile(activities=activities)
+
+    def begin(self, model: DistillationModel, teacher: PreTrainedModel) -> None:
+        super().begin(model, teacher)
+        mark_parts(model, teacher)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        super().write(metrics)
+        if len(self.rows) not in (WARM_UP, WARM_UP + 1):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        (self.profiler.start if len(self.rows) == WARM_UP else self.profiler.stop)()
+
+
+def mark_parts(model: DistillationModel, teacher: PreTrainedModel) -> None:
+    """In a profile, what the innermost of these modules does is its part: the loss is what is left of the whole model
+    beside its backbone, the scan (with its convolution and gate) what is left of a mixer beside its projections.
+    """
+    mark(model, "loss")
+    mark(model.student.backbone, "student")
+    mark(teacher.base_model, "teacher")
+    for mixer in model.student.modules():
+        if isinstance(mixer, DiscreteMamba2):
+            mark(mixer, "scan")
+            mark(mixer.in_proj, "student")
+            mark(mixer.out_proj, "student")
+
+
+def mark(module: nn.Module, part: str) -> None:
+    open_ranges: list[record_function] = []
+
+    def enter(*_: Any) -> None:
+        open_ranges.append(record_function(PART + part))
+        open_ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)  # checkpointing leaves a forward pass by an exception
+
+
+def profile(job: Job) -> None:
+    shapes, args = plan(job)
+    log = ProfilingLog(job.device)
+    train(shapes, args, log)
+    found = breakdown(log.profiler.events())
+    total = found.kernels.total()
+    job.emit(job.case, "all kernels", seconds=total, share=1.0)
+    job.emit(job.case, "matrix products", seconds=found.products, share=found.products / total)
+    for part, seconds in found.parts.most_common():
+        job.emit(job.case, f"part: {part}", seconds=seconds, share=seconds / total)
+    for name, seconds in found.kernels.most_common(12):
+        job.emit(job.case, f"kernel: {name}", seconds=seconds, share=seconds / total)
+    job.emit(job.case, "from first to last", seconds=found.span)
+    job.emit(job.case, "idle in that time", seconds=found.span - found.busy, share=1 - found.busy / found.span)
+
+
+class Breakdown(NamedTuple):
+    """Seconds: of kernels by name, by part of the models, and of matrix products; from the first to the last of them,
+    and of that with at least one running.
+    """
+
+    kernels: Counter[str]
+    parts: Counter[str]
+    products: float
+    span: float
+    busy: float
+
+
+def breakdown(events: Iterable[FunctionEvent]) -> Breakdown:
+    """Where there are no kernels of a GPU, the CPU's operators count in their place, without those that they call."""
+    work = [event for event in events if not event.is_user_annotation]  # a mark has a GPU side too, which is no kernel
+    operators = [event for event in work if event.device_type == DeviceType.CPU]
+    running = [event for event in work if event.device_type != DeviceType.CPU]
+    part_of = parts_of(operators)
+    kernels, parts = Counter[str](), Counter[str]()
+    if running:
+        for event in running:
+            kernels[short(event.name)] += event.time_range.elapsed_us() / 1e6
+        for event in operators:
+            parts[part_of(event)] += sum(kernel.duration for kernel in event.kernels) / 1e6
+        # What no profiled thread started comes from the teacher's own thread.
+        parts["teacher"] += kernels.total() - parts.total()
+    else:
+        running = operators
+        for event in running:
+            kernels[short(event.name)] += event.self_cpu_time_total / 1e6
+            parts[part_of(event)] += event.self_cpu_time_total / 1e6
+    products = sum(seconds for name, seconds in kernels.items() if PRODUCT.search(name) and not ATTENTION.search(name))
+    spans = sorted((event.time_range.start / 1e6, event.time_range.end / 1e6) for event in running)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return Breakdown(kernels, parts, products, reached - spans[0][0], busy)
+
+
+def parts_of(operators: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
+    """Which part of the models an operator works for: that of the innermost mark around it; in backward, that of the
+    operator in forward which has the same sequence number.
+    """
+    forward: dict[tuple[int, int | None], str] = {}
+
+    def part_of(event: FunctionEvent) -> str:
+        outer: FunctionEvent | None = event
+        while outer is not None:
+            if outer.is_user_annotation and outer.name.startswith(PART):
+                return outer.name.removeprefix(PART)
+            if outer.name.startswith(BACKWARD):
+                return forward.get((outer.sequence_nr, outer.fwd_thread), REST)
+            outer = outer.cpu_parent
+        return REST
+
+    for event in sorted(operators, key=lambda event: event.time_range.start):
+        if event.sequence_nr >= 0 and not in_backward(event):
+            forward[event.sequence_nr, event.thread] = part_of(event)  # the last of a number is the one that took it
+    return part_of
+
+
+def in_backward(event: FunctionEvent | None) -> bool:
+    while event is not None and not event.name.startswith(BACKWARD):
+        event = event.cpu_parent
+    return event is not None
+
+
+def short(name: str) -> str:
+    return name.removeprefix("void ").replace("|", "/")[:60]

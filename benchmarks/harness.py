@@ -1,0 +1,228 @@
+"""What the benchmarks share: run each candidate in fresh child processes, interleaved in rounds, and make rows and a
+table of the medians.
+
+A benchmark is a script with a function `run(case, candidate) -> dict` that calls `measure` on the work in question.
+`run_rounds` calls it once in every round and for either allocator: with glibc's default one, which hands large
+buffers back to the kernel, so that every new one is paged in again, and with a caching one, which keeps them, as
+CUDA's does. Project modules are imported inside `run`: the script itself needs nothing but this file beside it.
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# All memory from one heap that grows in steps of 256 MiB and never shrinks. Without the caches for small pieces, or
+# the crumbs that aligning leaves between two large blocks keep these from being joined and used again.
+CACHING = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+    ":glibc.malloc.top_pad=268435456:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+}
+RESULT = "result of the child: "
+
+Row = dict[str, Any]
+
+
+class NotInstalled(Exception):
+    """A package that only a peer needs is not here."""
+
+
+def need(package: str) -> None:
+    """To be called by a candidate before it imports a peer: without it, its row says so."""
+    if importlib.util.find_spec(package) is None:
+        raise NotInstalled(package)
+
+
+def parse_arguments(description: str | None, rounds: int = 3) -> argparse.Namespace:
+    """Options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, one round: a trial, no result")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="only cases whose names contain one of these")
+    parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these candidates, and the baseline")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each candidate is measured")
+    return parser.parse_args()
+
+
+def describe_machine() -> str:
+    """One line that tells where and with what the numbers were measured."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+            break
+    parts = [cpu, f"{len(os.sched_getaffinity(0))} cores", f"{torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    versions = [
+        f"Python {platform.python_version()}",
+        *(f"{name} {version(name)}" for name in ("torch", "transformers")),
+    ]
+    return ", ".join([*parts, *versions, time.strftime("%Y-%m-%d")])
+
+
+def measure(work: Callable[[], dict | None], repeats: int = 1) -> Row:
+    """Run `work` to warm up, then `repeats` times. Gives the median seconds, the peak of memory above what was held
+    before, and what the last run of `work` returned.
+    """
+    on_cuda = torch.cuda.is_available()
+    # The caching allocator's heap still grows a little after the first run, until its holes fit what is asked for.
+    for _ in range(3 if _is_caching() else 1):
+        result = work()
+    gc.collect()
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _reset_peak_memory()
+    seconds: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = work()
+        if on_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if on_cuda else _process_bytes("VmHWM")
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak - before, **(result or {})}
+
+
+def _reset_peak_memory() -> int:
+    """Make the kernel forget this process's peak; returns the bytes it holds now. What glibc keeps of freed memory is
+    given back first, or it would count as held; the caching allocator must keep it, as only its time is of interest.
+    """
+    if not _is_caching():
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _process_bytes("VmRSS")
+
+
+def _is_caching() -> bool:
+    return os.environ.get("GLIBC_TUNABLES") == CACHING["GLIBC_TUNABLES"]
+
+
+def _process_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}")
+
+
+def run_child(script: str, function: str, *args: Any, environment: dict[str, str] | None = None) -> Row:
+    """Call `function(*args)` of a script in a fresh process and return its dict. Where it needs a package that is not
+    installed, the dict is {"note": ...}.
+    """
+    path = [str(ROOT), str(Path(__file__).parent), str(Path(script).parent), os.environ.get("PYTHONPATH", "")]
+    child = subprocess.run(
+        [sys.executable, "-c", "import harness; harness.serve()", Path(script).stem, function, json.dumps(args)],
+        env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        capture_output=True,
+        text=True,
+    )
+    answers = [line for line in child.stdout.splitlines() if line.startswith(RESULT)]
+    if child.returncode or not answers:
+        what = f"{Path(script).name}: {function}{args} failed with exit code {child.returncode}"
+        raise RuntimeError(f"{what}\n{child.stdout[-1000:]}\n{child.stderr[-4000:]}")
+    return json.loads(answers[-1].removeprefix(RESULT))
+
+
+def serve() -> None:
+    """The child's side of `run_child`."""
+    module, function, args = sys.argv[1:]
+    try:
+        result = vars(importlib.import_module(module))[function](*json.loads(args))
+    except NotInstalled as missing:
+        result = {"note": f"not installed: {missing}"}
+    print(RESULT + json.dumps(result), flush=True)
+
+
+def run_rounds(script: str, cases: dict[str, list[str]], rounds: int, baseline: str, *extra: Any) -> list[Row]:
+    """`cases` names each case's candidates; `extra` is handed to `run` after case and candidate. In every round each
+    candidate is run once per allocator (on CUDA there is but one), so that a disturbance of the machine meets all
+    alike. A row holds medians: `seconds` with the caching allocator, `default_seconds` and `peak_bytes` with the
+    default one, ratios to the baseline candidate's, and whatever else the last `run` gave.
+    """
+    allocators: dict[str, dict[str, str]] = {"caching": CACHING, "default": {}}
+    if torch.cuda.is_available():
+        allocators = {"caching": {}}
+    rows = []
+    for case, candidates in cases.items():
+        runs: dict[tuple[str, str], list[Row]] = {(name, a): [] for name in candidates for a in allocators}
+        for round_ in range(rounds):
+            for (candidate, allocator), results in runs.items():
+                if results and "note" in results[0]:
+                    continue
+                results.append(run_child(script, "run", case, candidate, *extra, environment=allocators[allocator]))
+                print(f"{case}: round {round_}, {candidate}, {allocator}: {results[-1]}", file=sys.stderr, flush=True)
+        case_rows = [_row(case, name, runs[name, "caching"], runs.get((name, "default"), [])) for name in candidates]
+        _add_ratios(case_rows, baseline)
+        rows += case_rows
+    return rows
+
+
+def _row(case: str, candidate: str, caching: list[Row], default: list[Row]) -> Row:
+    def median(results: list[Row], key: str) -> float | None:
+        values = [result[key] for result in results if key in result]
+        return statistics.median(values) if values else None
+
+    row = {"case": case, "candidate": candidate, "seconds": median(caching, "seconds")}
+    row["peak_bytes"] = median(default or caching, "peak_bytes")
+    row["ratio_to_baseline"] = None
+    if default:
+        row["default_seconds"] = median(default, "seconds")
+    return {**caching[-1], **row}
+
+
+def _add_ratios(rows: list[Row], baseline: str) -> None:
+    base = next((row for row in rows if row["candidate"] == baseline), None)
+    ratios = {"seconds": "ratio_to_baseline", "default_seconds": "default_ratio", "peak_bytes": "peak_ratio"}
+    for row in rows:
+        for key, ratio in ratios.items():
+            if base is not None and row.get(key) is not None and base.get(key):
+                row[ratio] = row[key] / base[key]
+
+
+def write_json(rows: list[Row], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def print_table(rows: list[Row]) -> None:
+    """A Markdown table of the rows, with every key that any of them has; bytes as MB."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.sort(key=lambda name: name not in ("case", "candidate"))
+    print("| " + " | ".join(name.replace("_bytes", "_MB") for name in columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(_cell(name, row.get(name)) for name in columns) + " |")
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:.0f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def report(rows: list[Row], file: Path | None) -> None:
+    """Machine and table to the screen, rows to the file."""
+    print(describe_machine())
+    print_table(rows)
+    if file is not None:
+        write_json(rows, file)
