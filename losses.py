@@ -4,13 +4,17 @@ hidden states and heads, and never holds the logits of more than a chunk of toke
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger("train")
 
 # Bytes of a chunk's logits in float32, the student's and the teacher's: on the CPU the first figure, on a GPU up to the
 # second and an eighth of what is free. Smaller chunks read the heads more often; larger ones gain nothing.
@@ -269,6 +273,21 @@ def _chunk_losses_in_cache(
     return torch.stack(sums).sum(0)
 
 
-@functools.cache
-def _compiled_chunk_losses() -> Callable[..., Tensor]:
-    return torch.compile(_chunk_losses)
+class _CompiledChunkLosses:
+    """`_chunk_losses` under torch.compile. Where the compiler fails, which it does before anything has run, the plain
+    form takes over: a run of days must not end at its first step for want of some speed.
+    """
+
+    def __init__(self) -> None:
+        self.losses_of: Callable[..., Tensor] = torch.compile(_chunk_losses)
+
+    def __call__(self, logits: Tensor, *others) -> Tensor:
+        try:
+            return self.losses_of(logits, *others)
+        except TorchDynamoException as error:
+            logger.warning("the loss cannot be compiled and goes on slower: %s", str(error).strip().splitlines()[0])
+            self.losses_of = _chunk_losses if logits.is_cuda else _chunk_losses_in_cache
+            return self.losses_of(logits, *others)
+
+
+_compiled_chunk_losses = functools.cache(_CompiledChunkLosses)

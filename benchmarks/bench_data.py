@@ -29,46 +29,56 @@ seconds: the mean wait for a batch, the first left out; ratio_to_baseline: as a 
 without the sleep.
 """
 
-import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from harness import ROOT, Row, measure, parse_arguments, report, run_child
+from data_candidates import (
+    BARE,
+    GROUP,
+    LOAD,
+    ONCE,
+    PACK,
+    SEQ_LEN,
+    TWO_PROCESSES,
+    Batches,
+    Job,
+    Source,
+    Windows,
+    load_tokenizer,
+    make_documents,
+    write_jsonl,
+)
+from harness import Row, measure, parse_arguments, report, run_child
 
-BARE, ONCE, STEP = "encode_batch_fast", "encode_batch_fast, once", "step"
-SEQ_LEN = 1024  # of the windows that packing stores
-GROUP = 1000  # documents, the default of datasets.map
-VOCAB = 32000
+STEP = "step"
 PACKING = ["MB=20 characters=3000 threads=1", "MB=20 characters=3000 threads=2"]
 PACKING_AT_THE_EDGES = ["MB=20 characters=100 threads=2", "MB=20 characters=5000000 threads=2"]
 LOADING = ["MB=20 B=8 S=1024 step_ms=50 steps=250"]
-QUICK_PACKING = ["MB=0.3 characters=1000 threads=1", "MB=0.3 characters=100 threads=2"]
-QUICK_LOADING = ["MB=0.3 B=2 S=64 step_ms=2 steps=30"]
+QUICK_PACKING = ["MB=0.1 characters=1000 threads=2"]
+QUICK_LOADING = ["MB=0.1 B=2 S=64 step_ms=2 steps=30"]
 
 
 def main() -> None:
     options = parse_arguments(__doc__)
     everything, at_the_edges = list(PACK), [BARE, ONCE, "ours"]
     if options.quick:
-        cases = {case: everything for case in QUICK_PACKING} | {case: list(LOAD) for case in QUICK_LOADING}
+        cases = {case: everything for case in QUICK_PACKING} | {case: [STEP, *LOAD] for case in QUICK_LOADING}
     else:
         cases = {case: everything for case in PACKING} | {case: at_the_edges for case in PACKING_AT_THE_EDGES}
-        cases |= {case: list(LOAD) for case in LOADING}
+        cases |= {case: [STEP, *LOAD] for case in LOADING}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = run_child(__file__, "prepare", folder)
+        tokenizer = run_child("data_candidates.py", "prepare", folder)
         for case, candidates in cases.items():
             if not _named(case, options.cases):
                 continue
@@ -92,7 +102,7 @@ def rows_of_case(case: str, results: dict[str, list[Row]], baseline: str) -> lis
     for candidate, rounds in results.items():
         medians = {key: statistics.median(result[key] for result in rounds) for key in rounds[0]}
         rows.append({"case": case, "candidate": candidate, **medians})
-        if candidate == "datasets.map, 2 processes":
+        if candidate == TWO_PROCESSES:
             rows[-1]["peak_bytes"] = None  # measured was the process that waits for the two
     base = next(row["seconds"] for row in rows if row["candidate"] == baseline)
     return [{**row, "ratio_to_baseline": row["seconds"] / base} for row in rows]
@@ -102,99 +112,7 @@ def sizes_of(case: str) -> dict[str, float]:
     return {key: float(value) for key, value in (part.split("=") for part in case.split())}
 
 
-# --- text and tokenizer, made once ---------------------------------------------------------------------------
-
-
-def read_text() -> str:
-    """All real English at hand."""
-    files = [ROOT / "presets/tiny/text/english.txt", *sorted(ROOT.parent.glob("shared/data/text/*.txt"))]
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-
-
-def prepare(folder: str) -> Row:
-    """Leaves a tokenizer of real size in `folder`."""
-    from transformers import AutoTokenizer
-
-    teacher = json.loads((ROOT / "presets/llamba-8b/preset.json").read_text())["common"]["teacher_model"]
-    try:
-        tokenizer, name = AutoTokenizer.from_pretrained(teacher, local_files_only=True), teacher
-    except OSError:
-        tokenizer, name = train_tokenizer(), "byte-level BPE trained here"
-    tokenizer.save_pretrained(folder)
-    return {"name": f"{name}, {len(tokenizer)} tokens"}
-
-
-def train_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    end = "<|endoftext|>"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([read_text()], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end)
-
-
-def make_documents(megabytes: float, characters: float) -> list[str]:
-    """Paragraphs, joined until they have so many characters, again and again until there are so many megabytes."""
-    paragraphs = read_text().split("\n\n")
-    documents: list[str] = []
-    parts: list[str] = []
-    total = length = 0
-    while total < megabytes * 1e6:
-        for paragraph in paragraphs:
-            parts.append(paragraph)
-            length += len(paragraph) + 2
-            if length >= characters:
-                documents.append("\n\n".join(parts))
-                total += length
-                parts, length = [], 0
-    return documents
-
-
-def write_jsonl(documents: list[str], file: Path) -> Path:
-    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
-    return file
-
-
-def load_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def open_loader(jsonl: Path, cache: Path, tokenizer: Any, options: str) -> Any:
-    """What training would read from, for one rank."""
-    import datasets
-
-    from arguments import parse_train_args
-    from data import build_dataloader
-
-    datasets.config.HF_DATASETS_CACHE = cache
-    args = parse_train_args(["--dataset_name", str(jsonl), "--local_files_only", *options.split()])
-    return build_dataloader(args, tokenizer, rank=0, world_size=1, is_builder=True)
-
-
 # --- packing -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """What all candidates of a case are given. `folder` is empty each time."""
-
-    documents: list[str]
-    table: Any  # datasets.Dataset of the documents
-    jsonl: Path
-    tokenizer: Any
-    encoder: Any  # packing.Encoder
-    folder: Path
-
-
-Windows = Sequence[Any]  # as they were stored, (S + 1,) each, not read yet
 
 
 def pack(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str, list[Row]]:
@@ -244,82 +162,7 @@ def check_windows(candidate: str, stored: Windows, expected: np.ndarray, most_mi
         raise ValueError(f"{candidate} has not stored the windows of the text ({missing} are missing)")
 
 
-def bare(job: Job) -> Windows:
-    from packing import text_batches
-
-    for texts in text_batches(job.documents):
-        job.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return ()
-
-
-def bare_once(job: Job) -> Windows:
-    job.tokenizer.backend_tokenizer.encode_batch_fast(job.documents, add_special_tokens=False)
-    return ()
-
-
-def ours(job: Job) -> Windows:
-    from packing import PackedTextDataset, write_token_file
-
-    write_token_file(job.folder / "ours", job.documents, job.encoder, {})
-    return PackedTextDataset(job.folder / "ours", SEQ_LEN)
-
-
-def ours_from_jsonl(job: Job) -> Windows:
-    options = f"--no_dataset_streaming --seq_length {SEQ_LEN} --dataset_cache_dir {job.folder}"
-    loader = open_loader(job.jsonl, job.folder, job.tokenizer, options)
-    next(iter(loader))
-    return loader.batches.dataset
-
-
-def per_document(job: Job) -> Windows:
-    ids = []
-    for document in job.documents:
-        ids += job.tokenizer(document, add_special_tokens=False)["input_ids"]
-        ids.append(job.tokenizer.eos_token_id)
-    full = len(ids) // (SEQ_LEN + 1) * (SEQ_LEN + 1)
-    np.save(job.folder / "windows.npy", np.array(ids[:full], job.encoder.dtype).reshape(-1, SEQ_LEN + 1))
-    return np.load(job.folder / "windows.npy", mmap_mode="r")
-
-
-def datasets_map(job: Job, processes: int) -> Windows:
-    tokenizer, size = job.tokenizer, SEQ_LEN + 1
-
-    def to_ids(rows: dict) -> dict:
-        encoded = tokenizer(rows["text"], add_special_tokens=False, return_attention_mask=False)
-        return {"ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
-
-    def to_windows(rows: dict) -> dict:
-        ids = list(chain.from_iterable(rows["ids"]))
-        return {"ids": [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]}
-
-    table = job.table
-    for step, function in enumerate((to_ids, to_windows)):
-        table = table.map(
-            function,
-            batched=True,
-            batch_size=GROUP,
-            remove_columns=table.column_names,
-            num_proc=processes if processes > 1 else None,
-            cache_file_name=str(job.folder / f"step-{step}.arrow"),
-            load_from_cache_file=False,
-        )
-    return table.with_format("numpy")["ids"]
-
-
-PACK: dict[str, Callable[[Job], Windows]] = {
-    BARE: bare,
-    ONCE: bare_once,
-    "ours": ours,
-    "ours, from jsonl": ours_from_jsonl,
-    "per-document loop": per_document,
-    "datasets.map, 1 process": partial(datasets_map, processes=1),
-    "datasets.map, 2 processes": partial(datasets_map, processes=2),
-}
-
-
 # --- loading -------------------------------------------------------------------------------------------------
-
-Batches = Generator[Any, None, None]  # of this rank, in one epoch
 
 
 def load(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str, list[Row]]:
@@ -340,7 +183,7 @@ def load(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str
     return results
 
 
-def draw(form: Callable[["Source"], Batches], source: "Source", steps: int) -> Row:
+def draw(form: Callable[[Source], Batches], source: Source, steps: int) -> Row:
     return {"batches_per_s": 1 / time_waits(form(source), steps, step_s=0.0)["seconds"]}
 
 
@@ -355,62 +198,6 @@ def time_waits(batches: Batches, steps: int, step_s: float) -> Row:
             next(batches)
             waits.append(time.perf_counter() - start)
     return {"seconds": statistics.mean(waits), "longest_wait_s": max(waits)}
-
-
-@dataclass
-class Source:
-    documents: list[str]
-    jsonl: Path
-    tokenizer: Any
-    cache: Path
-    batch_size: int
-    seq_len: int
-
-    def open(self, options: str) -> Any:
-        options += f" --batch_size {self.batch_size} --seq_length {self.seq_len} --dataset_cache_dir {self.cache}"
-        return open_loader(self.jsonl, self.cache, self.tokenizer, options)
-
-    def open_cached(self, workers: int) -> Any:
-        """Its file leaves memory, as far as no other process has it open."""
-        for file in self.cache.glob("packed/*/tokens.bin"):
-            with open(file, "rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return self.open(f"--no_dataset_streaming --dataset_workers {workers}")
-
-
-def cached(source: Source, workers: int) -> Batches:
-    return iter(source.open_cached(workers))
-
-
-def data_loader(source: Source) -> Batches:
-    yield from source.open_cached(workers=0).batches
-
-
-def stream(source: Source) -> Batches:
-    return iter(source.open("--shuffle_buffer 0"))
-
-
-def stream_not_ahead(source: Source) -> Batches:
-    import torch
-
-    from data import Batch
-    from packing import Encoder, blocks, text_batches
-
-    encoder = Encoder(source.tokenizer)
-    arrays = (encoder(texts) for texts in text_batches(source.documents))
-    for stack in blocks(arrays, source.batch_size * (source.seq_len + 1)):
-        for block in stack:
-            yield Batch.from_windows(torch.from_numpy(block.astype(np.int64)).view(source.batch_size, -1))
-
-
-LOAD: dict[str, Callable[[Source], Batches]] = {
-    STEP: lambda source: (batch for batch in ()),
-    "cached, 0 workers": partial(cached, workers=0),
-    "cached, 2 workers": partial(cached, workers=2),
-    "DataLoader": data_loader,
-    "stream": stream,
-    "stream, not ahead": stream_not_ahead,
-}
 
 
 if __name__ == "__main__":

@@ -116,10 +116,10 @@ def run(case: str, candidate: str) -> Row:
 
 
 def need_compiler() -> None:
-    from utils import COMPILE_NEEDS, can_compile
+    from utils import can_compile
 
     if not can_compile("cpu"):
-        raise NotInstalled(COMPILE_NEEDS["cpu"])
+        raise NotInstalled("a C++ compiler")
 
 
 def run_rank(case: str, candidate: str) -> Row:

@@ -18,6 +18,7 @@ from llamba import LlambaConfig
 from llamba.kernels import Conv, Scan, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
 from losses import compute_distill_loss, fused_distill_loss
+from training_utils import compiles_loss
 from utils import can_compile
 
 CE_WEIGHT, KL_WEIGHT, TEMPERATURE = 1.0, 0.1, 1.0  # the defaults of training
@@ -102,7 +103,7 @@ def loss(job: Job) -> None:
     n_tokens, d_model = inputs.hidden.shape
     vocab = inputs.head.shape[0]
     case = f"V={vocab} N={n_tokens} bfloat16"
-    compiles = job.device.type == "cuda" and can_compile(job.device.type)  # as training chooses
+    compiles = compiles_loss(job.device, vocab)
     forms: dict[str, Callable[[LossInputs], Tensor]] = {"plain": plain_loss}
     if compiles:
         forms["plain, compiled"] = functools.partial(plain_loss, loss_of=torch.compile(compute_distill_loss))

@@ -1,8 +1,11 @@
 """The fused loss against the readable reference: losses, gradients, masks, chunk edges, and what it never makes."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
@@ -208,3 +211,24 @@ def test_chunks_follow_the_vocabulary_and_what_is_free(monkeypatch):
     assert choose_chunk_tokens(128_256, torch.bfloat16, gpu) == 128  # of the gibibyte that torch keeps for itself
     free = 40 * 2**30
     assert choose_chunk_tokens(128_256, torch.bfloat16, gpu) == 1024
+
+
+def test_a_compiler_that_fails_is_told_once_and_the_loss_goes_on(monkeypatch, caplog):
+    calls = 0
+
+    def broken(function):
+        def fail(*args):
+            nonlocal calls
+            calls += 1
+            raise TorchDynamoException("no such compiler\nand a long story")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(losses, "_compiled_chunk_losses", functools.cache(losses._CompiledChunkLosses))
+    p, settings = problem(), dict(ce_weight=1.0, kl_weight=1.0, temperature=1.0, chunk_tokens=5)
+    plain = fused_distill_loss(**p, **settings)
+    with caplog.at_level("WARNING", logger="train"):
+        for _ in range(2):
+            assert torch.equal(fused_distill_loss(**p, **settings, compiled=True)[0], plain[0])
+    assert calls == 1 and caplog.messages == ["the loss cannot be compiled and goes on slower: no such compiler"]
