@@ -137,7 +137,7 @@ class _FusedDistillLoss(torch.autograd.Function):
         ctx: Any, hidden, head, bias, teacher, teacher_head, labels, loss_mask, settings
     ) -> tuple[Tensor, Tensor, Tensor]:
         vocab, ce_weight, kl_weight, temperature, chunk_tokens, compiled = settings
-        losses_of = _chunk_losses if hidden.is_cuda else _chunk_losses_in_cache
+        losses_of: Callable[..., Tensor] = _chunk_losses if hidden.is_cuda else _chunk_losses_in_cache
         if compiled:
             losses_of = _compiled_chunk_losses()
         loss_mask, _ = mask_unknown_labels(labels, loss_mask, vocab)
