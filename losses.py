@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger("train")
 
+ChunkLosses = Callable[..., Tensor]  # with the arguments and results of `_chunk_losses`
+
 # Bytes of a chunk's logits in float32, the student's and the teacher's: on the CPU the first figure, on a GPU up to the
 # second and an eighth of what is free. Smaller chunks read the heads more often; larger ones gain nothing.
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**28, 2**30
@@ -137,9 +139,9 @@ class _FusedDistillLoss(torch.autograd.Function):
         ctx: Any, hidden, head, bias, teacher, teacher_head, labels, loss_mask, settings
     ) -> tuple[Tensor, Tensor, Tensor]:
         vocab, ce_weight, kl_weight, temperature, chunk_tokens, compiled = settings
-        losses_of: Callable[..., Tensor] = _chunk_losses if hidden.is_cuda else _chunk_losses_in_cache
-        if compiled:
-            losses_of = _compiled_chunk_losses()
+        losses_of: ChunkLosses = _compiled_chunk_losses() if compiled else _chunk_losses
+        if not hidden.is_cuda:
+            losses_of = functools.partial(_rows_in_cache, losses_of)
         loss_mask, _ = mask_unknown_labels(labels, loss_mask, vocab)
         labels = labels.masked_fill(~loss_mask, 0)
         n_tokens, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
@@ -258,18 +260,22 @@ def _chunk_losses(
     return torch.stack([(kl * loss_mask).sum(), (ce * loss_mask).sum()])
 
 
-def _chunk_losses_in_cache(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, label_logits: Tensor, loss_mask: Tensor, *weights
+def _rows_in_cache(
+    losses_of: ChunkLosses,
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    label_logits: Tensor,
+    loss_mask: Tensor,
+    *weights: float,
 ) -> Tensor:
-    """`_chunk_losses` of some rows after the other."""
+    """What `losses_of` gives for all rows, from some at a time."""
     n_rows = max(1, CACHED_LOGITS // logits.shape[1])
     sums = []
     for start in range(0, logits.shape[0], n_rows):
         rows = slice(start, start + n_rows)
         teacher_rows = None if teacher_logits is None else teacher_logits[rows]
-        sums.append(
-            _chunk_losses(logits[rows], teacher_rows, labels[rows], label_logits[rows], loss_mask[rows], *weights)
-        )
+        sums.append(losses_of(logits[rows], teacher_rows, labels[rows], label_logits[rows], loss_mask[rows], *weights))
     return torch.stack(sums).sum(0)
 
 
@@ -279,15 +285,15 @@ class _CompiledChunkLosses:
     """
 
     def __init__(self) -> None:
-        self.losses_of: Callable[..., Tensor] = torch.compile(_chunk_losses)
+        self.losses_of: ChunkLosses = torch.compile(_chunk_losses)
 
-    def __call__(self, logits: Tensor, *others) -> Tensor:
+    def __call__(self, *args) -> Tensor:
         try:
-            return self.losses_of(logits, *others)
+            return self.losses_of(*args)
         except TorchDynamoException as error:
             logger.warning("the loss cannot be compiled and goes on slower: %s", str(error).strip().splitlines()[0])
-            self.losses_of = _chunk_losses if logits.is_cuda else _chunk_losses_in_cache
-            return self.losses_of(logits, *others)
+            self.losses_of = _chunk_losses
+            return self.losses_of(*args)
 
 
 _compiled_chunk_losses = functools.cache(_CompiledChunkLosses)

@@ -6,8 +6,7 @@ All candidates compute 0.5 * CE + 0.5 * KL(teacher || student) at temperature 1,
 the gradients by the student's hidden states and head. 0.5 and 0.5 are what the peers default to.
 
 plain               full logits, losses.compute_distill_loss, autograd; "compiled": that function under torch.compile.
-fused               losses.fused_distill_loss as training calls it: where there is a compiler, what is done to the
-                    logits is compiled; "eager": without.
+fused               losses.fused_distill_loss as training calls it, on CUDA compiled; "compiled": with --compile.
 liger               liger-kernel's LigerFusedLinearJSDLoss, beta 0 (forward KL), at its default chunk of 1024 tokens and
                     at 128; it compiles its chunks by itself.
 liger triton        liger-kernel's Triton forms, LigerFusedLinearJSD and LigerFusedLinearCrossEntropyLoss; CUDA only.
@@ -123,12 +122,15 @@ def plain(inputs: Inputs, compiled: bool = False) -> Loss:
     return loss
 
 
-def fused(inputs: Inputs, eager: bool = False) -> Loss:
+def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
     from losses import fused_distill_loss
     from training_utils import compiles_loss
 
+    if compiled is None:
+        compiled = compiles_loss(inputs.student_head.device)
+    elif compiled:
+        need_compiler()
     loss_mask, vocab = inputs.loss_mask(), len(inputs.student_head)
-    compiled = not eager and compiles_loss(inputs.student_head.device, vocab)
     return lambda: fused_distill_loss(
         inputs.student_hidden,
         inputs.student_head,
@@ -240,7 +242,7 @@ CANDIDATES: dict[str, Callable[[Inputs], Loss]] = {
     "plain": plain,
     "plain compiled": lambda inputs: plain(inputs, compiled=True),
     "fused": fused,
-    "fused eager": lambda inputs: fused(inputs, eager=True),
+    "fused compiled": lambda inputs: fused(inputs, compiled=True),
     "liger": liger,
     "liger chunk 128": lambda inputs: liger(inputs, chunk_size=128),
     "liger triton": liger_triton,

@@ -103,7 +103,7 @@ def loss(job: Job) -> None:
     n_tokens, d_model = inputs.hidden.shape
     vocab = inputs.head.shape[0]
     case = f"V={vocab} N={n_tokens} bfloat16"
-    compiles = compiles_loss(job.device, vocab)
+    compiles = compiles_loss(job.device)
     forms: dict[str, Callable[[LossInputs], Tensor]] = {"plain": plain_loss}
     if compiles:
         forms["plain, compiled"] = functools.partial(plain_loss, loss_of=torch.compile(compute_distill_loss))
