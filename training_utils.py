@@ -190,7 +190,7 @@ class DistillationModel(nn.Module):
 
 
 def compiles_loss(device: torch.device) -> bool:
-    """Whether the loss is compiled unasked: on GPUs. A CPU takes it by rows that stay in its cache, and gains nothing."""
+    """Whether the loss is compiled unasked: on GPUs. A CPU takes it in rows that stay in its cache instead."""
     return device.type == "cuda" and can_compile(device.type)
 
 
