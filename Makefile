@@ -46,6 +46,6 @@ lint: .venv/installed-dev
 
 # Times mean something on a machine that does nothing else. Each prints its table and leaves its rows in runs/bench/.
 bench: .venv/installed-bench
-	for name in loss step wire data; do \
+	for name in loss step wire overlap data; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json || exit 1; \
 	done

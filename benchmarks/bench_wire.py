@@ -13,7 +13,7 @@ ours, logits       the same with --teacher_signal logits
 ours, ahead        as ours, but a student's step of 0.1 s (asleep) lies between asking and waiting: seconds is what
                    the step still has to wait
 
-seconds: until the last rank has its answer; default_seconds: the same with glibc's default allocator, for which every
+seconds: of the slowest rank, until it has its answer; default_seconds: the same with glibc's default allocator, for which every
 new buffer is paged in again. peak_bytes: of the rank that takes most, without the teacher's answers, which exist
 before. wire_bytes: what leaves one process for another, ids and answers, computed from their shapes.
 """
@@ -147,36 +147,42 @@ def run_rank(name: str, candidates: list[str], rounds: int) -> dict[str, Row]:
         answers = {case.width: case.all_answers() for case in set(cases.values())} if ranks.owns_teacher else {}
         for _ in range(rounds):
             for candidate, case in cases.items():
-                form = partial(FORMS[candidate], case, answers.get(case.width), ranks)
-                with form() as ask:
+                open_form = partial(FORMS[candidate], case, answers.get(case.width), ranks)
+                with open_form() as ask:
                     case.check(ask(case.input_ids(ranks.rank))(), ranks.rank)
-                step_s = STEP_S if candidate == "ours, ahead" else 0.0
-                row = measure_form(form, case.input_ids(ranks.rank), step_s)
-                for key, values in figures[candidate].items():
-                    values.append(row[key])
+                    seconds = time_exchanges(ask, case.input_ids(ranks.rank), STEP_S if "ahead" in candidate else 0.0)
+                peak = measure(partial(exchange_once, open_form, case.input_ids(ranks.rank)))["peak_bytes"]
+                figures[candidate]["seconds"].append(of_all_ranks(seconds))
+                figures[candidate]["peak_bytes"].append(of_all_ranks(peak))
     return figures
 
 
-def measure_form(form: Callable[[], AbstractContextManager[Ask]], input_ids: Tensor, step_s: float) -> Row:
-    """Seconds of the slowest rank, less what a step takes between asking and waiting; memory of the largest."""
+def time_exchanges(ask: Ask, input_ids: Tensor, step_s: float) -> float:
+    """The median, less what a step takes between asking and waiting."""
     times = []
-
-    def exchange() -> None:
-        with form() as ask:  # anew each time: what it still holds of an answer counts
-            dist.barrier()
+    for _ in range(REPEATS):
+        dist.barrier()
+        start = time.perf_counter()
+        wait = ask(input_ids)
+        if step_s:
+            time.sleep(step_s)
             start = time.perf_counter()
-            wait = ask(input_ids)
-            if step_s:
-                time.sleep(step_s)
-                start = time.perf_counter()
-            wait()
-            times.append(time.perf_counter() - start)
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
-    peak = torch.tensor(measure(exchange, REPEATS)["peak_bytes"])
-    seconds = torch.tensor(times[-REPEATS:])  # the first was for warming up
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return {"seconds": seconds.median().item(), "peak_bytes": peak.item()}
+
+def exchange_once(open_form: Callable[[], AbstractContextManager[Ask]], input_ids: Tensor) -> None:
+    """From nothing to nothing: what a form keeps between two answers counts as its memory."""
+    with open_form() as ask:
+        ask(input_ids)()
+
+
+def of_all_ranks(value: float) -> float:
+    """The largest."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
 
 
 # --- the forms: each is opened on all ranks, and gives a function that asks ----------------------------------
