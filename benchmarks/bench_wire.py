@@ -13,7 +13,7 @@ ours, logits       the same with --teacher_signal logits
 ours, ahead        as ours, but a student's step of 0.1 s (asleep) lies between asking and waiting: seconds is what
                    the step still has to wait
 
-seconds: of the slowest rank, until it has its answer; default_seconds: the same with glibc's default allocator, for which every
+seconds: of the slowest rank, until it has its answer; default_seconds: with glibc's default allocator, for which every
 new buffer is paged in again. peak_bytes: of the rank that takes most, without the teacher's answers, which exist
 before. wire_bytes: what leaves one process for another, ids and answers, computed from their shapes.
 """
