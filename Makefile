@@ -5,7 +5,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 BENCH := runs/bench
 
-.PHONY: setup setup-dev setup-bench demo test lint bench
+.PHONY: setup setup-dev setup-bench demo test test-bench lint bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -38,6 +38,10 @@ demo: .venv/installed
 # Tensors here are tiny and many tests start several processes: more threads would only get in each other's way.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# What `make test` leaves out for its length: every benchmark at its smallest, from end to end.
+test-bench: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

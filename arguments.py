@@ -66,8 +66,11 @@ class TrainArguments(CommonArguments):
         "one teacher per node on a device of its own, or one beside every student on the student's device",
         "dedicated",
     )
-    teacher_prefetch: int = option(
-        MODELS, "batches that a dedicated teacher works ahead of the students; 0 lets them wait for each other", 1
+    teacher_prefetch: int | None = option(
+        MODELS,
+        "batches that a dedicated teacher works ahead of the students (default: 1; 0 where it shares a student's "
+        "device)",
+        None,
     )
     freeze_mlp: bool = option(MODELS, "do not train the MLPs, those of replaced layers included", False)
     freeze_replaced_layers: bool = option(MODELS, "do not train the layers that come from the teacher", False)
@@ -140,7 +143,6 @@ class TrainArguments(CommonArguments):
         not_negative = (
             "shuffle_buffer",
             "dataset_workers",
-            "teacher_prefetch",
             "save_interval",
             "resume_step",
             "ce_weight",
@@ -151,6 +153,8 @@ class TrainArguments(CommonArguments):
         found += _layer_problems(self.layers)
         optional = [name for name in ("loss_chunk_tokens", "checkpoint_blocks") if getattr(self, name) is not None]
         found += [_too_small(self, name, 1) for name in optional]
+        if self.teacher_prefetch is not None:
+            found.append(_too_small(self, "teacher_prefetch", 0))
         if self.checkpoint_blocks is not None and not self.gradient_checkpointing:
             found.append(
                 f"--checkpoint_blocks {self.checkpoint_blocks}: says how many blocks --gradient_checkpointing "

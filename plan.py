@@ -78,7 +78,7 @@ def make_plan(args: TrainArguments, footprint: Footprint, box: Box, placement: s
     if placement != "none":
         assert footprint.teacher is not None
         teacher_s = footprint.teacher.operations / box.speed * (1 if placement == "colocated" else n_students)
-    works_ahead = placement == "dedicated" and args.teacher_prefetch > 0
+    works_ahead = placement == "dedicated" and args.teacher_prefetch != 0
     seconds = max(student_s, teacher_s) if works_ahead else student_s + teacher_s
     return Plan(
         placement,
@@ -111,9 +111,10 @@ def student_moments(args: TrainArguments, footprint: Footprint, n_students: int,
     state, work = optimizer_bytes(footprint.student, args, n_students)
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
+    prefetch = 1 if args.teacher_prefetch is None else args.teacher_prefetch
     always = {**footprint.weights, "gradients": gradients, "masters and moments": state}
     if teacher is not None:
-        always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + args.teacher_prefetch)
+        always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + prefetch)
         always |= {"teacher's weights": teacher.weights} if colocated else {"teacher's head": teacher.head}
     always |= ALLOWANCE
     moments = {

@@ -48,6 +48,7 @@ from training_utils import (
     build_optimizer,
     build_schedule,
     choose_devices,
+    default_prefetch,
     is_main_rank,
     process_groups,
     to_device,
@@ -83,6 +84,8 @@ def main() -> None:
     device, teacher_device = choose_devices(
         args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
     )
+    if args.teacher_prefetch is None:
+        args.teacher_prefetch = default_prefetch(teacher_device)
     if args.compile:
         check_compiler(device.type)
     models = check_models(args)
@@ -222,7 +225,7 @@ def distil(
 
     model.train()
     stopwatch = Stopwatch()
-    for batch, asked in ask_ahead(timed_batches, lane, args.teacher_prefetch):
+    for batch, asked in ask_ahead(timed_batches, lane, args.teacher_prefetch or 0):
         batch = to_device(batch, ranks.device)
         signal = asked.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
         micro_step += 1

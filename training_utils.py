@@ -103,6 +103,16 @@ def choose_devices(
     return student, student if colocated else named or torch.device("cuda", n_gpus - 1)
 
 
+def default_prefetch(teacher_device: torch.device) -> int:
+    """Batches that the teacher works ahead: one on a device of its own. On a student's there is nothing to gain, and
+    on a CPU much to lose: the threads of both would get in each other's way.
+    """
+    students = [torch.device("cpu")]
+    if torch.cuda.device_count() > 0:
+        students = [torch.device("cuda", i) for i in range(local_world_size())]
+    return 0 if teacher_device in students else 1
+
+
 @contextmanager
 def process_groups(device: torch.device) -> Iterator[Ranks]:
     """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs), and leaves them together at the end.

@@ -74,7 +74,7 @@ def test_the_production_command():
         "teacher_device": None,
         "teacher_signal": "hidden",
         "teacher_placement": "dedicated",
-        "teacher_prefetch": 1,
+        "teacher_prefetch": None,
         "freeze_mlp": True,
         "freeze_replaced_layers": True,
         "gradient_checkpointing": False,

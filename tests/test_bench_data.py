@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.bench
 ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks" / "bench_data.py"
 

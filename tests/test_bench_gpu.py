@@ -18,6 +18,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.bench
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 

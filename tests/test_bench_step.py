@@ -13,6 +13,7 @@ import torch
 from data import Batch
 from losses import compute_distill_loss
 
+pytestmark = pytest.mark.bench
 ROOT = Path(__file__).parents[1]
 KEYS = ("seconds", "default_seconds", "peak_bytes", "ratio_to_baseline", "tokens_per_s")
 

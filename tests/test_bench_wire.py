@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.bench
 ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks" / "bench_wire.py"
 FORMS = ["broadcast logits", "scatter logits", "scatter hidden", "ours", "ours, logits", "ours, ahead"]

@@ -27,6 +27,7 @@ from training_utils import (
     build_optimizer,
     build_schedule,
     choose_devices,
+    default_prefetch,
     gradient_norm,
     parameter_groups,
     process_groups,
@@ -433,6 +434,13 @@ def test_a_teacher_device_that_is_not_there(machine, name):
     machine(5, 4)
     with pytest.raises(ValueError, match=f"--teacher_device {name}: .*cuda:0 to cuda:4"):
         choose_devices(name, "dedicated", True)
+
+
+def test_the_teacher_works_ahead_where_it_has_a_device_of_its_own(machine):
+    machine(5, 4)
+    assert [default_prefetch(torch.device(name)) for name in ("cuda:4", "cpu", "cuda:0")] == [1, 1, 0]
+    machine(0, 2)
+    assert default_prefetch(CPU) == 0
 
 
 def test_a_colocated_teacher_is_beside_every_student(machine):
