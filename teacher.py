@@ -234,6 +234,7 @@ class _Worker:
                 future.set_result(job())
             except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
+            del item, future, job  # they hold an answer, which may be large, and the next job may be long in coming
 
 
 def _start_copy_to_host(answer: Tensor) -> Answer:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,16 @@ class Announcing(StandIn):
     def __call__(self, input_ids):
         self.begun[self.calls].set()
         return super().__call__(input_ids)
+
+
+def test_the_lane_lets_go_of_an_answer_once_it_is_taken(ranks):
+    lane = TeacherLane(StandIn(fails_at=0), ranks)
+    answer = weakref.ref(lane.submit(batches(1)[0].input_ids).result())
+    deadline = time.monotonic() + 30  # its thread may still be about to
+    while answer() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert answer() is None
+    lane.close()
 
 
 def batches(n):
