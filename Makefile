@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 BENCH := runs/bench
+BENCH_OPTIONS ?=
 
 .PHONY: setup setup-dev setup-bench demo test test-bench lint bench
 
@@ -51,5 +52,5 @@ lint: .venv/installed-dev
 # Times mean something on a machine that does nothing else. Each prints its table and leaves its rows in runs/bench/.
 bench: .venv/installed-bench
 	for name in loss step wire overlap data; do \
-		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json || exit 1; \
+		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \
 	done
