@@ -15,6 +15,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 PRESETS = Path(__file__).parent / "presets"
+
+# What a run that goes on from its checkpoint has to keep: with another value it would be another run.
+KEPT_BY_A_RUN = (
+    "seed",
+    "layers",
+    "dtype",
+    "freeze_mlp",
+    "freeze_replaced_layers",
+    "master_weights",
+    "dataset_name",
+    "dataset_subset",
+    "dataset_split",
+    "dataset_revision",
+    "dataset_text_field",
+    "dataset_streaming",
+    "skip_bad_rows",
+    "seq_length",
+)
+KEPT_BY_A_STREAM = ("shuffle_buffer", "batch_size")  # besides these
 SHARED, MODELS, DATA, LOSS, TRAINING, OUTPUT, EVALUATION = (
     "general",
     "models",
@@ -92,6 +111,7 @@ class TrainArguments(CommonArguments):
     )
     dataset_cache_dir: str | None = option(DATA, "where packed tokens are cached (default: datasets' own cache)", None)
     dataset_workers: int = option(DATA, "loader processes per rank for the cached path", 0)
+    skip_bad_rows: bool = option(DATA, "leave out rows that cannot be read or are no text, and count them", False)
     shuffle_buffer: int = option(DATA, "rows of the shuffle buffer of a stream; 0 keeps the order", 10_000)
     seq_length: int = option(DATA, "tokens that the models see per window")
     batch_size: int = option(DATA, "windows per rank and micro step")
@@ -112,12 +132,31 @@ class TrainArguments(CommonArguments):
     decay_ratio: float = option(TRAINING, "part of the steps, at the end, in which it falls", 0.1)
     weight_decay: float = option(TRAINING, "AdamW's weight decay, on matrices only", 0.1)
     grad_clip: float = option(TRAINING, "largest gradient norm; 0 does not clip", 1.0)
+    master_weights: bool = option(
+        TRAINING, "AdamW steps on float32 copies of 16-bit weights; without them small updates are lost", True
+    )
+    max_bad_steps: int = option(
+        TRAINING, "updates in a row skipped for a loss or gradient that is not finite, before the run stops", 5
+    )
+    resume: str | None = option(
+        TRAINING, "checkpoint to go on from exactly, or auto: the newest good one in --output_dir, if any", None
+    )
     resume_step: int = option(
         TRAINING, "micro step from which counters and schedule go on; weights are --student_model's", 0
+    )
+    time_limit: float | None = option(
+        TRAINING, "minutes after which the run saves and stops, for batch queues (default: none)", None
     )
 
     output_dir: str = option(OUTPUT, "where checkpoints and metrics.jsonl go")
     save_interval: int = option(OUTPUT, "micro steps between checkpoints; 0 saves the first and the last only", 1000)
+    save_total_limit: int | None = option(OUTPUT, "newest checkpoints to keep; older ones are deleted", None)
+    background_save: bool = option(
+        OUTPUT, "write checkpoints while training goes on, from a copy in host memory of what changes", True
+    )
+    health_interval: int = option(
+        OUTPUT, "optimizer steps between reports of the share of weights that moved; 0 for none", 100
+    )
     log_interval: int = option(OUTPUT, "optimizer steps between log lines", 10)
     log_file: str | None = option(OUTPUT, "also write the log here", None)
     wandb: bool = option(OUTPUT, "log to Weights & Biases", False)
@@ -138,6 +177,7 @@ class TrainArguments(CommonArguments):
             "max_steps",
             "epochs",
             "log_interval",
+            "max_bad_steps",
         )
         found = [_too_small(self, name, 1) for name in positive]
         not_negative = (
@@ -145,14 +185,22 @@ class TrainArguments(CommonArguments):
             "dataset_workers",
             "save_interval",
             "resume_step",
+            "health_interval",
             "ce_weight",
             "kl_weight",
         )
         found += [_too_small(self, name, 0) for name in not_negative]
         found += [_too_small(self, name, 0) for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")]
         found += _layer_problems(self.layers)
-        optional = [name for name in ("loss_chunk_tokens", "checkpoint_blocks") if getattr(self, name) is not None]
-        found += [_too_small(self, name, 1) for name in optional]
+        optional = ("loss_chunk_tokens", "checkpoint_blocks", "save_total_limit")
+        found += [_too_small(self, name, 1) for name in optional if getattr(self, name) is not None]
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            found.append(f"--time_limit {self.time_limit}: expected minutes, more than 0")
+        if self.resume is not None and self.resume_step:
+            found.append(
+                f"--resume {self.resume} --resume_step {self.resume_step}: --resume takes its counters from the "
+                "checkpoint; leave --resume_step out"
+            )
         if self.teacher_prefetch is not None:
             found.append(_too_small(self, "teacher_prefetch", 0))
         if self.checkpoint_blocks is not None and not self.gradient_checkpointing:

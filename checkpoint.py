@@ -1,40 +1,255 @@
-"""Saving what a run has reached: `<output_dir>/checkpoint-<micro step>` with the model and its hybrid layout, the
-tokenizer, and the run's counters and options. A checkpoint appears whole or not at all.
+"""What a checkpoint is on disk: a folder `checkpoint-<micro step>` that every rank writes a part of and that appears
+whole or not at all; how a bad one is told from a good one; which of them a run can go on from; which are deleted.
+
+A part is a rank's share of the weights and its shard of the optimizer. The hashes of all files, SHA256SUMS, come last
+(`sha256sum -c SHA256SUMS` reads them). Everything is safetensors or JSON: reading a checkpoint runs no code.
 """
 
+import hashlib
 import json
+import logging
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llamba import LlambaForCausalLM
 from utils import flush_to_disk
 
+logger = logging.getLogger("train")
+
 STATE_FILE = "training_state.json"
+SUMS_FILE = "SHA256SUMS"
+SMALL = 2**20  # bytes; smaller files are hashed even by the quick check
+PART_OF_RANK = re.compile(r"\..*|(model|optimizer|data)-\d+-of-\d+\.(safetensors|json)|model\.safetensors")
 
 
-def save_checkpoint(
-    output_dir: Path,
-    micro_step: int,
+def checkpoint_dir(output_dir: Path, micro_step: int) -> Path:
+    return output_dir / f"checkpoint-{micro_step}"
+
+
+def partial_dir(output_dir: Path, micro_step: int, attempt: int = 0) -> Path:
+    """Where a checkpoint is while it is written."""
+    return output_dir / f".partial-checkpoint-{micro_step}-{attempt}"
+
+
+def model_file(rank: int, world_size: int) -> str:
+    return "model.safetensors" if world_size == 1 else f"model-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+def optimizer_file(rank: int, world_size: int) -> str:
+    return f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+def data_file(rank: int, world_size: int) -> str:
+    return f"data-{rank + 1:05d}-of-{world_size:05d}.json"
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+def deal_weights(weights: dict[str, Tensor], world_size: int) -> list[list[str]]:
+    """Names of the weights that each rank writes: the largest first, each to the rank with the least to write. Of
+    names that share their memory only the first is written, as the format wants.
+    """
+    first_name = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}
+    shares: list[list[str]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for name in sorted(first_name.values(), key=lambda name: (-weights[name].nbytes, name)):
+        rank = loads.index(min(loads))
+        shares[rank].append(name)
+        loads[rank] += weights[name].nbytes
+    return shares
+
+
+def write_part(
+    folder: Path, rank: int, world_size: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], position: Any
+) -> None:
+    """A rank's files and their hashes, flushed to the disk. `position`, where its data goes on, must be JSON."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / name(rank, world_size) for name in (model_file, optimizer_file, data_file)]
+    save_file({name: tensor.cpu() for name, tensor in weights.items()}, files[0], metadata={"format": "pt"})
+    save_file({name: tensor.cpu() for name, tensor in optimizer.items()}, files[1])
+    files[2].write_text(json.dumps(position) + "\n")
+    _write_sums(folder / f".sums-{rank}", files)
+
+
+def write_common(
+    folder: Path,
     student: LlambaForCausalLM,
+    shares: list[list[str]],
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
-) -> Path:
-    """Writes beside, flushes to the disk, renames. `state` must be JSON. An existing checkpoint of that step is
-    left alone: FileExistsError.
+) -> None:
+    """What one rank writes for all: configuration, tokenizer, the state of the run (JSON), and which file has which
+    weights (`deal_weights`).
     """
-    final = output_dir / f"checkpoint-{micro_step}"
+    folder.mkdir(exist_ok=True)
+    student.config.save_pretrained(folder)
+    student.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if len(shares) > 1:
+        files = [model_file(rank, len(shares)) for rank in range(len(shares))]
+        weight_map = {name: file for names, file in zip(shares, files, strict=True) for name in names}
+        total = sum(tensor.nbytes for name, tensor in student.state_dict().items() if name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    common = [file for file in folder.iterdir() if not PART_OF_RANK.fullmatch(file.name)]
+    _write_sums(folder / ".sums-common", common)
+
+
+def publish(partial: Path, output_dir: Path, micro_step: int) -> Path:
+    """Turns the parts, all of which are on the disk, into a checkpoint."""
+    final = checkpoint_dir(output_dir, micro_step)
     if final.exists():
         raise FileExistsError(f"{final} exists already")
-    partial = output_dir / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that died while saving
-    student.save_pretrained(partial, max_shard_size="5GB")
-    tokenizer.save_pretrained(partial)
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    for path in [*partial.iterdir(), partial]:
+    sums = sorted(partial.glob(".sums-*"))
+    (partial / SUMS_FILE).write_text("".join(file.read_text() for file in sums))
+    for file in sums:
+        file.unlink()
+    for path in (partial / SUMS_FILE, partial):
         flush_to_disk(path)
     partial.rename(final)
     flush_to_disk(output_dir)
     return final
+
+
+def point_latest_to(checkpoint: Path) -> None:
+    """The link `latest` beside it names the newest checkpoint; it changes at once or not at all."""
+    pointer = checkpoint.with_name(".latest")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(checkpoint.name)
+    pointer.replace(checkpoint.with_name("latest"))
+
+
+def _write_sums(sums: Path, files: Iterable[Path]) -> None:
+    for file in files:
+        flush_to_disk(file)
+    sums.write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(files)))
+    flush_to_disk(sums)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """All that look like one, the newest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def quick_check(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as it shows without reading the large files; None if nothing is."""
+    try:
+        sums = read_sums(checkpoint)
+        if STATE_FILE not in sums:
+            return f"{SUMS_FILE} does not list {STATE_FILE}"
+        small = [name for name in sums if (checkpoint / name).stat().st_size < SMALL]
+        if bad := hash_check(checkpoint, small):
+            return bad
+        world_size = read_state(checkpoint)["world_size"]
+        needed = [name(r, world_size) for r in range(world_size) for name in (model_file, optimizer_file, data_file)]
+        if missing := [name for name in needed if name not in sums]:
+            return f"{SUMS_FILE} does not list {', '.join(missing)}"
+        for name in sums:
+            if name.endswith(".safetensors"):
+                with safe_open(checkpoint / name, "pt"):  # a file that was cut short does not open
+                    pass
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or '?').name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def hash_check(checkpoint: Path, names: Iterable[str]) -> str | None:
+    """Which of these files is not what was written, or None."""
+    sums = read_sums(checkpoint)
+    for name in names:
+        if sha256(checkpoint / name) != sums[name]:
+            return f"{name} is not what was written: its SHA-256 differs"
+    return None
+
+
+def read_sums(checkpoint: Path) -> dict[str, str]:
+    """File name -> SHA-256."""
+    lines = (checkpoint / SUMS_FILE).read_text().splitlines()
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines]
+    if not all(matches):
+        raise ValueError(f"{SUMS_FILE} is no list of SHA-256 sums")
+    return {match[2]: match[1] for match in matches if match}
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE_FILE} holds a {type(state).__name__}, expected an object")
+    return state
+
+
+def read_position(checkpoint: Path, rank: int, world_size: int) -> Any:
+    return json.loads((checkpoint / data_file(rank, world_size)).read_text())
+
+
+def open_optimizer(checkpoint: Path, world_size: int) -> dict[str, Any]:
+    """Tensor name -> the opened shard that has it, of a checkpoint by `world_size` ranks. Nothing is read yet: a rank
+    takes what it owns now, from whichever shards have it.
+    """
+    files = [safe_open(checkpoint / optimizer_file(rank, world_size), "pt") for rank in range(world_size)]
+    return {name: file for file in files for name in list(file.keys())}
+
+
+# --- housekeeping --------------------------------------------------------------------------------------------
+
+
+def remove_partial(output_dir: Path) -> None:
+    """What saves that came to no end have left, and checkpoints that were being deleted."""
+    for path in (*output_dir.glob(".partial-checkpoint-*"), *output_dir.glob(".deleted-checkpoint-*")):
+        shutil.rmtree(path)
+
+
+def keep_newest(output_dir: Path, limit: int) -> None:
+    """Deletes all but the newest `limit` checkpoints."""
+    for path in find_checkpoints(output_dir)[limit:]:
+        dying = path.with_name(f".deleted-{path.name}")
+        path.rename(dying)  # first: half of a checkpoint must not look like one
+        shutil.rmtree(dying)
+        logger.info("deleted %s: --save_total_limit %d", path, limit)
+
+
+def set_bad_aside(checkpoint: Path, problem: str) -> None:
+    """Out of the way of the checkpoint that will take its place, and not lost."""
+    aside = checkpoint.with_name(f"bad-{checkpoint.name}")
+    n = 1
+    while aside.exists():
+        n += 1
+        aside = checkpoint.with_name(f"bad-{checkpoint.name}-{n}")
+    checkpoint.rename(aside)
+    logger.warning("%s is bad (%s): moved to %s", checkpoint, problem, aside.name)
+
+
+def checkpoint_bytes(student: torch.nn.Module) -> int:
+    """Of a whole checkpoint, from the shapes: all weights, and masters and moments of what is trained."""
+    weights = sum(p.nbytes for p in student.parameters())
+    trained = [p for p in student.parameters() if p.requires_grad]
+    return weights + sum(p.numel() * 4 * (2 if p.dtype == torch.float32 else 3) for p in trained)

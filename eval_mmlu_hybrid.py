@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import mmlu
 from arguments import EvalArguments, parse_eval_args
 from llamba import LlambaConfig
+from model_files import read_config
 from model_utils import (
     apply_replacements,
     check_replacements,
@@ -113,7 +114,7 @@ def check(args: EvalArguments) -> Plan:
 
 def _find_teacher(args: EvalArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, str]:
     path = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
-    config = _read_config("--teacher_model", args.teacher_model, path)
+    config = read_config("--teacher_model", args.teacher_model, path)
     return config, get_tokenizer("--teacher_model", path), path
 
 
@@ -149,15 +150,8 @@ def _find_checkpoint(args: EvalArguments) -> str:
     return path
 
 
-def _read_config(flag: str, name: str, path: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name}: cannot read its config.json: {error}") from error
-
-
 def _read_llamba_config(flag: str, name: str, path: str) -> LlambaConfig:
-    config = _read_config(flag, name, path)
+    config = read_config(flag, name, path)
     if not isinstance(config, LlambaConfig):
         raise ValueError(
             f"{flag} {name}: its config.json says model_type {config.model_type!r}; expected 'llamba', "

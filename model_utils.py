@@ -2,7 +2,6 @@
 freezing, and counting parameters. Nothing here knows of ranks.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,17 +22,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from arguments import TrainArguments
 from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+from model_files import check_weight_files, one_line, read_config
 
 
 def get_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{flag} {name}: cannot read its tokenizer; copy tokenizer.json and tokenizer_config.json into it ({error})"
-        ) from error
+    remedy = "copy tokenizer.json and tokenizer_config.json into it"
+    with one_line(f"{flag} {name}: cannot read its tokenizer", remedy):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bool = True) -> str:
@@ -55,41 +50,20 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
     if not (folder / "config.json").is_file():
         raise ValueError(f"{flag} {name}: no config.json in it; expected a directory written by save_pretrained")
     if needs_weights:
-        _check_weight_files(flag, name, folder)
+        check_weight_files(flag, name, folder)
     return str(folder)
 
 
 def get_configs(teacher_name: str, student_name: str) -> tuple[PretrainedConfig, LlambaConfig]:
     """Configs of teacher and student, before a weight is read. Raises ValueError that names the option."""
-    teacher = _get_config("--teacher_model", teacher_name)
-    student = _get_config("--student_model", student_name)
+    teacher = read_config("--teacher_model", teacher_name, teacher_name)
+    student = read_config("--student_model", student_name, student_name)
     if not isinstance(student, LlambaConfig):
         raise ValueError(
             f"--student_model {student_name}: its config.json says model_type {student.model_type!r}; expected "
             "'llamba', a Llamba or a checkpoint of a training run"
         )
     return teacher, student
-
-
-def _get_config(flag: str, name: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{flag} {name}: cannot read its config.json: {error}") from error
-
-
-def _check_weight_files(flag: str, name: str, folder: Path) -> None:
-    for file in WEIGHT_FILES:
-        index = folder / f"{file}.index.json"
-        if (folder / file).is_file():
-            return
-        if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-            if missing:
-                raise ValueError(f"{flag} {name}: shards are missing: {', '.join(missing)}; copy them again")
-            return
-    raise ValueError(f"{flag} {name}: no weights in it; expected {' or '.join(WEIGHT_FILES)}, or their shards")
 
 
 def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int]) -> None:
@@ -132,18 +106,23 @@ def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_
     skeleton: all shapes and no weights. Without its head it can lend layers but has no logits.
     """
     auto_class = AutoModelForCausalLM if with_head else AutoModel
+    settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     if device.type == "meta":
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
-            teacher = auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            teacher = auto_class.from_config(config, **settings)
     else:
-        teacher = auto_class.from_pretrained(name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
+        teacher = auto_class.from_pretrained(name, device_map={"": device}, weights_only=True, **settings)
     return teacher.eval().requires_grad_(False)
 
 
 def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> LlambaForCausalLM:
-    """The student, or a hybrid checkpoint with its layout, read straight onto `device` in `dtype`."""
-    return LlambaForCausalLM.from_pretrained(name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
+    """The student, or a hybrid checkpoint with its layout, read straight onto `device` in `dtype`. Anything but
+    weights in a .bin file is an error, as it is for the teacher: unpickled, it could run code.
+    """
+    return LlambaForCausalLM.from_pretrained(
+        name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", weights_only=True
+    )
 
 
 def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:
@@ -242,9 +221,9 @@ def check_trainable(student: nn.Module) -> None:
         )
 
 
-def parameter_table(student: LlambaForCausalLM) -> str:
-    """Total, trainable and frozen parameters by part of the model, as text."""
-    groups: dict[str, list[nn.Parameter]] = {
+def parts_of_student(student: LlambaForCausalLM) -> dict[str, list[nn.Parameter]]:
+    """All parameters by part of the model."""
+    parts: dict[str, list[nn.Parameter]] = {
         "embedding and head": [*student.backbone.embedding.parameters(), *student.lm_head.parameters()],
         "mixers": [],
         "MLPs": [],
@@ -253,14 +232,18 @@ def parameter_table(student: LlambaForCausalLM) -> str:
     }
     for layer in student.backbone.layers:
         if not isinstance(layer, LlambaBlock):
-            groups["replaced layers"] += layer.parameters()
+            parts["replaced layers"] += layer.parameters()
             continue
-        groups["mixers"] += layer.mixer.parameters()
-        groups["MLPs"] += layer.mlp.parameters()
-        groups["norms"] += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        parts["mixers"] += layer.mixer.parameters()
+        parts["MLPs"] += layer.mlp.parameters()
+        parts["norms"] += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    return parts
 
+
+def parameter_table(student: LlambaForCausalLM) -> str:
+    """Total, trainable and frozen parameters by part of the model, as text."""
     lines = [f"{'parameters':<20}{'total':>16}{'trainable':>16}{'frozen':>16}"]
-    for name, members in groups.items():
+    for name, members in parts_of_student(student).items():
         lines.append(_table_row(name, members))
     lines.append(_table_row("all", list(student.parameters())))
     return "\n".join(lines)

@@ -17,17 +17,17 @@ import time
 import uuid
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rows import check_text_field, only_texts, rows_of  # noqa: F401  until data.py imports them from rows
 from utils import flush_to_disk
 
 logger = logging.getLogger("train")
@@ -35,7 +35,6 @@ logger = logging.getLogger("train")
 T = TypeVar("T")
 
 FORMAT_VERSION = 1  # raise it when the same text would give another token file
-TEXT_TYPES = [datasets.Value(name) for name in ("string", "large_string", "null")]
 SWITCHED_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the tokenizers package reads its switch
 ABANDONED_AFTER_S = 24 * 3600.0  # a build that wrote nothing for so long was killed
 
@@ -96,38 +95,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str, vocab_size: i
             f"has {len(beyond)} token(s) beyond it: {named}{', ...' if len(beyond) > 5 else ''}; use the "
             "tokenizer that the model was made for"
         )
-
-
-def check_text_field(columns: Mapping[str, object], field: str) -> None:
-    """`columns` maps names to `datasets` feature types."""
-    if field not in columns:
-        raise ValueError(f"--dataset_text_field {field!r}: no such column; available: {', '.join(columns)}")
-    # a column of mixed types may hold text all the same: its rows are looked at one by one
-    if not isinstance(columns[field], datasets.Json) and columns[field] not in TEXT_TYPES:
-        raise ValueError(f"--dataset_text_field {field!r}: the column holds {columns[field]}, expected text")
-
-
-def rows_of(data: datasets.Dataset | datasets.IterableDataset, field: str) -> Iterator[object]:
-    for batch in data.iter(batch_size=256):
-        yield from batch[field]
-
-
-def only_texts(rows: Iterable[object], field: str) -> Iterator[str]:
-    """The rows that hold text. Empty ones are skipped and counted; anything but text is an error."""
-    seen = skipped = 0
-    for text in rows:
-        seen += 1
-        if text is None or text == "":
-            skipped += 1
-        elif isinstance(text, str):
-            yield text
-        else:
-            raise ValueError(
-                f"--dataset_text_field {field!r}: row {seen - 1} as read here holds {type(text).__name__} "
-                f"({text!r:.60}), expected text; correct that row or name another column"
-            )
-    if skipped:
-        logger.warning("skipped %d of %d rows: no text in column %r", skipped, seen, field)
 
 
 def text_batches(texts: Iterable[str], max_rows: int = 1024, max_chars: int = 1 << 22) -> Iterator[list[str]]:

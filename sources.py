@@ -5,20 +5,25 @@ cached lane as a table and for the streaming lane as a stream. Every mistake in 
 import glob
 import logging
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
 from arguments import TrainArguments
-from packing import FORMAT_VERSION, Encoder, check_text_field
+from bad_rows import columns_of, file_ending, first_bad_row, is_readable_here, tolerant_stream
+from packing import FORMAT_VERSION, Encoder
+from rows import check_text_field
 
 logger = logging.getLogger("train")
 
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+READ_ERRORS = (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
 
 
 @contextmanager
@@ -69,8 +74,7 @@ def open_source(args: TrainArguments) -> datasets.Dataset | datasets.DatasetBuil
                 f"forbids fetching it: run once without that flag, or give a file or directory ({error})"
             ) from error
         raise ValueError(f"{what} cannot be opened: {error}") from error
-    available = [str(split) for split in builder.info.splits or builder.config.data_files or ()]
-    check_split(args.dataset_split, available)
+    check_split(args.dataset_split, splits_of(builder))
     if path is not None and path.is_dir() and args.dataset_subset is None:
         warn_of_ignored_files(path, builder)
     if args.local_files_only and args.dataset_revision not in (None, builder.hash):
@@ -87,10 +91,6 @@ def local_path(name: str) -> Path | None:
     if "://" not in name and (has_ending or name.startswith((".", "~", "/")) or name.count("/") > 1):
         raise ValueError(f"--dataset_name {name!r}: no such file or directory; give a path or a hub dataset")
     return None
-
-
-def file_ending(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def file_reader(path: Path) -> str:
@@ -119,6 +119,10 @@ def open_saved(path: Path, split: str) -> datasets.Dataset:
     return splits[split]
 
 
+def splits_of(builder: datasets.DatasetBuilder) -> list[str]:
+    return [str(split) for split in builder.info.splits or builder.config.data_files or ()]
+
+
 def check_split(split: str, available: list[str]) -> None:
     """`split` may be an expression ("train[:1%]+test"); `available` is empty where it is not known yet."""
     names = {part.split("[")[0].strip() for part in split.split("+")}
@@ -130,15 +134,17 @@ def split_error(split: str, available: list[str]) -> ValueError:
     return ValueError(f"--dataset_split {split!r}: no such split; available: {', '.join(available)}")
 
 
-def open_table(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainArguments) -> datasets.Dataset:
-    """The whole dataset as a memory-mapped table."""
+def open_table(
+    source: datasets.Dataset | datasets.DatasetBuilder, args: TrainArguments
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The whole dataset as a memory-mapped table, or with --skip_bad_rows and files of our own as a stream."""
+    if files := files_read_here(source, args):
+        return open_tolerant(files, args)
     if isinstance(source, datasets.DatasetBuilder):
         try:
             source.download_and_prepare(download_config=datasets.DownloadConfig(local_files_only=args.local_files_only))
-        except datasets.exceptions.DatasetsError as error:
-            raise ValueError(
-                f"--dataset_name {args.dataset_name!r} cannot be read: {error.__cause__ or error}"
-            ) from error
+        except READ_ERRORS as error:
+            raise explain_fault(error, source, args) from error
         try:
             source = source.as_dataset(split=args.dataset_split)
         except ValueError as error:
@@ -148,18 +154,85 @@ def open_table(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainAr
 
 
 def open_stream(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainArguments) -> datasets.IterableDataset:
+    if files := files_read_here(source, args):
+        return open_tolerant(files, args)
     if isinstance(source, datasets.Dataset):
         stream = source.to_iterable_dataset()
     else:
         try:
             stream = source.as_streaming_dataset(split=args.dataset_split)
-        except ValueError as error:
+        except READ_ERRORS as error:
+            if args.dataset_split in splits_of(source):
+                raise explain_fault(error, source, args) from error
             raise ValueError(f"--dataset_split {args.dataset_split!r}: {error}") from error
-    first = list(stream.take(1))  # also finds data that cannot be read, before a model is loaded
+    try:
+        first = list(stream.take(1))  # also finds data that cannot be read, before a model is loaded
+    except READ_ERRORS as error:
+        raise explain_fault(error, source, args) from error
     if not first:
-        raise ValueError(f"--dataset_name {args.dataset_name!r}: split {args.dataset_split!r} has no rows")
+        raise no_rows(args)
     check_text_field(stream.features or datasets.Dataset.from_list(first).features, args.dataset_text_field)
     return stream.select_columns([args.dataset_text_field])
+
+
+def no_rows(args: TrainArguments) -> ValueError:
+    return ValueError(f"--dataset_name {args.dataset_name!r}: split {args.dataset_split!r} has no rows")
+
+
+# ---- rows that cannot be read
+
+
+def local_files(source: datasets.Dataset | datasets.DatasetBuilder, split: str) -> list[str]:
+    """The files of a split if our own reader can read all of them; `split` may be a sum of splits."""
+    if isinstance(source, datasets.Dataset):
+        return []
+    by_split = {str(name): files for name, files in (source.config.data_files or {}).items()}
+    names = list(by_split) if split == "all" else [part.split("[")[0].strip() for part in split.split("+")]
+    files = [str(file) for name in names for file in by_split.get(name, ())]
+    return files if all(is_readable_here(file) for file in files) else []
+
+
+def files_read_here(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainArguments) -> list[str]:
+    if not args.skip_bad_rows:
+        return []
+    files = local_files(source, args.dataset_split)
+    if files and "[" in args.dataset_split:
+        raise ValueError(
+            f"--dataset_split {args.dataset_split!r}: with --skip_bad_rows files are read whole, expected the names of "
+            "splits; leave out the part in brackets"
+        )
+    if not files:
+        logger.warning(
+            "--skip_bad_rows: %s is read by `datasets`, which stops at a row that it cannot read; of those that it "
+            "can, the ones that are no text are left out",
+            args.dataset_name,
+        )
+    return files
+
+
+def open_tolerant(files: list[str], args: TrainArguments) -> datasets.IterableDataset:
+    columns = columns_of(files)
+    if not columns:
+        raise no_rows(args)
+    # the rows' own types are looked at one by one
+    check_text_field(dict.fromkeys(columns, datasets.Value("string")), args.dataset_text_field)
+    return tolerant_stream(files, args.dataset_text_field)
+
+
+def explain_fault(
+    error: Exception, source: datasets.Dataset | datasets.DatasetBuilder, args: TrainArguments
+) -> ValueError:
+    """An error of reading, with the file and the row that caused it where they can be found."""
+    what = f"--dataset_name {args.dataset_name!r} cannot be read"
+    reason = f"{error.__cause__ or error}"
+    # the table is made of all splits at once, so that the fault may lie in another than the one asked for
+    files = [file for split in (args.dataset_split, "all") for file in local_files(source, split)]
+    if not files:
+        return ValueError(f"{what}: {reason}")
+    logger.info("looking for the row that cannot be read in %d files", len(files))
+    if bad := first_bad_row(list(dict.fromkeys(files))):
+        return ValueError(f"{what}: {bad}; correct it, or leave such rows out with --skip_bad_rows ({reason})")
+    return ValueError(f"{what}: {reason}; --skip_bad_rows reads the rows that can be read")
 
 
 def describe(
@@ -173,6 +246,7 @@ def describe(
         fingerprint = "/".join(Path(source.cache_dir).parts[-4:])  # name / configuration / version / hash
         files = [file for split in (source.config.data_files or {}).values() for file in split]
     stats = [(file, os.stat(file)) for file in sorted(files) if os.path.exists(file)]
+    skips = {"skip_bad_rows": True} if args.skip_bad_rows else {}  # what was packed before there was a choice is good
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
@@ -181,4 +255,5 @@ def describe(
         "text_field": args.dataset_text_field,
         "tokenizer": encoder.digest,
         "eos_id": encoder.eos_id,
+        **skips,
     }

@@ -4,13 +4,9 @@ colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +16,7 @@ from transformers import PreTrainedModel
 from data import Batch
 from llamba import LlambaForCausalLM
 from training_utils import Ranks
+from utils import BackgroundThread
 
 # An answer, and the event after which it may be read: None where there is nothing to wait for.
 Answer = tuple[Tensor, "torch.cuda.Event | None"]
@@ -72,7 +69,7 @@ class TeacherLane:
     def __init__(self, teacher: Teacher, ranks: Ranks) -> None:
         self.teacher, self.ranks = teacher, ranks
         self.waits = WaitClock(ranks.device)
-        self.worker = _Worker("teacher-lane")
+        self.worker = BackgroundThread("teacher-lane")
         devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
         self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
 
@@ -206,35 +203,6 @@ class WaitClock:
         taken, self.seconds = self.seconds, 0.0
         self.spans.clear()
         return taken
-
-
-class _Worker:
-    """One thread that does its jobs in order. It ends with the process: a job that hangs because another rank died
-    must not keep this process alive.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self.thread.start()
-
-    def submit(self, job: Callable[[], Any]) -> Future:
-        future: Future = Future()
-        self.jobs.put((future, job))
-        return future
-
-    def close(self) -> None:
-        self.jobs.put(None)
-        self.thread.join()
-
-    def _work(self) -> None:
-        while (item := self.jobs.get()) is not None:
-            future, job = item
-            try:
-                future.set_result(job())
-            except BaseException as error:  # raised again where the result is asked for
-                future.set_exception(error)
-            del item, future, job  # they hold an answer, which may be large, and the next job may be long in coming
 
 
 def _start_copy_to_host(answer: Tensor) -> Answer:

@@ -11,18 +11,20 @@ import dataclasses
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments, parse_train_args
-from checkpoint import save_checkpoint
+from checkpoint import step_of
 from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
+from health import SpikeWatch, UpdateHealth, tell_oddities
 from llamba import LlambaForCausalLM
 from losses import shared_vocab
 from model_utils import (
@@ -38,6 +40,10 @@ from model_utils import (
     parameter_table,
     prepare_student,
 )
+from resume import check_space, checkpoints_to_try, choose_checkpoint
+from run_state import Progress, position_to_go_on, random_state, read_progress, restore
+from saver import Saver
+from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
 from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
 from training_utils import (
     DTYPES,
@@ -50,7 +56,9 @@ from training_utils import (
     choose_devices,
     default_prefetch,
     is_main_rank,
+    launched_world_size,
     process_groups,
+    settle_buckets,
     to_device,
     update,
     wrap_ddp,
@@ -61,9 +69,11 @@ from utils import (
     TimedIterator,
     check_compiler,
     describe_environment,
+    ended_before_restart,
     prepare_output_dir,
     run_entry,
     setup_logging,
+    write_status,
 )
 
 logger = logging.getLogger("train")
@@ -78,29 +88,43 @@ class Models(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def main() -> None:
+def main() -> int:
     args = parse_train_args()
     setup_logging(args.log_file, is_main_rank())
-    device, teacher_device = choose_devices(
-        args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
-    )
-    if args.teacher_prefetch is None:
-        args.teacher_prefetch = default_prefetch(teacher_device)
-    if args.compile:
-        check_compiler(device.type)
-    models = check_models(args)
-    if is_main_rank():
-        prepare_output_dir(args.output_dir, args.resume_step)
-    with process_groups(device) as ranks:
-        run(args, models, ranks, teacher_device)
+    if (code := ended_before_restart(Path(args.output_dir))) is not None:
+        return code
+    with hearing_signals(args.time_limit) as stop:
+        device, teacher_device = choose_devices(
+            args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
+        )
+        if args.teacher_prefetch is None:
+            args.teacher_prefetch = default_prefetch(teacher_device)
+        if args.compile:
+            check_compiler(device.type)
+        candidates = checkpoints_to_try(args, launched_world_size())
+        models = check_models(args, candidates[0] if candidates else None)
+        lock = None
+        if is_main_rank():
+            start = step_of(candidates[0]) if candidates else args.resume_step
+            lock = prepare_output_dir(args.output_dir, start, goes_on=bool(candidates) or args.resume_step > 0)
+        with process_groups(device) as ranks:
+            code = run(args, models, candidates, ranks, teacher_device, stop)
+        if lock is not None:
+            lock.close()
+    return code
 
 
-def check_models(args: TrainArguments) -> Models:
-    """Whether these models go together, before a weight of them is read. Raises ValueError."""
+def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
+    """Whether these models go together, before a weight of them is read. The student of a run that goes on is its
+    checkpoint. Raises ValueError.
+    """
     runs_teacher = args.kl_weight > 0
-    teacher_needed = runs_teacher or bool(args.layers)
+    teacher_needed = runs_teacher or (bool(args.layers) and checkpoint is None)
     teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, teacher_needed)
-    student = locate_model("--student_model", args.student_model, args.local_files_only)
+    if checkpoint is None:
+        student = locate_model("--student_model", args.student_model, args.local_files_only)
+    else:
+        student = locate_model("--resume", str(checkpoint), local_files_only=True)
     teacher_config, student_config = get_configs(teacher, student)
     check_replacements(student_config, teacher_config, args.layers)
     check_checkpoint_blocks(student_config, args.checkpoint_blocks)
@@ -112,9 +136,19 @@ def check_models(args: TrainArguments) -> Models:
     return Models(teacher, student, shared_vocab(student_config.vocab_size, teacher_config.vocab_size), tokenizer)
 
 
-def run(args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device) -> None:
+def run(
+    args: TrainArguments,
+    models: Models,
+    candidates: list[Path],
+    ranks: Ranks,
+    teacher_device: torch.device,
+    stop: StopRequest,
+) -> int:
+    """Returns the exit code."""
     torch.manual_seed(args.seed)
     logger.info(describe_environment())
+    checkpoint = choose_checkpoint(args, candidates, ranks)
+    progress = starting_point(args, checkpoint, ranks)
 
     # 1. Text to batches. The first is drawn now: data that cannot fill it is found out before models load.
     loader = build_dataloader(
@@ -123,28 +157,48 @@ def run(args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torc
         rank=ranks.rank,
         world_size=ranks.world_size,
         is_builder=ranks.local_rank == 0,
+        position=None if checkpoint is None else position_to_go_on(checkpoint, args, ranks.rank),
         control_group=ranks.control,
     )
-    total_steps = count_steps(args, loader)
-    batches = all_epochs(loader, args.epochs)
-    batches = itertools.chain([next(batches)], batches)
+    total_steps = count_steps(args, loader, 0 if checkpoint is None else progress.step)
+    if progress.step >= total_steps:
+        return ending(args, progress, total_steps, 0, ranks)
+    batches = iter(loader)
+    first = next(batches, None)
+    batches = iter(()) if first is None else itertools.chain([first], batches)
 
-    # 2. The student takes over the teacher's layers.
+    # 2. The student takes over the teacher's layers, or is the hybrid of the checkpoint.
+    if checkpoint is not None:
+        models = models._replace(student=str(checkpoint))
     student, head, lane = load_models(args, models, ranks, teacher_device)
     adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
     model = wrap_ddp(DistillationModel(student, head, models.vocab, args), ranks.device)
+    optimizer = build_optimizer(model, args)
+    if checkpoint is not None:
+        restore(checkpoint, student, optimizer, ranks.rank, ranks.device)
 
     # 3. and 4. Learn from text and teacher, log, save.
-    def save(micro_step: int, step: int) -> None:
+    if ranks.is_main:
+        check_space(args, student, (total_steps - progress.step) * args.grad_accumulation_steps)
+    saved = -1 if checkpoint is None else progress.micro_step
+    saver = Saver(args, student, optimizer, models.tokenizer, ranks, saved)
+    with RunLog(args, progress.micro_step, ranks.is_main) as log, stop.deferring():
         if ranks.is_main:
-            state = {"micro_step": micro_step, "step": step, "arguments": dataclasses.asdict(args)}
-            path = save_checkpoint(Path(args.output_dir), micro_step, student, models.tokenizer, state)
-            logger.info("saved %s", path)
-
-    with RunLog(args, ranks.is_main) as log:
-        distil(args, batches, total_steps, model, lane, ranks, log, save)
+            write_status(Path(args.output_dir), "running", 0)
+        code = distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, log, saver, stop)
     lane.close()
+    return code
+
+
+def starting_point(args: TrainArguments, checkpoint: Path | None, ranks: Ranks) -> Progress:
+    if checkpoint is not None:
+        progress = read_progress(checkpoint)
+        if progress.bad_in_a_row >= args.max_bad_steps:  # where the run stopped for it: it has that many again
+            progress = dataclasses.replace(progress, bad_in_a_row=0)
+        return progress
+    tokens = args.resume_step * ranks.world_size * args.batch_size * args.seq_length
+    return Progress(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)
 
 
 def load_models(
@@ -173,17 +227,16 @@ def load_models(
     return student, head, lane
 
 
-def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) -> int:
+def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader, behind: int) -> int:
     """Optimizer steps of the whole run: --max_steps or --epochs, whichever ends first. How long a stream is, nobody
-    knows; it may end before the learning rate has decayed.
+    knows; it may end before the learning rate has decayed. behind: steps whose batches the loader has left behind.
     """
     total, accumulate = args.max_steps, args.grad_accumulation_steps
     if isinstance(loader, CachedLoader):
-        micro_steps = args.epochs * len(loader)
-        total = min(total, micro_steps // accumulate)
+        total = min(total, behind + len(loader) // accumulate)
         if total == 0:
             raise ValueError(
-                f"--grad_accumulation_steps {accumulate}: the data has {micro_steps} micro steps, fewer than one "
+                f"--grad_accumulation_steps {accumulate}: the data has {len(loader)} micro steps, fewer than one "
                 "optimizer step; lower it, raise --epochs or use more text"
             )
     if args.resume_step // accumulate >= total:
@@ -194,74 +247,111 @@ def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader) ->
     return total
 
 
-def all_epochs(loader: CachedLoader | StreamingLoader, epochs: int) -> Iterator[Batch]:
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        yield from loader
-
-
 def distil(
     args: TrainArguments,
     batches: Iterator[Batch],
     total_steps: int,
+    progress: Progress,
     model: DistributedDataParallel,
+    optimizer: ZeroRedundancyOptimizer,
     lane: Lane,
     ranks: Ranks,
     log: RunLog,
-    save: Callable[[int, int], None],
-) -> None:
-    accumulate = args.grad_accumulation_steps
-    micro_step = saved = args.resume_step
-    step = micro_step // accumulate
-    optimizer = build_optimizer(model, args)
-    schedule = build_schedule(optimizer, args, total_steps, done=step)
-    loss_scale = LossScale(DTYPES[args.dtype])
-    meter = Meter(ranks.device)
-    tokens_per_micro_step = ranks.world_size * args.batch_size * args.seq_length
-    logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, step)
-    timed_batches = TimedIterator(itertools.islice(batches, total_steps * accumulate - micro_step))  # and not one more
-    if micro_step == 0:
-        save(micro_step, step)
-
+    saver: Saver,
+    stop: StopRequest,
+) -> int:
+    """The run from `progress` on. Returns the exit code."""
+    start, accumulate = progress, args.grad_accumulation_steps
+    micro_step, tokens_per_micro_step = start.micro_step, ranks.world_size * args.batch_size * args.seq_length
+    schedule = build_schedule(optimizer, args, total_steps, done=start.step)
+    loss_scale = LossScale(**start.loss_scale) if start.loss_scale else LossScale.for_dtype(DTYPES[args.dtype])
+    meter, spikes = Meter(ranks.device), SpikeWatch()
+    health = UpdateHealth(args, model.module.student, optimizer, ranks)
     model.train()
+    settle_buckets(model, args, ranks.device)
+    logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, start.step)
+    if micro_step == 0:
+        saver.save(progress)
+
+    asked_to_stop = 0
+    n_left = (total_steps - start.step) * accumulate
+    timed_batches = TimedIterator(itertools.islice(batches, n_left))  # and not one more
     stopwatch = Stopwatch()
     for batch, asked in ask_ahead(timed_batches, lane, args.teacher_prefetch or 0):
         batch = to_device(batch, ranks.device)
         signal = asked.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
         micro_step += 1
-        steps_now = micro_step % accumulate == 0
+        steps_now = (micro_step - start.micro_step) % accumulate == 0
         with nullcontext() if steps_now else model.no_sync():
             loss, figures = model(batch, signal)
             (loss * (loss_scale.value / accumulate)).backward()
-        meter.add(figures)
+        meter.add(figures, batch.window_ids)
 
         if steps_now:
             lr = schedule.get_last_lr()[0]
-            grad_norm = update(model, optimizer, schedule, loss_scale, args.grad_clip)
-            step += 1
-            seconds = stopwatch.lap()
-            log.write(
-                {
-                    "step": step,
-                    "micro_step": micro_step,
-                    **meter.mean(teacher_wait_s=lane.waits.take(), data_wait_s=timed_batches.take()),
-                    "lr": lr,
-                    "grad_norm": grad_norm,
-                    "skipped_updates": loss_scale.skipped,
-                    "tokens": micro_step * tokens_per_micro_step,
-                    "tokens_per_s": accumulate * tokens_per_micro_step / seconds,
-                    "step_time_s": seconds,
-                }
+            means = meter.mean(teacher_wait_s=lane.waits.take(), data_wait_s=timed_batches.take())
+            grad_norm, outcome = update(model, optimizer, loss_scale, args.grad_clip, means["loss"])
+            schedule.step()
+            progress = Progress(
+                micro_step=micro_step,
+                step=progress.step + 1,
+                tokens=progress.tokens + accumulate * tokens_per_micro_step,
+                skipped_updates=progress.skipped_updates + (outcome != "stepped"),
+                bad_in_a_row=progress.bad_in_a_row + 1 if outcome == "bad" else 0,
+                loss_scale=dataclasses.asdict(loss_scale),
+                position=batch.position,
+                rng=random_state(ranks.device),
             )
-        if args.save_interval and micro_step % args.save_interval == 0:
-            save(micro_step, step)
-            saved = micro_step
-            stopwatch.lap()  # saving is no part of a step's time
-    trained = step * accumulate  # micro steps after the last update have changed no weight
-    if trained != saved:
-        save(trained, step)
-    if step < total_steps:
-        logger.warning("the data ended at step %d of %d, before the learning rate had decayed", step, total_steps)
+            tell_oddities(progress.step, means["loss"], grad_norm, outcome, spikes, meter, ranks.rank)
+            meter.clear()
+            seconds = stopwatch.lap()
+            row: dict[str, Any] = {
+                "step": progress.step,
+                "micro_step": micro_step,
+                **means,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "skipped_updates": progress.skipped_updates,
+                "tokens": progress.tokens,
+                "tokens_per_s": accumulate * tokens_per_micro_step / seconds,
+                "step_time_s": seconds,
+            }
+            if health.is_due(progress.step):
+                row["update_health"] = health.report()
+            log.write(row)
+            if saver.is_due(progress):
+                log.flush_to_disk()
+                saver.save(progress)
+                stopwatch.lap()  # the copy for a checkpoint is no part of a step's time
+        asked_to_stop, *saving = ranks.maximum(stop.code, *saver.status())
+        saver.advance(*saving)
+        if asked_to_stop or progress.bad_in_a_row >= args.max_bad_steps:
+            break
+
+    log.flush_to_disk()
+    saver.finish(progress)
+    return ending(args, progress, total_steps, asked_to_stop, ranks)
+
+
+def ending(args: TrainArguments, progress: Progress, total_steps: int, asked_to_stop: int, ranks: Ranks) -> int:
+    """Tells how the run ended, in the log, in status.json and by the exit code."""
+    status, code, text = "complete", 0, f"complete: {progress.step} of {total_steps} optimizer steps"
+    if progress.bad_in_a_row >= args.max_bad_steps:
+        status, code = "diverged", EXIT_DIVERGED
+        text = (
+            f"{progress.bad_in_a_row} updates in a row were skipped, their loss or gradient was not finite: the run "
+            "diverged. Weights and optimizer are those before them; lower --max_lr, or look at the windows named "
+            "above, and go on with --resume auto"
+        )
+    elif progress.step < total_steps and asked_to_stop:
+        status, code = "stopped", EXIT_STOPPED
+        text = f"stopped by {REASONS[asked_to_stop]} at step {progress.step} of {total_steps}; go on with --resume auto"
+    elif progress.step < total_steps:
+        text = f"the data ended at step {progress.step} of {total_steps}, before the learning rate had decayed"
+    if ranks.is_main:
+        logger.log(logging.INFO if progress.step >= total_steps else logging.WARNING, text)
+        write_status(Path(args.output_dir), status, code, micro_step=progress.micro_step, text=text)
+    return code
 
 
 if __name__ == "__main__":

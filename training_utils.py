@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from transformers import get_wsd_schedule
 
 from arguments import TrainArguments
 from data import Batch
+from lifeline import Lifeline
 from llamba import LlambaForCausalLM
 from losses import choose_chunk_tokens, fused_distill_loss, mask_unknown_labels
 from losses import compute_distill_loss as compute_distill_loss  # users of the original layout look for it here
@@ -52,6 +54,18 @@ class Ranks:
     node: dist.ProcessGroup
     control: dist.ProcessGroup
 
+    def maximum(self, *values: int) -> list[int]:
+        """The highest of each over all ranks; what they agree by. Called by all of them at the same place."""
+        highest = torch.tensor(values)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.control)
+        return highest.tolist()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a tensor on the CPU."""
+        values = values.clone()
+        dist.all_reduce(values, group=self.control)
+        return values
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -69,6 +83,11 @@ class Ranks:
 def is_main_rank() -> bool:
     """Whether this is the rank that speaks for all; known before the ranks have met."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def launched_world_size() -> int:
+    """Ranks of the run; known before they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
@@ -119,7 +138,7 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
 
     What uses the groups has to be gone when the block ends: a DDP model that outlives them can hang its process.
     On an error the groups are left as they are: to destroy them, NCCL would first wait for collectives that the
-    other ranks are in and this one never joins. The process ends with its error, and torchrun ends the others.
+    other ranks are in and this one never joins. The process ends with its error, and the others hear of it.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -143,8 +162,14 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
     nodes = [
         dist.new_group(range(i, i + n_local), timeout=TIMEOUT, backend="gloo") for i in range(0, world_size, n_local)
     ]
-    yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
-    dist.barrier(group=control)  # nobody leaves while another still talks to it
+    lifeline = Lifeline(dist.new_group(backend="gloo", timeout=timedelta(days=3650)))
+    try:
+        yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
+        dist.barrier(group=control)  # nobody leaves while another still talks to it
+    except BaseException as error:
+        lifeline.report(error)
+        raise
+    lifeline.close()
     dist.destroy_process_group()
 
 
@@ -205,34 +230,37 @@ def compiles_loss(device: torch.device) -> bool:
 
 
 class Meter:
-    """Sums what a rank sees in the micro steps of one optimizer step; `mean` is their average over all ranks."""
+    """What a rank sees in the micro steps of one optimizer step; `mean` is their average over all ranks."""
 
     NAMES = ("loss", "kl", "ce", "ignored_labels")
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), device=device)
-        self.n = 0
+        self.device = device
+        self.seen: list[tuple[Tensor, Sequence[int]]] = []
 
-    def add(self, figures: Tensor) -> None:
-        """figures (4,): as `DistillationModel` returns them."""
-        self.sums += figures
-        self.n += 1
+    def add(self, figures: Tensor, window_ids: Sequence[int]) -> None:
+        """figures (4,): as `DistillationModel` returns them; window_ids: of the batch that gave them."""
+        self.seen.append((figures, window_ids))
 
     def mean(self, **seconds: float) -> dict[str, float]:
-        """Per micro step for the losses, per optimizer step for counts and for `seconds`, this rank's own. Starts
-        anew. All ranks see the same means; if the loss is not finite they all raise FloatingPointError.
+        """Per micro step for the losses, per optimizer step for counts and for `seconds`, this rank's own. All ranks
+        get the same means; what is not finite on one of them is not finite in the mean.
         """
-        sums = torch.cat([self.sums, self.sums.new_tensor(list(seconds.values()))])
+        sums = torch.stack([figures for figures, _ in self.seen]).sum(dim=0)  # (4,)
+        sums = torch.cat([sums, sums.new_tensor(list(seconds.values()))])
         dist.all_reduce(sums)
         values = [value / dist.get_world_size() for value in sums.tolist()]
         means = dict(zip([*self.NAMES, *seconds], values, strict=True))
         for name in ("loss", "kl", "ce"):
-            means[name] /= self.n
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"loss is {means['loss']}: the run diverged")
-        self.sums.zero_()
-        self.n = 0
+            means[name] /= len(self.seen)
         return means
+
+    def windows(self, only_bad: bool = False) -> list[int]:
+        """Ids of this rank's windows; with `only_bad` of the micro steps alone whose loss is not finite."""
+        return [i for figures, ids in self.seen if not only_bad or not math.isfinite(figures[0].item()) for i in ids]
+
+    def clear(self) -> None:
+        self.seen.clear()
 
 
 def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:
@@ -247,12 +275,26 @@ def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataP
         )
 
 
+def settle_buckets(model: DistributedDataParallel, args: TrainArguments, device: torch.device) -> None:
+    """Has DDP arrange its buckets for good, which it does in the forward pass after the first backward pass. The order
+    in which ranks are summed up, and so the last bit of a gradient, depends on them: a run that goes on must not begin
+    with other buckets than it had. Two passes over made-up tokens; weights and random state are left as they were.
+    """
+    shape = (args.batch_size, args.seq_length)  # the real one: another would be compiled for, too
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    signal, inner = None, model.module
+    if args.kl_weight > 0:
+        width = inner.vocab if inner.teacher_head is None else inner.teacher_head.shape[1]
+        signal = torch.zeros(*shape, width, dtype=DTYPES[args.dtype], device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            loss, _ = model(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)), signal)
+            (loss * 0).backward()
+    model.zero_grad(set_to_none=False)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        batch.input_ids.to(device, non_blocking=True),
-        batch.labels.to(device, non_blocking=True),
-        batch.loss_mask.to(device, non_blocking=True),
-    )
+    return batch.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 # --- the optimizer -------------------------------------------------------------------------------------------
@@ -262,8 +304,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that steps on float32 master weights and moments, whatever the parameters' dtype.
 
     In bfloat16 a step of lr 1e-5 is below the weights' resolution and most of it would be lost; the masters
-    keep it. For float32 parameters the parameter is its own master. Gradients are multiplied by their group's
-    `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
+    keep it. For float32 parameters, and where `master_weights` is off, the parameter is its own master. Gradients are
+    multiplied by their group's `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
     """
 
     SLICE = 2**24  # weights stepped at once
@@ -275,8 +317,10 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        master_weights: bool = True,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, grad_factor=1.0))
+        self.master_weights = master_weights
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -293,15 +337,16 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-            if parameter.dtype != torch.float32:
+            if self.master_weights and parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
         master = state.get("master", parameter)
         # A slice at a time: the float32 gradient and AdamW's own temporaries are then the size of a slice, where a
         # vocabulary's weights alone would take gigabytes.
         tensors = (master, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         for weight, grad, exp_avg, exp_avg_sq in zip(*(t.view(-1).split(self.SLICE) for t in tensors), strict=True):
+            stepped = weight.float()  # itself, but for a 16-bit parameter without a master
             adamw(
-                [weight],
+                [stepped],
                 [grad.float() * group["grad_factor"]],
                 [exp_avg],
                 [exp_avg_sq],
@@ -316,6 +361,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+            if stepped is not weight:
+                weight.copy_(stepped)
         state["step"] += 1
         if master is not parameter:
             parameter.copy_(master)
@@ -338,6 +385,7 @@ def build_optimizer(model: nn.Module, args: TrainArguments) -> ZeroRedundancyOpt
         optimizer_class=MasterWeightAdamW,
         lr=args.max_lr,
         betas=(0.9, 0.95),
+        master_weights=args.master_weights,
     )
 
 
@@ -356,28 +404,27 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total
     )
 
 
+@dataclass
 class LossScale:
     """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
-    `growth_interval` good steps. For other dtypes it is 1 for good. Where even a factor of 1 overflows, the run
-    has diverged: FloatingPointError.
+    `growth_interval` good steps. For other dtypes it is 1 for good.
     """
 
-    def __init__(self, dtype: torch.dtype, growth_interval: int = 1000) -> None:
-        self.active = dtype == torch.float16
-        self.value = 2.0**14 if self.active else 1.0
-        self.growth_interval, self.good_steps, self.skipped = growth_interval, 0, 0
+    active: bool
+    value: float
+    good_steps: int = 0
+    growth_interval: int = 1000
+
+    @classmethod
+    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
+        return cls(True, 2.0**14) if dtype == torch.float16 else cls(False, 1.0)
 
     def update(self, overflowed: bool) -> None:
         if not self.active:
             return
         self.good_steps = 0 if overflowed else self.good_steps + 1
         if overflowed:
-            self.skipped += 1
-            self.value /= 2
-            if self.value < 1:
-                raise FloatingPointError(
-                    f"float16 gradients overflow at every scale: the run diverged ({self.skipped} updates skipped)"
-                )
+            self.value = max(self.value / 2, 1.0)
         elif self.good_steps % self.growth_interval == 0:
             self.value *= 2
 
@@ -391,31 +438,26 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    loss_scale: LossScale,
-    grad_clip: float,
-) -> float:
-    """Unscale, clip, step, move the schedule on, clear the gradients. Returns the gradient norm before clipping.
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
+) -> tuple[float, Literal["stepped", "overflow", "bad"]]:
+    """Unscale, clip, step, clear the gradients. Returns the gradient norm before clipping, and what came of it.
 
-    DDP has made the gradients, and so the norm, the same on all ranks: they agree without asking whether a step
-    is sound. An overflow of the float16 scale skips the update; anything else that is not finite raises
-    FloatingPointError before the weights are touched.
+    `loss` is the mean of all ranks, and DDP has made the gradients, and so the norm, the same on all of them: they
+    agree without asking whether a step is sound. If one of the two is not finite the update is skipped: an "overflow"
+    if float16's scale can be blamed, else a "bad" step.
     """
     norm = gradient_norm(model).item() / loss_scale.value
-    finite = norm < float("inf")  # False for nan too
-    if not finite and not loss_scale.active:
-        raise FloatingPointError(f"gradient norm is {norm}: the run diverged, and its weights were left as they were")
-    if finite:
+    outcome: Literal["stepped", "overflow", "bad"] = "stepped"
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        outcome = "overflow" if math.isfinite(loss) and loss_scale.value > 1 else "bad"
+    else:
         factor = 1.0 / loss_scale.value
         if grad_clip and norm > grad_clip:
             factor *= grad_clip / norm
         for group in optimizer.param_groups:
             group["grad_factor"] = factor
         optimizer.step()
-        schedule.step()
-    loss_scale.update(overflowed=not finite)
+    loss_scale.update(overflowed=outcome == "overflow")
     # Kept as zeros: a gradient that is None gathers outside DDP's buckets until micro steps are summed up.
     optimizer.zero_grad(set_to_none=False)
-    return norm
+    return norm, outcome

@@ -3,6 +3,7 @@ output directory, and figures that people can read.
 """
 
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import json
@@ -10,19 +11,23 @@ import logging
 import math
 import os
 import platform
+import queue
 import re
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import transformers
 
 from arguments import TrainArguments
+from stopping import EXIT_STOPPED, Interrupted, hearing_signals
 
 logger = logging.getLogger("train")
 
@@ -95,28 +100,35 @@ def check_compiler(device_type: str) -> None:
         raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
 
 
-def prepare_output_dir(output_dir: str, resume_step: int) -> Path:
+def prepare_output_dir(output_dir: str, start: int, goes_on: bool) -> IO[str]:
     """Makes the directory, tries that it can be written, and refuses one that holds another run's results, which
-    this run would overwrite. Raises ValueError.
+    this run, from micro step `start` on, would overwrite; `goes_on` where its newest checkpoint is that of `start`.
+    Returns a lock on it that lasts as long as this process, or until it is closed. Raises ValueError.
     """
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise ValueError(
             f"--output_dir {output_dir}: cannot be written ({error.strerror}); choose a directory of your own"
         ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"--output_dir {output_dir}: another run is writing there; wait for its end, or choose another directory"
+        ) from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("--output_dir %s cannot be locked (%s): start no second run there", output_dir, error.strerror)
     found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir()]
     steps = [int(match[1]) for match in found if match]
-    if any(step >= max(resume_step, 1) and step != resume_step for step in steps) or (steps and not resume_step):
+    if any(step > start for step in steps) or (steps and not start and not goes_on):
         raise ValueError(
             f"--output_dir {output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
-            "overwrite; choose another directory, or move the old one away"
+            "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
         )
-    return folder
+    return lock
 
 
 def flush_to_disk(path: Path) -> None:
@@ -133,25 +145,31 @@ class RunLog:
     lines; the log, every `log_interval` steps; W&B if asked for. Only the main rank writes.
     """
 
-    def __init__(self, args: TrainArguments, is_main: bool) -> None:
+    def __init__(self, args: TrainArguments, start: int, is_main: bool) -> None:
+        """start: the micro step from which the run goes on."""
         folder = Path(args.output_dir)
         self.log_interval = args.log_interval
         if is_main:
-            _set_aside_rows_after(folder / "metrics.jsonl", args.resume_step)
+            _set_aside_rows_after(folder / "metrics.jsonl", start)
         self.file = (folder / "metrics.jsonl").open("a") if is_main else None
         self.wandb_run = _start_wandb(args, folder) if is_main and args.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
-        # JSON has no infinity, which the gradient norm of a skipped float16 step can be.
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        # JSON has no infinity, which loss and gradient norm of a skipped step can be.
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
         if row["step"] % self.log_interval == 0 or row["step"] == 1:
             logger.info(format_metrics(row))
         if self.wandb_run:
             self.wandb_run.log(row)
+
+    def flush_to_disk(self) -> None:
+        """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def __enter__(self) -> "RunLog":
         return self
@@ -172,15 +190,22 @@ def _set_aside_rows_after(path: Path, micro_step: int) -> None:
         return
     kept: list[str] = []
     abandoned: list[str] = []
-    for line in path.read_text().splitlines(keepends=True):
-        whole = line.endswith("\n")
-        (kept if whole and json.loads(line)["micro_step"] <= micro_step else abandoned).append(line)
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        (kept if _micro_step_of(line) <= micro_step else abandoned).append(line)
     if abandoned:
         with path.with_name("metrics.abandoned.jsonl").open("a") as file:
             file.writelines(abandoned)
         rewritten = path.with_name(".metrics.jsonl.partial")
         rewritten.write_text("".join(kept))
         rewritten.replace(path)
+
+
+def _micro_step_of(line: str) -> float:
+    """Infinity for a line that a crash or a loss of power has spoilt."""
+    try:
+        return json.loads(line)["micro_step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _start_wandb(args: TrainArguments, folder: Path):
@@ -197,6 +222,35 @@ def _start_wandb(args: TrainArguments, folder: Path):
     )
     run.define_metric("*", step_metric="step")
     return run
+
+
+class BackgroundThread:
+    """One thread that does its jobs in order. It ends with the process: a job that hangs because another rank died
+    must not keep this process alive.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self.thread.start()
+
+    def submit(self, job: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        self.jobs.put((future, job))
+        return future
+
+    def close(self) -> None:
+        self.jobs.put(None)
+        self.thread.join()
+
+    def _work(self) -> None:
+        while (item := self.jobs.get()) is not None:
+            future, job = item
+            try:
+                future.set_result(job())
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+            del item, future, job  # they hold an answer, which may be large, and the next job may be long in coming
 
 
 class Stopwatch:
@@ -240,14 +294,39 @@ def format_metrics(row: dict[str, Any]) -> str:
     )
 
 
-def run_entry(main: Callable[[], None]) -> int:
-    """Runs an entry's `main`; what a user can put right (ValueError) is one line, without a traceback.
+def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
+    """status.json: how the run stands (running, complete, stopped, diverged) and the exit code that says so."""
+    partial = output_dir / ".status.json.partial"
+    partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
+    partial.replace(output_dir / "status.json")
+
+
+def ended_before_restart(output_dir: Path) -> int | None:
+    """The exit code of the workers that torchrun has restarted, if they had stopped for good: under --max-restarts
+    torchrun takes every code but 0 for a failure and starts the workers again.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (output_dir / "status.json").is_file():
+        return None
+    status = json.loads((output_dir / "status.json").read_text())
+    if status["status"] not in ("stopped", "diverged"):
+        return None
+    logger.warning("not started again: %s", status["text"])
+    return status["exit_code"]
+
+
+def run_entry(main: Callable[[], int | None]) -> int:
+    """Runs an entry's `main` and returns its exit code; what a user can put right (ValueError) is one line, without a
+    traceback, and so is a signal.
 
     Under torchrun every rank finds the same mistake, and the first rank to end takes the others with it; so rank
     0 speaks, and the others give it time to.
     """
     try:
-        main()
+        with hearing_signals():
+            return main() or 0
+    except Interrupted as signal:
+        print(f"stopped by {signal} with nothing to save", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if "site-packages" in raised_in.parts:
@@ -256,4 +335,3 @@ def run_entry(main: Callable[[], None]) -> int:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0

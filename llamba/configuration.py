@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
 # The fields of a teacher's LlamaConfig that decide what one of its decoder layers computes.
 ATTENTION_FIELDS = (
@@ -40,6 +41,24 @@ SSM_DEFAULTS = {
 }
 CONV_ACTIVATIONS = ("identity", "silu", "swish")
 
+# The most that a size may be: beyond any model there is, and short of what only a damaged or hostile file asks for.
+MOST_LAYERS = 1024
+MOST = {
+    "vocab_size": 2**24,
+    "d_model": 2**20,
+    "n_layer": MOST_LAYERS,
+    "pad_vocab_size_multiple": 2**16,
+    "mlp_cfg.intermediate_size": 2**22,
+    "ssm_cfg.d_state": 2**12,
+    "ssm_cfg.n_v_heads": 2**16,
+    "ssm_cfg.n_qk_heads": 2**16,
+    "ssm_cfg.d_conv": 2**8,
+    "ssm_cfg.expand": 2**6,
+    "ssm_cfg.chunk_size": 2**12,
+}
+SWITCHES = ("tie_embeddings", "lm_head_bias", "use_cache", "mlp_cfg.bias", "ssm_cfg.bias", "ssm_cfg.conv_bias")
+FRACTIONS = ("norm_epsilon", "resid_dropout", "initializer_range")
+
 
 class LlambaConfig(PretrainedConfig):
     """Shape of a (hybrid) Llamba.
@@ -49,7 +68,8 @@ class LlambaConfig(PretrainedConfig):
     attention_layers: indices of the layers that are `LlamaDecoderLayer`s; empty for a pure Llamba.
     attention_cfg: the teacher's settings for those layers (`ATTENTION_FIELDS`), or None.
 
-    Raises ValueError where sizes do not divide, a key is unknown, or an index is out of range.
+    Raises ValueError where a value is of the wrong kind or absurd, sizes do not divide, a key is unknown, or an index
+    is out of range.
     """
 
     model_type = "llamba"
@@ -79,12 +99,42 @@ class LlambaConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        self.vocab_size += -self.vocab_size % self.pad_vocab_size_multiple
         self.mlp_cfg = _filled("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
         self.ssm_cfg = _filled("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
+        self._check_kinds()
+        self.vocab_size += -self.vocab_size % self.pad_vocab_size_multiple
         self.attention_layers = sorted(set(self.attention_layers))
         super().__post_init__(**kwargs)
         self._check()
+
+    def _check_kinds(self) -> None:
+        """Whether every value is of the kind that the model and the checks after this one take it for."""
+        values = dict(vars(self))
+        values |= {f"mlp_cfg.{name}": value for name, value in self.mlp_cfg.items()}
+        values |= {f"ssm_cfg.{name}": value for name, value in self.ssm_cfg.items()}
+        problems = []
+        for name, most in MOST.items():
+            if type(values[name]) is not int or not 1 <= values[name] <= most:
+                problems.append(f"{name}={values[name]!r}: expected a whole number from 1 to {most}")
+        for name in SWITCHES:
+            if type(values[name]) is not bool:
+                problems.append(f"{name}={values[name]!r}: expected true or false")
+        for name in FRACTIONS:
+            if type(values[name]) not in (int, float) or not 0 <= values[name] <= 1:
+                problems.append(f"{name}={values[name]!r}: expected a number from 0 to 1")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = values[name] if type(values[name]) is list else [values[name]]
+            if any(type(token) not in (int, type(None)) for token in given):
+                problems.append(f"{name}={values[name]!r}: expected a whole number or none")
+        for name, known in (("mlp_cfg.act_fn", ACT2FN), ("ssm_cfg.activation", CONV_ACTIVATIONS)):
+            if type(values[name]) is not str or values[name] not in known:
+                problems.append(f"{name}={values[name]!r}: expected one of {', '.join(known)}")
+        if type(self.attention_layers) is not list or any(type(i) is not int for i in self.attention_layers):
+            problems.append(f"attention_layers={self.attention_layers!r}: expected a list of whole numbers")
+        if problems:
+            raise ValueError("; ".join(problems))
+        if self.attention_cfg is not None:
+            _check_keys("attention_cfg", self.attention_cfg, ATTENTION_FIELDS)
 
     def _check(self) -> None:
         ssm = self.ssm_cfg
@@ -92,8 +142,6 @@ class LlambaConfig(PretrainedConfig):
             raise ValueError(f"ssm_cfg.n_v_heads={ssm['n_v_heads']} does not divide d_inner={self.d_inner}")
         if ssm["n_v_heads"] % ssm["n_qk_heads"]:
             raise ValueError(f"ssm_cfg.n_qk_heads={ssm['n_qk_heads']} does not divide n_v_heads={ssm['n_v_heads']}")
-        if ssm["activation"] not in CONV_ACTIVATIONS:
-            raise ValueError(f"ssm_cfg.activation={ssm['activation']!r}: expected one of {CONV_ACTIVATIONS}")
         outside = [i for i in self.attention_layers if not 0 <= i < self.n_layer]
         if outside:
             raise ValueError(f"attention_layers {outside} are outside 0..{self.n_layer - 1}")
@@ -127,7 +175,12 @@ def attention_cfg_from(teacher: LlamaConfig) -> dict[str, Any]:
 
 
 def _filled(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(defaults))
-    if unknown:
-        raise ValueError(f"{name} has unknown keys {unknown}; known: {sorted(defaults)}")
+    _check_keys(name, given, tuple(defaults))
     return {**defaults, **given}
+
+
+def _check_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    if type(given) is not dict:
+        raise ValueError(f"{name}={given!r}: expected a dictionary")
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{name} has unknown keys {unknown}; known: {sorted(known)}")

@@ -202,7 +202,7 @@ def test_a_directory_that_is_not_whole_says_what_is_missing(saved, tmp_path):
     (empty / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no weights in it"):
         locate_model("--student_model", str(empty), True)
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (empty / "model.safetensors.index.json").write_text(json.dumps(index))
     (empty / "model-1.safetensors").touch()
     with pytest.raises(ValueError, match=r"shards are missing: model-2\.safetensors"):

@@ -1,0 +1,278 @@
+"""Local text files read by a reader of our own, which tells the row that cannot be read and goes on after it.
+
+`datasets` reads good data faster, but stops at a fault and seldom says where it is. This finds the place for its
+message (`first_bad_row`), and is the whole reader under `--skip_bad_rows` (`tolerant_stream`).
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BATCH_ROWS = 1024
+ROWS_LOOKED_AT = 100  # for the columns of a JSON file
+WHOLE_FILE = "the whole file"
+DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands in the place of a row, or of several that are lost together."""
+
+    file: str
+    place: str
+    reason: str
+    rows: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.place}: {self.reason}"
+
+
+def file_ending(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def is_readable_here(file: str) -> bool:
+    path = Path(file)
+    return path.is_file() and file_ending(path) in READERS and path.suffixes[-2:] != [".parquet", ".gz"]
+
+
+def rows_of_file(file: str, field: str | None) -> Iterator[object]:
+    """What each row holds in column `field`, or a BadRow. Without `field`, faults of all columns are looked for."""
+    return READERS[file_ending(Path(file))](file, field)
+
+
+def first_bad_row(files: list[str]) -> BadRow | None:
+    rows = (row for file in files for row in rows_of_file(file, None))
+    return next((row for row in rows if isinstance(row, BadRow)), None)
+
+
+def tolerant_stream(files: list[str], field: str) -> datasets.IterableDataset:
+    """A stream with one shard a file, whose bad rows are BadRow: whoever reads it can count and name them."""
+    return datasets.IterableDataset.from_generator(_rows_of_files, gen_kwargs={"files": files, "field": field})
+
+
+def _rows_of_files(files: list[str], field: str) -> Iterator[dict[str, object]]:
+    for file in files:
+        for row in rows_of_file(file, field):
+            yield {field: row}
+
+
+def columns_of(files: list[str]) -> list[str]:
+    """The columns of the first file that has any to be read."""
+    for file in files:
+        ending = file_ending(Path(file))
+        if ending == ".txt":
+            return ["text"]
+        if columns := _parquet_columns(file) if ending == ".parquet" else _json_columns(file):
+            return columns
+    return []
+
+
+# ---- JSON: an object a line, or one list of objects or of texts
+
+
+def _json_rows(file: str, field: str | None) -> Iterator[object]:
+    for row in _json_objects(file):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        place, fields = row
+        value = fields if field is None else fields.get(field)
+        yield value if _is_unicode(value) else BadRow(file, place, "half a surrogate pair (\\ud800 to \\udfff)")
+
+
+def _json_columns(file: str) -> list[str]:
+    rows = islice(_json_objects(file), ROWS_LOOKED_AT)
+    return list(dict.fromkeys(name for row in rows if not isinstance(row, BadRow) for name in row[1]))
+
+
+def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
+    number = 0
+    try:
+        with _open_text(file, newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1 and line.startswith("["):
+                    yield from _elements(file, line + lines.read())
+                elif line.strip():
+                    yield _parsed(file, f"line {number}", line)
+    except DAMAGED_GZIP as error:
+        yield _damaged_gzip(file, number + 1, error)
+
+
+def _elements(file: str, text: str) -> Iterator[tuple[str, dict] | BadRow]:
+    try:
+        text.encode()
+        elements = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        yield _unparsed(file, WHOLE_FILE, error)
+        return
+    for number, element in enumerate(elements, 1):
+        yield _object(file, f"element {number}", {"text": element} if isinstance(element, str) else element)
+
+
+def _parsed(file: str, place: str, line: str) -> tuple[str, dict] | BadRow:
+    try:
+        line.encode()
+        return _object(file, place, json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return _unparsed(file, place, error)
+
+
+def _object(file: str, place: str, value: object) -> tuple[str, dict] | BadRow:
+    if isinstance(value, dict):
+        return place, value
+    return BadRow(file, place, f"a JSON {type(value).__name__} ({value!r:.60}), expected an object")
+
+
+def _unparsed(file: str, place: str, error: Exception) -> BadRow:
+    if isinstance(error, UnicodeEncodeError):
+        return BadRow(file, place, _not_utf8(error))
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno} column {error.colno}" if place == WHOLE_FILE else f"column {error.colno}"
+        return BadRow(file, place, f"JSON parse error: {error.msg} at {where}")
+    return BadRow(file, place, f"JSON parse error: {error}")
+
+
+def _is_unicode(value: object) -> bool:
+    """JSON can write half a character (`\\ud800`), which no tokenizer takes."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+    if isinstance(text, str) and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
+
+
+# ---- plain text: documents between blank lines, as `datasets` splits them
+
+
+def _text_rows(file: str, field: str | None) -> Iterator[object]:
+    number, first, document = 0, 1, ""
+    parts: list[str] = []
+    try:
+        with _open_text(file, newline=None) as lines:
+            for number, line in enumerate(lines, 1):
+                if line == "\n" and parts:
+                    document, parts, start, first = "".join(parts)[:-1], [], first, number + 1
+                    if document:
+                        yield _document(file, start, document)
+                else:
+                    parts.append(line)
+        if document := "".join(parts):
+            yield _document(file, first, document)
+    except DAMAGED_GZIP as error:
+        yield _damaged_gzip(file, number + 1, error)
+
+
+def _document(file: str, first: int, text: str) -> object:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = first + text.count("\n", 0, error.start)
+        return BadRow(file, f"line {line}", _not_utf8(error))
+    return text
+
+
+# ---- both
+
+
+def _open_text(file: str, newline: str | None) -> TextIO:
+    """Bytes that are not UTF-8 become lone surrogates, to be found in their row."""
+    opener: Callable[..., TextIO] = gzip.open if file.endswith(".gz") else open  # type: ignore[assignment]
+    return opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _not_utf8(error: UnicodeEncodeError) -> str:
+    byte = ord(error.object[error.start]) - 0xDC00  # as surrogateescape has it
+    return f"not valid UTF-8 (byte 0x{byte:02x}, {error.start} characters in)"
+
+
+def _damaged_gzip(file: str, line: int, error: Exception) -> BadRow:
+    return BadRow(file, f"line {line}", f"the compressed file is damaged, nothing from here on can be read ({error})")
+
+
+# ---- parquet
+
+
+def _parquet_rows(file: str, field: str | None) -> Iterator[object]:
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        yield BadRow(file, WHOLE_FILE, _damaged_parquet(error))
+        return
+    with parquet:
+        if field is not None and field not in parquet.schema_arrow.names:
+            yield BadRow(file, WHOLE_FILE, f"no column {field!r}")
+            return
+        first = 1
+        for group in range(parquet.num_row_groups):
+            yield from _rows_of_group(parquet, file, field, group, first)
+            first += parquet.metadata.row_group(group).num_rows
+
+
+def _rows_of_group(parquet: pq.ParquetFile, file: str, field: str | None, group: int, first: int) -> Iterator[object]:
+    n_rows, done = parquet.metadata.row_group(group).num_rows, 0
+    columns = None if field is None else [field]
+    try:
+        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+            for column in batch.columns:
+                for i, value in enumerate(_values(column), first + done):
+                    is_text = not isinstance(value, UnicodeDecodeError)
+                    yield value if is_text else BadRow(file, _place(group, i), f"not valid UTF-8 ({value})")
+            done += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        place = f"{_place(group, first + done)} to {first + n_rows - 1}"
+        yield BadRow(file, place, _damaged_parquet(error), n_rows - done)
+
+
+def _place(group: int, row: int) -> str:
+    return f"row group {group} (from 0), row {row} (from 1)"
+
+
+def _values(column: pa.Array) -> list[object]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # one of them; arrow does not look at what it reads
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _damaged_parquet(error: Exception) -> str:
+    """Why a file or a part of it is damaged. Arrow reports that as an OSError too, but without a number: one with a
+    number comes from the disk or its permissions, and says nothing about the file.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return f"damaged parquet: {' '.join(str(error).split())}"
+
+
+def _parquet_columns(file: str) -> list[str]:
+    try:
+        return pq.read_schema(file).names
+    except (pa.ArrowException, OSError) as error:
+        _damaged_parquet(error)  # only then it is no fault of the file
+        return []
+
+
+READERS: dict[str, Callable[[str, str | None], Iterator[object]]] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _text_rows,
+}

@@ -1,0 +1,66 @@
+"""Stopping on request. A signal or the time limit asks; training asks back between micro steps, so that it can end
+what it is in and save. Outside training there is nothing to save, and a signal ends the program where it is.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REASONS = ("", *(s.name for s in SIGNALS), "--time_limit")  # by the code that the ranks agree on
+
+# What a batch script can tell an ended process by. 0: the run is complete. 2: an option or input has to be corrected.
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again with --resume auto
+EXIT_DIVERGED = 76
+
+
+class Interrupted(BaseException):
+    """A signal outside training; its text is the signal's name. Nothing but `run_entry` should catch it."""
+
+
+class StopRequest:
+    """Whether this process has been asked to stop, as an index into REASONS."""
+
+    def __init__(self, time_limit: float | None) -> None:
+        """time_limit: minutes from now."""
+        self.deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
+        self.process = os.getpid()
+        self.signalled = 0
+        self.deferred = False
+
+    @property
+    def code(self) -> int:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        return self.signalled or (len(REASONS) - 1 if late else 0)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Within, a signal only sets `code`."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked loader worker: it has its parent's handlers, not its duties
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.signalled = SIGNALS.index(signal.Signals(number)) + 1
+        if not self.deferred:
+            raise Interrupted(REASONS[self.signalled])
+
+
+@contextmanager
+def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
+    request = StopRequest(time_limit)
+    before = {number: signal.signal(number, request.hear) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
