@@ -36,9 +36,10 @@ demo: .venv/installed
 	$(BIN)/python eval_mmlu_hybrid.py --preset tiny --which student hybrid hybrid_ft teacher \
 		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json
 
-# Tensors here are tiny and many tests start several processes: more threads would only get in each other's way.
+# Tensors here are tiny and many tests start several processes: more threads would only get in each other's way. Two
+# tests at a time, as most of a test of a script is waiting: for imports, ranks, a disk.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What `make test` leaves out for its length: every benchmark at its smallest, from end to end.
 test-bench: .venv/installed-dev

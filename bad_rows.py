@@ -122,7 +122,7 @@ def _elements(file: str, text: str) -> Iterator[tuple[str, dict] | BadRow]:
 def _parsed(file: str, place: str, line: str) -> tuple[str, dict] | BadRow:
     try:
         line.encode()
-        return _object(file, place, json.loads(line))
+        return _object(file, place, json.loads(line.rstrip()))
     except (ValueError, RecursionError) as error:
         return _unparsed(file, place, error)
 
@@ -138,7 +138,7 @@ def _unparsed(file: str, place: str, error: Exception) -> BadRow:
         return BadRow(file, place, _not_utf8(error))
     if isinstance(error, json.JSONDecodeError):
         where = f"line {error.lineno} column {error.colno}" if place == WHOLE_FILE else f"column {error.colno}"
-        return BadRow(file, place, f"JSON parse error: {error.msg} at {where}")
+        return BadRow(file, place, f"JSON parse error: {error.msg.removesuffix(' at')} at {where}")
     return BadRow(file, place, f"JSON parse error: {error}")
 
 

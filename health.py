@@ -43,16 +43,10 @@ def tell_oddities(
 ) -> None:
     """Warns of an update that was skipped and of a loss that jumped, each rank with its own windows."""
     if outcome == "bad":
-        suspects = meter.windows(only_bad=True)
-        if suspects or not math.isfinite(grad_norm):
-            logger.warning(
-                "step %d skipped: loss %s, gradient norm %s; rank %d had windows %s",
-                step,
-                loss,
-                grad_norm,
-                rank,
-                suspects or meter.windows(),
-            )
+        # Where all losses are finite the gradient is not, and any window may have done it.
+        if suspects := meter.windows(only_bad=not math.isfinite(loss)):
+            text = "step %d skipped: loss %s, gradient norm %s; rank %d had windows %s"
+            logger.warning(text, step, loss, grad_norm, rank, suspects)
     elif outcome == "stepped" and spikes.is_spike(loss):
         logger.warning("step %d: loss %.4f stands out; rank %d had windows %s", step, loss, rank, meter.windows())
 

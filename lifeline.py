@@ -38,20 +38,21 @@ class Lifeline:
         for thread in self.threads:
             thread.join()
 
-    def report(self, error: BaseException) -> None:
-        """Tells the others why this rank ends, unless it ends because of one of them. Waits a little for that cause:
-        what a failed peer breaks here is often seen before what it says.
+    def report(self, error: BaseException) -> bool:
+        """Tells the others why this rank ends, unless it ends because of one of them: False then. Waits a little for
+        that cause: what a failed peer breaks here is often seen before what it says.
         """
         if not self.peers:
-            return
+            return True
         time.sleep(0.5)
         if not self._is_first():
-            return
+            return False
         _exit_after(LONGEST_END_S)
         text = TOLD if isinstance(error, ValueError) else f"rank {self.rank} failed: {type(error).__name__}: {error}"
         sending = threading.Thread(target=self._send, args=(text,), daemon=True)
         sending.start()
         sending.join(timeout=2.0)  # a peer that hangs must not keep this rank
+        return True
 
     def _is_first(self) -> bool:
         with self.lock:

@@ -27,13 +27,15 @@ from checkpoint import (
 )
 from llamba import LlambaForCausalLM
 from run_state import Progress, shard_tensors
+from stopping import StopRequest
 from training_utils import Ranks
 from utils import BackgroundThread, Stopwatch
 
 logger = logging.getLogger("train")
 
 LONGEST_WAIT = 64  # optimizer steps from a failed save to the next try
-LAST_TRIES = 5  # at the end of a run, 1, 2, 4, ... seconds apart
+LAST_TRIES = 5  # at the end of a run, 1, 2, 4, ... seconds apart, before a request to stop is given in to
+PATIENCE_S = 6 * 3600.0  # for room to be made, at the end of a run that nobody asked to stop
 
 
 class Saver:
@@ -64,8 +66,8 @@ class Saver:
 
     def is_due(self, progress: Progress) -> bool:
         """At every multiple of the interval, and when a save that failed is to be tried again."""
-        if self.failures and self.saving is None:
-            return progress.step >= self.retry_at
+        if self.failures:
+            return self.saving is None and progress.step >= self.retry_at
         interval = self.args.save_interval
         return interval > 0 and progress.micro_step // interval > max(self._reached, 0) // interval
 
@@ -110,19 +112,26 @@ class Saver:
             self.saved, self.saving, self.job = self.saving.micro_step, None, None
             self.publishing, self.failures = False, 0
 
-    def finish(self, progress: Progress) -> None:
-        """Ends what is under way and saves where the run ends. Raises OSError if that cannot be done."""
-        for n in range(LAST_TRIES):
+    def finish(self, progress: Progress, stop: StopRequest) -> None:
+        """Ends what is under way and saves where the run ends. What was trained is in memory alone: where it cannot be
+        saved, this waits for somebody to make room. Raises OSError when it gives up.
+        """
+        began, n = time.monotonic(), 0
+        while self._reached != progress.micro_step or self.saving is not None:
             self.save(progress)
             self._wait()
             if self.saved == progress.micro_step:
-                self.thread.close()
-                return
-            time.sleep(2**n)
-        raise OSError(
-            f"--output_dir {self.output_dir}: the last state could not be saved in {LAST_TRIES} tries (see above); "
-            f"the newest checkpoint is that of micro step {self.saved}"
-        )
+                break
+            n += 1
+            (enough,) = self.ranks.maximum(int(stop.code > 0 or time.monotonic() - began > PATIENCE_S))
+            if enough and n >= LAST_TRIES:
+                raise OSError(
+                    f"--output_dir {self.output_dir}: the last state could not be saved in {n} tries (see above); the "
+                    f"newest checkpoint is that of micro step {self.saved}"
+                )
+            logger.warning("the run has ended, and waits for room to save its last state in %s", self.output_dir)
+            time.sleep(min(2 ** (n - 1), 60))
+        self.thread.close()
 
     def _wait(self) -> None:
         while self.saving is not None:

@@ -38,12 +38,10 @@ class StopRequest:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Within, a signal only sets `code`."""
+        """Within, a signal only sets `code`; so it does after an error, whose own way out it must not cut short."""
         self.deferred = True
-        try:
-            yield
-        finally:
-            self.deferred = False
+        yield
+        self.deferred = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a forked loader worker: it has its parent's handlers, not its duties

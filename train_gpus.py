@@ -329,7 +329,7 @@ def distil(
             break
 
     log.flush_to_disk()
-    saver.finish(progress)
+    saver.finish(progress, stop)
     return ending(args, progress, total_steps, asked_to_stop, ranks)
 
 

@@ -167,8 +167,9 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
         dist.barrier(group=control)  # nobody leaves while another still talks to it
     except BaseException as error:
-        lifeline.report(error)
-        raise
+        if lifeline.report(error):
+            raise
+        raise SystemExit(1) from error  # the first cause has been told
     lifeline.close()
     dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 output directory, and figures that people can read.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -151,7 +152,8 @@ class RunLog:
         self.log_interval = args.log_interval
         if is_main:
             _set_aside_rows_after(folder / "metrics.jsonl", start)
-        self.file = (folder / "metrics.jsonl").open("a") if is_main else None
+        self.file = (folder / "metrics.jsonl").open("ab", buffering=0) if is_main else None
+        self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
         self.wandb_run = _start_wandb(args, folder) if is_main and args.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -159,23 +161,37 @@ class RunLog:
             return
         # JSON has no infinity, which loss and gradient norm of a skipped step can be.
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self.file.flush()
+        self._append(json.dumps(finite, allow_nan=False).encode() + b"\n")
         if row["step"] % self.log_interval == 0 or row["step"] == 1:
             logger.info(format_metrics(row))
         if self.wandb_run:
             self.wandb_run.log(row)
 
+    def _append(self, line: bytes) -> None:
+        assert self.file is not None
+        told = bool(self.unwritten)
+        self.unwritten += line
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not told:
+                logger.warning(
+                    "metrics.jsonl cannot be written (%s); its rows are kept until it can be", error.strerror
+                )
+
     def flush_to_disk(self) -> None:
         """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with contextlib.suppress(OSError):  # told where the rows, or the checkpoint, are written
+                os.fsync(self.file.fileno())
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
         if self.file:
+            if self.unwritten:
+                self._append(b"")
             self.file.close()
         if self.wandb_run:
             self.wandb_run.finish(exit_code=0 if error_type is None else 1)
@@ -297,8 +313,11 @@ def format_metrics(row: dict[str, Any]) -> str:
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
     """status.json: how the run stands (running, complete, stopped, diverged) and the exit code that says so."""
     partial = output_dir / ".status.json.partial"
-    partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
-    partial.replace(output_dir / "status.json")
+    try:
+        partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
+        partial.replace(output_dir / "status.json")
+    except OSError as error:  # the run itself is more important
+        logger.warning("status.json cannot be written (%s)", error.strerror)
 
 
 def ended_before_restart(output_dir: Path) -> int | None:

@@ -93,12 +93,15 @@ def test_huge_odd_and_empty_texts_reach_the_model_as_they_are(tmp_path: Path, st
         pq.write_table(pa.table({"text": rows}), file)
     for skip_bad_rows in (False, True):
         texts = texts_of(options(file, skip_bad_rows=skip_bad_rows), streaming)
-        assert texts == [odd[0], huge, *odd[1:]]
+        assert [text[:99] for text in texts] == [odd[0], huge[:99], *odd[1:]]
+        unchanged = texts[1] == huge  # pytest would take forever to show how they differ
+        assert unchanged
     encoder = Encoder(small_tokenizer())
+    texts[1] = huge[:100_000]  # the small tokenizer is slow
     write_token_file(tmp_path / "packed", texts, encoder, {})
     ids = [int(window[0]) for window in PackedTextDataset(tmp_path / "packed", 0)]
     assert ids.count(encoder.eos_id) == len(texts)
-    assert ids[:100] == plain_ids([odd[0], huge[:200]])[:100]
+    assert ids == plain_ids(texts)
 
 
 @BOTH_LANES
@@ -195,10 +198,14 @@ def without(*rows: int) -> list[str]:
 FAULTS = {
     "broken JSON": (jsonl_with(b'{"text": "abc'), r"a.jsonl, line 301: JSON parse error: .* column 10", without(300)),
     "no value": (jsonl_with(b'{"text": '), r"a.jsonl, line 301: JSON parse error: Expecting value", without(300)),
-    "wrong bytes": (jsonl_with(b'{"text": "ab\xff"}'), r"line 301: not valid UTF-8 .byte 0xff, 12 ", without(300)),
-    "half a pair": (jsonl_with(b'{"text": "\\ud800"}'), r"line 301: half a surrogate pair", without(300)),
-    "a list": (jsonl_with(b'["text"]'), r"line 301: a JSON list .*expected an object", without(300)),
-    "a string": (jsonl_with(b'"text"'), r"line 301: a JSON str .*expected an object", without(300)),
+    "wrong bytes": (
+        jsonl_with(b'{"text": "ab\xff"}'),
+        r"a.jsonl, line 301: not valid UTF-8 .byte 0xff, 12 ",
+        without(300),
+    ),
+    "half a pair": (jsonl_with(b'{"text": "\\ud800"}'), r"a.jsonl, line 301: half a surrogate pair", without(300)),
+    "a list": (jsonl_with(b'["text"]'), r"a.jsonl, line 301: a JSON list .*expected an object", without(300)),
+    "a string": (jsonl_with(b'"text"'), r"a.jsonl, line 301: a JSON str .*expected an object", without(300)),
     "cut off gz": (gz_cut_off, r"a.jsonl.gz, line \d+: the compressed file is damaged", None),
     "damaged gz": (gz_with_wrong_bytes, r"a.jsonl.gz, line \d+: ", None),
     "wrong bytes in txt": (

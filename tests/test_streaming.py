@@ -197,7 +197,7 @@ def test_no_row_is_lost_or_repeated_when_the_connection_breaks(caplog, shuffle_b
                 shuffle_buffer=shuffle_buffer,
                 sleep=waits.append,
             )
-            for breaks in ({}, {0: 2, 1: 2, 300: 1, 301: 1, 640: 7, 899: 1})
+            for breaks in ({}, {0: 2, 1: 1, 300: 1, 301: 1, 640: 4, 899: 1})
         )
         expected = [texts for _, texts in steady.batches(2)]
         assert not waits
