@@ -28,7 +28,7 @@ logger = logging.getLogger("train")
 STATE_FILE = "training_state.json"
 SUMS_FILE = "SHA256SUMS"
 SMALL = 2**20  # bytes; smaller files are hashed even by the quick check
-PART_OF_RANK = re.compile(r"\..*|(model|optimizer|data)-\d+-of-\d+\.(safetensors|json)|model\.safetensors")
+PART_OF_RANK = re.compile(r"SHA256SUMS|\..*|(model|optimizer|data)-\d+-of-\d+\.(safetensors|json)|model\.safetensors")
 
 
 def checkpoint_dir(output_dir: Path, micro_step: int) -> Path:

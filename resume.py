@@ -6,7 +6,7 @@ The quick check of a checkpoint is made before the ranks have met; its large fil
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from arguments import KEPT_BY_A_RUN, KEPT_BY_A_STREAM, TrainArguments
 from checkpoint import (
@@ -18,12 +18,14 @@ from checkpoint import (
     quick_check,
     read_state,
     read_sums,
+    remove_partial,
     set_bad_aside,
     step_of,
 )
 from llamba import LlambaForCausalLM
 from run_state import FORMAT
 from training_utils import Ranks, is_main_rank
+from utils import lock_output_dir
 
 logger = logging.getLogger("train")
 
@@ -62,27 +64,45 @@ def nothing_good(args: TrainArguments, problems: dict[Path, str | None]) -> Valu
     )
 
 
+def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
+    """Takes --output_dir for this run: away with what saves that came to no end have left, and with newer checkpoints
+    that are bad; ValueError if it holds results that this run would overwrite. Returns the lock on it.
+    """
+    folder = Path(args.output_dir)
+    lock = lock_output_dir(args.output_dir)
+    remove_partial(folder)
+    start = step_of(candidates[0]) if candidates else args.resume_step
+    if args.resume == "auto":
+        for checkpoint in find_checkpoints(folder):
+            if step_of(checkpoint) > start and (problem := quick_check(checkpoint)):
+                set_bad_aside(checkpoint, problem)
+    steps = [step_of(checkpoint) for checkpoint in find_checkpoints(folder)]
+    if any(step > start for step in steps) or (steps and not start and not candidates):
+        lock.close()
+        raise ValueError(
+            f"--output_dir {args.output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
+            "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
+        )
+    return lock
+
+
 def choose_checkpoint(args: TrainArguments, candidates: list[Path], ranks: Ranks) -> Path | None:
-    """The first candidate whose files are what was written. Bad ones before it, whatever check they failed, are set
-    aside, so that this run can write its own in their place.
+    """The first candidate whose large files are what was written. Those before it are set aside, so that this run can
+    write its own in their place.
     """
     problems: dict[Path, str | None] = {}
-    chosen = None
     for checkpoint in candidates:
         problem = _deep_check(checkpoint, ranks)
         if problem is None:
-            chosen = checkpoint
-            break
+            if ranks.is_main:
+                for bad, why in problems.items():
+                    set_bad_aside(bad, str(why))
+            logger.info("going on from %s", checkpoint)
+            return checkpoint
         problems[checkpoint] = problem
-    if candidates and chosen is None:
+    if candidates:
         raise nothing_good(args, problems)
-    if chosen is not None and args.resume == "auto" and ranks.is_main:
-        for checkpoint in find_checkpoints(Path(args.output_dir)):
-            if step_of(checkpoint) > step_of(chosen):
-                set_bad_aside(checkpoint, problems.get(checkpoint) or quick_check(checkpoint) or "unreadable")
-    if chosen is not None:
-        logger.info("going on from %s", chosen)
-    return chosen
+    return None
 
 
 def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:

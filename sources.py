@@ -230,7 +230,11 @@ def explain_fault(
     if not files:
         return ValueError(f"{what}: {reason}")
     logger.info("looking for the row that cannot be read in %d files", len(files))
-    if bad := first_bad_row(list(dict.fromkeys(files))):
+    try:
+        bad = first_bad_row(list(dict.fromkeys(files)))
+    except OSError as unreadable:  # the disk, not what is on it
+        return ValueError(f"{what}: {unreadable}")
+    if bad is not None:
         return ValueError(f"{what}: {bad}; correct it, or leave such rows out with --skip_bad_rows ({reason})")
     return ValueError(f"{what}: {reason}; --skip_bad_rows reads the rows that can be read")
 

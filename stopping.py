@@ -4,6 +4,9 @@ what it is in and save. Outside training there is nothing to save, and a signal 
 
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ REASONS = ("", *(s.name for s in SIGNALS), "--time_limit")  # by the code that t
 # What a batch script can tell an ended process by. 0: the run is complete. 2: an option or input has to be corrected.
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again with --resume auto
 EXIT_DIVERGED = 76
+
+PATIENCE_S = 3.0  # for the main thread to hear a signal by itself
 
 
 class Interrupted(BaseException):
@@ -52,13 +57,31 @@ class StopRequest:
         if not self.deferred:
             raise Interrupted(REASONS[self.signalled])
 
+    def see_to_it(self, bell: socket.socket) -> None:
+        """For a thread of its own: ends the process where a signal outside training finds its main thread waiting in
+        native code, for another rank say, from which no exception can take it.
+        """
+        while rung := bell.recv(1):
+            time.sleep(PATIENCE_S)
+            heard = self.deferred or self.signalled  # by the main thread, which sees to its end itself
+            if not heard and self.process == os.getpid() and rung[0] in SIGNALS:
+                print(f"stopped by {signal.Signals(rung[0]).name} with nothing to save", file=sys.stderr, flush=True)
+                os._exit(EXIT_STOPPED)
+
 
 @contextmanager
 def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
     request = StopRequest(time_limit)
     before = {number: signal.signal(number, request.hear) for number in SIGNALS}
+    bell, rope = socket.socketpair()  # Python writes each signal's number to it at once
+    rope.setblocking(False)
+    outer = signal.set_wakeup_fd(rope.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=request.see_to_it, args=(bell,), daemon=True)
+    watcher.start()
     try:
         yield request
     finally:
+        signal.set_wakeup_fd(outer)
+        rope.close()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -111,9 +111,7 @@ class TextStream:
         """Batches for the tokenizer, each with the place before it. `state` is what such a place's `to_json` gave,
         there or in an earlier process.
         """
-        if state is not None:
-            self._check(epoch, state)
-        reading = _Reading(self, epoch, state)
+        reading = _Reading(self, epoch, None if state is None else self._fitting(epoch, state))
         before = reading.state()
         for batch in text_batches(reading.texts()):
             yield before, batch
@@ -139,14 +137,21 @@ class TextStream:
             share.set_epoch(int(np.random.default_rng([self.seed, epoch]).integers(1, 2**31)))
         return share
 
-    def _check(self, epoch: int, state: dict) -> None:
-        now = self.made_with(epoch)
-        if changed := [name for name in now if now[name] != state["made_with"][name]]:
-            was = ", ".join(f"{name} {state['made_with'][name]!r} (now {now[name]!r})" for name in changed)
+    def _fitting(self, epoch: int, state: dict) -> dict:
+        """A saved state, if it is of the order that this stream has."""
+        was, now = state["made_with"], self.made_with(epoch)
+        if now == {**was, "skip_bad_rows": True}:
+            # A run that a bad row ended goes on without it. Another reader reads the same rows up to there, but its
+            # position is written in another way: so the rows are counted.
+            state = {**state, "position": None, "rows_used": state["counts"]["seen"]} if was != now else state
+            was = now
+        if changed := [name for name in now if now[name] != was[name]]:
+            values = ", ".join(f"{name} {was[name]!r} (now {now[name]!r})" for name in changed)
             raise ValueError(
-                f"the saved place in the data was made with {was}: expected the same, because the order depends on "
+                f"the saved place in the data was made with {values}: expected the same, because the order depends on "
                 "it; give the same value again, or start without the saved place"
             )
+        return state
 
 
 class _Reading:
@@ -190,9 +195,10 @@ class _Reading:
         return self.buffer.pop()
 
     def _rows(self) -> Iterator[object]:
+        behind = self.rows_used  # which may be all that come at once, and more
         for position, rows in self._rows_at_once(self.position):
-            if position is not self.position:
-                self.position, self.rows_used = position, 0
+            self.position, self.rows_used = position, min(behind, len(rows))
+            behind -= self.rows_used
             for row in rows[self.rows_used :]:
                 self.rows_used += 1
                 yield row

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments, parse_train_args
-from checkpoint import step_of
 from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
 from health import SpikeWatch, UpdateHealth, tell_oddities
 from llamba import LlambaForCausalLM
@@ -40,7 +39,7 @@ from model_utils import (
     parameter_table,
     prepare_student,
 )
-from resume import check_space, checkpoints_to_try, choose_checkpoint
+from resume import check_space, checkpoints_to_try, choose_checkpoint, prepare_output_dir
 from run_state import Progress, position_to_go_on, random_state, read_progress, restore
 from saver import Saver
 from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
@@ -70,7 +69,6 @@ from utils import (
     check_compiler,
     describe_environment,
     ended_before_restart,
-    prepare_output_dir,
     run_entry,
     setup_logging,
     write_status,
@@ -103,15 +101,8 @@ def main() -> int:
             check_compiler(device.type)
         candidates = checkpoints_to_try(args, launched_world_size())
         models = check_models(args, candidates[0] if candidates else None)
-        lock = None
-        if is_main_rank():
-            start = step_of(candidates[0]) if candidates else args.resume_step
-            lock = prepare_output_dir(args.output_dir, start, goes_on=bool(candidates) or args.resume_step > 0)
-        with process_groups(device) as ranks:
-            code = run(args, models, candidates, ranks, teacher_device, stop)
-        if lock is not None:
-            lock.close()
-    return code
+        with prepare_output_dir(args, candidates) if is_main_rank() else nullcontext(), process_groups(device) as ranks:
+            return run(args, models, candidates, ranks, teacher_device, stop)
 
 
 def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:

@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import queue
-import re
 import shutil
 import sys
 import threading
@@ -101,15 +100,13 @@ def check_compiler(device_type: str) -> None:
         raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
 
 
-def prepare_output_dir(output_dir: str, start: int, goes_on: bool) -> IO[str]:
-    """Makes the directory, tries that it can be written, and refuses one that holds another run's results, which
-    this run, from micro step `start` on, would overwrite; `goes_on` where its newest checkpoint is that of `start`.
-    Returns a lock on it that lasts as long as this process, or until it is closed. Raises ValueError.
+def lock_output_dir(output_dir: str) -> IO[str]:
+    """Makes the directory and takes it for this process, until the lock is closed. Raises ValueError if it cannot be
+    written or belongs to a run that is still going on.
     """
-    folder = Path(output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        lock = (Path(output_dir) / ".lock").open("w")
     except OSError as error:
         raise ValueError(
             f"--output_dir {output_dir}: cannot be written ({error.strerror}); choose a directory of your own"
@@ -122,13 +119,6 @@ def prepare_output_dir(output_dir: str, start: int, goes_on: bool) -> IO[str]:
         ) from error
     except OSError as error:  # some network file systems have no locks
         logger.warning("--output_dir %s cannot be locked (%s): start no second run there", output_dir, error.strerror)
-    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir()]
-    steps = [int(match[1]) for match in found if match]
-    if any(step > start for step in steps) or (steps and not start and not goes_on):
-        raise ValueError(
-            f"--output_dir {output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
-            "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
-        )
     return lock
 
 
@@ -154,6 +144,7 @@ class RunLog:
             _set_aside_rows_after(folder / "metrics.jsonl", start)
         self.file = (folder / "metrics.jsonl").open("ab", buffering=0) if is_main else None
         self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
+        self.told = False  # that it did not
         self.wandb_run = _start_wandb(args, folder) if is_main and args.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -169,15 +160,16 @@ class RunLog:
 
     def _append(self, line: bytes) -> None:
         assert self.file is not None
-        told = bool(self.unwritten)
         self.unwritten += line
         try:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.told = False
         except OSError as error:
-            if not told:
+            if not self.told:
                 logger.warning(
                     "metrics.jsonl cannot be written (%s); its rows are kept until it can be", error.strerror
                 )
+            self.told = True
 
     def flush_to_disk(self) -> None:
         """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""

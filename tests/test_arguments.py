@@ -88,6 +88,7 @@ def test_the_production_command():
         "dataset_streaming": False,
         "dataset_cache_dir": None,
         "dataset_workers": 0,
+        "skip_bad_rows": False,
         "shuffle_buffer": 10_000,
         "seq_length": 1024,
         "batch_size": 2,
@@ -104,9 +105,16 @@ def test_the_production_command():
         "decay_ratio": 0.1,
         "weight_decay": 0.1,
         "grad_clip": 1.0,
+        "master_weights": True,
+        "max_bad_steps": 5,
+        "resume": None,
         "resume_step": 0,
+        "time_limit": None,
         "output_dir": "DIR",
         "save_interval": 1000,
+        "save_total_limit": None,
+        "background_save": True,
+        "health_interval": 100,
         "log_interval": 10,
         "log_file": None,
         "wandb": True,
@@ -284,6 +292,9 @@ def test_which_options_are_switches():
         "gradient_checkpointing",
         "compile",
         "dataset_streaming",
+        "skip_bad_rows",
+        "master_weights",
+        "background_save",
         "wandb",
     }
 
@@ -293,6 +304,9 @@ def test_which_options_are_switches():
 BOUNDS = [
     *((f"--{name} 0", "expected at least 1") for name in ("seq_length", "batch_size", "max_steps", "epochs")),
     *((f"--{name} 0", "expected at least 1") for name in ("log_interval", "grad_accumulation_steps")),
+    *((f"--{name} 0", "expected at least 1") for name in ("max_bad_steps", "save_total_limit")),
+    ("--health_interval -1", "expected at least 0"),
+    *((f"--time_limit {value}", "expected minutes, more than 0") for value in ("0.0", "-5.0", "nan", "inf")),
     *((f"--{name} -1", "expected at least 0") for name in ("shuffle_buffer", "dataset_workers", "save_interval")),
     ("--resume_step -1", "expected at least 0"),
     *((f"--{name} -0.5", "expected at least 0") for name in ("ce_weight", "kl_weight", "max_lr", "min_lr")),
@@ -327,6 +341,8 @@ def test_bounds_name_flag_value_and_remedy(line, remedy):
         "--min_lr 0.1 --max_lr 0.1",
         "--grad_accumulation_steps 4 --save_interval 8 --resume_step 4",
         "--seq_length 1 --batch_size 1 --max_steps 1 --epochs 1 --log_interval 1",
+        "--max_bad_steps 1 --save_total_limit 1 --health_interval 0 --time_limit 0.5",
+        "--time_limit 0.001",
     ],
 )
 def test_the_bounds_themselves_are_allowed(line):
@@ -342,6 +358,22 @@ def test_an_empty_loss():
 def test_checkpoints_hold_whole_optimizer_steps(name):
     message = train_error(f"--grad_accumulation_steps 4 --save_interval 4 --{name} 6")
     assert f"--{name} 6: expected a multiple of --grad_accumulation_steps 4" in message
+
+
+@pytest.mark.parametrize("name", ["auto", "runs/mine/checkpoint-30"])
+def test_a_run_goes_on_by_its_checkpoint_or_by_a_step_of_ours(name):
+    assert train(f"--resume {name}").resume == name
+    assert train("--resume_step 4").resume is None
+    message = train_error(f"--resume {name} --resume_step 4")
+    assert f"--resume {name} --resume_step 4: " in message and "leave --resume_step out" in message
+    assert train(f"--resume {name} --resume_step 0").resume == name  # which is to say nothing
+
+
+def test_what_a_run_has_to_keep_are_options():
+    """A name that is none would be compared with nothing."""
+    names = {field.name for field in dataclasses.fields(TrainArguments) if field.metadata}
+    assert {*arguments.KEPT_BY_A_RUN, *arguments.KEPT_BY_A_STREAM} <= names
+    assert not set(arguments.KEPT_BY_A_RUN) & set(arguments.KEPT_BY_A_STREAM)
 
 
 @pytest.mark.parametrize("line", ["--num_fewshot -1", "--num_fewshot 6"])

@@ -350,6 +350,12 @@ def test_a_broken_json_list_is_one_bad_file(tmp_path: Path):
     assert isinstance(row, BadRow) and row.place == "the whole file" and "JSON parse error" in row.reason
 
 
+def test_json_too_deep_to_be_read_is_a_bad_row(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n" + '{"text": "good"}')
+    bad, good = rows_of_file(str(tmp_path / "a.jsonl"), "text")
+    assert isinstance(bad, BadRow) and bad.place == "line 1" and good == "good"
+
+
 def test_a_parquet_file_without_the_column_is_one_bad_file(tmp_path: Path, caplog):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "1.parquet")
     pq.write_table(pa.table({"body": ["b"]}), tmp_path / "2.parquet")
@@ -366,6 +372,9 @@ def test_a_failing_disk_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pq, "ParquetFile", fails)
     with pytest.raises(OSError, match="Input/output error"):
         list(rows_of_file(file, "text"))
+    args = options(Path(file))
+    explained = explain_fault(OSError("cannot be read"), open_source(args), args)
+    assert "Input/output error" in str(explained) and "--skip_bad_rows" not in str(explained)
 
 
 # ---- what the option does not do
@@ -391,6 +400,16 @@ def test_splits_with_the_option(tmp_path: Path, streaming: bool):
     assert sorted(texts_of(dataclasses.replace(args, dataset_split="train+test"), streaming)) == ["a", "b"]
     with pytest.raises(ValueError, match=r"--dataset_split 'train\[:1%\]': with --skip_bad_rows .*leave out the part"):
         texts_of(dataclasses.replace(args, dataset_split="train[:1%]"), streaming)
+
+
+def test_a_fault_in_a_split_that_is_prepared_with_the_one_asked_for_is_named(tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "test.jsonl").write_text('{"text": "b"}\n{"text"\n')
+    with pytest.raises(ValueError, match=r"test.jsonl, line 2: JSON parse error"):
+        texts_of(options(folder), False)
+    assert texts_of(options(folder), True) == ["a"]
 
 
 @BOTH_LANES

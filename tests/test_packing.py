@@ -25,11 +25,11 @@ from packing import (
     PackedTextDataset,
     blocks,
     check_tokenizer,
-    only_texts,
     run_ahead,
     text_batches,
     write_token_file,
 )
+from rows import RowCounts, only_texts
 
 EOS = "<|endoftext|>"
 WORDS = ["the", "cat", " sat", "\n", "naïve", "日本", "  ", "42", EOS, "🙂", "x" * 40, "\t", "don't", "."]
@@ -175,6 +175,20 @@ def test_rows_without_text_are_skipped_and_counted_once(caplog):
 def test_row_that_is_not_text_is_named():
     with pytest.raises(ValueError, match="--dataset_text_field 'body': row 2 as read here holds int .5."):
         list(only_texts(["a", None, 5], "body"))
+
+
+def test_counts_go_on_from_where_they_were_stored(caplog):
+    counts = RowCounts()
+    with pytest.raises(ValueError):
+        list(only_texts(["a", None, "", 5], "text", counts=counts))
+    stored = counts.to_json()
+    again = RowCounts.from_json(stored)
+    assert list(only_texts([6, None, "b"], "text", skip_bad_rows=True, counts=again)) == ["b"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped 3 of 7 rows: no text in column 'text'",
+        "--skip_bad_rows: skipped 1 of 7 rows: row 4 as read here: int (6)",
+    ]
+    assert stored == RowCounts(seen=4, empty=2).to_json()
 
 
 def test_text_batches_bound_rows_and_characters():

@@ -144,6 +144,7 @@ def command_problems(text):
 def option_problems(text):
     """Options named in sentences: `--layers`, `--no_freeze_mlp`, `--teacher_device cuda:0`."""
     known = option_names("train_gpus.py") | option_names("eval_mmlu_hybrid.py") | OF_TORCHRUN
+    known |= set(re.findall(r'add_argument\("(--\w+)"', (ROOT / "benchmarks" / "harness.py").read_text()))
     known |= {name.replace("--", "--no_") for name in known}
     named = re.findall(r"--\w+", " ".join(inline_code(text)))
     return [f"{name} is no option" for name in named if name not in known]

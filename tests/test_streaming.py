@@ -1,5 +1,6 @@
 """streaming.py: a share goes on from any place exactly as it would have gone on, also when the connection breaks."""
 
+import contextlib
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import streaming
+from bad_rows import tolerant_stream
 from packing import text_batches
 from streaming import WAITS_S, StreamState, TextStream, is_connection_trouble
 
@@ -146,9 +148,7 @@ def test_what_was_skipped_before_the_place_is_counted_too(tmp_path: Path, caplog
         ]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"seed": 6}, {"shuffle_buffer": 99}, {"rank": 1}, {"world_size": 3}, {"skip_bad_rows": True}]
-)
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"shuffle_buffer": 99}, {"rank": 1}, {"world_size": 3}])
 def test_a_place_of_another_order_is_refused(tmp_path: Path, changes: dict):
     source = from_jsonl(tmp_path)
     state = next(stream_of(source, 0, 2).batches(0))[0].to_json()
@@ -157,6 +157,35 @@ def test_a_place_of_another_order_is_refused(tmp_path: Path, changes: dict):
         next(stream_of(source, **{"rank": 0, "world_size": 2, **changes}).batches(0, state))
     with pytest.raises(ValueError, match=r"made with epoch 0 \(now 1\)"):
         next(stream_of(source, 0, 2).batches(1, state))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])  # of 5 files: all, every second row, a file each
+@pytest.mark.parametrize("shuffle_buffer", [0, 100])
+def test_a_run_that_a_bad_row_ended_goes_on_without_it(tmp_path: Path, world_size: int, shuffle_buffer: int):
+    from_jsonl(tmp_path)
+    files = [str(tmp_path / f"{i}.jsonl") for i in range(N_FILES)]
+    files.append(str(tmp_path / "bad.jsonl"))
+    Path(files[-1]).write_text('{"text": "a last good row"}\n{"text": "cut o\n')
+    reader = datasets.load_dataset_builder("json", data_files=files).as_streaming_dataset(split="train")
+    all_states = []
+    for rank in range(world_size):
+        ended = stream_of(reader.select_columns(["text"]), rank, world_size, shuffle_buffer=shuffle_buffer)
+        states: list[dict] = []
+        with contextlib.suppress(pa.ArrowInvalid):
+            states += (stored(state) for state, _ in ended.batches(0))
+        skipping = stream_of(
+            tolerant_stream(files, "text"), rank, world_size, shuffle_buffer=shuffle_buffer, skip_bad_rows=True
+        )
+        expected = [texts for _, texts in skipping.batches(0)]
+        all_states += states
+        for k, state in enumerate(states):
+            again = list(skipping.batches(0, state))
+            assert [texts for _, texts in again] == expected[k:]
+            twice = skipping.batches(0, stored(again[len(again) // 2][0]))
+            assert [texts for _, texts in twice] == expected[k + len(again) // 2 :]
+    assert len(all_states) > 3
+    with pytest.raises(ValueError, match=r"made with skip_bad_rows True \(now False\)"):
+        next(ended.batches(0, stored(next(skipping.batches(0))[0])))
 
 
 # ---- the connection

@@ -2,9 +2,11 @@
 real ranks agree on.
 """
 
+import json
+import math
 import os
 import socket
-import warnings
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -29,9 +31,13 @@ from training_utils import (
     choose_devices,
     default_prefetch,
     gradient_norm,
+    launched_world_size,
     parameter_groups,
     process_groups,
+    settle_buckets,
+    to_device,
     update,
+    wrap_ddp,
 )
 
 CPU = torch.device("cpu")
@@ -140,6 +146,70 @@ def test_a_float32_parameter_is_its_own_master():
     assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def without_masters(parameters, **options):
+    return MasterWeightAdamW(parameters, master_weights=False, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_masters_a_step_is_the_rounding_of_float32s(dtype):
+    """Of the 16-bit weight, at every step; moments are float32 as with masters."""
+    own_model, reference = Mixed(dtype), Mixed(dtype)
+    own = without_masters(parameter_groups(own_model, 0.3), lr=1e-2)
+    moments = {}
+    for step in range(5):
+        give_gradients(own_model, seed=step)
+        own.step()
+        for name, parameter in reference.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            exact = nn.Parameter(parameter.detach().float())
+            decay = 0.3 if parameter.dim() >= 2 else 0.0
+            adamw = torch.optim.AdamW([exact], lr=1e-2, betas=(0.9, 0.95), weight_decay=decay, foreach=False)
+            if name in moments:
+                adamw.state[exact] = moments[name]
+            exact.grad = own_model.get_parameter(name).grad.float()
+            adamw.step()
+            moments[name] = adamw.state[exact]
+            parameter.data.copy_(exact.detach())
+        for name, value in weights(reference).items():
+            assert torch.equal(weights(own_model)[name], value), (step, name)
+    for name, moment in moments.items():
+        state = own.state[own_model.get_parameter(name)]
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["exp_avg"].dtype == torch.float32
+        torch.testing.assert_close(state["exp_avg"], moment["exp_avg"])
+        torch.testing.assert_close(state["exp_avg_sq"], moment["exp_avg_sq"])
+        assert state["step"] == moment["step"] == 5
+
+
+def test_without_masters_small_steps_are_lost():
+    start, own, _ = steps_of(MasterWeightAdamW, torch.bfloat16)
+    _, lossy, state = steps_of(without_masters, torch.bfloat16)
+    assert "master" not in state
+    assert share_moved(start, lossy) < 0.3 < 0.9 < share_moved(start, own)
+
+
+def test_in_float32_masters_make_no_difference():
+    _, own, state = steps_of(MasterWeightAdamW, torch.float32, n=3)
+    _, other, other_state = steps_of(without_masters, torch.float32, n=3)
+    assert torch.equal(own, other) and state.keys() == other_state.keys()
+
+
+@pytest.mark.parametrize("make", [MasterWeightAdamW, without_masters])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_are_stepped_like_the_whole(monkeypatch, make, dtype):
+    _, whole, state = steps_of(make, dtype, n=3)
+    monkeypatch.setattr(MasterWeightAdamW, "SLICE", 1000)
+    _, sliced, sliced_state = steps_of(make, dtype, n=3)
+    assert torch.equal(whole, sliced)
+    assert all(torch.equal(value, sliced_state[name]) for name, value in state.items())
+
+
+def test_masters_are_kept_as_asked(no_torchrun):
+    with process_groups(CPU):
+        found = [build_optimizer(Mixed(), options(line)).optim.master_weights for line in ("", "--no_master_weights")]
+    assert found == [True, False]
+
+
 def test_a_parameter_without_a_gradient_stays():
     model = Mixed(torch.bfloat16)
     optimizer = MasterWeightAdamW(parameter_groups(model, 0.5), lr=0.1)
@@ -239,22 +309,52 @@ def test_schedules_without_warm_up_or_decay():
 # --- loss scale, norm, update --------------------------------------------------------------------------------
 
 
+def float16_scale(**changes):
+    return LossScale(**{**asdict(LossScale.for_dtype(torch.float16)), **changes})
+
+
+def no_scale():
+    return LossScale.for_dtype(torch.float32)
+
+
 def test_the_float16_scale_halves_and_doubles():
-    scale = LossScale(torch.float16, growth_interval=3)
+    scale = float16_scale(growth_interval=3)
     values = []
     for overflowed in (False, False, True, False, False, False, False, False, False, True):
         scale.update(overflowed)
         values.append(scale.value / 2**14)
     assert values == [1, 1, 0.5, 0.5, 0.5, 1, 1, 1, 2, 1]
-    assert scale.skipped == 2
+
+
+def test_the_float16_scale_never_drops_below_1():
+    scale, values = float16_scale(), []
+    for _ in range(20):
+        scale.update(overflowed=True)
+        values.append(scale.value)
+    assert values == [max(2.0 ** (13 - n), 1.0) for n in range(20)]
+
+
+def test_a_loss_scale_goes_on_from_a_checkpoint():
+    """Its fields are JSON, and what is made from them does what the first would have done."""
+    first = float16_scale(growth_interval=5)
+    for overflowed in (True, False, False, False):
+        first.update(overflowed)
+    second = LossScale(**json.loads(json.dumps(asdict(first))))
+    assert second == first
+    for scale in (first, second):
+        scale.update(overflowed=False)
+        scale.update(overflowed=False)
+    assert second == first and second.value == 2.0**14
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_dtypes_have_no_scale(dtype):
-    scale = LossScale(dtype, growth_interval=1)
+    scale = LossScale.for_dtype(dtype)
+    assert scale.growth_interval == 1000
+    scale.growth_interval = 1
     scale.update(overflowed=True)
     scale.update(overflowed=False)
-    assert (scale.value, scale.active, scale.skipped) == (1.0, False, 0)
+    assert (scale.value, scale.active) == (1.0, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -289,73 +389,107 @@ class GradientStep(torch.optim.Optimizer):
 
 
 def prepared(dtype=torch.float32, grad_factor=1.0):
-    """A model with gradients, an optimizer whose steps are the gradients, and a schedule."""
+    """A model with gradients, and an optimizer whose steps are the gradients."""
     model = Mixed(dtype)
     give_gradients(model, seed=3, factor=grad_factor)
-    optimizer = GradientStep([p for p in model.parameters() if p.requires_grad])
-    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    return model, GradientStep([p for p in model.parameters() if p.requires_grad])
 
 
 def distance(before, model):
     return torch.cat([(before[name] - value).flatten() for name, value in weights(model).items()]).norm().item()
 
 
+def assert_unmoved(before, model):
+    """Weights are as they were, and the gradients are gone: zeros, not None."""
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("grad_clip", [0.25, 1.0])
 def test_clipping_scales_to_the_clip_and_the_norm_is_that_before(grad_clip):
-    model, optimizer, schedule = prepared()
+    model, optimizer = prepared()
     before, norm = weights(model), gradient_norm(model).item()
     gradient = model.matrix.grad.clone()
     assert norm > 5
-    assert update(model, optimizer, schedule, LossScale(torch.float32), grad_clip) == norm
+    assert update(model, optimizer, no_scale(), grad_clip, loss=2.0) == (norm, "stepped")
     assert distance(before, model) == pytest.approx(grad_clip, rel=1e-5)
     torch.testing.assert_close(before["matrix"] - model.matrix.detach(), gradient * (grad_clip / norm))
     assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
-    assert schedule.get_last_lr() == [0.5]
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 1e4])
 def test_small_gradients_and_clip_0_are_left_as_they_are(grad_clip):
-    model, optimizer, schedule = prepared()
+    model, optimizer = prepared()
     expected = {name: p.detach() - p.grad if p.requires_grad else p for name, p in model.named_parameters()}
-    update(model, optimizer, schedule, LossScale(torch.float32), grad_clip)
+    assert update(model, optimizer, no_scale(), grad_clip, loss=2.0)[1] == "stepped"
     assert all(torch.equal(expected[name], value) for name, value in weights(model).items())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(bad, dtype):
-    model, optimizer, schedule = prepared(dtype)
+def test_a_gradient_that_is_not_finite_is_skipped_before_the_weights_move(bad, dtype):
+    model, optimizer = prepared(dtype)
     before = weights(model)
     model.bias.grad[2] = bad
-    with pytest.raises(FloatingPointError, match="diverged"):
-        update(model, optimizer, schedule, LossScale(dtype), 1.0)
-    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
-    assert schedule.get_last_lr() == [1.0]
+    norm, outcome = update(model, optimizer, LossScale.for_dtype(dtype), 1.0, loss=2.0)
+    assert outcome == "bad" and not math.isfinite(norm)
+    assert_unmoved(before, model)
+    give_gradients(model, seed=4)  # and the next one is made as if nothing had been
+    assert update(model, optimizer, LossScale.for_dtype(dtype), 1.0, loss=2.0)[1] == "stepped"
+    assert distance(before, model) == pytest.approx(1.0, rel=1e-5 if dtype == torch.float32 else 2**-6)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_loss_that_is_not_finite_is_skipped_though_gradients_are(bad, dtype):
+    """Another rank's loss can be it, and a mask can keep it out of the gradients. No scale is to blame for it."""
+    model, optimizer = prepared(dtype)
+    before, norm, scale = weights(model), gradient_norm(model).item(), LossScale.for_dtype(dtype)
+    factor = scale.value
+    assert update(model, optimizer, scale, 1.0, loss=bad) == (norm / factor, "bad")
+    assert_unmoved(before, model)
+    assert scale.value == factor
+
+
+@pytest.mark.parametrize("optimizer_class", [MasterWeightAdamW, without_masters])
+def test_a_skipped_update_leaves_the_optimizer_as_it_was(optimizer_class):
+    model = Mixed(torch.bfloat16)
+    optimizer = optimizer_class(parameter_groups(model, 0.1), lr=1e-2)
+    give_gradients(model, seed=0)
+    update(model, optimizer, no_scale(), 1.0, loss=2.0)
+    before = {p: {name: value.clone() for name, value in state.items()} for p, state in optimizer.state.items()}
+    give_gradients(model, seed=1)
+    assert update(model, optimizer, no_scale(), 1.0, loss=float("nan"))[1] == "bad"
+    assert before.keys() == optimizer.state.keys()
+    for parameter, state in before.items():
+        assert all(torch.equal(value, optimizer.state[parameter][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 def test_scaled_gradients_are_unscaled(grad_clip):
-    scale = LossScale(torch.float16)
+    scale = float16_scale()
     scaled, plain = prepared(grad_factor=scale.value), prepared()
-    norm = update(*plain, LossScale(torch.float32), grad_clip)
-    assert update(*scaled, scale, grad_clip) == pytest.approx(norm, rel=1e-6)
+    norm, _ = update(*plain, no_scale(), grad_clip, loss=2.0)
+    assert update(*scaled, scale, grad_clip, loss=2.0) == (pytest.approx(norm, rel=1e-6), "stepped")
     for name, value in weights(plain[0]).items():
         torch.testing.assert_close(weights(scaled[0])[name], value)
-    assert (scale.value, scale.good_steps, scale.skipped) == (2.0**14, 1, 0)
+    assert (scale.value, scale.good_steps) == (2.0**14, 1)
 
 
 def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale():
-    model, optimizer, schedule = prepared(torch.float16)
-    before, scale = weights(model), LossScale(torch.float16)
+    model, optimizer = prepared(torch.float16)
+    before, scale = weights(model), float16_scale()
     model.conv.grad[0] = float("inf")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the schedule moves without the optimizer, as it has to
-        assert not update(model, optimizer, schedule, scale, 1.0) < float("inf")
-    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
-    assert (scale.value, scale.skipped) == (2.0**13, 1)
-    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
+    norm, outcome = update(model, optimizer, scale, 1.0, loss=2.0)
+    assert outcome == "overflow" and not norm < float("inf")
+    assert_unmoved(before, model)
+    assert scale.value == 2.0**13
     give_gradients(model, seed=4, factor=scale.value * 1e-3)
-    assert update(model, optimizer, schedule, scale, 1.0) < 1.0
+    norm, outcome = update(model, optimizer, scale, 1.0, loss=2.0)
+    assert outcome == "stepped" and norm < 1.0
     assert distance(before, model) > 0
 
 
@@ -364,22 +498,23 @@ def test_small_float16_gradients_are_not_lost_when_they_are_unscaled():
     weight = nn.Parameter(torch.full((8, 8), 0.01, dtype=torch.float16))
     model = nn.ParameterList([weight])
     optimizer = MasterWeightAdamW([weight], lr=0.1)
-    scale = LossScale(torch.float16)
+    scale = float16_scale()
     weight.grad = torch.full_like(weight, 1e-8 * scale.value)
-    update(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 100), scale, 1.0)
+    update(model, optimizer, scale, 1.0, loss=2.0)
     moved = 0.01 - weight.detach().float()
     torch.testing.assert_close(moved, torch.full((8, 8), 0.05), rtol=0.02, atol=0.0)  # lr * g / (g + eps)
 
 
-def test_a_float16_run_that_diverged_for_good_stops():
-    """Weights that are NaN overflow at every scale; skipping for ever would hide it."""
-    model, optimizer, schedule = prepared(torch.float16)
-    scale = LossScale(torch.float16)
-    with warnings.catch_warnings(), pytest.raises(FloatingPointError):
-        warnings.simplefilter("ignore")
-        for _ in range(1200):
-            model.bias.grad = torch.full_like(model.bias, float("nan"))
-            update(model, optimizer, schedule, scale, 1.0)
+def test_a_float16_run_that_diverged_for_good_is_told_from_overflows():
+    """Weights that are NaN overflow at every scale; called overflows for ever, that would hide it."""
+    model, optimizer = prepared(torch.float16)
+    before, scale, outcomes = weights(model), float16_scale(), []
+    for _ in range(20):
+        model.bias.grad = torch.full_like(model.bias, float("nan"))
+        outcomes.append(update(model, optimizer, scale, 1.0, loss=2.0)[1])
+    assert outcomes == ["overflow"] * 14 + ["bad"] * 6
+    assert scale.value == 1.0
+    assert_unmoved(before, model)
 
 
 # --- devices and ranks ---------------------------------------------------------------------------------------
@@ -466,6 +601,12 @@ def test_a_plain_run_is_the_main_rank(no_torchrun):
     assert not training_utils.is_main_rank()
 
 
+def test_the_number_of_ranks_is_known_before_they_meet(no_torchrun):
+    assert launched_world_size() == 1
+    os.environ["WORLD_SIZE"] = "6"
+    assert launched_world_size() == 6
+
+
 def test_process_groups_of_a_plain_run(no_torchrun):
     environment = dict(os.environ)
     with process_groups(CPU) as ranks:
@@ -491,15 +632,40 @@ def test_each_node_has_its_own_teacher(rank, local_rank, teacher_rank):
     assert ranks.is_main is (rank == 0)
 
 
+def test_one_rank_agrees_with_itself(no_torchrun):
+    with process_groups(CPU) as ranks:
+        assert ranks.maximum(3, 0, -1) == [3, 0, -1]
+        values = torch.tensor([1.0, 2.5])
+        total = ranks.total(values)
+        assert torch.equal(total, values) and total is not values
+
+
 def test_means_of_a_meter(no_torchrun):
     with process_groups(CPU):
         meter = Meter(CPU)
-        meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]))
+        meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), (7, 9))
+        meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), (2, 0))
         expected = {"loss": 2.0, "kl": 3.0, "ce": 4.0, "ignored_labels": 10.0, "teacher_wait_s": 0.75}
         assert meter.mean(teacher_wait_s=0.75) == expected
-        meter.add(torch.tensor([1.0, 1.0, 1.0, 0.0]))  # it started anew
+        assert meter.mean(teacher_wait_s=0.75) == expected  # to ask changes nothing
+        assert meter.windows() == [7, 9, 2, 0]
+        meter.clear()
+        assert meter.windows() == []
+        meter.add(torch.tensor([1.0, 1.0, 1.0, 0.0]), (5,))
         assert meter.mean() == {"loss": 1.0, "kl": 1.0, "ce": 1.0, "ignored_labels": 0.0}
+        assert meter.windows() == [5]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_meter_knows_which_windows_made_a_loss_that_is_not_finite(no_torchrun, bad):
+    with process_groups(CPU):
+        meter = Meter(CPU)
+        for loss, windows in ((1.0, (0, 1)), (bad, (2, 3)), (2.0, (4, 5)), (bad, range(6, 8))):
+            meter.add(torch.tensor([loss, 1.0, 1.0, 0.0]), windows)
+        assert meter.windows(only_bad=True) == [2, 3, 6, 7]
+        assert meter.windows() == list(range(8))
+        means = meter.mean()
+    assert not math.isfinite(means["loss"]) and means["kl"] == means["ce"] == 1.0
 
 
 # --- the student with its loss -------------------------------------------------------------------------------
@@ -531,6 +697,39 @@ def test_the_teachers_head_is_neither_trained_nor_saved():
     assert not any("teacher" in name for name in model.state_dict())
 
 
+def ddp_student(args, seed):
+    student = tiny_student()
+    model = wrap_ddp(DistillationModel(student.train(), tiny_teacher().lm_head.weight.detach()[:50], 50, args), CPU)
+    batch = to_device(Batch.from_windows(tokens(2, 10, seed)), CPU)
+    return model, batch, torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("line", ["", "--kl_weight 0", "--teacher_signal logits"])
+def test_settling_the_buckets_changes_nothing_else(no_torchrun, line):
+    """Weights, random state and what the next steps compute; buckets are DDP's own."""
+    args = options(f"--dtype float32 --batch_size 2 --seq_length 9 {line}")
+    with process_groups(CPU):
+        found = []
+        for settles in (False, True):
+            model, batch, signal = ddp_student(args, seed=3)
+            if args.teacher_signal == "logits":
+                model.module.teacher_head, signal = None, torch.cat([signal, signal[..., :18]], dim=-1)
+            before, random = weights(model), torch.get_rng_state()
+            if settles:
+                settle_buckets(model, args, CPU)
+                assert torch.equal(torch.get_rng_state(), random)
+                assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+                assert all(not p.grad.any() for p in model.parameters())  # zeros: none is without
+            loss, figures = model(batch, signal if args.kl_weight else None)
+            loss.backward()
+            found.append((figures, {name: p.grad.clone() for name, p in model.named_parameters()}))
+            assert model.reducer._rebuild_buckets() is not settles  # which would come now, before the second step
+            del model, loss
+        (figures, gradients), (settled_figures, settled_gradients) = found
+        assert torch.equal(figures, settled_figures)
+        assert all(torch.equal(value, settled_gradients[name]) for name, value in gradients.items())
+
+
 # --- two real ranks ------------------------------------------------------------------------------------------
 
 STEPS = 6
@@ -546,7 +745,8 @@ def train_mixed(dtype):
     schedule = build_schedule(optimizer, args, STEPS, done=0)
     for step in range(STEPS):
         give_gradients(model, seed=step)
-        update(model, optimizer, schedule, LossScale(dtype), args.grad_clip)
+        update(model, optimizer, LossScale.for_dtype(dtype), args.grad_clip, loss=2.0)
+        schedule.step()
     return model, optimizer
 
 
@@ -574,6 +774,19 @@ def masters(model, optimizer):
     return {name: entry["master"].dtype if "master" in entry else None for name, entry in state.items()}
 
 
+def bad_on_one_rank(rank):
+    """A step whose loss is NaN on rank 1 alone: what each rank makes of it, and the windows that it suspects."""
+    meter, model = Meter(CPU), Mixed()
+    optimizer = GradientStep([p for p in model.parameters() if p.requires_grad])
+    for micro_step in range(2):
+        is_bad = rank == 1 and micro_step == 1
+        meter.add(torch.tensor([float("nan") if is_bad else 1.0, 1.0, 1.0, 0.0]), (2 * micro_step + rank,))
+    give_gradients(model, seed=0)
+    before = weights(model)
+    _, outcome = update(model, optimizer, no_scale(), 1.0, meter.mean()["loss"])
+    return outcome, distance(before, model), meter.windows(only_bad=True)
+
+
 def work(rank, port, folder):
     """One of two ranks; leaves what it found in `<folder>/<rank>.pt`."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
@@ -587,8 +800,13 @@ def work(rank, port, folder):
             found[dtype] = {"weights": weights(model), "masters": masters(model, optimizer)}
         meter = Meter(CPU)
         for micro_step in range(3):
-            meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]) * (rank + 1) + micro_step)
+            meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]) * (rank + 1) + micro_step, (2 * micro_step + rank,))
         found["mean"] = meter.mean(teacher_wait_s=rank)
+        found["windows"] = meter.windows()
+        found["maximum"] = ranks.maximum(rank, 1 - rank, 3 - 5 * rank)
+        own = torch.tensor([rank + 1.0, 0.25])
+        found["total"], found["own"] = ranks.total(own), own
+        found["bad"] = bad_on_one_rank(rank)
         torch.save(found, Path(folder) / f"{rank}.pt")
         del model, optimizer
 
@@ -647,3 +865,15 @@ def test_a_meter_averages_over_ranks(two_ranks):
     expected = {"loss": 2.5, "kl": 4.0, "ce": 5.5, "ignored_labels": 21.0, "teacher_wait_s": 0.5}
     for found in two_ranks:
         assert found["mean"] == pytest.approx(expected)
+    assert [found["windows"] for found in two_ranks] == [[0, 2, 4], [1, 3, 5]]  # each its own
+
+
+def test_ranks_agree_on_maximum_and_total(two_ranks):
+    for rank, found in enumerate(two_ranks):
+        assert found["maximum"] == [1, 1, 3]
+        assert found["total"].tolist() == [3.0, 0.5]
+        assert found["own"].tolist() == [rank + 1.0, 0.25]
+
+
+def test_a_loss_that_is_bad_on_one_rank_is_skipped_by_all(two_ranks):
+    assert [found["bad"] for found in two_ranks] == [("bad", 0.0, []), ("bad", 0.0, [3])]

@@ -1,0 +1,34 @@
+"""What two runs have come to, to be compared bit by bit."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+FIGURES = ("step", "micro_step", "loss", "kl", "ce", "lr", "grad_norm", "tokens", "skipped_updates")
+
+
+def rows(output_dir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{name: row[name] for name in FIGURES} for row in map(json.loads, lines)]
+
+
+def tensors(checkpoint: Path) -> dict[str, str]:
+    """Hash of every weight, master, moment and random state, whichever file has it."""
+    found = {}
+    for file in checkpoint.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return found
+
+
+def differences(one: Path, other: Path, step: int) -> list[str]:
+    """Names of what differs at the end of two runs of `step` micro steps: nothing, if they are the same run."""
+    a, b = tensors(one / f"checkpoint-{step}"), tensors(other / f"checkpoint-{step}")
+    found = [f"tensor {name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    if rows(one) != rows(other):
+        found.append("the rows of metrics.jsonl")
+    return found

@@ -1,0 +1,61 @@
+"""Where a rank can be killed on purpose: a function that is about to run kills all ranks at its n-th call. Each trap is
+set in one rank by `arm`.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import saver
+import training_utils
+import utils
+
+# The moment's name -> object and attribute whose call is the moment.
+MOMENTS = {
+    "in the forward pass": (training_utils.DistillationModel, "forward"),
+    "in an update": (training_utils.MasterWeightAdamW, "step"),
+    "writing metrics": (utils.RunLog, "_append"),
+    "copying to the host": (saver, "copy_to_host"),
+    "before a rank's part": (saver, "write_part"),
+    "writing tensors": (checkpoint, "save_file"),
+    "flushing a file": (checkpoint, "flush_to_disk"),
+    "hashing a file": (checkpoint, "sha256"),
+    "before the publishing": (saver, "publish"),
+    "at the rename": (Path, "rename"),
+    "after the rename": (saver, "point_latest_to"),
+    "deleting an old one": (saver, "keep_newest"),
+    "restoring": (torch, "set_rng_state"),
+}
+OFTEN = {"in the forward pass", "in an update", "writing metrics", "flushing a file", "hashing a file", "at the rename"}
+
+
+def trap(owner: object, name: str, n: int, act: Callable[[], None]) -> None:
+    """Has the n-th call of `owner.name` begin with `act`."""
+    real, calls = vars(owner)[name], 0
+
+    def sprung(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            act()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, sprung)
+
+
+def kill_all() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def killing_at(moment: str, n: int, rank: int) -> Callable[[int], None]:
+    """An `arm` that kills all ranks when this one is at the moment for the n-th time."""
+
+    def arm(own_rank: int) -> None:
+        if own_rank == rank:
+            trap(*MOMENTS[moment], n, kill_all)
+
+    return arm
