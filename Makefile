@@ -6,7 +6,7 @@ DEMO := runs/demo
 BENCH := runs/bench
 BENCH_OPTIONS ?=
 
-.PHONY: setup setup-dev setup-bench demo test test-bench lint bench
+.PHONY: setup setup-dev setup-bench demo test test-bench faults lint bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev

@@ -30,10 +30,14 @@ KEPT_BY_A_RUN = (
     "dataset_revision",
     "dataset_text_field",
     "dataset_streaming",
-    "skip_bad_rows",
     "seq_length",
 )
 KEPT_BY_A_STREAM = ("shuffle_buffer", "batch_size")  # besides these
+KEPT_BY_A_CACHE = ("skip_bad_rows",)  # a stream that ended at a bad row may go on without it
+# What a run may change without a word: where and how it is watched, not what it computes.
+FREE_TO_CHANGE = frozenset(
+    {"preset", "local_files_only", "student_model", "resume", "resume_step", "time_limit", "dataset_cache_dir"}
+)
 SHARED, MODELS, DATA, LOSS, TRAINING, OUTPUT, EVALUATION = (
     "general",
     "models",
@@ -262,6 +266,11 @@ class EvalArguments(CommonArguments):
         if not 0 <= self.num_fewshot <= 5:
             found.append(f"--num_fewshot {self.num_fewshot}: expected 0 to 5, as many as MMLU's dev split has")
         return [problem for problem in found if problem]
+
+
+def group_of(name: str) -> str:
+    """The group that an option of training is listed in."""
+    return next(field.metadata["group"] for field in dataclasses.fields(TrainArguments) if field.name == name)
 
 
 def parse_train_args(argv: list[str] | None = None) -> TrainArguments:

@@ -173,11 +173,14 @@ def quick_check(checkpoint: Path) -> str | None:
             return f"{SUMS_FILE} does not list {', '.join(missing)}"
         for name in sums:
             if name.endswith(".safetensors"):
-                with safe_open(checkpoint / name, "pt"):  # a file that was cut short does not open
-                    pass
+                try:
+                    with safe_open(checkpoint / name, "pt"):  # a file that was cut short does not open
+                        pass
+                except SafetensorError as error:
+                    return f"{name} cannot be opened: {error}"
     except FileNotFoundError as error:
         return f"{Path(error.filename or '?').name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it cannot be read: {error}"
     return None
 
@@ -193,7 +196,7 @@ def hash_check(checkpoint: Path, names: Iterable[str]) -> str | None:
 
 def read_sums(checkpoint: Path) -> dict[str, str]:
     """File name -> SHA-256."""
-    lines = (checkpoint / SUMS_FILE).read_text().splitlines()
+    lines = (checkpoint / SUMS_FILE).read_text(errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines]
     if not all(matches):
         raise ValueError(f"{SUMS_FILE} is no list of SHA-256 sums")

@@ -28,15 +28,13 @@ from arguments import TrainArguments
 from packing import (
     Encoder,
     PackedTextDataset,
-    check_text_field,
     check_tokenizer,
-    only_texts,
-    rows_of,
     run_ahead,
     wait_for_token_file,
     write_token_file,
 )
-from sources import cache_root, describe, network_forbidden, open_source, open_stream, open_table
+from rows import check_text_field, only_texts, rows_of
+from sources import cache_root, describe, explain_fault, network_forbidden, open_source, open_stream, open_table
 from streaming import StreamState, TextStream
 
 __all__ = ["Batch", "PackedTextDataset", "build_dataloader", "check_text_field", "check_tokenizer"]
@@ -126,6 +124,7 @@ def build_dataloader(
         source = open_source(args)
         if source.info.features is not None:  # else known only once the data is read
             check_text_field(source.info.features, args.dataset_text_field)
+        explain = functools.partial(explain_fault, source=source, args=args)
         if args.dataset_streaming:
             texts = TextStream(
                 open_stream(source, args),
@@ -134,6 +133,8 @@ def build_dataloader(
                 seed=args.seed,
                 rank=rank,
                 world_size=world_size,
+                skip_bad_rows=args.skip_bad_rows,
+                explain=explain,
             )
             return StreamingLoader(texts, encoder, args, rank, control_group, position)
         made_from = describe(source, args, encoder)
@@ -143,8 +144,9 @@ def build_dataloader(
             logger.info("using the packed dataset %s", directory)
         elif is_builder:
             table = open_table(source, args)
-            rows = only_texts(rows_of(table, args.dataset_text_field), args.dataset_text_field)
-            write_token_file(directory, rows, encoder, {"dataset": args.dataset_name, **made_from})
+            field = args.dataset_text_field
+            texts_of_table = only_texts(rows_of(table, field, explain), field, args.skip_bad_rows)
+            write_token_file(directory, texts_of_table, encoder, {"dataset": args.dataset_name, **made_from})
         else:
             wait_for_token_file(directory)
     windows = PackedTextDataset(directory, args.seq_length)

@@ -275,7 +275,7 @@ def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> t
     for parameter in shard:
         parameter.grad = torch.empty_like(parameter)
     memory = LiveMemory([*shard, *(p.grad for p in shard if p.grad is not None)])
-    optimizer = MasterWeightAdamW(shard)
+    optimizer = MasterWeightAdamW(shard, master_weights=args.master_weights)
     with memory:
         optimizer.step()  # makes the state
         kept = memory.total

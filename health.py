@@ -103,15 +103,14 @@ class UpdateHealth:
     def _warn(self, shares: dict[str, float]) -> None:
         if self.keeps_masters or not self.ranks.is_main:
             return
-        for part, share in shares.items():
-            if share < self.EXPECTED:
-                logger.warning(
-                    "only %.1f%% of the trained weights of the part %r changed in the last %d steps: updates are too "
-                    "small for the weights' dtype and are lost; train with --master_weights, or raise --max_lr",
-                    100 * share,
-                    part,
-                    self.interval,
-                )
+        stuck = [f"{100 * share:.1f}% of the {part}" for part, share in shares.items() if share < self.EXPECTED]
+        if stuck:
+            logger.warning(
+                "of the trained weights only %s changed in the last %d steps: updates are too small for the weights' "
+                "dtype and are lost; train with --master_weights, or raise --max_lr",
+                ", ".join(stuck),
+                self.interval,
+            )
 
 
 def _places(parameter: nn.Parameter, n: int) -> Tensor:

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rows import check_text_field, only_texts, rows_of  # noqa: F401  until data.py imports them from rows
 from utils import flush_to_disk
 
 logger = logging.getLogger("train")
@@ -152,7 +151,7 @@ def run_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
         else:
             offer(None)
 
-    thread = threading.Thread(target=produce, name="run-ahead")
+    thread = threading.Thread(target=produce, name="run-ahead", daemon=True)
     thread.start()
     try:
         while (item := ready.get()) is not None:
@@ -161,7 +160,7 @@ def run_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(timeout=10)  # it may be waiting for a lost connection, which must not keep the process
 
 
 def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, made_from: dict) -> None:

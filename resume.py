@@ -8,7 +8,15 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from arguments import KEPT_BY_A_RUN, KEPT_BY_A_STREAM, TrainArguments
+from arguments import (
+    FREE_TO_CHANGE,
+    KEPT_BY_A_CACHE,
+    KEPT_BY_A_RUN,
+    KEPT_BY_A_STREAM,
+    OUTPUT,
+    TrainArguments,
+    group_of,
+)
 from checkpoint import (
     SMALL,
     STATE_FILE,
@@ -133,7 +141,7 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
     """
     state = read_state(checkpoint)
     before: dict[str, Any] = state["arguments"]
-    kept = {*KEPT_BY_A_RUN, *(KEPT_BY_A_STREAM if args.dataset_streaming else ())}
+    kept = {*KEPT_BY_A_RUN, *(KEPT_BY_A_STREAM if args.dataset_streaming else KEPT_BY_A_CACHE)}
     changed = {name: value for name, value in vars(args).items() if name in before and before[name] != value}
     problems = [
         f"--{name} {value}: the run of {checkpoint} has {before[name]}; give the same"
@@ -148,9 +156,8 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
         )
     if problems:
         raise ValueError("\n  ".join([f"--resume {args.resume}: this would be another run:", *problems]))
-    harmless = {"resume", "student_model", "output_dir", "log_file", "local_files_only", "preset"}
     for name, value in changed.items():
-        if name not in harmless and is_main_rank():
+        if name not in FREE_TO_CHANGE and group_of(name) != OUTPUT and is_main_rank():
             logger.warning("goes on with --%s %s where it had %s", name, value, before[name])
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = ("", *(s.name for s in SIGNALS), "--time_limit")  # by the code that the ranks agree on
@@ -72,7 +73,7 @@ class StopRequest:
 @contextmanager
 def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
     request = StopRequest(time_limit)
-    before = {number: signal.signal(number, request.hear) for number in SIGNALS}
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, request.hear) for number in SIGNALS}
     bell, rope = socket.socketpair()  # Python writes each signal's number to it at once
     rope.setblocking(False)
     outer = signal.set_wakeup_fd(rope.fileno(), warn_on_full_buffer=False)
@@ -80,6 +81,9 @@ def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
     watcher.start()
     try:
         yield request
+    except Interrupted:
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # torchrun repeats it, and it has been heard
+        raise
     finally:
         signal.set_wakeup_fd(outer)
         rope.close()

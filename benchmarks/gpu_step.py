@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from bare_run import train_steps
 from gpu_measure import Job, forget_peak, matmul_rate, peak_memory
 from torch import nn
 from torch.autograd import DeviceType
@@ -164,7 +165,7 @@ def random_batches(shapes: Shapes, batch_size: int) -> Iterator[Batch]:
 
 def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
     """The training script from the loading of the models on; they are made in memory. `log` stands where a run has its
-    log: `begin(model, teacher)` before the first step, `write(metrics)` after each.
+    log: `begin(model, teacher)` before the first step, `write(metrics)` after each, `flush_to_disk()` at the end.
     """
     device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=True)
     vocab = shared_vocab(shapes.student.vocab_size, shapes.teacher.vocab_size)
@@ -183,7 +184,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
         model = wrap_ddp(DistillationModel(student, head, vocab, args), device)
         log.begin(model.module, teachers.pop())
         batches = random_batches(shapes, args.batch_size)
-        train_gpus.distil(args, batches, STEPS, model, lane, ranks, log, save=lambda micro_step, step: None)
+        train_steps(args, batches, STEPS, model, lane, ranks, log)
         lane.close()
 
     with (
@@ -211,6 +212,9 @@ class StepLog:
     def write(self, metrics: dict[str, float]) -> None:
         self.rows.append(metrics)
         self.peak_bytes = peak_memory(self.device)
+
+    def flush_to_disk(self) -> None:
+        pass
 
     def median(self, name: str) -> float:
         return statistics.median(row[name] for row in self.rows[WARM_UP:-1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import plain_loop
 import torch
+from bare_run import train_steps
 from bench_step import STEPS, Case
 from harness import Row
 from torch import Tensor
@@ -21,7 +22,6 @@ from data import Batch
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import prepare_student
 from teacher import open_lane
-from train_gpus import distil
 from training_utils import DistillationModel, Ranks, process_groups, wrap_ddp
 from utils import RunLog
 
@@ -51,7 +51,7 @@ def train_ours(case: Case, recorder: "Recorder", ranks: Ranks, *more_options: st
     model = wrap_ddp(DistillationModel(student, head, case.vocab, args), ranks.device)
     batches = batches_of(case, ranks, recorder)
     log = RecorderLog(args, recorder)
-    distil(args, batches, STEPS, model, lane, ranks, log, save=lambda micro_step, step: None)
+    train_steps(args, batches, STEPS, model, lane, ranks, log)
     lane.close()
 
 
@@ -59,7 +59,7 @@ class RecorderLog(RunLog):
     """A run's log that writes no file and tells the recorder."""
 
     def __init__(self, args: TrainArguments, recorder: "Recorder") -> None:
-        super().__init__(args, is_main=False)
+        super().__init__(args, start=0, is_main=False)
         self.recorder = recorder
 
     def write(self, row: dict[str, Any]) -> None:

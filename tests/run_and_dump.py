@@ -13,9 +13,10 @@ from utils import run_entry
 real_distil = train_gpus.distil
 
 
-def distil_and_dump(args, batches, total_steps, model, lane, ranks, *rest):
-    real_distil(args, batches, total_steps, model, lane, ranks, *rest)
+def distil_and_dump(args, batches, total_steps, progress, model, optimizer, lane, ranks, *rest):
+    code = real_distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, *rest)
     torch.save(model.module.student.state_dict(), Path(args.output_dir) / f"rank-{ranks.rank}.pt")
+    return code
 
 
 train_gpus.distil = distil_and_dump

@@ -70,6 +70,10 @@ def windows_of(batches) -> list[list[int]]:
     return [window for row in rows for window in row.tolist()]
 
 
+def ids_of(batches) -> list[int]:
+    return [i for batch in batches for i in batch.window_ids]
+
+
 def expected_windows(documents: list[str], seq: int = SEQ) -> list[list[int]]:
     ids = plain_ids(documents)
     return [ids[i : i + seq + 1] for i in range(0, len(ids) - seq, seq + 1)]
@@ -110,8 +114,8 @@ def test_cached_ranks_share_out_every_window_once(tmp_path: Path, world_size: in
     steps = len(expected) // (2 * world_size)
     assert [len(rank) for rank in ranks] == [steps] * world_size
     assert [len(windows) for windows in seen] == [2 * steps] * world_size
-    # Windows may be equal by chance, so positions are compared, which the sampler gives.
-    positions = [i for rank in ranks for batch in rank.order for i in batch]
+    # Windows may be equal by chance, so their numbers are compared.
+    positions = [i for rank in ranks for i in ids_of(rank)]
     assert len(set(positions)) == len(positions) == steps * 2 * world_size
     assert sorted(w for rank in seen for w in rank) == sorted(expected[i] for i in positions)
 
@@ -126,25 +130,147 @@ def test_the_global_order_does_not_depend_on_the_number_of_ranks(tmp_path: Path)
 
 
 def test_epochs_and_seeds_differ_and_repeat(tmp_path: Path):
-    path = write_jsonl(tmp_path / "a.jsonl", random_documents(4, 60))
-    orders = {
-        (seed, epoch): windows_of(loader(options(path, seed=seed), epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)
-    }
-    assert len({str(order) for order in orders.values()}) == 4
-    again = loader(options(path, seed=1))
-    again.set_epoch(1)
-    assert windows_of(again) == orders[1, 1]
+    documents = random_documents(4, 60)
+    path, n = write_jsonl(tmp_path / "a.jsonl", documents), len(expected_windows(documents))
+    orders = {seed: ids_of(loader(options(path, seed=seed, epochs=2, batch_size=1))) for seed in (0, 1)}
+    epochs = [order[start : start + n] for order in orders.values() for start in (0, n)]
+    assert len({str(epoch) for epoch in epochs}) == 4
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert ids_of(loader(options(path, seed=1, epochs=2, batch_size=1))) == orders[1]
+    assert ids_of(loader(options(path, seed=1, batch_size=1))) == orders[1][:n]  # more epochs are more of the same
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_starting_at_a_step_gives_the_rest_of_the_epoch(tmp_path: Path, streaming: bool):
+def test_a_micro_step_may_end_one_epoch_and_begin_another(tmp_path: Path):
+    """So that only the very last windows of the order can be left over, fewer than one micro step."""
+    documents = random_documents(4, 60)
+    path, n = write_jsonl(tmp_path / "a.jsonl", documents), len(expected_windows(documents))
+    one_by_one = ids_of(loader(options(path, epochs=3, batch_size=1)))
+    batch_size = next(size for size in range(4, 10) if n % size)
+    batches = loader(options(path, epochs=3, batch_size=batch_size))
+    assert len(batches) == 3 * n // batch_size > 3 * (n // batch_size)
+    assert ids_of(batches) == one_by_one[: len(batches) * batch_size]
+    expected = expected_windows(documents)
+    assert windows_of(batches) == [expected[i] for i in one_by_one[: len(batches) * batch_size]]
+
+
+def test_a_batch_names_its_windows(tmp_path: Path):
+    """In the cached lane by their numbers in the token file."""
+    documents = random_documents(4, 60)
+    for workers in (0, 1):
+        args = options(write_jsonl(tmp_path / "a.jsonl", documents), dataset_workers=workers)
+        batches = list(loader(args, rank=1, world_size=2))
+        assert windows_of(batches) == [expected_windows(documents)[i] for i in ids_of(batches)]
+        assert [batch.position.windows for batch in batches] == [4 * (k + 1) for k in range(len(batches))]
+
+
+def test_a_batch_keeps_its_place_and_names_when_its_tensors_change(tmp_path: Path):
+    batch = next(iter(loader(options(write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))))))
+    changed = batch.with_tensors(lambda tensor: tensor + 1)
+    assert (changed.position, changed.window_ids) == (batch.position, batch.window_ids)
+    assert torch.equal(changed.input_ids, batch.input_ids + 1)
+
+
+# ---- going on
+
+
+def place_behind(batch) -> dict:
+    """As a checkpoint holds it."""
+    return json.loads(json.dumps(batch.position.to_json()))
+
+
+def told(batches) -> list[tuple]:
+    """All that a run can see of batches."""
+    return [(windows_of([batch]), list(batch.window_ids), place_behind(batch)) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "lane",
+    [
+        {"dataset_streaming": False},
+        {"dataset_streaming": True, "shuffle_buffer": 0},
+        {"dataset_streaming": True, "shuffle_buffer": 20},
+    ],
+    ids=["cached", "in order", "shuffled"],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_from_the_place_behind_any_batch_comes_exactly_the_rest(tmp_path: Path, monkeypatch, lane, world_size: int):
+    """Over the border of two epochs, and from places that a run had which itself went on."""
+    monkeypatch.setattr(packing.text_batches, "__defaults__", (9, 1 << 22))  # several stacks in an epoch
+    args = options(write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60)), epochs=2, **lane)
+    for rank in range(world_size):
+        whole = told(loader(args, rank, world_size))
+        assert len(whole) > 12
+        for k, (_, _, place) in enumerate(whole):
+            rest = told(loader(args, rank, world_size, position=place))
+            assert rest == whole[k + 1 :], k
+            if len(rest) > 2:  # a second time
+                assert told(loader(args, rank, world_size, position=rest[1][2])) == rest[2:]
+
+
+def test_a_loader_that_goes_on_can_be_read_twice(tmp_path: Path):
+    for lane in ({"dataset_streaming": False}, {"dataset_streaming": True, "shuffle_buffer": 20}):
+        args = options(write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60)), epochs=2, **lane)
+        whole = told(loader(args))
+        batches = loader(args, position=whole[2][2])
+        assert told(batches) == told(batches) == whole[3:]
+
+
+def test_the_end_of_the_data_is_a_place_too(tmp_path: Path):
+    for lane in ({"dataset_streaming": False}, {"dataset_streaming": True}):
+        args = options(write_jsonl(tmp_path / "a.jsonl", random_documents(5, 30)), epochs=2, **lane)
+        *_, last = loader(args)
+        assert list(loader(args, position=place_behind(last))) == []
+
+
+def test_a_place_is_small_and_plain(tmp_path: Path):
+    """It goes into every checkpoint. In the cached lane it is a number; in a stream, texts of the buffer and the ids
+    that fill no window yet.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60))
-    args = options(path, dataset_streaming=streaming, shuffle_buffer=16)
-    whole = windows_of(loader(args, epoch=2))
-    resumed = loader(args, epoch=2, start_step=3)
-    assert windows_of(resumed) == whole[6:]
-    resumed.set_epoch(2)
-    assert windows_of(resumed) == whole
+    batches = loader(options(path))
+    assert place_behind(next(iter(batches))) == {"windows": 2}
+    place = place_behind(next(iter(loader(options(path, dataset_streaming=True, shuffle_buffer=20)))))
+    assert place.keys() == {"epoch", "texts", "leftover", "first_step", "n_taken"}
+    assert len(place["leftover"]) < 2 * (SEQ + 1)
+
+
+@pytest.mark.parametrize(
+    "legs",
+    [
+        [(2, 2, 3), (3, 2, 2), (1, 2, None)],  # ranks, batch size, micro steps
+        [(2, 2, 4), (1, 5, 2), (3, 1, None)],
+        [(1, 1, 1), (4, 3, 1), (2, 1, None)],
+    ],
+)
+def test_other_ranks_and_batch_sizes_go_on_where_the_last_ended(tmp_path: Path, legs):
+    """In the cached lane: together they take the order from its start, no window left out and none twice."""
+    documents = random_documents(3, 60)
+    path, n = write_jsonl(tmp_path / "a.jsonl", documents), len(expected_windows(documents))
+    order = ids_of(loader(options(path, batch_size=1, epochs=2)))
+    assert [sorted(order[:n]), sorted(order[n:])] == [list(range(n))] * 2
+    taken: list[int] = []
+    position = None
+    for world_size, batch_size, steps in legs:
+        args = options(path, batch_size=batch_size, epochs=2)
+        ranks = [list(loader(args, rank, world_size, position=position)) for rank in range(world_size)]
+        assert len({len(rank) for rank in ranks}) == 1
+        for batches in list(zip(*ranks, strict=True))[:steps]:
+            taken += ids_of(batches)
+            places = [place_behind(batch) for batch in batches]
+            assert places == [places[0]] * world_size  # any rank's is all ranks'
+            position = places[0]
+    left_over = 2 * n - len(taken)
+    assert taken == order[: len(taken)] and 0 <= left_over < world_size * batch_size
+
+
+def test_streams_number_their_windows_from_the_start_of_an_epoch(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(packing.text_batches, "__defaults__", (9, 1 << 22))
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60))
+    args = options(path, dataset_streaming=True, epochs=2)
+    for rank in range(2):
+        epoch = ids_of(loader(dataclasses.replace(args, epochs=1), rank, 2))
+        assert epoch == list(range(len(epoch))) and len(epoch) > 8
+        assert ids_of(loader(args, rank, 2)) == epoch * 2
 
 
 def test_loading_leaves_the_global_random_state_alone(tmp_path: Path):
@@ -230,19 +356,22 @@ def test_streaming_without_a_shuffle_buffer_keeps_the_order_in_every_epoch(tmp_p
     documents = random_documents(6, 40)
     for i in range(4):
         write_jsonl(tmp_path / "dir" / f"{i}.jsonl", documents[10 * i : 10 * (i + 1)])
-    batches = loader(options(tmp_path / "dir", dataset_streaming=True, batch_size=1), epoch=3)
-    assert windows_of(batches) == expected_windows(documents)
+    batches = loader(options(tmp_path / "dir", dataset_streaming=True, batch_size=1, epochs=3))
+    assert windows_of(batches) == expected_windows(documents) * 3
 
 
 def test_streaming_shuffles_by_seed_and_epoch(tmp_path: Path):
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(6, 60))
 
-    def order(seed: int, epoch: int) -> str:
-        args = options(path, dataset_streaming=True, shuffle_buffer=20, seed=seed)
-        return str(windows_of(loader(args, epoch=epoch)))
+    def orders(seed: int) -> list[str]:
+        args = options(path, dataset_streaming=True, shuffle_buffer=20, seed=seed, epochs=2)
+        batches = list(loader(args))
+        border = [batch.position.epoch for batch in batches].index(1)
+        assert 0 < border < len(batches) - 1
+        return [str(windows_of(batches[:border])), str(windows_of(batches[border:]))]
 
-    assert len({order(0, 0), order(1, 0), order(0, 1)}) == 3
-    assert order(0, 1) == order(0, 1)
+    assert len({*orders(0), *orders(1)}) == 4
+    assert orders(0) == orders(0)
 
 
 def test_streaming_error_in_the_thread_reaches_the_consumer_and_no_thread_stays(tmp_path: Path):
@@ -612,7 +741,7 @@ def test_too_little_text(tmp_path: Path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a" * (5 * (SEQ + 1))])
     with pytest.raises(ValueError, match="5 windows, but one micro step needs 6 .--batch_size 3 x 2 ranks"):
         loader(options(path, batch_size=3), rank=0, world_size=2)
-    with pytest.raises(ValueError, match="fewer than the 6 windows of one batch .rank 0 read 5"):
+    with pytest.raises(ValueError, match="fewer than the 6 windows of one batch .seen from rank 0"):
         list(loader(options(path, batch_size=6, dataset_streaming=True)))
 
 

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import plan
 import train_gpus
 from arguments import parse_train_args
+from benchmarks.bare_run import train_steps
 from data import Batch
 from footprint import (
     LiveMemory,
@@ -52,6 +53,7 @@ CASES = {
         ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
         ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
         ("narrow", f"{BFLOAT16} --kl_weight 0"),
+        ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
     ],
     2: [
         ("wide", FLOAT32),
@@ -106,7 +108,7 @@ class MeasuredUpdate:
     def __call__(self, model, optimizer, *rest):
         self.step += 1
         gradients = {p.grad.untyped_storage() for p in model.parameters() if p.grad is not None}
-        norm = UPDATE(model, optimizer, *rest)
+        result = UPDATE(model, optimizer, *rest)
         if self.step == STEPS - 1:
             restart_peak()
         if self.step == STEPS:
@@ -116,7 +118,7 @@ class MeasuredUpdate:
                 "state": sum(t.nbytes for state in optimizer.optim.state.values() for t in state.values()),
                 "weights": sum(p.nbytes for p in model.parameters()),
             }
-        return norm
+        return result
 
 
 UPDATE = train_gpus.update
@@ -124,6 +126,9 @@ UPDATE = train_gpus.update
 
 class NoLog:
     def write(self, row):
+        pass
+
+    def flush_to_disk(self):
         pass
 
 
@@ -150,7 +155,7 @@ def measured_run(argv, vocab, ranks):
     models = train_gpus.Models(args.teacher_model, args.student_model, vocab, tokenizer=None)
     student, head, lane = train_gpus.load_models(args, models, ranks, ranks.device)
     model = train_gpus.wrap_ddp(train_gpus.DistillationModel(student, head, vocab, args), ranks.device)
-    train_gpus.distil(args, batches(), STEPS, model, lane, ranks, NoLog(), lambda *_: None)
+    train_steps(args, batches(), STEPS, model, lane, ranks, NoLog())
     lane.close()
     return measured.found
 

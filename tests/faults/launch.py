@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 import train_gpus
@@ -95,10 +94,11 @@ def _be_rank(rank, n_ranks, port, argv, log, group, arm) -> None:
 
 def make_models(folder: Path) -> Path:
     """A teacher and a student of a few thousand weights. The student has dropout: random state matters."""
-    torch.set_num_threads(1)
     tiny_teacher(vocab_size=1030).save_pretrained(folder / "teacher")
     AutoTokenizer.from_pretrained(ROOT / "presets" / "tiny" / "teacher").save_pretrained(folder / "teacher")
     tiny_student(vocab_size=1024, resid_dropout=0.1).save_pretrained(folder / "student")
+    tiny_student(vocab_size=1024).save_pretrained(folder / "plain")
+    (folder / "short.jsonl").write_text("".join(TEXT.read_text().splitlines(keepends=True)[:60]))
     return folder
 
 

@@ -1,0 +1,59 @@
+"""Steps of `train_gpus.distil` with nothing around them: no checkpoints, no request to stop, no files that stay. For
+benchmarks, and for tests that measure a run.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+import train_gpus
+from arguments import TrainArguments
+from data import Batch
+from run_state import Progress
+from saver import Saver
+from stopping import StopRequest
+from teacher import Lane
+from training_utils import Ranks, build_optimizer
+
+
+class NoSaver(Saver):
+    """Never has anything to save."""
+
+    def __init__(self) -> None:
+        pass
+
+    def is_due(self, progress: Progress) -> bool:
+        return False
+
+    def save(self, progress: Progress) -> None:
+        pass
+
+    def status(self) -> tuple[int, int]:
+        return 0, 0
+
+    def advance(self, busy: int, failed: int) -> None:
+        pass
+
+    def finish(self, progress: Progress, stop: StopRequest) -> None:
+        pass
+
+
+def train_steps(
+    args: TrainArguments,
+    batches: Iterator[Batch],
+    n_steps: int,
+    model: DistributedDataParallel,
+    lane: Lane,
+    ranks: Ranks,
+    log: Any,
+) -> None:
+    """`log` stands where a run has its RunLog: `write(row)` after each step, `flush_to_disk()` at the end."""
+    optimizer = build_optimizer(model, args)
+    with TemporaryDirectory() as folder:
+        args = dataclasses.replace(args, output_dir=folder)
+        rest = (model, optimizer, lane, ranks, log, NoSaver(), StopRequest(None))
+        code = train_gpus.distil(args, batches, n_steps, Progress(), *rest)
+    assert code == 0

@@ -1,0 +1,244 @@
+"""What a run does in trouble, on real processes: tests/faults/scenarios.py plays, these look at what is left.
+tests/faults/kills.py is the campaign of `kill -9`; `make faults` runs it at full length.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults.compare import differences, rows, tensors
+
+ROOT = Path(__file__).parents[1]
+RESULT_OF_SIGNAL = 75
+
+
+def python(module, *argv, timeout=280):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """All scenarios are played by one process, which imports everything once; returns their folder."""
+    folder = tmp_path_factory.mktemp("faults")
+    python("tests.faults.scenarios", folder)
+    return folder
+
+
+@pytest.fixture
+def facts(stage):
+    def of(name):
+        found = json.loads((stage / f"{name}.json").read_text())
+        return found if len(found) > 1 else found[0]
+
+    return of
+
+
+# --- kill -9 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lane,kills", [("cached", 12), ("stream", 8)])
+def test_a_run_killed_again_and_again_is_the_run_that_was_left_alone(lane, kills):
+    result = json.loads(python("tests.faults.kills", "--lane", lane, "--kills", kills, timeout=290))
+    assert result["kills"] == kills
+    assert result["runs"] >= 1
+    assert result["differences"] == []
+
+
+# --- asked to stop -------------------------------------------------------------------------------------------
+
+
+def test_signals_and_the_time_limit_stop_all_ranks_with_a_saved_state(stage, facts):
+    *stopped, last, complete = facts("signals")
+    for fact, reason in zip(stopped, ["SIGTERM", "SIGINT", "SIGUSR1", "--time_limit"], strict=True):
+        assert fact["codes"] == [RESULT_OF_SIGNAL] * 2
+        assert f"stopped by {reason} at step" in fact["log"]
+    assert last["codes"] == complete["codes"] == [0, 0]
+    assert "complete: 12 of 12" in complete["log"] and "micro_step 1 " not in complete["log"]
+
+
+def test_a_run_stopped_within_an_accumulation_goes_on_exactly(stage, facts):
+    assert differences(stage / "straight_accumulated", stage / "signals", 24) == []
+
+
+def test_status_tells_how_a_run_ended(stage):
+    def status(name):
+        return json.loads((stage / name / "status.json").read_text())
+
+    assert (status("signals")["status"], status("signals")["exit_code"]) == ("complete", 0)
+    assert (status("stream_of_other_world_size")["status"]) == "complete"
+
+
+def test_a_signal_before_training_ends_the_run_at_once(facts):
+    fact = facts("signal_before_training")
+    assert fact["codes"] == [RESULT_OF_SIGNAL] * 2
+    assert "stopped by SIGTERM with nothing to save" in fact["log"]
+
+
+# --- another number of ranks ---------------------------------------------------------------------------------
+
+
+def windows_of(stage, run, n_ranks):
+    """Windows by micro step, all ranks' in order."""
+    by_rank = [(stage / f"windows-{run}-{r}.jsonl").read_text().splitlines() for r in range(n_ranks)]
+    return [[i for line in lines for i in json.loads(line)] for lines in zip(*by_rank, strict=True)]
+
+
+def test_two_then_three_then_one_rank_take_every_window_once(stage, facts):
+    alone, *stages = facts("other_world_sizes")
+    assert [fact["codes"] for fact in stages] == [[75, 75], [75, 75, 75], [0]]
+    steps = [windows_of(stage, run, n_ranks) for run, n_ranks in enumerate((2, 3, 1))]
+    assert [len(run) for run in steps[:2]] == [5, 7] and len(steps[2]) > 10
+    taken = [i for run in steps for step in run for i in step]
+    n_windows = int(re.search(r"(\d+) windows in 1 epoch", alone["log"])[1])
+    order = np.random.default_rng([0, 0]).permutation(n_windows)
+    assert taken == order[: n_windows // 6 * 6].tolist()  # the last ones fill no step
+
+
+def test_optimizer_shards_find_their_new_ranks(stage):
+    """With the same windows a step, the number of ranks is no more than rounding."""
+    folder = stage / "other_world_sizes"
+    alone, together = rows(stage / "one_world"), rows(folder)
+    assert len(alone) == len(together) > 20
+    for a, b in zip(alone, together, strict=True):
+        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    assert len(list((folder / "checkpoint-5").glob("optimizer-*"))) == 2
+    assert len(list((folder / "checkpoint-12").glob("optimizer-*"))) == 3
+
+
+def test_a_stream_is_not_shared_out_anew(facts):
+    ran, refused = facts("stream_of_other_world_size")
+    assert ran["codes"] == [0, 0] and refused["codes"][0] == 2
+    assert "--nproc_per_node: 3 rank(s)" in refused["log"] and "--no_dataset_streaming" in refused["log"]
+
+
+# --- what is not finite --------------------------------------------------------------------------------------
+
+
+def test_bad_steps_are_skipped_by_all_ranks_and_counted(stage, facts):
+    fact = facts("two_bad_steps")
+    assert fact["codes"] == [0, 0]
+    assert "step 4 skipped: loss nan" in fact["log"] and "rank 1 had windows [36, 446]" in fact["log"]
+    assert "rank 0 had windows" not in fact["log"]  # its losses were finite
+    lines = [json.loads(line) for line in (stage / "two_bad_steps" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_updates"] for row in lines[:6]] == [0, 0, 0, 1, 2, 2]
+    assert lines[3]["loss"] is None and lines[5]["loss"] > 0
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_weights(stage, facts):
+    stopped, went_on = facts("diverged")
+    assert stopped["codes"] == [76, 76] and "3 updates in a row were skipped" in stopped["log"]
+    last_good, saved = tensors(stage / "straight" / "checkpoint-6"), tensors(stage / "diverged" / "checkpoint-9")
+    assert len(saved) == len(last_good)
+    assert {name for name in saved if saved[name] != last_good[name]} == {"rng/0/cpu", "rng/1/cpu"}
+    assert went_on["codes"] == [0, 0] and "complete: 24 of 24" in went_on["log"]
+
+
+def test_a_loss_that_stands_out_is_told(facts):
+    log = facts("loss_spike")["log"]
+    assert log.count("stands out") == 2  # each rank with its windows
+    assert "step 40: loss" in log
+
+
+# --- ranks that fail or die ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scenario,codes,cause",
+    [
+        ("a_rank_raises", [1, 1, 1], "rank 2 failed: RuntimeError: a fault of this test"),
+        ("a_rank_is_killed", [1, -9, 1], "rank 1 died without a word"),
+        ("rank_0_is_killed", [-9, 1, 1], "rank 0 died without a word"),
+        ("a_rank_dies_while_others_wait_in_native_code", [1, -9], "rank 1 died without a word"),
+        ("the_teacher_runs_out_of_memory", [1, 1], "rank 0 failed: OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_one_ranks_end_is_everybodys_with_the_first_cause_in_the_log(facts, scenario, codes, cause):
+    fact = facts(scenario)
+    assert fact["codes"] == codes
+    assert f"this run ends because {cause}" in fact["log"]
+
+
+# --- disks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_no_step(stage, facts):
+    fact = facts("full_disk")
+    assert fact["codes"] == [0, 0]
+    assert "checkpoint of micro step 6 could not be written" in fact["log"]
+    assert "Its newest checkpoint is that of micro step 3" in fact["log"]
+    assert differences(stage / "straight", stage / "full_disk", 24) == []
+    kept = {path.name for path in (stage / "full_disk").iterdir() if "checkpoint" in path.name}
+    assert {"checkpoint-0", "checkpoint-3", "checkpoint-24"} <= kept
+    assert not kept & {"checkpoint-6", "checkpoint-9", ".partial-checkpoint-6-0"}
+
+
+def test_the_last_state_waits_for_room(facts):
+    fact = facts("full_disk_at_the_end")
+    assert fact["codes"] == [0, 0] and "waits for room" in fact["log"] and "checkpoint-2," in fact["log"]
+
+
+def test_auto_goes_on_from_the_newest_good_checkpoint_and_never_silently_at_0(stage, facts):
+    _, went_on, refused = facts("bad_checkpoints")
+    folder = stage / "bad_checkpoints"
+    assert went_on["codes"] == [0, 0] and f"going on from {folder}/checkpoint-6" in went_on["log"]
+    assert "bad-checkpoint-12" in went_on["log"] and "model-00002-of-00002.safetensors" in went_on["log"]
+    assert (folder / "bad-checkpoint-12").is_dir() and (folder / "bad-checkpoint-9").is_dir()
+    assert rows(folder) == rows(stage / "straight_12")
+    assert refused["codes"][0] == 2 and "no good checkpoint" in refused["log"]
+
+
+def test_another_run_is_not_gone_on_with(facts):
+    _, other, foreign = facts("another_run")
+    assert other["codes"][0] == foreign["codes"][0] == 2
+    for flag in ("--seed 1", "--layers [1, 2]", "--dtype bfloat16"):
+        assert flag in other["log"]
+    assert "has no training_state.json" in foreign["log"] and "--student_model" in foreign["log"]
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(stage, facts):
+    assert facts("two_at_once")["codes"] == [0]
+    assert "another run is writing there" in (stage / "second.log").read_text()
+
+
+def test_old_checkpoints_are_deleted_if_asked(stage):
+    assert sorted(path.name for path in (stage / "few_are_kept").glob("*checkpoint-*")) == [
+        "checkpoint-21",
+        "checkpoint-24",
+    ]
+    assert (stage / "few_are_kept" / "latest").resolve().name == "checkpoint-24"
+
+
+def test_saving_in_the_foreground_saves_the_same(stage):
+    assert differences(stage / "straight", stage / "in_the_foreground", 24) == []
+    for step in (0, 9):
+        assert tensors(stage / "straight" / f"checkpoint-{step}") == tensors(
+            stage / "in_the_foreground" / f"checkpoint-{step}"
+        )
+
+
+# --- weights that do not move --------------------------------------------------------------------------------
+
+
+def test_lost_updates_are_told(stage, facts):
+    without, with_masters = facts("health")
+    assert "are lost; train with --master_weights" in without["log"] and "% of the mixers" in without["log"]
+    assert "are lost" not in with_masters["log"]
+
+    def shares(folder):
+        lines = [json.loads(line) for line in (stage / folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["update_health"] for row in lines if "update_health" in row]
+
+    assert len(shares("health")) == 2
+    assert shares("health-masters")[1]["mixers"] > 3 * shares("health")[1]["mixers"]
