@@ -227,7 +227,7 @@ def count_operations(packet: Any, args: Sequence[Any], result: Any) -> int:
 
 def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> tuple[Items, Items, Items, Items]:
     """One micro step: forward, backward, left and operations of a `Footprint`."""
-    given = [*model.parameters(), *model.buffers(), *vars(batch).values()]
+    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.labels, batch.loss_mask]
     memory = LiveMemory(given if answer is None else [*given, answer])
     for parameter in model.parameters():
         if parameter.requires_grad:

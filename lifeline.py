@@ -13,10 +13,14 @@ import time
 import torch
 import torch.distributed as dist
 
+from stopping import EXIT_STOPPED, Interrupted
+
 logger = logging.getLogger("train")
 
 SIZE = 4096  # bytes of a message
-GOODBYE, TOLD = "goodbye", "told"  # ended well; ended by a mistake of the user that every rank reports itself
+GOODBYE = "goodbye"  # the only message after which the others go on
+# Ends that every rank tells itself: by a mistake of the user, by a signal outside training.
+QUIET = {"mistake": 2, "stopped": EXIT_STOPPED}
 GRACE_S = 5.0  # for the main thread to end by itself: a collective that lost a peer raises, or hangs
 LONGEST_END_S = 20.0  # for a rank that failed; torchrun's own patience is 30
 
@@ -47,8 +51,10 @@ class Lifeline:
         time.sleep(0.5)
         if not self._is_first():
             return False
-        _exit_after(LONGEST_END_S)
-        text = TOLD if isinstance(error, ValueError) else f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        _exit_after(LONGEST_END_S, 1)
+        text = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        if isinstance(error, ValueError | Interrupted):
+            text = "mistake" if isinstance(error, ValueError) else "stopped"
         sending = threading.Thread(target=self._send, args=(text,), daemon=True)
         sending.start()
         sending.join(timeout=2.0)  # a peer that hangs must not keep this rank
@@ -76,14 +82,14 @@ class Lifeline:
             text = f"rank {peer} died without a word (killed, or out of host memory?)"
         if text == GOODBYE or not self._is_first():
             return
-        _exit_after(GRACE_S)
-        if text != TOLD:
+        _exit_after(GRACE_S, QUIET.get(text, 1))
+        if text not in QUIET:
             logger.error("this run ends because %s", text)
         if self.rank == 0:
             self._send(text)
 
 
-def _exit_after(seconds: float) -> None:
-    timer = threading.Timer(seconds, os._exit, [1])
+def _exit_after(seconds: float, code: int) -> None:
+    timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()

@@ -5,6 +5,7 @@ The quick check of a checkpoint is made before the ranks have met; its large fil
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,8 @@ def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
     """
     folder = Path(args.output_dir)
     lock = lock_output_dir(args.output_dir)
+    lock.write(str(time.time_ns()))
+    lock.flush()
     remove_partial(folder)
     start = step_of(candidates[0]) if candidates else args.resume_step
     if args.resume == "auto":
@@ -92,6 +95,18 @@ def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
             "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
         )
     return lock
+
+
+def check_shared(args: TrainArguments, ranks: Ranks) -> None:
+    """Every rank writes its part of a checkpoint: all nodes have to see the folder that the first rank has taken."""
+    lock = Path(args.output_dir) / ".lock"
+    token = int(lock.read_text()) if lock.is_file() else 0
+    highest, lowest = ranks.maximum(token, -token)
+    if highest != -lowest:
+        raise ValueError(
+            f"--output_dir {args.output_dir}: not the same folder on all nodes; expected one that they share, for each "
+            "rank writes its part of a checkpoint"
+        )
 
 
 def choose_checkpoint(args: TrainArguments, candidates: list[Path], ranks: Ranks) -> Path | None:

@@ -39,7 +39,7 @@ from model_utils import (
     parameter_table,
     prepare_student,
 )
-from resume import check_space, checkpoints_to_try, choose_checkpoint, prepare_output_dir
+from resume import check_shared, check_space, checkpoints_to_try, choose_checkpoint, prepare_output_dir
 from run_state import Progress, position_to_go_on, random_state, read_progress, restore
 from saver import Saver
 from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
@@ -138,6 +138,7 @@ def run(
     """Returns the exit code."""
     torch.manual_seed(args.seed)
     logger.info(describe_environment())
+    check_shared(args, ranks)
     checkpoint = choose_checkpoint(args, candidates, ranks)
     progress = starting_point(args, checkpoint, ranks)
 

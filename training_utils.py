@@ -147,7 +147,11 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
         logger.warning("TORCH_DISTRIBUTED_DEBUG=DETAIL taken as INFO: with it torch's DDP crashes on gloo groups")
         dist.set_debug_level(dist.DebugLevel.INFO)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, own_rank, n_ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=own_rank, world_size=n_ranks)
     else:  # a plain `python` run
         dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     rank, world_size, n_local = dist.get_rank(), dist.get_world_size(), local_world_size()

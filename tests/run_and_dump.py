@@ -1,7 +1,9 @@
 """Runs train_gpus.py's main as torchrun would, and keeps every rank's final weights: `<output_dir>/rank-<r>.pt`.
-Started by torchrun from tests/test_train_script.py.
+Started by torchrun from tests/test_train_script.py. In the environment, FAIL_ON_RANK has that rank fail when it takes
+the batch of micro step FAIL_AT_MICRO_STEP.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +15,16 @@ from utils import run_entry
 real_distil = train_gpus.distil
 
 
+def take_a_batch_or_fail(batches, fails_at, rank):
+    for micro_step, batch in enumerate(batches, start=1):
+        if micro_step == fails_at:
+            raise OSError(f"the disk of rank {rank} is gone")
+        yield batch
+
+
 def distil_and_dump(args, batches, total_steps, progress, model, optimizer, lane, ranks, *rest):
+    if os.environ.get("FAIL_ON_RANK") == str(ranks.rank):
+        batches = take_a_batch_or_fail(batches, int(os.environ["FAIL_AT_MICRO_STEP"]), ranks.rank)
     code = real_distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, *rest)
     torch.save(model.module.student.state_dict(), Path(args.output_dir) / f"rank-{ranks.rank}.pt")
     return code

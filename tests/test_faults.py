@@ -84,6 +84,14 @@ def test_a_signal_before_training_ends_the_run_at_once(facts):
     assert "stopped by SIGTERM with nothing to save" in fact["log"]
 
 
+def test_a_signal_stops_the_tokenising_and_leaves_nothing_half_made(stage, facts):
+    stopped, later = facts("signal_while_tokenising")
+    assert stopped["codes"] == [75, 75]
+    assert "stopped by SIGTERM with nothing to save" in stopped["log"] and "packed " not in stopped["log"]
+    assert later["codes"] == [0, 0] and "packed " in later["log"]
+    assert len(list((stage / "stopped-cache" / "packed").iterdir())) == 1
+
+
 # --- another number of ranks ---------------------------------------------------------------------------------
 
 
@@ -210,6 +218,11 @@ def test_another_run_is_not_gone_on_with(facts):
 def test_a_directory_belongs_to_one_run_at_a_time(stage, facts):
     assert facts("two_at_once")["codes"] == [0]
     assert "another run is writing there" in (stage / "second.log").read_text()
+
+
+def test_all_nodes_have_to_see_the_same_folder(facts):
+    fact = facts("nodes_without_a_shared_folder")
+    assert 2 in fact["codes"] and "not the same folder on all nodes" in fact["log"]
 
 
 def test_old_checkpoints_are_deleted_if_asked(stage):

@@ -9,15 +9,18 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import packing
 import resume
 import saver
 import teacher
+import train_gpus
 import training_utils
 from tests.faults.launch import Launch, make_models, options
 from tests.faults.traps import trap
@@ -88,9 +91,32 @@ def signal_before_training(scene: Scene) -> None:
 
 
 def _wrap_by_name() -> None:
-    import train_gpus
-
     train_gpus.wrap_ddp = training_utils.wrap_ddp
+
+
+def signal_while_tokenising(scene: Scene) -> None:
+    cache = scene.folder / "stopped-cache"
+    scene.run(arm=on_rank(0, lambda: trap(packing.Encoder, "__call__", 1, wait_for_a_signal)), dataset_cache_dir=cache)
+    scene.run(dataset_cache_dir=cache, max_steps=1)
+
+
+def wait_for_a_signal() -> None:
+    """In a thread of the pool; the signal reaches the main thread."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+
+
+def nodes_without_a_shared_folder(scene: Scene) -> None:
+    """Rank 1 stands for another node, which has a folder of the same name, and in it the lock of an earlier run."""
+
+    def arm(rank: int) -> None:
+        if rank == 1:
+            elsewhere = scene.folder / "another-node"
+            elsewhere.mkdir()
+            (elsewhere / ".lock").write_text("123")
+            sys.argv[sys.argv.index("--output_dir") + 1] = str(elsewhere)
+
+    scene.run(arm=arm)
 
 
 def plain(scene: Scene) -> dict:
