@@ -41,6 +41,10 @@ demo: .venv/installed
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# Runs killed at every moment, checkpoints damaged, disks filled: what docs/reliability.md reports.
+faults: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign
+
 # What `make test` leaves out for its length: every benchmark at its smallest, from end to end.
 test-bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench

@@ -173,7 +173,7 @@ def run(
     # 3. and 4. Learn from text and teacher, log, save.
     if ranks.is_main:
         check_space(args, student, (total_steps - progress.step) * args.grad_accumulation_steps)
-    saved = -1 if checkpoint is None else progress.micro_step
+    saved = -1 if checkpoint is None and progress.micro_step == 0 else progress.micro_step
     saver = Saver(args, student, optimizer, models.tokenizer, ranks, saved)
     with RunLog(args, progress.micro_step, ranks.is_main) as log, stop.deferring():
         if ranks.is_main:

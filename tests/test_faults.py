@@ -4,6 +4,7 @@ tests/faults/kills.py is the campaign of `kill -9`; `make faults` runs it at ful
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.faults.compare import differences, rows, tensors
+from tests.faults.damage import damage_checkpoints, damage_texts
 
 ROOT = Path(__file__).parents[1]
 RESULT_OF_SIGNAL = 75
@@ -205,6 +207,17 @@ def test_auto_goes_on_from_the_newest_good_checkpoint_and_never_silently_at_0(st
     assert (folder / "bad-checkpoint-12").is_dir() and (folder / "bad-checkpoint-9").is_dir()
     assert rows(folder) == rows(stage / "straight_12")
     assert refused["codes"][0] == 2 and "no good checkpoint" in refused["log"]
+
+
+def test_no_damage_to_a_checkpoint_goes_unnoticed(stage, tmp_path):
+    result = damage_checkpoints(stage / "straight_12" / "checkpoint-3", tmp_path, 60, random.Random(0))
+    assert result["missed"] == [] and sum(result["caught"].values()) == 60
+
+
+def test_damaged_texts_are_read_or_refused_by_name(tmp_path):
+    result = damage_texts(tmp_path, 12, random.Random(0))
+    assert result["unforeseen"] == []
+    assert {"refused, with the file's name", "read without the bad rows"} <= result["outcomes"].keys()
 
 
 def test_another_run_is_not_gone_on_with(facts):

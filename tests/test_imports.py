@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": set(),
     "arguments": set(),
     "utils": {"arguments", "stopping"},
-    "lifeline": set(),
+    "lifeline": {"stopping"},
     "teacher": {name for name in LEVEL_OF if LEVEL_OF[name] < LEVEL_OF["training_utils"]} | {"training_utils"},
 }
 KNOW_RANKS = {"training_utils", "teacher", "data", "lifeline"}

@@ -594,20 +594,34 @@ def test_the_code_of_main_is_the_entrys(slept, capsys, code):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_ends_an_entry_with_one_line(capsys, name):
+@pytest.fixture
+def handlers():
+    """Of signals, as they were afterwards: a program that ends by one is deaf to those that follow."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_an_entry_with_one_line(capsys, handlers, name):
     def main():
         signal.raise_signal(getattr(signal, name))
         pytest.fail("it went on")
 
     assert run_entry(main) == 75
+    assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}  # torchrun may send it again
+    signal.raise_signal(getattr(signal, name))
     assert capsys.readouterr() == ("", f"stopped by {name} with nothing to save\n")
-    assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_a_signal_is_not_taken_for_an_error_on_its_way_out():
+def test_an_entry_that_ends_well_leaves_signals_as_they_were():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    assert run_entry(lambda: 0) == 0
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_a_signal_is_not_taken_for_an_error_on_its_way_out(handlers):
     """Code that catches every Exception and goes on would lose it."""
 
     def main():

@@ -1,0 +1,125 @@
+"""Damages files at random, and sees whether it is noticed: files of a checkpoint, which must never be taken for whole,
+and files of text, which must be read or refused by name, and never end in an error that nobody foresaw.
+"""
+
+import gzip
+import json
+import logging
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import datasets
+
+from arguments import parse_train_args
+from checkpoint import hash_check, quick_check, read_sums
+from rows import only_texts, rows_of
+from sources import explain_fault, open_source, open_stream, open_table
+from tests.faults.launch import TEXT, Launch, make_models, options
+
+
+def flip_a_bit(file: Path, dice: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    file.write_bytes(content)
+
+
+def cut_short(file: Path, dice: random.Random) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: dice.randrange(len(content))])
+
+
+def overwrite_a_block(file: Path, dice: random.Random) -> None:
+    """As a disk does that loses power: some bytes are zeros."""
+    content = bytearray(file.read_bytes())
+    start = dice.randrange(len(content))
+    content[start : start + 512] = bytes(len(content[start : start + 512]))
+    if bytes(content) == file.read_bytes():  # they were zeros
+        content[start] ^= 1
+    file.write_bytes(content)
+
+
+def delete(file: Path, dice: random.Random) -> None:
+    file.unlink()
+
+
+def append(file: Path, dice: random.Random) -> None:
+    file.write_bytes(file.read_bytes() + dice.randbytes(dice.randint(1, 100)))
+
+
+DAMAGE = (flip_a_bit, cut_short, overwrite_a_block, delete, append)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """Of two ranks after three steps."""
+    launch = Launch(options(make_models(folder), folder / "run", max_steps=3), 2, folder / "run.log")
+    assert launch.wait() == [0, 0], launch.text()
+    return folder / "run" / "checkpoint-3"
+
+
+def damage_checkpoints(whole: Path, folder: Path, n: int, dice: random.Random) -> dict:
+    """A checkpoint's files, damaged one at a time in copies; `missed` is what was taken for whole."""
+    assert quick_check(whole) is None and hash_check(whole, read_sums(whole)) is None
+    files = sorted(path.name for path in whole.iterdir())
+    caught, missed = Counter(), []
+    for _ in range(n):
+        bad = folder / "checkpoint-1"
+        shutil.copytree(whole, bad)
+        name, kind = dice.choice(files), dice.choice(DAMAGE)
+        kind(bad / name, dice)
+        problem = quick_check(bad) or hash_check(bad, read_sums(bad))
+        if problem is None:
+            missed.append(f"{kind.__name__} {name}")
+        else:
+            caught[kind.__name__] += 1
+        shutil.rmtree(bad)
+    return {"tried": n, "caught": dict(caught), "missed": missed}
+
+
+def damage_texts(folder: Path, n: int, dice: random.Random) -> dict:
+    """Text files damaged at random, read by both lanes, with --skip_bad_rows and without."""
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    logging.getLogger("train").setLevel(logging.ERROR)
+    rows = [json.loads(line) for line in TEXT.read_text().splitlines()[:40]]
+    table = datasets.Dataset.from_list(rows)
+    whole = folder / "whole"
+    whole.mkdir()
+    table.to_json(whole / "rows.jsonl")
+    table.to_parquet(whole / "rows.parquet")
+    (whole / "rows.jsonl.gz").write_bytes(gzip.compress((whole / "rows.jsonl").read_bytes()))
+    kinds = [kind for kind in DAMAGE if kind is not delete]
+    outcomes, unforeseen = Counter(), []
+    for number in range(n):
+        source = dice.choice(sorted(whole.iterdir()))
+        bad = folder / f"{number}-{source.name}"
+        shutil.copy(source, bad)
+        kind = dice.choice(kinds)
+        kind(bad, dice)
+        for streaming in (False, True):
+            for skip in (False, True):
+                outcome = read_all(bad, folder / "cache", streaming, skip)
+                outcomes[outcome if not outcome.startswith("!") else "unforeseen"] += 1
+                if outcome.startswith("!"):
+                    unforeseen.append(f"{kind.__name__} {source.name} streaming={streaming} skip={skip}: {outcome}")
+        bad.unlink()
+    return {"tried": 4 * n, "outcomes": dict(outcomes), "unforeseen": unforeseen}
+
+
+def read_all(file: Path, cache: Path, streaming: bool, skip: bool) -> str:
+    argv = ["--preset", "tiny", "--local_files_only", "--dataset_name", str(file), "--dataset_cache_dir", str(cache)]
+    args = parse_train_args(argv + ["--skip_bad_rows"] * skip)
+    try:
+        source = open_source(args)
+        data = open_stream(source, args) if streaming else open_table(source, args)
+
+        def explain(error: Exception) -> Exception:
+            return explain_fault(error, source, args)
+
+        texts = list(only_texts(rows_of(data, args.dataset_text_field, explain), args.dataset_text_field, skip))
+    except ValueError as error:
+        return "refused, with the file's name" if file.name in str(error) else f"! {error}"
+    except Exception as error:  # what this looks for
+        return f"! {type(error).__name__}: {error}"
+    return "all rows read" if len(texts) >= 40 else "read without the bad rows"
