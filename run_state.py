@@ -31,8 +31,21 @@ class Progress:
     skipped_updates: int = 0  # whose loss or gradient was not finite, float16's overflows included
     bad_in_a_row: int = 0  # of these, overflows excluded, since the last good one
     loss_scale: dict[str, Any] | None = None
+    loss_chunk_tokens: int | None = None  # as chosen at the start by the memory that was free; it decides the rounding
     position: Position | None = None  # None: at the start of the data
     rng: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def after(self, micro_step: int, tokens: int, outcome: str, **more: Any) -> "Progress":
+        """One update later, whose outcome is that of `training_utils.update`; `tokens` are new, `more` other fields."""
+        return dataclasses.replace(
+            self,
+            micro_step=micro_step,
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            skipped_updates=self.skipped_updates + (outcome != "stepped"),
+            bad_in_a_row=self.bad_in_a_row + 1 if outcome == "bad" else 0,
+            **more,
+        )
 
     def to_json(self, args: TrainArguments, world_size: int) -> dict[str, Any]:
         """The same on all ranks; positions and random states are each rank's own."""
@@ -40,7 +53,7 @@ class Progress:
         return {"format": FORMAT, **counters, "world_size": world_size, "arguments": dataclasses.asdict(args)}
 
 
-COUNTERS = ("micro_step", "step", "tokens", "skipped_updates", "bad_in_a_row", "loss_scale")
+COUNTERS = ("micro_step", "step", "tokens", "skipped_updates", "bad_in_a_row", "loss_scale", "loss_chunk_tokens")
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -81,8 +81,8 @@ class Saver:
         """
         if progress.micro_step == self._reached:
             return
-        self._wait()
         self.stopwatch.lap()
+        self._wait()
         self.saving = progress
         write = self._prepare(progress)
         if self.args.background_save:

@@ -165,7 +165,7 @@ def run(
     student, head, lane = load_models(args, models, ranks, teacher_device)
     adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
-    model = wrap_ddp(DistillationModel(student, head, models.vocab, args), ranks.device)
+    model = wrap_ddp(DistillationModel(student, head, models.vocab, args, progress.loss_chunk_tokens), ranks.device)
     optimizer = build_optimizer(model, args)
     if checkpoint is not None:
         restore(checkpoint, student, optimizer, ranks.rank, ranks.device)
@@ -254,13 +254,14 @@ def distil(
 ) -> int:
     """The run from `progress` on. Returns the exit code."""
     start, accumulate = progress, args.grad_accumulation_steps
-    micro_step, tokens_per_micro_step = start.micro_step, ranks.world_size * args.batch_size * args.seq_length
+    micro_step, tokens_per_step = start.micro_step, accumulate * ranks.world_size * args.batch_size * args.seq_length
     schedule = build_schedule(optimizer, args, total_steps, done=start.step)
     loss_scale = LossScale(**start.loss_scale) if start.loss_scale else LossScale.for_dtype(DTYPES[args.dtype])
     meter, spikes = Meter(ranks.device), SpikeWatch()
     health = UpdateHealth(args, model.module.student, optimizer, ranks)
     model.train()
     settle_buckets(model, args, ranks.device)
+    progress = dataclasses.replace(progress, loss_chunk_tokens=model.module.chunk_tokens)
     logger.info("%d optimizer steps of %d micro steps, from step %d", total_steps, accumulate, start.step)
     if micro_step == 0:
         saver.save(progress)
@@ -284,12 +285,10 @@ def distil(
             means = meter.mean(teacher_wait_s=lane.waits.take(), data_wait_s=timed_batches.take())
             grad_norm, outcome = update(model, optimizer, loss_scale, args.grad_clip, means["loss"])
             schedule.step()
-            progress = Progress(
-                micro_step=micro_step,
-                step=progress.step + 1,
-                tokens=progress.tokens + accumulate * tokens_per_micro_step,
-                skipped_updates=progress.skipped_updates + (outcome != "stepped"),
-                bad_in_a_row=progress.bad_in_a_row + 1 if outcome == "bad" else 0,
+            progress = progress.after(
+                micro_step,
+                tokens_per_step,
+                outcome,
                 loss_scale=dataclasses.asdict(loss_scale),
                 position=batch.position,
                 rng=random_state(ranks.device),
@@ -305,7 +304,7 @@ def distil(
                 "grad_norm": grad_norm,
                 "skipped_updates": progress.skipped_updates,
                 "tokens": progress.tokens,
-                "tokens_per_s": accumulate * tokens_per_micro_step / seconds,
+                "tokens_per_s": tokens_per_step / seconds,
                 "step_time_s": seconds,
             }
             if health.is_due(progress.step):

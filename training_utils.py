@@ -187,10 +187,17 @@ class DistillationModel(nn.Module):
     teacher_head: the teacher's output weight (vocab, D_t), which turns its hidden states into logits, or None
         where the teacher sends logits or does not run.
     vocab: entries that both vocabularies have.
+    chunk_tokens: tokens that the loss takes at a time where the options do not say: as the run had it before, or None
+        to choose by the memory that is free.
     """
 
     def __init__(
-        self, student: LlambaForCausalLM, teacher_head: Tensor | None, vocab: int, args: TrainArguments
+        self,
+        student: LlambaForCausalLM,
+        teacher_head: Tensor | None,
+        vocab: int,
+        args: TrainArguments,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -198,7 +205,7 @@ class DistillationModel(nn.Module):
         self.register_buffer("teacher_head", teacher_head, persistent=False)
         self.vocab = vocab
         self.weights = (args.ce_weight, args.kl_weight, args.temperature)
-        self.chunk_tokens = args.loss_chunk_tokens
+        self.chunk_tokens = args.loss_chunk_tokens or chunk_tokens
         device = student.backbone.embedding.weight.device
         self.compiled = args.compile or compiles_loss(device)
 
