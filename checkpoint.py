@@ -112,7 +112,9 @@ def publish(partial: Path, output_dir: Path, micro_step: int) -> Path:
     if final.exists():
         raise FileExistsError(f"{final} exists already")
     sums = sorted(partial.glob(".sums-*"))
-    (partial / SUMS_FILE).write_text("".join(file.read_text() for file in sums))
+    lines = [line for file in sums for line in file.read_text().splitlines(keepends=True)]
+    lines.sort(key=lambda line: line.endswith(f"  {STATE_FILE}\n"))  # last: a list cut short lacks what every one has
+    (partial / SUMS_FILE).write_text("".join(lines))
     for file in sums:
         file.unlink()
     for path in (partial / SUMS_FILE, partial):

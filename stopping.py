@@ -2,6 +2,7 @@
 what it is in and save. Outside training there is nothing to save, and a signal ends the program where it is.
 """
 
+import functools
 import os
 import signal
 import socket
@@ -37,6 +38,11 @@ class StopRequest:
         self.signalled = 0
         self.deferred = False
 
+    def count_from(self, launched: float) -> None:
+        """Has the time limit begin at `launched`, in seconds since the epoch."""
+        if self.deadline is not None:
+            self.deadline -= time.time() - launched
+
     @property
     def code(self) -> int:
         late = self.deadline is not None and time.monotonic() > self.deadline
@@ -70,8 +76,15 @@ class StopRequest:
                 os._exit(EXIT_STOPPED)
 
 
+@functools.cache
+def _children_are_deaf() -> None:
+    """A forked loader worker's signals must not ring its parent's bell."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
 @contextmanager
 def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
+    _children_are_deaf()
     request = StopRequest(time_limit)
     before: dict[signal.Signals, Any] = {number: signal.signal(number, request.hear) for number in SIGNALS}
     bell, rope = socket.socketpair()  # Python writes each signal's number to it at once

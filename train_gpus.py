@@ -7,12 +7,12 @@ teacher answers all ranks at once, and each student learns from its part. 4. Che
 --output_dir.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ from utils import (
     RunLog,
     Stopwatch,
     TimedIterator,
+    begin_status,
     check_compiler,
     describe_environment,
     ended_before_restart,
@@ -101,7 +102,11 @@ def main() -> int:
             check_compiler(device.type)
         candidates = checkpoints_to_try(args, launched_world_size())
         models = check_models(args, candidates[0] if candidates else None)
-        with prepare_output_dir(args, candidates) if is_main_rank() else nullcontext(), process_groups(device) as ranks:
+        with contextlib.ExitStack() as stack:
+            if is_main_rank():
+                stack.enter_context(prepare_output_dir(args, candidates))
+                stop.count_from(begin_status(Path(args.output_dir)))
+            ranks = stack.enter_context(process_groups(device))
             return run(args, models, candidates, ranks, teacher_device, stop)
 
 
@@ -176,8 +181,6 @@ def run(
     saved = -1 if checkpoint is None and progress.micro_step == 0 else progress.micro_step
     saver = Saver(args, student, optimizer, models.tokenizer, ranks, saved)
     with RunLog(args, progress.micro_step, ranks.is_main) as log, stop.deferring():
-        if ranks.is_main:
-            write_status(Path(args.output_dir), "running", 0)
         code = distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, log, saver, stop)
     lane.close()
     return code
@@ -275,7 +278,7 @@ def distil(
         signal = asked.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
         micro_step += 1
         steps_now = (micro_step - start.micro_step) % accumulate == 0
-        with nullcontext() if steps_now else model.no_sync():
+        with contextlib.nullcontext() if steps_now else model.no_sync():
             loss, figures = model(batch, signal)
             (loss * (loss_scale.value / accumulate)).backward()
         meter.add(figures, batch.window_ids)

@@ -312,11 +312,26 @@ def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
         logger.warning("status.json cannot be written (%s)", error.strerror)
 
 
+def begin_status(output_dir: Path) -> float:
+    """status.json says "running" from here on, to the run's death if that is how it ends. Returns when torchrun
+    launched the run, in seconds since the epoch: its restarts keep that time.
+    """
+    launched = time.time()
+    if _restarts() and (output_dir / "status.json").is_file():
+        launched = json.loads((output_dir / "status.json").read_text()).get("launched", launched)
+    write_status(output_dir, "running", 0, launched=launched)
+    return launched
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def ended_before_restart(output_dir: Path) -> int | None:
     """The exit code of the workers that torchrun has restarted, if they had stopped for good: under --max-restarts
     torchrun takes every code but 0 for a failure and starts the workers again.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (output_dir / "status.json").is_file():
+    if not _restarts() or not (output_dir / "status.json").is_file():
         return None
     status = json.loads((output_dir / "status.json").read_text())
     if status["status"] not in ("stopped", "diverged"):

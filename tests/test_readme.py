@@ -28,6 +28,7 @@ PRODUCTION = (
     "--wandb_run_name NAME --output_dir DIR"
 )
 OF_TORCHRUN = {"--standalone", "--nproc_per_node", "--master_port", "--master_addr", "--nnodes", "--node_rank"}
+OF_TORCHRUN |= {"--max-restarts"}
 
 
 @pytest.fixture(params=[ENGLISH, CHINESE])
@@ -61,7 +62,7 @@ def commands(text):
         if language == "bash":
             for line in content.replace("\\\n", " ").splitlines():
                 words = shlex.split(line)
-                ends = [words.index(word) for word in (">", "&") if word in words]
+                ends = [words.index(word) for word in (">", ">>", "&") if word in words]
                 yield words[: min(ends, default=len(words))]
 
 
@@ -136,7 +137,7 @@ def command_problems(text):
             launcher = words[words.index("torchrun") + 1 : words.index("train_gpus.py")]
             options = {word.split("=")[0] for word in launcher}
             found += [f"torchrun {option} is not known here" for option in sorted(options - OF_TORCHRUN)]
-    if not any(PRODUCTION.split() == words[-len(PRODUCTION.split()) :] for words in commands(text)):
+    if not any(PRODUCTION in " ".join(words) for words in commands(text)):
         found.append("the production command is not there word for word")
     return found
 
@@ -146,7 +147,7 @@ def option_problems(text):
     known = option_names("train_gpus.py") | option_names("eval_mmlu_hybrid.py") | OF_TORCHRUN
     known |= set(re.findall(r'add_argument\("(--\w+)"', (ROOT / "benchmarks" / "harness.py").read_text()))
     known |= {name.replace("--", "--no_") for name in known}
-    named = re.findall(r"--\w+", " ".join(inline_code(text)))
+    named = re.findall(r"--[\w-]+", " ".join(inline_code(text)))
     return [f"{name} is no option" for name in named if name not in known]
 
 
@@ -217,7 +218,7 @@ def test_both_languages_say_the_same():
         (table_problems, "| `--ckpt` |", "| `--chkpt` |", "eval_mmlu_hybrid.py: --ckpt is missing"),
         (table_problems, "`1024`\\*", "`1024`", "--seq_length has default `1024`\\*"),
         (table_problems, "| `--dataset_streaming` | `on` |", "| `--dataset_streaming` | `off` |", "default `on`"),
-        (command_problems, "--resume_step 5000", "--resume 5000", "--resume"),
+        (command_problems, "--resume_step 5000", "--resume_stop 5000", "--resume_stop"),
         (command_problems, "--limit 20", "--limit 0", "--limit 0"),
         (command_problems, "--kl_weight 0.1 \\", "--kl_weight 0.2 \\", "word for word"),
         (command_problems, "python eval_mmlu_hybrid.py", "python eval.py", "no command runs eval_mmlu_hybrid.py"),
