@@ -7,6 +7,7 @@ NCCL would see it when its time is up. Rank 0 passes on what it hears.
 
 import logging
 import os
+import sys
 import threading
 import time
 
@@ -19,8 +20,10 @@ logger = logging.getLogger("train")
 
 SIZE = 4096  # bytes of a message
 GOODBYE = "goodbye"  # the only message after which the others go on
-# Ends that every rank tells itself: by a mistake of the user, by a signal outside training.
-QUIET = {"mistake": 2, "stopped": EXIT_STOPPED}
+# How a message begins that tells of no fault of ours, and the code to end with: a mistake of the user, which rank 0
+# passes on to the user; a signal outside training, which every rank hears itself.
+MISTAKE, STOPPED = "mistake: ", "stopped: "
+CODES = {MISTAKE: 2, STOPPED: EXIT_STOPPED}
 GRACE_S = 5.0  # for the main thread to end by itself: a collective that lost a peer raises, or hangs
 LONGEST_END_S = 20.0  # for a rank that failed; torchrun's own patience is 30
 
@@ -52,9 +55,12 @@ class Lifeline:
         if not self._is_first():
             return False
         _exit_after(LONGEST_END_S, 1)
-        text = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-        if isinstance(error, ValueError | Interrupted):
-            text = "mistake" if isinstance(error, ValueError) else "stopped"
+        if isinstance(error, ValueError):
+            text = f"{MISTAKE}{error} (on rank {self.rank})"
+        elif isinstance(error, Interrupted):
+            text = f"{STOPPED}{error}"
+        else:
+            text = f"rank {self.rank} failed: {type(error).__name__}: {error}"
         sending = threading.Thread(target=self._send, args=(text,), daemon=True)
         sending.start()
         sending.join(timeout=2.0)  # a peer that hangs must not keep this rank
@@ -82,8 +88,11 @@ class Lifeline:
             text = f"rank {peer} died without a word (killed, or out of host memory?)"
         if text == GOODBYE or not self._is_first():
             return
-        _exit_after(GRACE_S, QUIET.get(text, 1))
-        if text not in QUIET:
+        kind = next((kind for kind in CODES if text.startswith(kind)), "")
+        _exit_after(GRACE_S, CODES.get(kind, 1))
+        if kind == MISTAKE and self.rank == 0:
+            print(f"error: {text.removeprefix(MISTAKE)}", file=sys.stderr, flush=True)
+        elif kind == "":
             logger.error("this run ends because %s", text)
         if self.rank == 0:
             self._send(text)

@@ -115,6 +115,8 @@ def choose_checkpoint(args: TrainArguments, candidates: list[Path], ranks: Ranks
     """
     problems: dict[Path, str | None] = {}
     for checkpoint in candidates:
+        if problems:  # the first has been looked at before
+            check_same_run(checkpoint, args, ranks.world_size)
         problem = _deep_check(checkpoint, ranks)
         if problem is None:
             if ranks.is_main:

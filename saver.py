@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import PreTrainedTokenizerBase
@@ -196,14 +195,10 @@ class Saver:
 
 
 def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, in pinned memory where they come from a GPU: torch keeps that for the next time."""
-    copies = {}
-    for name, tensor in tensors.items():
-        on_gpu = tensor.device.type == "cuda"
-        copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu).copy_(tensor, non_blocking=on_gpu)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copies
+    """Into plain memory: torch's pinned one is handed out in powers of two, up to twice of what is needed, and is never
+    given back.
+    """
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def done_now(job: Callable[[], None]) -> Future:

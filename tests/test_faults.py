@@ -194,6 +194,28 @@ def test_a_full_disk_costs_no_step(stage, facts):
     assert not kept & {"checkpoint-6", "checkpoint-9", ".partial-checkpoint-6-0"}
 
 
+def test_nobody_waits_for_a_slow_disk(facts):
+    fact = facts("slow_disk")
+    assert fact["codes"] == [0, 0]
+    began, saved = fact["log"].index("saving micro step 3;"), fact["log"].index("/checkpoint-3, ")
+    assert began < fact["log"].index("micro_step 4 ") < fact["log"].index("micro_step 6 ") < saved
+
+
+def test_a_bad_row_is_named_or_left_out_in_both_lanes(facts):
+    cached, cached_skipping, stream, stream_skipping = facts("a_bad_row")
+    for fact in (cached, stream):
+        assert fact["codes"] == [2] and "bad.jsonl" in fact["log"] and "line 3" in fact["log"]
+        assert "--skip_bad_rows" in fact["log"]
+    for fact in (cached_skipping, stream_skipping):
+        assert fact["codes"] == [0] and "skipped 1 of" in fact["log"]
+
+
+def test_what_one_rank_alone_finds_is_told_by_rank_0(facts):
+    fact = facts("a_bad_row_on_one_rank")
+    assert 2 in fact["codes"]
+    assert fact["log"].count("error: ") == 1 and "b.jsonl, line 61" in fact["log"] and "(on rank 1)" in fact["log"]
+
+
 def test_the_last_state_waits_for_room(facts):
     fact = facts("full_disk_at_the_end")
     assert fact["codes"] == [0, 0] and "waits for room" in fact["log"] and "checkpoint-2," in fact["log"]

@@ -18,7 +18,7 @@ from tests.faults.launch import Launch, make_models, options
 from tests.faults.traps import MOMENTS, OFTEN, killing_at
 
 LANES = {
-    "cached": dict(dtype="bfloat16", grad_accumulation_steps=2, save_interval=4),
+    "cached": dict(dtype="bfloat16", grad_accumulation_steps=2, save_interval=4, teacher_prefetch=1),
     "stream": dict(no_dataset_streaming=False, shuffle_buffer=30, epochs=4),
 }
 MICRO_STEPS = {"cached": 48, "stream": 24}

@@ -253,6 +253,32 @@ def _fail_parts(n: int) -> None:
     saver.write_part = write_part
 
 
+def slow_disk(scene: Scene) -> None:
+    """Rank 1 takes two seconds for its part of checkpoint-3."""
+    scene.run(arm=on_rank(1, lambda: trap(saver, "write_part", 2, lambda: time.sleep(2))), max_steps=8)
+
+
+def a_bad_row(scene: Scene) -> None:
+    """Line 3 is no JSON: named by either lane, or left out."""
+    lines = (scene.models / "short.jsonl").read_text().splitlines(keepends=True)
+    bad = scene.folder / "bad.jsonl"
+    bad.write_text("".join([*lines[:2], '{"text": "cut', "\n", *lines[2:]]))
+    for streaming in (False, True):
+        for skip in (False, True):
+            changes = dict(no_dataset_streaming=not streaming, skip_bad_rows=skip, shuffle_buffer=0, save_interval=0)
+            scene.run(1, output=scene.folder / f"row-{streaming}-{skip}", dataset_name=bad, max_steps=2, **changes)
+
+
+def a_bad_row_on_one_rank(scene: Scene) -> None:
+    """In the file that rank 1 alone reads."""
+    folder = scene.folder / "files"
+    folder.mkdir()
+    text = (scene.models / "short.jsonl").read_text()
+    (folder / "a.jsonl").write_text(text)
+    (folder / "b.jsonl").write_text(text + '{"text": "cut\n')
+    scene.run(dataset_name=folder, no_dataset_streaming=False, shuffle_buffer=0)
+
+
 def bad_checkpoints(scene: Scene) -> None:
     """The newest is cut short, the one before has a flipped bit where only hashing finds it; then all are bad."""
     scene.run(max_steps=12)
