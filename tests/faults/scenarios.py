@@ -269,14 +269,8 @@ def a_bad_row(scene: Scene) -> None:
             scene.run(1, output=scene.folder / f"row-{streaming}-{skip}", dataset_name=bad, max_steps=2, **changes)
 
 
-def a_bad_row_on_one_rank(scene: Scene) -> None:
-    """In the file that rank 1 alone reads."""
-    folder = scene.folder / "files"
-    folder.mkdir()
-    text = (scene.models / "short.jsonl").read_text()
-    (folder / "a.jsonl").write_text(text)
-    (folder / "b.jsonl").write_text(text + '{"text": "cut\n')
-    scene.run(dataset_name=folder, no_dataset_streaming=False, shuffle_buffer=0)
+def a_mistake_that_one_rank_finds(scene: Scene) -> None:
+    scene.run(arm=on_rank(1, lambda: at_micro_step(3, fail(ValueError("--flag 7: a mistake of this test")))))
 
 
 def bad_checkpoints(scene: Scene) -> None:
