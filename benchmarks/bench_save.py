@@ -1,0 +1,83 @@
+"""How long training stands still for a checkpoint, beside how long a step takes: the product's own Saver, model and
+optimizer on one rank, in float32. `seconds` is the standstill; `step_s` a step of one short
+window, the shortest that it can be compared with; `written_s` is when the checkpoint is there.
+
+    python benchmarks/bench_save.py [--json FILE] [--quick]
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import parse_arguments, report, run_rounds
+
+CASES = {  # d_model, layers, vocabulary
+    "14 M weights": (256, 8, 16000),
+    "110 M weights": (768, 12, 32000),
+}
+CANDIDATES = ["in the foreground", "in the background"]
+SEQ_LEN, STEPS = 128, 5
+
+
+def run(case: str, candidate: str, _: int) -> dict:
+    from transformers import AutoTokenizer
+
+    from arguments import PRESETS, parse_train_args
+    from data import Batch
+    from llamba import LlambaConfig, LlambaForCausalLM
+    from run_state import Progress, random_state
+    from saver import Saver
+    from training_utils import DistillationModel, LossScale, build_optimizer, process_groups, update, wrap_ddp
+
+    d_model, n_layer, vocab = CASES[case]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = LlambaConfig(
+        vocab_size=vocab,
+        d_model=d_model,
+        n_layer=n_layer,
+        mlp_cfg={"intermediate_size": 4 * d_model},
+        ssm_cfg={"d_state": 16, "n_v_heads": 8, "n_qk_heads": 8, "chunk_size": 64},
+    )
+    background = "--background_save" if candidate == "in the background" else "--no_background_save"
+    with tempfile.TemporaryDirectory() as folder, process_groups(device) as ranks:
+        args = parse_train_args(["--kl_weight", "0", "--dtype", "float32", "--output_dir", folder, background])
+        student = LlambaForCausalLM(config).to(device)
+        model = wrap_ddp(DistillationModel(student, None, vocab, args), device)
+        optimizer = build_optimizer(model, args)
+        saver = Saver(args, student, optimizer, AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher"), ranks, -1)
+        batch = Batch.from_windows(torch.randint(vocab, (1, SEQ_LEN + 1), device=device))
+        scale = LossScale.for_dtype(torch.float32)
+        steps, standing, written = [], [], []
+        for micro_step in range(1, STEPS + 1):
+            start = time.perf_counter()
+            loss, _ = model(batch, None)
+            loss.backward()
+            update(model, optimizer, scale, 1.0, loss.item())
+            steps.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            saver.save(Progress(micro_step, micro_step, rng=random_state(device)))
+            standing.append(time.perf_counter() - start)
+            saver._wait()
+            written.append(time.perf_counter() - start)
+        n_bytes = sum(path.stat().st_size for path in Path(folder, "checkpoint-1").iterdir())
+        del model
+    return {
+        "seconds": statistics.median(standing[1:]),
+        "step_s": statistics.median(steps[1:]),
+        "written_s": statistics.median(written[1:]),
+        "checkpoint_bytes": n_bytes,
+    }
+
+
+def main() -> None:
+    args = parse_arguments(__doc__)
+    wanted = [name for name in CASES if not args.cases or any(part in name for part in args.cases)]
+    names = [name for name in CANDIDATES if not args.candidates or name in (*args.candidates, CANDIDATES[0])]
+    cases = dict.fromkeys(wanted[:1] if args.quick else wanted, names)
+    report(run_rounds(__file__, cases, 1 if args.quick else args.rounds, CANDIDATES[0], 1), args.json)
+
+
+if __name__ == "__main__":
+    main()
