@@ -56,6 +56,6 @@ lint: .venv/installed-dev
 
 # Times mean something on a machine that does nothing else. Each prints its table and leaves its rows in runs/bench/.
 bench: .venv/installed-bench
-	for name in loss step wire overlap data; do \
+	for name in loss step wire overlap data save; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \
 	done

@@ -2,7 +2,7 @@
 
 Two lanes give the same windows. Cached (`--no_dataset_streaming`): tokenised once to a file, then one order of all
 windows of all epochs, of which each rank takes its slice. Streaming: read, shuffled in a buffer, tokenised and packed
-on the fly, each rank from its own share of the documents (streaming.py).
+on the fly, each rank from its own share of the documents (streaming.py, stream_loader.py).
 
 Each batch carries the point behind it, its `position`: a run that goes on from there sees what would have come next.
 """
@@ -12,9 +12,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
+from batches import MAKE_IT_FIT, Batch, CachedPosition
 from packing import (
     Encoder,
     PackedTextDataset,
@@ -35,73 +35,20 @@ from packing import (
 )
 from rows import check_text_field, only_texts, rows_of
 from sources import cache_root, describe, explain_fault, network_forbidden, open_source, open_stream, open_table
-from streaming import StreamState, TextStream
+from stream_loader import StreamingLoader
+from streaming import TextStream
 
-__all__ = ["Batch", "PackedTextDataset", "build_dataloader", "check_text_field", "check_tokenizer"]
+__all__ = [
+    "Batch",
+    "CachedLoader",
+    "PackedTextDataset",
+    "StreamingLoader",
+    "build_dataloader",
+    "check_text_field",
+    "check_tokenizer",
+]
 
 logger = logging.getLogger("train")
-
-MAKE_IT_FIT = "use more text, or a smaller --seq_length or --batch_size"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B windows. Those of rank r have `window_ids` that tell where they came from: in the cached lane their numbers in
-    the token file, in a stream how many windows of this rank's share came before them in the epoch.
-    """
-
-    input_ids: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64: the id that follows
-    loss_mask: Tensor  # (B, S) bool
-    window_ids: Sequence[int] = ()
-    position: "Position | None" = None
-
-    @classmethod
-    def from_windows(cls, windows: Tensor, window_ids: Sequence[int] = ()) -> "Batch":  # (B, S + 1)
-        inputs, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, S) each
-        return cls(inputs, labels, torch.ones_like(labels, dtype=torch.bool), window_ids)
-
-    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = (change(self.input_ids), change(self.labels), change(self.loss_mask))
-        return Batch(*tensors, self.window_ids, self.position)
-
-    def pin_memory(self) -> "Batch":  # DataLoader calls this by name
-        return self.with_tensors(Tensor.pin_memory)
-
-
-@dataclass(frozen=True)
-class CachedPosition:
-    """Windows behind, of all ranks and epochs: no matter how many ranks took them."""
-
-    windows: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"windows": self.windows}
-
-
-@dataclass(frozen=True)
-class StreamPosition:
-    """A point in one rank's share of a stream: before the batch of texts `texts`, with the ids `leftover` of the texts
-    before it, and `n_taken` batches of windows behind in what the two make.
-    """
-
-    epoch: int
-    texts: StreamState
-    leftover: np.ndarray  # (ids,)
-    first_step: int  # batches of the epoch before these texts
-    n_taken: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "texts": self.texts.to_json(),
-            "leftover": self.leftover.tolist(),
-            "first_step": self.first_step,
-            "n_taken": self.n_taken,
-        }
-
-
-Position = CachedPosition | StreamPosition
 
 
 def build_dataloader(
@@ -247,92 +194,3 @@ class CachedLoader:
 def collate(items: list[tuple[int, Tensor]]) -> Batch:
     window_ids, windows = zip(*items, strict=True)
     return Batch.from_windows(torch.stack(windows), window_ids)  # (B, S + 1)
-
-
-# ---- the streaming lane
-
-
-class StreamingLoader:
-    """Batches packed on the fly from this rank's share of a stream; how many is not known beforehand."""
-
-    def __init__(
-        self,
-        texts: TextStream,
-        encoder: Encoder,
-        args: TrainArguments,
-        rank: int,
-        control_group: dist.ProcessGroup | None,
-        position: dict[str, Any] | None,
-    ):
-        self.texts, self.encoder, self.epochs = texts, encoder, args.epochs
-        self.batch_size, self.seq_len = args.batch_size, args.seq_length
-        self.block = args.batch_size * (args.seq_length + 1)  # ids of a batch
-        self.rank, self.control_group, self.position = rank, control_group, position
-
-    def __iter__(self) -> Iterator[Batch]:
-        first = 0 if self.position is None else self.position["epoch"]
-        for epoch in range(first, self.epochs):
-            yield from self._one_epoch(epoch, self.position if epoch == first else None)
-
-    def _one_epoch(self, epoch: int, position: dict[str, Any] | None) -> Iterator[Batch]:
-        began = position is not None
-        with closing(run_ahead(self._stacks(epoch, position), depth=1)) as stacks:
-            ready = next(stacks, None)
-            while agreed := self._least_of_all_ranks(len(ready.blocks) if ready else 0):
-                assert ready is not None
-                for _ in range(agreed):
-                    block, ready = ready.blocks[0], ready.without_first()
-                    began = True
-                    yield self._batch(block, ready.position)
-                if not len(ready.blocks):
-                    ready = next(stacks, None)
-        if not began:
-            raise ValueError(
-                f"the dataset is too small: some rank's share of it has fewer than the {self.batch_size} "
-                f"windows of one batch (seen from rank {self.rank}); {MAKE_IT_FIT}"
-            )
-
-    def _stacks(self, epoch: int, position: dict[str, Any] | None) -> Iterator["Stack"]:
-        """What a batch of texts fills, as a whole: it is made ahead, for it takes as long as many steps."""
-        leftover, step, n_taken, texts_before = np.empty(0, self.encoder.dtype), 0, 0, None
-        if position is not None:
-            leftover = np.asarray(position["leftover"], self.encoder.dtype)
-            step, n_taken, texts_before = position["first_step"], position["n_taken"], position["texts"]
-        for before, texts in self.texts.batches(epoch, texts_before):
-            point = StreamPosition(epoch, before, leftover, step, n_taken)
-            ids = np.concatenate([leftover, self.encoder(texts)])
-            blocks = ids[: len(ids) // self.block * self.block].reshape(-1, self.block)  # (batches, B * (S + 1))
-            leftover = ids[blocks.size :].copy()  # else it would keep all of them alive
-            step += len(blocks)
-            if len(blocks) > n_taken:
-                yield Stack(blocks[n_taken:], point)
-            n_taken = 0
-
-    def _batch(self, block: np.ndarray, behind: StreamPosition) -> Batch:
-        windows = torch.from_numpy(block.astype(np.int64)).view(self.batch_size, -1)  # (B, S + 1)
-        first = (behind.first_step + behind.n_taken - 1) * self.batch_size
-        batch = Batch.from_windows(windows, range(first, first + self.batch_size))
-        batch = dataclasses.replace(batch, position=behind)
-        return batch.pin_memory() if torch.cuda.is_available() else batch
-
-    def _least_of_all_ranks(self, n_ready: int) -> int:
-        """How many steps all ranks can take before they have to ask again; 0 where a share has ended. Shares differ
-        in length, and to ask at every step would make each rank wait for the slowest.
-        """
-        if self.control_group is None:
-            return n_ready
-        least = torch.tensor(n_ready)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.control_group)
-        return int(least.item())
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Batches that are ready, and the point before the first."""
-
-    blocks: np.ndarray  # (batches, B * (S + 1))
-    position: StreamPosition
-
-    def without_first(self) -> "Stack":
-        behind = dataclasses.replace(self.position, n_taken=self.position.n_taken + 1)
-        return Stack(self.blocks[1:], behind)

@@ -33,8 +33,9 @@ from model_utils import (
     locate_model,
     prepare_student,
 )
+from optimizer import MasterWeightAdamW, parameter_groups
 from teacher import Teacher, teacher_head
-from training_utils import DTYPES, DistillationModel, MasterWeightAdamW, parameter_groups
+from training_utils import DTYPES, DistillationModel
 
 aten = torch.ops.aten
 Items = dict[str, int]  # bytes or operations, by what they are for

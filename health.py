@@ -12,8 +12,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from arguments import TrainArguments
 from llamba import LlambaForCausalLM
 from model_utils import parts_of_student
+from ranks import Ranks
 from run_state import owned_parameters
-from training_utils import Meter, Ranks
+from training_utils import Meter
 
 logger = logging.getLogger("train")
 

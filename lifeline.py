@@ -34,6 +34,7 @@ class Lifeline:
         self.group, self.rank, world_size = group, dist.get_rank(), dist.get_world_size()
         self.peers = [0] if self.rank else list(range(1, world_size))
         self.ending = False  # another rank's failure is known here, or this rank's own has been told
+        self.code = 1  # to end with because of another rank
         self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self.peers]
         for thread in self.threads:
@@ -45,15 +46,15 @@ class Lifeline:
         for thread in self.threads:
             thread.join()
 
-    def report(self, error: BaseException) -> bool:
-        """Tells the others why this rank ends, unless it ends because of one of them: False then. Waits a little for
-        that cause: what a failed peer breaks here is often seen before what it says.
+    def report(self, error: BaseException) -> int | None:
+        """Tells the others why this rank ends: None then. If it ends because of one of them, returns the exit code to
+        end with. Waits a little for that cause: what a failed peer breaks here is often seen before what it says.
         """
         if not self.peers:
-            return True
+            return None
         time.sleep(0.5)
         if not self._is_first():
-            return False
+            return self.code
         _exit_after(LONGEST_END_S, 1)
         if isinstance(error, ValueError):
             text = f"{MISTAKE}{error} (on rank {self.rank})"
@@ -64,7 +65,7 @@ class Lifeline:
         sending = threading.Thread(target=self._send, args=(text,), daemon=True)
         sending.start()
         sending.join(timeout=2.0)  # a peer that hangs must not keep this rank
-        return True
+        return None
 
     def _is_first(self) -> bool:
         with self.lock:
@@ -89,7 +90,8 @@ class Lifeline:
         if text == GOODBYE or not self._is_first():
             return
         kind = next((kind for kind in CODES if text.startswith(kind)), "")
-        _exit_after(GRACE_S, CODES.get(kind, 1))
+        self.code = CODES.get(kind, 1)
+        _exit_after(GRACE_S, self.code)
         if kind == MISTAKE and self.rank == 0:
             print(f"error: {text.removeprefix(MISTAKE)}", file=sys.stderr, flush=True)
         elif kind == "":

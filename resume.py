@@ -32,8 +32,8 @@ from checkpoint import (
     step_of,
 )
 from llamba import LlambaForCausalLM
+from ranks import Ranks, is_main_rank
 from run_state import FORMAT
-from training_utils import Ranks, is_main_rank
 from utils import lock_output_dir
 
 logger = logging.getLogger("train")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from arguments import TrainArguments
+from batches import Position
 from checkpoint import open_optimizer, read_position, read_state
-from data import Position
 from llamba import LlambaForCausalLM
 
 FORMAT = 1  # of training_state.json; raise it when older ones cannot be gone on with
@@ -36,7 +36,7 @@ class Progress:
     rng: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def after(self, micro_step: int, tokens: int, outcome: str, **more: Any) -> "Progress":
-        """One update later, whose outcome is that of `training_utils.update`; `tokens` are new, `more` other fields."""
+        """One update later, whose outcome is that of `optimizer.update`; `tokens` are new, `more` other fields."""
         return dataclasses.replace(
             self,
             micro_step=micro_step,

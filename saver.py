@@ -25,9 +25,9 @@ from checkpoint import (
     write_part,
 )
 from llamba import LlambaForCausalLM
+from ranks import Ranks
 from run_state import Progress, shard_tensors
 from stopping import StopRequest
-from training_utils import Ranks
 from utils import BackgroundThread, Stopwatch
 
 logger = logging.getLogger("train")

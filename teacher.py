@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from data import Batch
 from llamba import LlambaForCausalLM
-from training_utils import Ranks
+from ranks import Ranks
 from utils import BackgroundThread
 
 # An answer, and the event after which it may be read: None where there is nothing to wait for.

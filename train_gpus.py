@@ -39,41 +39,16 @@ from model_utils import (
     parameter_table,
     prepare_student,
 )
+from optimizer import LossScale, build_optimizer, build_schedule, update
+from ranks import Ranks, choose_devices, default_prefetch, is_main_rank, launched_world_size, process_groups
 from resume import check_shared, check_space, checkpoints_to_try, choose_checkpoint, prepare_output_dir
+from run_log import RunLog, begin_status, ended_before_restart, write_status
 from run_state import Progress, position_to_go_on, random_state, read_progress, restore
 from saver import Saver
 from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
 from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
-from training_utils import (
-    DTYPES,
-    DistillationModel,
-    LossScale,
-    Meter,
-    Ranks,
-    build_optimizer,
-    build_schedule,
-    choose_devices,
-    default_prefetch,
-    is_main_rank,
-    launched_world_size,
-    process_groups,
-    settle_buckets,
-    to_device,
-    update,
-    wrap_ddp,
-)
-from utils import (
-    RunLog,
-    Stopwatch,
-    TimedIterator,
-    begin_status,
-    check_compiler,
-    describe_environment,
-    ended_before_restart,
-    run_entry,
-    setup_logging,
-    write_status,
-)
+from training_utils import DTYPES, DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
+from utils import Stopwatch, TimedIterator, check_compiler, describe_environment, run_entry, setup_logging
 
 logger = logging.getLogger("train")
 

@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 import train_gpus
 from arguments import TrainArguments
 from data import Batch
+from optimizer import build_optimizer
+from ranks import Ranks
 from run_state import Progress
 from saver import Saver
 from stopping import StopRequest
 from teacher import Lane
-from training_utils import Ranks, build_optimizer
 
 
 class NoSaver(Saver):

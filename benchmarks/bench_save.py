@@ -27,9 +27,11 @@ def run(case: str, candidate: str, _: int) -> dict:
     from arguments import PRESETS, parse_train_args
     from data import Batch
     from llamba import LlambaConfig, LlambaForCausalLM
+    from optimizer import LossScale, build_optimizer, update
+    from ranks import process_groups
     from run_state import Progress, random_state
     from saver import Saver
-    from training_utils import DistillationModel, LossScale, build_optimizer, process_groups, update, wrap_ddp
+    from training_utils import DistillationModel, wrap_ddp
 
     d_model, n_layer, vocab = CASES[case]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

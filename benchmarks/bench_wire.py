@@ -139,7 +139,7 @@ def run(case: str, candidates: list[str], rounds: int) -> Row:
 
 def run_rank(name: str, candidates: list[str], rounds: int) -> dict[str, Row]:
     """Figures of each candidate, one for every round."""
-    from training_utils import process_groups
+    from ranks import process_groups
 
     figures: dict[str, Row] = {candidate: {"seconds": [], "peak_bytes": []} for candidate in candidates}
     with process_groups(torch.device("cpu")) as ranks:

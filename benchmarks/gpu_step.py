@@ -20,22 +20,15 @@ from torch.profiler import ProfilerActivity, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 import train_gpus
-import training_utils
 from arguments import PRESETS, TrainArguments, parse_train_args
 from data import Batch
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
 from losses import shared_vocab
 from model_utils import apply_replacements, freeze_student_layers, freeze_student_mlps
-from training_utils import (
-    DTYPES,
-    DistillationModel,
-    MasterWeightAdamW,
-    Ranks,
-    choose_devices,
-    process_groups,
-    wrap_ddp,
-)
+from optimizer import MasterWeightAdamW
+from ranks import Ranks, choose_devices, process_groups
+from training_utils import DTYPES, DistillationModel, wrap_ddp
 
 RANKS = 4  # that share the optimizer's state
 STEPS, WARM_UP = 10, 3  # the first steps compile and allocate; the last has no batch to be ahead for
@@ -189,7 +182,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
 
     with (
         mock.patch.multiple(train_gpus, get_teacher_model=make_teacher, get_student_model=make_student),
-        mock.patch.object(training_utils, "MasterWeightAdamW", Share),
+        mock.patch("optimizer.MasterWeightAdamW", Share),
         process_groups(device) as ranks,
     ):
         run(ranks)

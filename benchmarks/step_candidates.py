@@ -21,9 +21,10 @@ from arguments import TrainArguments, parse_train_args
 from data import Batch
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import prepare_student
+from ranks import Ranks, process_groups
+from run_log import RunLog
 from teacher import open_lane
-from training_utils import DistillationModel, Ranks, process_groups, wrap_ddp
-from utils import RunLog
+from training_utils import DistillationModel, wrap_ddp
 
 
 def train(case: Case, candidate: str) -> Row:

@@ -1,6 +1,10 @@
-"""What holds for every test: one thread, and what it leaves behind is taken down. And which files come first."""
+"""What holds for every test: one thread, and what it leaves behind is taken down. Which files come first. And the
+environment of a plain run, for those that ask.
+"""
 
 import logging
+import os
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ import torch.distributed as dist
 
 # From a minute up. Of two that test side by side, none shall be left alone with one of these at the end.
 SLOW_FILES = ["test_train_script.py", "test_demo.py", "test_memory_plan.py", "test_model_utils.py"]
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def pytest_collection_modifyitems(items):
@@ -37,3 +43,12 @@ def loggers_as_they_were():
     for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
         log.setLevel(level)
         log.propagate, log.handlers = propagate, handlers
+
+
+@pytest.fixture
+def no_torchrun():
+    """The environment of a plain `python` run, restored afterwards."""
+    with mock.patch.dict(os.environ):
+        for name in RANK_NAMES:
+            os.environ.pop(name, None)
+        yield

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from data import Batch
+from ranks import process_groups
 from teacher import TeacherLane, ask_ahead
-from training_utils import process_groups
 
 WIDTH = 5
 

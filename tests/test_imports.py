@@ -12,12 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"arguments", "stopping", "llamba"},
-    {"utils", "bad_rows"},
+    {"utils", "run_log", "bad_rows"},
     {"rows"},
     {"packing"},  # data's lower halves; model_files is model_utils's
     {"sources", "streaming", "model_files"},
+    {"batches"},
+    {"stream_loader"},
     {"model_utils", "data", "losses", "lifeline"},
-    {"training_utils", "checkpoint", "mmlu"},
+    {"ranks", "optimizer", "training_utils", "checkpoint", "mmlu"},
     {"teacher", "run_state"},
     {"resume", "saver", "health"},
     {"footprint"},
@@ -30,11 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "llamba": set(),
     "losses": set(),
     "arguments": set(),
-    "utils": {"arguments", "stopping"},
+    "utils": {"stopping"},
+    "run_log": {"arguments"},
+    "batches": {"streaming"},
     "lifeline": {"stopping"},
-    "teacher": {name for name in LEVEL_OF if LEVEL_OF[name] < LEVEL_OF["training_utils"]} | {"training_utils"},
+    "ranks": {"lifeline", "utils"},
+    "optimizer": {"arguments"},
+    "teacher": {name for name in LEVEL_OF if LEVEL_OF[name] < LEVEL_OF["ranks"]} | {"ranks"},
 }
-KNOW_RANKS = {"training_utils", "teacher", "data", "lifeline"}
+KNOW_RANKS = {"ranks", "training_utils", "teacher", "data", "stream_loader", "lifeline"}
 TYPE_OF_THE_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"  # to name it is not to talk to ranks
 OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "fla"}
 DOTTED_NAME = re.compile(r"\w+(\.\w+)*")
@@ -110,7 +116,7 @@ def test_the_walk_sees_the_project():
     kernels = ast.parse(sources["llamba.kernels"])
     assert {name.split(".")[0] for name in named_in_calls(kernels)} >= OPTIONAL_PACKAGES
     assert {name for name in sources if uses_distributed(ast.parse(sources[name]))} == KNOW_RANKS
-    assert set(imported(ast.parse(sources["teacher"]))) >= {"llamba.LlambaForCausalLM", "training_utils.Ranks"}
+    assert set(imported(ast.parse(sources["teacher"]))) >= {"llamba.LlambaForCausalLM", "ranks.Ranks"}
 
 
 @pytest.mark.parametrize(
@@ -118,9 +124,16 @@ def test_the_walk_sees_the_project():
     [
         ("arguments", "import utils", "imports utils"),
         ("utils", "import losses", "imports losses"),
+        ("utils", "import run_log", "imports run_log"),
+        ("utils", "from arguments import TrainArguments", "imports arguments"),
+        ("run_log", "import utils", "imports utils"),
         ("stopping", "import utils", "imports utils"),
         ("lifeline", "import utils", "imports utils"),
-        ("lifeline", "import training_utils", "imports training_utils"),
+        ("lifeline", "import ranks", "imports ranks"),
+        ("ranks", "from data import Batch", "imports data"),
+        ("ranks", "import training_utils", "imports training_utils"),
+        ("optimizer", "from ranks import Ranks", "imports ranks"),
+        ("optimizer", "import torch.distributed as dist", "uses torch.distributed"),
         ("checkpoint", "import run_state", "imports run_state"),
         ("run_state", "import saver", "imports saver"),
         ("run_state", "import teacher", "imports teacher"),
@@ -137,9 +150,14 @@ def test_the_walk_sees_the_project():
         ("packing", "import data", "imports data"),
         ("sources", "import torch.distributed", "uses torch.distributed"),
         ("data", "import model_utils", "imports model_utils"),
-        ("data", "def f():\n    from training_utils import Ranks", "imports training_utils"),
+        ("batches", "from stream_loader import StreamingLoader", "imports stream_loader"),
+        ("stream_loader", "import data", "imports data"),
+        ("data", "def f():\n    from ranks import Ranks", "imports ranks"),
         ("model_utils", "import checkpoint as c", "imports checkpoint"),
         ("training_utils", "import teacher", "imports teacher"),
+        ("training_utils", "from ranks import Ranks", "imports ranks"),
+        ("training_utils", "import optimizer", "imports optimizer"),
+        ("teacher", "import training_utils", "imports training_utils"),
         ("teacher", "import mmlu", "imports mmlu"),
         ("checkpoint", "import train_gpus", "imports train_gpus"),
         ("eval_mmlu_hybrid", "import train_gpus", "imports train_gpus"),
@@ -166,10 +184,12 @@ def test_a_breach_is_seen(module, source, breach):
             "import teacher, checkpoint, data, losses, arguments, utils\nfrom llamba import LlambaConfig",
         ),
         ("train_gpus", "from torch.nn.parallel import DistributedDataParallel"),
-        ("teacher", "import torch.distributed\nfrom training_utils import Ranks"),
-        ("data", "import packing, sources, arguments"),
-        ("utils", "from arguments import TrainArguments\nfrom stopping import Interrupted"),
-        ("training_utils", "from lifeline import Lifeline"),
+        ("teacher", "import torch.distributed\nfrom ranks import Ranks"),
+        ("data", "import packing, sources, arguments, batches, stream_loader"),
+        ("utils", "from stopping import Interrupted"),
+        ("run_log", "from arguments import TrainArguments"),
+        ("ranks", "from lifeline import Lifeline\nfrom utils import checked_device"),
+        ("optimizer", "from torch.distributed.optim import ZeroRedundancyOptimizer\nimport arguments"),
         ("saver", "from torch.distributed.optim import ZeroRedundancyOptimizer\nimport run_state, checkpoint, utils"),
         ("llamba.mixer", "from .kernels import kernels_for\nfrom llamba.ssd import ssd_step"),
         ("llamba.kernels", "import mamba_ssm"),

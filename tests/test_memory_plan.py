@@ -33,8 +33,9 @@ from footprint import (
     weights_by_fate,
 )
 from llamba import LlambaConfig, LlambaForCausalLM
+from optimizer import build_optimizer, parameter_groups
 from plan import Box, Plan, asked_placement, largest_moment, make_plan, student_moments
-from training_utils import build_optimizer, choose_devices, parameter_groups, process_groups
+from ranks import choose_devices, process_groups
 
 ROOT = Path(__file__).parents[1]
 PRODUCTION = ["--freeze_mlp", "--freeze_replaced_layers"]

@@ -13,6 +13,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from data import Batch
+from ranks import process_groups
 from teacher import (
     ColocatedTeacher,
     NoTeacher,
@@ -25,7 +26,6 @@ from teacher import (
 )
 from tests.lane_ranks import StandIn
 from tests.tiny import tiny_teacher, tokens
-from training_utils import process_groups
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

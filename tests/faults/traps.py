@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import optimizer
+import run_log
 import saver
 import training_utils
-import utils
 
 # The moment's name -> object and attribute whose call is the moment.
 MOMENTS = {
     "in the forward pass": (training_utils.DistillationModel, "forward"),
-    "in an update": (training_utils.MasterWeightAdamW, "step"),
-    "writing metrics": (utils.RunLog, "_append"),
+    "in an update": (optimizer.MasterWeightAdamW, "step"),
+    "writing metrics": (run_log.RunLog, "_append"),
     "copying to the host": (saver, "copy_to_host"),
     "before a rank's part": (saver, "write_part"),
     "writing tensors": (checkpoint, "save_file"),

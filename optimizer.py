@@ -1,0 +1,179 @@
+"""What moves the weights: AdamW on float32 masters, the schedule of its learning rate, and the update that follows the
+backward passes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_wsd_schedule
+
+from arguments import TrainArguments
+
+
+class MasterWeightAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) that steps on float32 master weights and moments, whatever the parameters' dtype.
+
+    In bfloat16 a step of lr 1e-5 is below the weights' resolution and most of it would be lost; the masters
+    keep it. For float32 parameters, and where `master_weights` is off, the parameter is its own master. Gradients are
+    multiplied by their group's `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
+    """
+
+    SLICE = 2**24  # weights stepped at once
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        master_weights: bool = True,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, grad_factor=1.0))
+        self.master_weights = master_weights
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+
+    def _step_one(self, parameter: Tensor, group: dict) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if self.master_weights and parameter.dtype != torch.float32:
+                state["master"] = parameter.detach().float()
+        master = state.get("master", parameter)
+        # A slice at a time: the float32 gradient and AdamW's own temporaries are then the size of a slice, where a
+        # vocabulary's weights alone would take gigabytes.
+        tensors = (master, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        for weight, grad, exp_avg, exp_avg_sq in zip(*(t.view(-1).split(self.SLICE) for t in tensors), strict=True):
+            stepped = weight.float()  # itself, but for a 16-bit parameter without a master
+            adamw(
+                [stepped],
+                [grad.float() * group["grad_factor"]],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [state["step"].clone()],  # adamw counts in place, and would count every slice
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            if stepped is not weight:
+                weight.copy_(stepped)
+        state["step"] += 1
+        if master is not parameter:
+            parameter.copy_(master)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters: matrices decay, vectors (norms, biases, D) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, args: TrainArguments) -> ZeroRedundancyOptimizer:
+    """AdamW (0.9, 0.95) whose masters and moments are kept on the one rank that owns the shard."""
+    return ZeroRedundancyOptimizer(
+        parameter_groups(model, args.weight_decay),
+        optimizer_class=MasterWeightAdamW,
+        lr=args.max_lr,
+        betas=(0.9, 0.95),
+        master_weights=args.master_weights,
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total_steps: int, done: int) -> LRScheduler:
+    """Warm-up, stable, decay over `total_steps` optimizer steps, of which `done` are behind."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = args.max_lr
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=round(args.warmup_ratio * total_steps),
+        num_decay_steps=round(args.decay_ratio * total_steps),
+        num_training_steps=total_steps,
+        decay_type="linear",
+        min_lr_ratio=args.min_lr / args.max_lr if args.max_lr else 0.0,
+        last_epoch=done - 1,
+    )
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
+    `growth_interval` good steps. For other dtypes it is 1 for good.
+    """
+
+    active: bool
+    value: float
+    good_steps: int = 0
+    growth_interval: int = 1000
+
+    @classmethod
+    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
+        return cls(True, 2.0**14) if dtype == torch.float16 else cls(False, 1.0)
+
+    def update(self, overflowed: bool) -> None:
+        if not self.active:
+            return
+        self.good_steps = 0 if overflowed else self.good_steps + 1
+        if overflowed:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps % self.growth_interval == 0:
+            self.value *= 2
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module) -> Tensor:
+    """L2 norm of all gradients, in float32 whatever their dtype: a scalar tensor."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
+) -> tuple[float, Literal["stepped", "overflow", "bad"]]:
+    """Unscale, clip, step, clear the gradients. Returns the gradient norm before clipping, and what came of it.
+
+    `loss` is the mean of all ranks, and DDP has made the gradients, and so the norm, the same on all of them: they
+    agree without asking whether a step is sound. If one of the two is not finite the update is skipped: an "overflow"
+    if float16's scale can be blamed, else a "bad" step.
+    """
+    norm = gradient_norm(model).item() / loss_scale.value
+    outcome: Literal["stepped", "overflow", "bad"] = "stepped"
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        outcome = "overflow" if math.isfinite(loss) and loss_scale.value > 1 else "bad"
+    else:
+        factor = 1.0 / loss_scale.value
+        if grad_clip and norm > grad_clip:
+            factor *= grad_clip / norm
+        for group in optimizer.param_groups:
+            group["grad_factor"] = factor
+        optimizer.step()
+    loss_scale.update(overflowed=outcome == "overflow")
+    # Kept as zeros: a gradient that is None gathers outside DDP's buckets until micro steps are summed up.
+    optimizer.zero_grad(set_to_none=False)
+    return norm, outcome
