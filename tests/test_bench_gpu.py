@@ -162,7 +162,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "free_gb,n_layer,checkpointing", [(85, 32, False), (75, 32, True), (56, 24, True), (30, 8, False), (20, None, None)]
+    "free_gb,n_layer,checkpointing", [(85, 32, False), (60, 32, True), (56, 24, True), (30, 8, False), (20, None, None)]
 )
 def test_what_fits_is_chosen_by_arithmetic(monkeypatch, free_gb, n_layer, checkpointing):
     from gpu_step import plan
