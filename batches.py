@@ -43,9 +43,10 @@ class CachedPosition:
     """Windows behind, of all ranks and epochs: no matter how many ranks took them."""
 
     windows: int
+    tokens: str | None  # SHA-256 of the token file
 
     def to_json(self) -> dict[str, Any]:
-        return {"windows": self.windows}
+        return {"windows": self.windows, "tokens": self.tokens}
 
 
 @dataclass(frozen=True)

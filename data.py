@@ -98,6 +98,11 @@ def build_dataloader(
             wait_for_token_file(directory)
     windows = PackedTextDataset(directory, args.seq_length)
     start = 0 if position is None else position["windows"]
+    if position is not None and None not in (found := {position["tokens"], windows.sha256}) and len(found) > 1:
+        raise ValueError(
+            f"--dataset_name {args.dataset_name!r}: its text gives other tokens than when the checkpoint was written; "
+            "bring the data and the tokenizer back as they were, or start another run with --student_model"
+        )
     order = WindowOrder(len(windows), args.epochs, args.batch_size, rank, world_size, args.seed, start)
     if rank == 0:
         order.log()
@@ -169,7 +174,7 @@ class CachedLoader:
     """Batches of a packed file; `len()` is the number of micro steps."""
 
     def __init__(self, windows: PackedTextDataset, order: WindowOrder, workers: int):
-        self.order = order
+        self.order, self.tokens = order, windows.sha256
         self.batches = DataLoader(
             NumberedWindows(windows),
             batch_sampler=order,
@@ -188,7 +193,7 @@ class CachedLoader:
         with closing(run_ahead(iter(self.batches), depth=8)) as batches:
             for batch in batches:
                 behind += self.order.step_windows
-                yield dataclasses.replace(batch, position=CachedPosition(behind))
+                yield dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))
 
 
 def collate(items: list[tuple[int, Tensor]]) -> Batch:

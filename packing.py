@@ -171,13 +171,16 @@ def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, ma
     partial.mkdir()
     started = time.monotonic()
     tokens = documents = 0
+    digest = hashlib.sha256()
     try:
         with open(partial / "tokens.bin", "wb") as file:
             for n_texts, ids in _encoded_ahead(encoder, text_batches(texts)):
                 ids.tofile(file)
+                digest.update(ids.data)
                 tokens += len(ids)
                 documents += n_texts
-        about = {"tokens": tokens, "documents": documents, "dtype": encoder.dtype.name, **made_from}
+        about = {"tokens": tokens, "documents": documents, "dtype": encoder.dtype.name}
+        about |= {"sha256": digest.hexdigest(), **made_from}
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for path in (partial / "tokens.bin", partial / "about.json", partial):
             flush_to_disk(path)
@@ -244,6 +247,7 @@ class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
         self.seq_len = seq_len
         about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
         self.n_tokens: int = about["tokens"]
+        self.sha256: str | None = about.get("sha256")  # of all tokens; token files of before do not tell
         dtype = np.dtype(about["dtype"])
         path = directory / "tokens.bin"
         if path.stat().st_size != self.n_tokens * dtype.itemsize:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -224,13 +225,17 @@ def test_the_end_of_the_data_is_a_place_too(tmp_path: Path):
         assert list(loader(args, position=place_behind(last))) == []
 
 
+def sha256_of(packed: Path) -> str:
+    return hashlib.sha256((packed / "tokens.bin").read_bytes()).hexdigest()
+
+
 def test_a_place_is_small_and_plain(tmp_path: Path):
-    """It goes into every checkpoint. In the cached lane it is a number; in a stream, texts of the buffer and the ids
-    that fill no window yet.
+    """It goes into every checkpoint. In the cached lane it is a number and what it counts in; in a stream, texts of the
+    buffer and the ids that fill no window yet.
     """
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60))
     batches = loader(options(path))
-    assert place_behind(next(iter(batches))) == {"windows": 2}
+    assert place_behind(next(iter(batches))) == {"windows": 2, "tokens": sha256_of(packed_dirs(tmp_path)[0])}
     place = place_behind(next(iter(loader(options(path, dataset_streaming=True, shuffle_buffer=20)))))
     assert place.keys() == {"epoch", "texts", "leftover", "first_step", "n_taken"}
     assert len(place["leftover"]) < 2 * (SEQ + 1)
@@ -753,3 +758,15 @@ def test_special_token_strings_in_documents_are_text(tmp_path: Path):
         args = options(write_jsonl(tmp_path / "a.jsonl", [document]), dataset_streaming=streaming, batch_size=1)
         windows = windows_of(loader(args))
         assert sorted(windows) == sorted(expected_windows([document]))
+
+
+def test_going_on_with_other_text_is_an_error(tmp_path: Path):
+    """The place in the data means nothing in other data, even where it is of the same length."""
+    args = options(write_jsonl(tmp_path / "text.jsonl", random_documents(0, 30)), dataset_streaming=False)
+    place = place_behind(next(iter(loader(args))))
+    assert len(place["tokens"]) == 64
+    write_jsonl(tmp_path / "text.jsonl", random_documents(1, 30))
+    with pytest.raises(ValueError, match="gives other tokens than when the checkpoint was written"):
+        loader(args, position=place)
+    write_jsonl(tmp_path / "text.jsonl", random_documents(0, 30))  # brought back: another time stamp, the same tokens
+    assert next(iter(loader(args, position=place))).window_ids
