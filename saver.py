@@ -3,6 +3,7 @@ checkpoint. The ranks agree between micro steps, in a collective that nobody has
 A save that fails anywhere is given up everywhere, told, and tried again; the run goes on.
 """
 
+import functools
 import logging
 import shutil
 import time
@@ -83,7 +84,10 @@ class Saver:
         self.stopwatch.lap()
         self._wait()
         self.saving = progress
-        write = self._prepare(progress)
+        try:
+            write = self._prepare(progress)
+        except (MemoryError, RuntimeError) as error:  # no room for the copy; torch's word for it is RuntimeError
+            write = functools.partial(fail_with, error)
         if self.args.background_save:
             self.job = self.thread.submit(write)
             stall = self.stopwatch.lap()
@@ -199,6 +203,10 @@ def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     given back.
     """
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def fail_with(error: Exception) -> None:
+    raise error
 
 
 def done_now(job: Callable[[], None]) -> Future:

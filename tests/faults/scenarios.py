@@ -253,6 +253,12 @@ def _fail_parts(n: int) -> None:
     saver.write_part = write_part
 
 
+def no_memory_for_the_copy(scene: Scene) -> None:
+    """On rank 1, for checkpoint-3."""
+    error = MemoryError("a fault of this test")
+    scene.run(arm=on_rank(1, lambda: trap(saver, "copy_to_host", 3, fail(error))), max_steps=8)
+
+
 def slow_disk(scene: Scene) -> None:
     """Rank 1 takes two seconds for its part of checkpoint-3."""
     scene.run(arm=on_rank(1, lambda: trap(saver, "write_part", 2, lambda: time.sleep(2))), max_steps=8)
