@@ -1,4 +1,4 @@
-"""The whole campaign, about half an hour: `make faults`. Prints the table of docs/reliability.md and leaves all figures
+"""The whole campaign, about ten minutes: `make faults`. Prints the table of docs/reliability.md and leaves all figures
 in runs/faults.json. Ends with an error if anything was lost, taken for whole, or not foreseen.
 """
 
