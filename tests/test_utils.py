@@ -144,7 +144,7 @@ def test_a_checkpoint_that_was_moved_aside_is_not_in_the_way(tmp_path, prepare):
     (tmp_path / "checkpoint-30.old").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "bad-checkpoint-30").mkdir()
-    prepare(tmp_path)
+    assert not prepare(tmp_path).closed  # the lock is held
 
 
 def test_two_runs_do_not_write_to_one_directory(tmp_path, prepare):
