@@ -198,7 +198,7 @@ def test_a_copy_that_does_not_fit_costs_no_step(stage, facts):
     fact = facts("no_memory_for_the_copy")
     assert fact["codes"] == [0, 0] and "checkpoint of micro step 3 could not be written (MemoryError" in fact["log"]
     saved = {path.name for path in (stage / "no_memory_for_the_copy").glob("checkpoint-*")}
-    assert "checkpoint-3" not in saved and {"checkpoint-0", "checkpoint-5", "checkpoint-8"} <= saved
+    assert "checkpoint-3" not in saved and {"checkpoint-0", "checkpoint-8"} < saved  # and that of another try
 
 
 def test_nobody_waits_for_a_slow_disk(facts):

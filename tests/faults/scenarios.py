@@ -220,7 +220,7 @@ def the_teacher_runs_out_of_memory(scene: Scene) -> None:
 
 
 def full_disk(scene: Scene) -> None:
-    """No file can grow past 64 KiB between micro steps 4 and 13."""
+    """No file can grow past 64 KiB between micro steps 4 and 13. In the foreground: nothing else is written then."""
 
     def limit(size: int) -> Callable[[], None]:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -232,7 +232,7 @@ def full_disk(scene: Scene) -> None:
             at_micro_step(4, limit(2**16))
             at_micro_step(13, limit(resource.RLIM_INFINITY))
 
-    scene.run(arm=arm)
+    scene.run(arm=arm, no_background_save=True)
 
 
 def full_disk_at_the_end(scene: Scene) -> None:
