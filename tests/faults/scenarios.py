@@ -260,8 +260,8 @@ def no_memory_for_the_copy(scene: Scene) -> None:
 
 
 def slow_disk(scene: Scene) -> None:
-    """Rank 1 takes two seconds for its part of checkpoint-3."""
-    scene.run(arm=on_rank(1, lambda: trap(saver, "write_part", 2, lambda: time.sleep(2))), max_steps=8)
+    """Rank 1 takes five seconds for its part of checkpoint-3."""
+    scene.run(arm=on_rank(1, lambda: trap(saver, "write_part", 2, lambda: time.sleep(5))), max_steps=8)
 
 
 def a_bad_row(scene: Scene) -> None:
