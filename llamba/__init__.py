@@ -4,7 +4,7 @@ AutoConfig and AutoModelForCausalLM.
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .cache import LlambaCache
+from .cache import LlambaCache, SharedPrefix, can_share
 from .configuration import LlambaConfig, attention_cfg_from
 from .mixer import DiscreteMamba2
 from .modeling import LlambaBlock, LlambaForCausalLM, LlambaModel
@@ -19,5 +19,7 @@ __all__ = [
     "LlambaConfig",
     "LlambaForCausalLM",
     "LlambaModel",
+    "SharedPrefix",
     "attention_cfg_from",
+    "can_share",
 ]

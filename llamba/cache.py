@@ -2,11 +2,12 @@
 layer) or a mixer's convolution and state-space states, whose size does not grow with the sequence.
 
 It can be deep-copied, expanded and reordered over the batch; a recurrent state cannot be cut back to an earlier
-token, so `crop` is an error.
+token, so `crop` is an error. `SharedPrefix` lets one prefix serve many batches of sequences.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -25,7 +26,8 @@ class RecurrentLayer(CacheLayerMixin):
         self.seq_len = 0
 
     def update_states(self, conv_state: Tensor, ssm_state: Tensor, n_tokens: int) -> None:
-        self.conv_state, self.ssm_state = conv_state, ssm_state
+        # Without `contiguous` the last inputs would be a view, and keep the inputs of the whole prompt.
+        self.conv_state, self.ssm_state = conv_state.contiguous(), ssm_state
         self.seq_len += n_tokens
         self.is_initialized = True
 
@@ -78,3 +80,58 @@ class LlambaCache(Cache):
     def __init__(self, config: LlambaConfig) -> None:
         attention = set(config.attention_layers)
         super().__init__(layers=[DynamicLayer() if i in attention else RecurrentLayer() for i in range(config.n_layer)])
+
+    def reset(self) -> None:
+        super().reset()
+        # In transformers 5.17 an attention layer that was reset is zeros, as long as before.
+        self.layers = [DynamicLayer() if isinstance(layer, DynamicLayer) else layer for layer in self.layers]
+
+
+class SharedPrefix(Cache):
+    """What came before, for a batch of sequences that all go on from it: one row of states, kept once and seen by every
+    row of the batch. A forward pass reads it and leaves it as it was, so the same prefix serves one batch after
+    another. Works for the caches of hybrids and of Llamas alike; see `can_share`.
+    """
+
+    def __init__(self, cache: Cache, batch_size: int) -> None:
+        super().__init__(layers=[_shared(layer, batch_size) for layer in cache.layers])
+
+
+def can_share(cache: Cache) -> bool:
+    """Whether `SharedPrefix` knows all layers of a cache; a sliding window, say, forgets part of what came before."""
+    return all(type(layer) in (DynamicLayer, RecurrentLayer) for layer in cache.layers)
+
+
+class _SharedAttention(DynamicLayer):
+    """keys and values (1, heads, P, head_dim) of the prefix, never added to."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """(B, heads, L, head_dim) -> (B, heads, P + L, head_dim), which lives as long as one layer's attention does."""
+        pairs = ((self.keys, key_states), (self.values, value_states))
+        keys, values = (torch.cat([past.expand(len(new), -1, -1, -1), new], dim=-2) for past, new in pairs)
+        return keys, values
+
+
+class _SharedStates(RecurrentLayer):
+    """The states of the prefix as views for each row of a batch, never replaced."""
+
+    def __init__(self, layer: RecurrentLayer, batch_size: int) -> None:
+        super().__init__()
+        assert layer.conv_state is not None and layer.ssm_state is not None
+        self.conv_state = layer.conv_state.expand(batch_size, -1, -1)
+        self.ssm_state = layer.ssm_state.expand(batch_size, -1, -1, -1)
+        self.seq_len, self.is_initialized = layer.seq_len, True
+
+    def update_states(self, conv_state: Tensor, ssm_state: Tensor, n_tokens: int) -> None:
+        pass
+
+
+def _shared(layer: CacheLayerMixin, batch_size: int) -> CacheLayerMixin:
+    if isinstance(layer, RecurrentLayer):
+        return _SharedStates(layer, batch_size)
+    assert isinstance(layer, DynamicLayer)
+    return _SharedAttention(layer)
