@@ -38,15 +38,25 @@ KEPT_BY_A_CACHE = ("skip_bad_rows",)  # a stream that ended at a bad row may go 
 FREE_TO_CHANGE = frozenset(
     {"preset", "local_files_only", "student_model", "resume", "resume_step", "time_limit", "dataset_cache_dir"}
 )
-SHARED, MODELS, DATA, LOSS, TRAINING, OUTPUT, EVALUATION = (
+SHARED, MODELS, DATA, LOSS, TRAINING, EVALUATION_IN_TRAINING, OUTPUT, EVALUATION, MMLU, BEYOND = (
     "general",
     "models",
     "data",
     "loss",
     "training",
+    "evaluation during training",
     "output and logs",
     "evaluation",
+    "MMLU",
+    "beyond MMLU",
 )
+
+
+def auto_or_int(text: str) -> int | None:
+    """None for "auto"."""
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, or auto")
+    return None if text == "auto" else int(text)
 
 
 def option(group: str, help: str, default: Any = dataclasses.MISSING, **argparse_kwargs) -> Any:
@@ -152,6 +162,24 @@ class TrainArguments(CommonArguments):
         TRAINING, "minutes after which the run saves and stops, for batch queues (default: none)", None
     )
 
+    eval_interval: int = option(
+        EVALUATION_IN_TRAINING, "optimizer steps between evaluations on held-out text; 0 for none", 0
+    )
+    eval_dataset_name: str | None = option(
+        EVALUATION_IN_TRAINING, "held-out text, named as --dataset_name is (default: the data set of training)", None
+    )
+    eval_dataset_subset: str | None = option(
+        EVALUATION_IN_TRAINING, "its configuration (default: that of training, if it is the same data set)", None
+    )
+    eval_dataset_split: str | None = option(
+        EVALUATION_IN_TRAINING, "its split (default: that of training, if it is the same data set; else train)", None
+    )
+    eval_windows: int = option(EVALUATION_IN_TRAINING, "windows of the held-out text, its first ones", 64)
+    eval_mmlu_dir: str | None = option(
+        EVALUATION_IN_TRAINING, "also score questions of MMLU from this folder, without examples before them", None
+    )
+    eval_mmlu_limit: int = option(EVALUATION_IN_TRAINING, "of these, questions per subject at most", 5)
+
     output_dir: str = option(OUTPUT, "where checkpoints and metrics.jsonl go")
     save_interval: int = option(OUTPUT, "micro steps between checkpoints; 0 saves the first and the last only", 1000)
     save_total_limit: int | None = option(OUTPUT, "newest checkpoints to keep; older ones are deleted", None)
@@ -182,6 +210,8 @@ class TrainArguments(CommonArguments):
             "epochs",
             "log_interval",
             "max_bad_steps",
+            "eval_windows",
+            "eval_mmlu_limit",
         )
         found = [_too_small(self, name, 1) for name in positive]
         not_negative = (
@@ -190,6 +220,7 @@ class TrainArguments(CommonArguments):
             "save_interval",
             "resume_step",
             "health_interval",
+            "eval_interval",
             "ce_weight",
             "kl_weight",
         )
@@ -235,7 +266,33 @@ class TrainArguments(CommonArguments):
                     f"--{name} {getattr(self, name)}: expected a multiple of --grad_accumulation_steps "
                     f"{self.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
                 )
-        return [problem for problem in found if problem]
+        return [problem for problem in [*found, *self._evaluation_problems()] if problem]
+
+    def held_out_text(self) -> tuple[str, str | None, str]:
+        """Name, subset and split of the text that evaluations during training are made on."""
+        if self.eval_dataset_name is not None and not _is_same_name(self.eval_dataset_name, self.dataset_name):
+            return self.eval_dataset_name, self.eval_dataset_subset, self.eval_dataset_split or "train"
+        subset = self.dataset_subset if self.eval_dataset_subset is None else self.eval_dataset_subset
+        return self.dataset_name, subset, self.eval_dataset_split or self.dataset_split
+
+    def _evaluation_problems(self) -> list[str]:
+        if self.eval_interval <= 0:
+            names = ("eval_dataset_name", "eval_dataset_subset", "eval_dataset_split", "eval_mmlu_dir")
+            return [
+                f"--{name} {getattr(self, name)}: is for evaluations during training, and there are none; give "
+                "--eval_interval"
+                for name in names
+                if getattr(self, name) is not None
+            ]
+        name, subset, split = self.held_out_text()
+        is_trained_on = (name, subset) == (self.dataset_name, self.dataset_subset)
+        if is_trained_on and _have_rows_in_common(split, self.dataset_split):
+            return [
+                f"--eval_interval {self.eval_interval}: {name!r}, split {split!r}, is trained on; give other text with "
+                "--eval_dataset_name FILE, or keep a part of this one from training, as --dataset_split "
+                '"train[:99%]" --eval_dataset_split "train[99%:]" does with --no_dataset_streaming'
+            ]
+        return []
 
 
 @dataclass(kw_only=True)
@@ -249,22 +306,68 @@ class EvalArguments(CommonArguments):
         nargs="+",
     )
     ckpt: str | None = option(EVALUATION, "checkpoint directory of a training run", None)
-    mmlu_dir: str | None = option(EVALUATION, "folder of the original release: dev/ and test/ with CSV files", None)
-    subjects: list[str] | None = option(EVALUATION, "subjects to score (default: all)", None, nargs="+")
-    num_fewshot: int = option(EVALUATION, "examples before each question, 0 to 5", 5)
-    limit: int | None = option(EVALUATION, "questions per subject at most", None)
-    batch_size: int = option(EVALUATION, "questions per forward pass", 8)
+    batch_size: int | None = option(
+        EVALUATION, "sequences per forward pass, or auto: as many as fit (default: auto)", None, type=auto_or_int
+    )
     max_length: int | None = option(EVALUATION, "tokens of a prompt at most; longer ones lose their start", None)
-    output: str | None = option(EVALUATION, "JSON file for scores and predictions", None)
-    overwrite: bool = option(EVALUATION, "replace --output if it exists", False)
-    device: str | None = option(EVALUATION, "device to run on (default: the first GPU, else the CPU)", None)
+    output: str | None = option(
+        EVALUATION, "JSON file for scores and predictions; a report (.md) and a chart (.png) go beside it", None
+    )
+    overwrite: bool = option(EVALUATION, "replace --output if it exists, and forget interrupted results", False)
+    resume: bool = option(EVALUATION, "go on with what an interrupted evaluation left beside --output", False)
+    device: str | None = option(EVALUATION, "device to run on (default: a GPU for each rank, else the CPU)", None)
+
+    mmlu: bool = option(MMLU, "score MMLU; --no_mmlu leaves it out", True)
+    mmlu_dir: str | None = option(
+        MMLU, "folder of the original release (CSV) or of cais/mmlu (parquet) (default: cais/mmlu by name)", None
+    )
+    subjects: list[str] | None = option(MMLU, "subjects to score (default: all)", None, nargs="+")
+    num_fewshot: int = option(MMLU, "examples before each question, 0 to 5", 5)
+    limit: int | None = option(MMLU, "questions per subject, and per task of --tasks, at most", None)
+
+    tasks: list[str] = option(BEYOND, "tasks of lm-evaluation-harness, by name, with commas or spaces", [], nargs="+")
+    tasks_num_fewshot: int | None = option(
+        BEYOND, "examples before each of their questions (default: the task's)", None
+    )
+    held_out: str | None = option(
+        BEYOND, "text for perplexity, and for KL and agreement with the teacher: named as --dataset_name", None
+    )
+    held_out_subset: str | None = option(BEYOND, "configuration of that data set", None)
+    held_out_split: str = option(BEYOND, "split of that data set", "train")
+    held_out_text_field: str = option(BEYOND, "column that holds the text", "text")
+    held_out_windows: int = option(BEYOND, "windows of it to read", 64)
+    held_out_seq_length: int = option(BEYOND, "tokens per window", 1024)
+    retrieval: bool = option(
+        BEYOND, "ask for values in a context of key-value pairs, where recurrent models fail", False
+    )
+    retrieval_lengths: list[int] = option(BEYOND, "tokens of these contexts", [256, 1024, 4096], nargs="+")
+    retrieval_pairs: list[int] = option(BEYOND, "pairs in them", [4, 16, 64], nargs="+")
+    retrieval_questions: int = option(BEYOND, "questions for each length and number of pairs", 64)
     layers_given: bool = dataclasses.field(default=False)  # --layers stood on the command line
 
+    def __post_init__(self) -> None:
+        self.tasks = [name for part in self.tasks for name in part.split(",") if name]
+
     def problems(self) -> list[str]:
-        found = [_too_small(self, "batch_size", 1), *_layer_problems(self.layers)]
-        found += [_too_small(self, name, 1) for name in ("limit", "max_length") if getattr(self, name) is not None]
+        found = [
+            _too_small(self, name, 1) for name in ("held_out_windows", "held_out_seq_length", "retrieval_questions")
+        ]
+        optional = ("batch_size", "limit", "max_length")
+        found += [_too_small(self, name, 1) for name in optional if getattr(self, name) is not None]
+        found += _layer_problems(self.layers)
         if not 0 <= self.num_fewshot <= 5:
             found.append(f"--num_fewshot {self.num_fewshot}: expected 0 to 5, as many as MMLU's dev split has")
+        if self.tasks_num_fewshot is not None:
+            found.append(_too_small(self, "tasks_num_fewshot", 0))
+        for name in ("retrieval_lengths", "retrieval_pairs"):
+            if wrong := [value for value in getattr(self, name) if value < 2]:
+                found.append(f"--{name} {wrong[0]}: expected at least 2")
+        if not (self.mmlu or self.tasks or self.held_out or self.retrieval):
+            found.append("--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval")
+        if self.resume and self.output is None:
+            found.append("--resume: goes on with what stands beside --output, which is not given; give it")
+        if self.resume and self.overwrite:
+            found.append("--resume --overwrite: the one keeps what the other throws away; give one of them")
         return [problem for problem in found if problem]
 
 
@@ -288,7 +391,11 @@ def _parse(cls, description: str, argv: list[str] | None):
     given = vars(parser.parse_args(argv))  # only what the command line names
     preset = _preset_values(given.get("preset", cls.preset), cls)
     if "dataset_name" in given:  # the preset's subset, split and column are those of its own data set
-        preset = {key: value for key, value in preset.items() if not key.startswith("dataset_")}
+        preset = _without(preset, "dataset_", "eval_dataset_")
+    if "eval_dataset_name" in given:
+        preset = _without(preset, "eval_dataset_")
+    if not given.get("eval_interval", preset.get("eval_interval")):
+        preset = _without(preset, "eval_")  # what an evaluation would be made on, if there was one
     values = {**preset, **given}
     if cls is EvalArguments:
         values["layers_given"] = "layers" in given
@@ -325,7 +432,7 @@ def _parser(cls, description: str) -> argparse.ArgumentParser:
             group.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
         else:
             type_, choices = _scalar_type(types_of[field.name])
-            group.add_argument(flag, type=type_, choices=choices, help=help, **metadata)
+            group.add_argument(flag, help=help, **{"type": type_, "choices": choices, **metadata})
     return parser
 
 
@@ -363,6 +470,27 @@ def _preset_values(name: str, cls) -> dict[str, Any]:
         key: str(file.parent / value[2:]) if isinstance(value, str) and value.startswith("./") else value
         for key, value in values.items()
     }
+
+
+def _without(values: dict[str, Any], *beginnings: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not name.startswith(beginnings)}
+
+
+def _is_same_name(name: str, other: str) -> bool:
+    """Of data sets: two ways to write a path are one."""
+    return Path(name).expanduser().absolute() == Path(other).expanduser().absolute()
+
+
+def _have_rows_in_common(split: str, other: str) -> bool:
+    """Whether two splits, such as "test" and "train[:99%]+test", share one that is whole in either of them, or the same
+    part of it. Of different parts of a split it is not known.
+    """
+    pairs = [(one.strip(), two.strip()) for one in split.split("+") for two in other.split("+")]
+    return any(
+        ("all" in (one, two) or one.split("[")[0] == two.split("[")[0])
+        and (one == two or "[" not in one or "[" not in two)
+        for one, two in pairs
+    )
 
 
 def _too_small(args: Any, name: str, least: float) -> str | None:

@@ -1,183 +1,134 @@
-"""Score the teacher, the student, the untrained hybrid and a trained one on MMLU, side by side:
+"""Score the teacher, the student, the untrained hybrid and a trained one, side by side: on MMLU, and if asked on
+held-out text, on key-value retrieval and on any task of lm-evaluation-harness.
 
-    python eval_mmlu_hybrid.py --which student hybrid_ft teacher --ckpt runs/llamba-8b/checkpoint-10000 \\
-        --mmlu_dir data/mmlu --num_fewshot 5 --output runs/llamba-8b/eval.json
+    torchrun --standalone --nproc_per_node=4 eval_mmlu_hybrid.py --which all --ckpt runs/llamba-8b/latest \\
+        --output runs/llamba-8b/eval.json
 
-`hybrid` is the student with --layers replaced by the teacher's, before any training; `hybrid_ft` is --ckpt,
-which knows its own layers. Models are loaded one after another, so the device needs memory for one. All see
-the same prompts: made by the teacher's tokenizer, cut to --max_length, or else to the teacher's context.
+`hybrid` is the student with --layers replaced by the teacher's, before any training; `hybrid_ft` is --ckpt, which knows
+its own layers. The ranks share the work out; each loads one model after another, so a GPU needs memory for one. All
+models see the same prompts: made by the teacher's tokenizer, cut to --max_length, or else to the teacher's context.
 """
 
-import dataclasses
 import gc
-import json
-import os
+import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
 import mmlu
 from arguments import EvalArguments, parse_eval_args
-from llamba import LlambaConfig
+from eval_pieces import Candidate, HeldOutText, Piece, assemble, pieces_of, share_out
+from eval_plan import Plan, check
+from eval_report import write_report
 from model_files import read_config
-from model_utils import (
-    apply_replacements,
-    check_replacements,
-    get_student_model,
-    get_teacher_model,
-    get_tokenizer,
-    locate_model,
-)
-from utils import checked_device, run_entry, setup_logging
+from model_utils import apply_replacements, get_student_model, get_teacher_model
+from partial_results import PartialResults, kept_in, partial_folder
+from ranks import Ranks, is_main_rank, process_groups
+from scoring import Scorer
+from utils import run_entry, setup_logging
 
-MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
+logger = logging.getLogger("train")
 
-
-@dataclasses.dataclass
-class Plan:
-    """What the checks have found: from here on, the options can cause no other error."""
-
-    models: list[str]
-    paths: dict[str, str]  # where --teacher_model, --student_model and --ckpt are on this machine, or the hub
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    questions: list[mmlu.Question]
-    max_length: int
+QUIET_S = 30.0  # between lines about the progress, where no terminal shows a bar
 
 
 def main() -> None:
     args = parse_eval_args()
-    setup_logging(None, is_main=True)
+    setup_logging(None, is_main_rank())
     plan = check(args)
-    run(args, plan)
+    with process_groups(plan.device) as ranks:
+        run(args, plan, ranks)
 
 
-def run(args: EvalArguments, plan: Plan) -> None:
-    results = {}
-    for name in plan.models:
+def run(args: EvalArguments, plan: Plan, ranks: Ranks) -> None:
+    output = None if args.output is None else Path(args.output)
+    held_out = None if plan.windows is None else HeldOutText(plan.windows, plan.device)
+    pieces = pieces_of(args, plan.questions, held_out, plan.max_length)
+    own = share_out(pieces, ranks.rank, ranks.world_size)
+    with kept_in(output, plan.settings, args.resume) if ranks.is_main else nullcontext():
+        ranks.maximum(0)  # so that nobody looks into the folder before it is as it shall be
+        partial = PartialResults(None if output is None else partial_folder(output))
+        measure(args, plan, own, held_out, partial, ranks.is_main)
+        found = {key: result for results in ranks.gather(partial.found) for key, result in results.items()}
+        if ranks.is_main:
+            write_report(
+                {
+                    name: {
+                        **assemble({piece.name: found[name, piece.name] for piece in pieces}),
+                        "config": describe(name, args, plan),
+                    }
+                    for name in plan.models
+                },
+                output,
+            )
+
+
+def measure(
+    args: EvalArguments,
+    plan: Plan,
+    own: list[Piece],
+    held_out: HeldOutText | None,
+    partial: PartialResults,
+    is_main: bool,
+) -> None:
+    """Does this rank's pieces for all models, but for what is there already."""
+    missing = {name: [piece for piece in own if (name, piece.name) not in partial] for name in plan.models}
+    progress = Progress(sum(piece.cost for pieces in missing.values() for piece in pieces), is_main)
+    asked = [piece for piece in own if piece.kind == "held_out" and any(piece in todo for todo in missing.values())]
+    names = plan.models
+    if asked:  # the others are compared with what the teacher says
+        names = ["teacher", *(name for name in names if name != "teacher")]
+    for name in names:
+        todo = missing.get(name, [])
+        if not todo and not (asked and name == "teacher"):
+            continue
         started = time.perf_counter()
         model = load(name, args, plan)
-        predictions = mmlu.score(model, plan.tokenizer, plan.questions, args.batch_size, plan.device, plan.max_length)
-        results[name] = {
-            **mmlu.aggregate(predictions),
-            "config": describe(name, args, plan, model),
-            "predictions": [dataclasses.asdict(prediction) for prediction in predictions],
-        }
-        seconds = time.perf_counter() - started
-        print(f"{name}: acc {results[name]['acc']:.4f} of {len(predictions)} in {seconds:.1f} s", flush=True)
-        del model  # before the next one comes
+        if held_out is not None and name == "teacher":
+            held_out.ask_teacher(model, asked)
+        scorer = Scorer(model, plan.tokenizer, plan.device, args.batch_size, plan.max_length)
+        for piece in todo:
+            partial.put(name, piece.name, piece.measure(Candidate(name, model, scorer)))
+            progress.advance(name, piece)
+        logger.info("%s: done in %.1f s", name, time.perf_counter() - started)
+        del model, scorer  # before the next one comes
         gc.collect()
         torch.cuda.empty_cache()
-    print(f"\n{format_table(results)}")
-    if args.output is not None:
-        write_json(Path(args.output), arrange(results))
+    progress.close()
 
 
-# Checks, before any weights are read
+class Progress:
+    """How far the work is and how long the rest will take: a bar on a terminal, else a line now and then."""
 
-
-def check(args: EvalArguments) -> Plan:
-    """Reads everything but weights. Raises one ValueError that lists all problems."""
-    problems: list[str] = []
-
-    def attempt(function: Callable, *inputs: Any) -> Any:
-        try:
-            return function(*inputs)
-        except ValueError as error:
-            problems.append(str(error))
-            return None
-
-    models = [name for name in MODELS if name in args.which or "all" in args.which]
-    # The teacher is there for its tokenizer and its context length even where it is not scored.
-    teacher, tokenizer, teacher_path = attempt(_find_teacher, args) or (None, None, "")
-    paths = {"teacher": teacher_path}
-    if "student" in models or "hybrid" in models:
-        paths["student"] = attempt(_find_student, args, teacher if "hybrid" in models else None)
-    if "hybrid_ft" in models:
-        paths["ckpt"] = attempt(_find_checkpoint, args)
-    questions = attempt(_read_questions, args)
-    device = attempt(checked_device, "--device", args.device)
-    attempt(_check_output, args)
-    if problems:
-        raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
-    assert teacher is not None and tokenizer is not None
-    max_length = args.max_length or teacher.max_position_embeddings
-    return Plan(models, paths, device, tokenizer, questions, max_length)
-
-
-def _find_teacher(args: EvalArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, str]:
-    path = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
-    config = read_config("--teacher_model", args.teacher_model, path)
-    return config, get_tokenizer("--teacher_model", path), path
-
-
-def _find_student(args: EvalArguments, lender: PretrainedConfig | None) -> str:
-    """Its path; if there is a lender of layers, after a look that --layers of it fit."""
-    path = locate_model("--student_model", args.student_model, args.local_files_only)
-    student = _read_llamba_config("--student_model", args.student_model, path)
-    if lender is not None and student.attention_layers:
-        raise ValueError(
-            f"--which hybrid: --student_model {args.student_model} has layers {student.attention_layers} of a "
-            "teacher already; give the student that it was made from, or score it as student or as --ckpt"
+    def __init__(self, cost: int, is_main: bool) -> None:
+        self.cost, self.done, self.is_main = cost, 0, is_main
+        self.bar = tqdm(
+            total=cost,
+            disable=not (is_main and sys.stderr.isatty()),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
         )
-    if lender is not None:
-        check_replacements(student, lender, args.layers)
-    return path
+        self.began = self.told = time.monotonic()
 
+    def advance(self, model: str, piece: Piece) -> None:
+        self.done += piece.cost
+        self.bar.set_description_str(f"{model} {piece.name}")
+        self.bar.update(piece.cost)
+        now = time.monotonic()
+        if self.is_main and self.bar.disable and now - self.told > QUIET_S:
+            self.told = now
+            minutes = (now - self.began) * (self.cost - self.done) / self.done / 60
+            logger.info("%s: %d%%, about %.0f min left", model, 100 * self.done // self.cost, minutes)
 
-def _find_checkpoint(args: EvalArguments) -> str:
-    if args.ckpt is None:
-        raise ValueError(
-            "--which hybrid_ft: needs --ckpt, a checkpoint directory of a training run; give it, "
-            "or leave hybrid_ft (and all) out of --which"
-        )
-    if not Path(args.ckpt).is_dir():
-        raise ValueError(f"--ckpt {args.ckpt}: not a directory; expected a checkpoint of a training run")
-    path = locate_model("--ckpt", args.ckpt, local_files_only=True)
-    layers = _read_llamba_config("--ckpt", args.ckpt, path).attention_layers
-    if args.layers_given and sorted(args.layers) != layers:
-        raise ValueError(
-            f"--layers {' '.join(map(str, args.layers)) or '-1'}: --ckpt {args.ckpt} was trained with layers "
-            f"{layers}; leave --layers out, or give the checkpoint that has yours"
-        )
-    return path
-
-
-def _read_llamba_config(flag: str, name: str, path: str) -> LlambaConfig:
-    config = read_config(flag, name, path)
-    if not isinstance(config, LlambaConfig):
-        raise ValueError(
-            f"{flag} {name}: its config.json says model_type {config.model_type!r}; expected 'llamba', "
-            "a Llamba or a checkpoint of a training run"
-        )
-    return config
-
-
-def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
-    if args.mmlu_dir is None:
-        raise ValueError("--mmlu_dir: not given; expected a folder with MMLU's dev/ and test/ CSV files")
-    subjects = mmlu.load_mmlu(args.mmlu_dir, args.subjects)
-    return mmlu.build_questions(subjects, args.num_fewshot, args.limit)
-
-
-def _check_output(args: EvalArguments) -> None:
-    if args.output is None:
-        return
-    path = Path(args.output)
-    if path.is_dir():
-        raise ValueError(f"--output {path}: is a directory; expected the name of a JSON file")
-    if path.exists() and not args.overwrite:
-        raise ValueError(f"--output {path}: exists already; give another name, or --overwrite")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f"--output {path}: cannot write below {folder}; give a folder that is yours")
+    def close(self) -> None:
+        self.bar.close()
 
 
 # Models
@@ -195,64 +146,42 @@ def load(name: str, args: EvalArguments, plan: Plan) -> PreTrainedModel:
     return student.eval()
 
 
-def describe(name: str, args: EvalArguments, plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
+def describe(name: str, args: EvalArguments, plan: Plan) -> dict[str, Any]:
     """What it takes to get these numbers again."""
-    return {
+    packages = ["torch", "transformers", "datasets", *(["lm_eval"] if args.tasks else [])]
+    config = {
         "which": name,
         "teacher_model": args.teacher_model,
         "student_model": args.student_model if name in ("student", "hybrid") else None,
         "ckpt": args.ckpt if name == "hybrid_ft" else None,
-        "layers": model.config.attention_layers if isinstance(model.config, LlambaConfig) else None,
-        "mmlu_dir": args.mmlu_dir,
-        "num_fewshot": args.num_fewshot,
-        "limit": args.limit,
+        "layers": layers_of(name, args, plan),
         "max_length": plan.max_length,
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size or "auto",
         "dtype": args.dtype,
         "device": str(plan.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+    if args.mmlu:
+        config |= {
+            "mmlu_dir": args.mmlu_dir or mmlu.HUB_NAME,
+            "num_fewshot": args.num_fewshot,
+            "limit": args.limit,
+            "prompt": mmlu.PROMPT,
+            "questions_sha256": mmlu.fingerprint(plan.questions),
+        }
+    if args.held_out:
+        config |= {name: value for name, value in vars(args).items() if name.startswith("held_out")}
+    return config
 
 
-# Reports
-
-
-def arrange(results: dict[str, dict]) -> dict[str, Any]:
-    """One model's result as it is; of several, each accuracy, `n`, and all results under `models`."""
-    if len(results) == 1:
-        return next(iter(results.values()))
-    n = next(iter(results.values()))["n"]
-    return {**{name: result["acc"] for name, result in results.items()}, "n": n, "models": results}
-
-
-def format_table(results: dict[str, dict]) -> str:
-    """Accuracy by subject, one column per model."""
-    first = next(iter(results.values()))
-    width = max(len(name) for name in (*first["subjects"], "subject"))
-
-    def line(label: str, n: int | str, cells: Iterable[str]) -> str:
-        return f"{label:<{width}}{n:>8}" + "".join(f"{cell:>11}" for cell in cells)
-
-    lines = [line("subject", "n", results)]
-    for subject, counts in first["subjects"].items():
-        cells = (f"{result['subjects'][subject]['acc']:.4f}" for result in results.values())
-        lines.append(line(subject, counts["n"], cells))
-    lines.append(line("all", first["n"], (f"{result['acc']:.4f}" for result in results.values())))
-    errors = (result["stderr"] for result in results.values())
-    lines.append(line("stderr", "", ("-" if error is None else f"{error:.4f}" for error in errors)))
-    return "\n".join(lines)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All of the file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def layers_of(name: str, args: EvalArguments, plan: Plan) -> list[int] | None:
+    """The layers that came from the teacher; None for the teacher itself."""
+    if name == "teacher":
+        return None
+    if name == "hybrid":
+        return sorted(args.layers)
+    config = read_config(f"--{name}", name, plan.paths["ckpt" if name == "hybrid_ft" else "student"])
+    return config.attention_layers
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,12 @@ class Ranks:
         values = values.clone()
         dist.all_reduce(values, group=self.control)
         return values
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, by rank, for rank 0; nothing for the others."""
+        items: list[Any] = [None] * self.world_size
+        dist.gather_object(item, items if self.is_main else None, group=self.control)
+        return items if self.is_main else []
 
     @property
     def is_main(self) -> bool:
@@ -102,6 +109,26 @@ def choose_devices(
         )
     student = torch.device("cuda", local_rank())
     return student, student if colocated else named or torch.device("cuda", n_gpus - 1)
+
+
+def choose_device(named: str | None) -> torch.device:
+    """The device of this rank where there is no teacher beside it: the one named, or a GPU of its own, or the CPU.
+    Raises ValueError if it is not there, or if GPUs are short.
+    """
+    n_gpus, n_ranks = torch.cuda.device_count(), local_world_size()
+    if named is not None:
+        device = checked_device("--device", named)
+        if device.type == "cuda" and n_ranks > 1:
+            raise ValueError(f"--device {named}: {n_ranks} ranks cannot share it; leave it out, each takes its own GPU")
+        return device
+    if n_gpus == 0:
+        return torch.device("cpu")
+    if n_gpus < n_ranks:
+        raise ValueError(
+            f"--nproc_per_node {n_ranks}: each rank takes a GPU, and {n_gpus} are visible; start fewer, or make more "
+            "visible"
+        )
+    return torch.device("cuda", local_rank())
 
 
 def default_prefetch(teacher_device: torch.device) -> int:

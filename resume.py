@@ -34,7 +34,7 @@ from checkpoint import (
 from llamba import LlambaForCausalLM
 from ranks import Ranks, is_main_rank
 from run_state import FORMAT
-from utils import lock_output_dir
+from utils import lock_dir
 
 logger = logging.getLogger("train")
 
@@ -78,7 +78,7 @@ def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
     that are bad; ValueError if it holds results that this run would overwrite. Returns the lock on it.
     """
     folder = Path(args.output_dir)
-    lock = lock_output_dir(args.output_dir)
+    lock = lock_dir("--output_dir", args.output_dir)
     lock.write(str(time.time_ns()))
     lock.flush()
     remove_partial(folder)

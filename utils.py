@@ -95,26 +95,33 @@ def check_compiler(device_type: str) -> None:
         raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
 
 
-def lock_output_dir(output_dir: str) -> IO[str]:
+def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     """Makes the directory and takes it for this process, until the lock is closed. Raises ValueError if it cannot be
     written or belongs to a run that is still going on.
     """
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        lock = (Path(output_dir) / ".lock").open("w")
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        lock = (Path(directory) / ".lock").open("w")
     except OSError as error:
         raise ValueError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror}); choose a directory of your own"
+            f"{flag} {directory}: cannot be written ({error.strerror}); choose a directory of your own"
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"--output_dir {output_dir}: another run is writing there; wait for its end, or choose another directory"
+            f"{flag} {directory}: another run is writing there; wait for its end, or choose another directory"
         ) from error
     except OSError as error:  # some network file systems have no locks
-        logger.warning("--output_dir %s cannot be locked (%s): start no second run there", output_dir, error.strerror)
+        logger.warning("%s %s cannot be locked (%s): start no second run there", flag, directory, error.strerror)
     return lock
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the file or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def flush_to_disk(path: Path) -> None:

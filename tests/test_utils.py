@@ -28,7 +28,7 @@ from utils import (
     can_compile,
     check_compiler,
     describe_environment,
-    lock_output_dir,
+    lock_dir,
     run_entry,
     setup_logging,
 )
@@ -113,7 +113,7 @@ def test_results_of_another_run_are_not_overwritten(tmp_path, prepare, steps, st
     assert f"--output_dir {tmp_path}: holds checkpoints up to checkpoint-{max(steps)}, " in message
     assert "--resume auto" in message
     assert names(tmp_path) == before
-    lock_output_dir(str(tmp_path)).close()  # who is refused holds no lock
+    lock_dir("--output_dir", tmp_path).close()  # who is refused holds no lock
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_two_runs_do_not_write_to_one_directory(tmp_path, prepare):
 
 
 def test_a_run_that_was_killed_holds_no_lock(tmp_path, prepare):
-    code = "import sys, time, utils; lock = utils.lock_output_dir(sys.argv[1]); "
+    code = "import sys, time, utils; lock = utils.lock_dir('--output_dir', sys.argv[1]); "
     code += "print('held', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
