@@ -26,8 +26,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.seq_len = 0
 
     def update_states(self, conv_state: Tensor, ssm_state: Tensor, n_tokens: int) -> None:
-        # Without `contiguous` the last inputs would be a view, and keep the inputs of the whole prompt.
-        self.conv_state, self.ssm_state = conv_state.contiguous(), ssm_state
+        self.conv_state, self.ssm_state = conv_state, ssm_state
         self.seq_len += n_tokens
         self.is_initialized = True
 
@@ -83,8 +82,9 @@ class LlambaCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        # In transformers 5.17 an attention layer that was reset is zeros, as long as before.
-        self.layers = [DynamicLayer() if isinstance(layer, DynamicLayer) else layer for layer in self.layers]
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicLayer):  # reset by transformers 5.17, it is zeros as long as before
+                self.layers[index] = DynamicLayer()
 
 
 class SharedPrefix(Cache):

@@ -107,6 +107,14 @@ class LlambaConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As transformers', which saves the modelling files of a model that was loaded with them, and names them. One
+        that was loaded as this package saves none, and so must not go on to name those of where it came from.
+        """
+        if not self.is_remote_code():
+            self.__dict__.pop("auto_map", None)
+        super().save_pretrained(save_directory, **kwargs)
+
     def _check_kinds(self) -> None:
         """Whether every value is of the kind that the model and the checks after this one take it for."""
         values = dict(vars(self))

@@ -98,7 +98,8 @@ class DiscreteMamba2(nn.Module):
         """The last d_conv inputs of the convolution, zeros before the first: (B, channels, d_conv)"""
         if past is None:
             past = xBC.new_zeros(*xBC.shape[:2], self.d_conv)
-        return torch.cat([past, xBC], dim=-1)[..., -self.d_conv :]
+        n_new = min(xBC.shape[-1], self.d_conv)
+        return torch.cat([past[..., n_new:], xBC[..., -n_new:]], dim=-1)
 
 
 def _convolve_documents(xBC: Tensor, weight: Tensor, bias: Tensor | None, activation: str, seq_idx: Tensor) -> Tensor:

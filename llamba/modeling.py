@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .cache import LlambaCache
+from .cache import LlambaCache, RecurrentLayer
 from .configuration import LlambaConfig
 from .mixer import DiscreteMamba2
 
@@ -120,6 +120,8 @@ class LlambaModel(LlambaPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """attention_mask (B, past + L): 0 at padding, on the left where there is a cache to go on with.
+        position_ids (B, L): by default, the number of tokens before each one that are no padding.
+        past_key_values: a LlambaCache, which this forward takes further; made here if `use_cache` asks for one.
         seq_idx (B, L): the document of each token of a packed window; documents do not see one another.
         hidden_states, if asked for: the embeddings, then every block's output, the last one after the final norm.
         """
@@ -129,6 +131,8 @@ class LlambaModel(LlambaPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None and seq_idx is None:
             past_key_values = LlambaCache(self.config)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         token_mask, attention_inputs = self._masks(x, attention_mask, position_ids, past_key_values, seq_idx)
 
         all_hidden_states = [x] if output_hidden_states else []
@@ -148,21 +152,32 @@ class LlambaModel(LlambaPreTrainedModel):
         )
         return outputs.to_tuple() if return_dict is False else outputs
 
+    def _check_cache(self, cache) -> None:
+        recurrent = [isinstance(layer, LlambaBlock) for layer in self.layers]
+        if [isinstance(states, RecurrentLayer) for states in cache.layers] != recurrent:
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} whose layers are not this model's; expected "
+                "LlambaCache(model.config), or what an earlier output of this model holds"
+            )
+
     def _masks(self, x, attention_mask, position_ids, past_key_values, seq_idx):
         """The mixers' token mask (B, L), or None where no token is padding; and what attention layers need."""
         length = x.shape[1]
         n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # A decoding step never feeds padding, and asking the mask about it would stop the GPU.
         token_mask = None
-        if attention_mask is not None and length > 1:
+        if attention_mask is not None:
+            expected = (x.shape[0], n_past + length)
+            if attention_mask.shape != expected:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}: a row for each "
+                    f"sequence, with {n_past} tokens of the cache and {length} new ones"
+                )
             token_mask = attention_mask[:, -length:].bool()
         if self.rotary_emb is None:
             return token_mask, {}
 
         if position_ids is None:
-            position_ids = (torch.arange(length, device=x.device) + n_past)[None]  # (1, L)
-            if seq_idx is not None:
-                position_ids = _positions_in_documents(seq_idx)  # (B, L)
+            position_ids = _positions(x, n_past, attention_mask, seq_idx)
         same_document = None
         if seq_idx is not None:
 
@@ -201,22 +216,43 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first forward of generate() makes a LlambaCache
+        return False
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args) -> None:
+        """`generate()` begins with an empty LlambaCache, unless it is given a cache to go on with or shall use none."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LlambaCache(self.config)
+
+    # All arguments are named: `generate()` looks here for what it may pass, position_ids among it.
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlambaCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
-        **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids (B, L) -> logits (B, L or `logits_to_keep`, vocab_size); the rest as `LlambaModel`.
 
         labels (B, L): next-token cross entropy as transformers counts it (shifted inside, -100 ignored).
         """
-        outputs = self.backbone(input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            seq_idx=seq_idx,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -229,6 +265,15 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
+
+
+def _positions(x: Tensor, n_past: int, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """Position of each token of x (B, L, D) in its sequence, or within its document: (1 or B, L)"""
+    if seq_idx is not None:
+        return _positions_in_documents(seq_idx)
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, n_past:]
+    return (torch.arange(x.shape[1], device=x.device) + n_past)[None]
 
 
 def _positions_in_documents(seq_idx: Tensor) -> Tensor:

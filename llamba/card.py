@@ -1,0 +1,151 @@
+"""The model card of an exported Llamba: what the model is, by its config; how to load it; and how it was made, by the
+options of its run. It names no path of the machine that it was made on.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .configuration import LlambaConfig
+
+TESTED = "5.17.0 and 5.23.0"  # transformers
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+LOAD_MODEL = 'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)'
+LOAD_BOTH = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+{LOAD_MODEL}"""
+LOAD_ALONE = f"""from transformers import AutoModelForCausalLM
+{LOAD_MODEL}"""
+GENERATE = """inputs = tokenizer("Once upon a time", return_tensors="pt")
+outputs = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=50)
+print(tokenizer.decode(outputs[0]))"""
+
+CARD = """---
+{front_matter}
+---
+
+# {title}
+
+{summary}
+
+| | |
+| --- | --- |
+{facts}
+
+## Use
+
+Put the name of this repository, or of the directory that holds it, for `PATH`:
+
+```python
+{code}
+```
+
+`trust_remote_code=True` lets transformers run the Python files beside the weights; read them first if you do not know
+where they come from. They need PyTorch and transformers 5.17 or newer (tried with {tested}). On a GPU,
+`mamba-ssm` or `flash-linear-attention`, and `causal-conv1d`, are used where they are installed, and are not required.
+"""
+
+RUN = """
+## How it was made
+
+Distilled from a Llama teacher: the student learns from text and from the teacher's distribution over the next token.
+This is the state after optimizer step {step} (micro step {micro_step}), when {tokens:,} tokens had been seen.
+
+| | |
+| --- | --- |
+{options}
+"""
+
+
+def model_card(
+    config: LlambaConfig,
+    n_parameters: int,
+    dtypes: set[str],
+    has_tokenizer: bool,
+    state: dict[str, Any] | None,
+    near: Path,
+) -> str:
+    """state: training_state.json of the checkpoint, or None. near: where a model's path may have begun, had it been
+    one.
+    """
+    attention = config.attention_layers
+    facts = {
+        "parameters": f"{n_parameters:,}",
+        "dtype": ", ".join(sorted(dtypes)),
+        "vocabulary": f"{config.vocab_size:,}",
+        "width": f"{config.d_model:,}",
+        "layers": config.n_layer,
+        "attention layers": ", ".join(map(str, attention)) or "none",
+    }
+    run = None if state is None else state["arguments"]
+    card = CARD.format(
+        front_matter=_front_matter(run, near),
+        title="A hybrid Llamba" if attention else "A Llamba",
+        summary=_summary(config),
+        facts=_rows(facts),
+        code=f"{LOAD_BOTH}\n\n{GENERATE}" if has_tokenizer else LOAD_ALONE,
+        tested=TESTED,
+    )
+    if state is not None:
+        counters = {name: state[name] for name in ("step", "micro_step", "tokens")}
+        card += RUN.format(options=_rows(_options(state["arguments"], near)), **counters)
+    return card
+
+
+def _summary(config: LlambaConfig) -> str:
+    n_attention, n_layer = len(config.attention_layers), config.n_layer
+    recurrent = "Mamba-2 mixers, whose memory per sequence does not grow with its length"
+    text = "A causal language model: a Llama whose attention has been replaced by Mamba-2 mixers "
+    text += "([Llamba](https://arxiv.org/abs/2502.14458)). "
+    if not n_attention:
+        return text + f"All {n_layer} layers are {recurrent}."
+    return text + (
+        f"{n_layer - n_attention} of its {n_layer} layers are {recurrent}; {n_attention} are a Llama's attention "
+        "layers, taken over whole: norms, attention, MLP. Layers count from 0."
+    )
+
+
+def _front_matter(run: dict[str, Any] | None, near: Path) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- llamba", "- hybrid", "- mamba-2", "- distillation"]
+    if run is not None:
+        models = [run[name] for name in ("teacher_model", "student_model") if _is_hub_name(run[name], near)]
+        lines += ["base_model:", *(f"- {name}" for name in models)] if models else []
+        lines += ["datasets:", f"- {run['dataset_name']}"] if _is_hub_name(run["dataset_name"], near) else []
+    return "\n".join(lines)
+
+
+def _options(run: dict[str, Any], near: Path) -> dict[str, Any]:
+    teacher, student, data = (
+        run[name] if _is_hub_name(run[name], near) else "local"
+        for name in ("teacher_model", "student_model", "dataset_name")
+    )
+    if data != "local":
+        data = ", ".join(filter(None, (data, run["dataset_subset"], run["dataset_split"])))
+    return {
+        "teacher": teacher,
+        "student at the start": student,
+        "layers from the teacher": " ".join(map(str, run["layers"])) or "none",
+        "data": data,
+        "sequence length": run["seq_length"],
+        "cross entropy weight": run["ce_weight"],
+        "KL weight": run["kl_weight"],
+        "temperature": run["temperature"],
+        "learning rate": run["max_lr"],
+        "frozen": ", ".join(
+            part for part, flag in (("MLPs", "freeze_mlp"), ("replaced layers", "freeze_replaced_layers")) if run[flag]
+        )
+        or "nothing",
+    }
+
+
+def _rows(facts: dict[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+
+
+def _is_hub_name(name: str, near: Path) -> bool:
+    """Of the form `owner/name`, and no path from here or from any folder above the checkpoint."""
+    folder = near.resolve()
+    begins = (Path.cwd(), folder, *folder.parents)
+    return HUB_NAME.fullmatch(name) is not None and not any((begin / name).exists() for begin in begins)

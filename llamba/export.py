@@ -1,0 +1,262 @@
+"""Makes a directory that anyone can load, without this repository, out of a checkpoint of a (hybrid) Llamba:
+
+    python -m llamba.export CKPT OUT
+
+OUT holds the weights, the tokenizer, the modelling files as transformers' "remote code", and a model card. What only
+a training run needs (optimizer, random state, place in the data) stays behind. Everything is checked before anything
+is written, and OUT appears whole or not at all.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .card import model_card
+from .configuration import LlambaConfig
+from .modeling import LlambaForCausalLM
+
+CODE = Path(__file__).parent / "modeling.py"  # and the files that it imports
+AUTO_MAP = {"AutoConfig": "configuration.LlambaConfig", "AutoModelForCausalLM": "modeling.LlambaForCausalLM"}
+STATE_FILE = "training_state.json"  # of a run; the card tells from it how the model was made
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+OTHER_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors' names
+# What reading a weight file raises that was cut short, damaged, or holds something else.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError, OSError)
+
+
+class Stored(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source(NamedTuple):
+    """A checkpoint that has been looked through."""
+
+    folder: Path
+    values: dict[str, Any]  # its config.json as it stands there
+    files: list[str]  # names of those to copy
+    sums: dict[str, str]  # file name -> SHA-256, where the checkpoint has them
+    card: str
+
+
+def main(command_line: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m llamba.export",
+        description="Make a directory that transformers loads without this repository, by trust_remote_code=True: "
+        "weights, tokenizer, modelling code and a model card. The checkpoint is left as it is.",
+        epilog="example: python -m llamba.export runs/demo/latest my-hybrid",
+    )
+    parser.add_argument("ckpt", metavar="CKPT", help="checkpoint of a run, or a Llamba written by save_pretrained")
+    parser.add_argument("out", metavar="OUT", help="directory to make; it must not exist yet, or be empty")
+    args = parser.parse_args(command_line)
+    try:
+        export(args.ckpt, args.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: load it with trust_remote_code=True, as its README.md shows")
+    return 0
+
+
+def export(ckpt: str, out: str) -> None:
+    """Raises ValueError that names CKPT or OUT, and leaves nothing behind, where this cannot be done."""
+    try:
+        source = look_through(ckpt)
+    except OSError as error:
+        raise ValueError(f"CKPT {ckpt}: cannot be read: {error}; name another, or make it readable") from error
+    target = Path(os.path.abspath(out))
+    partial = target.with_name(f".partial-{target.name}-{os.getpid()}")
+    try:
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise ValueError(f"OUT {out}: exists and is no empty directory; name another, or move it away")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        _write(source, partial)
+        partial.rename(target)
+    except OSError as error:
+        raise ValueError(f"OUT {out}: cannot be written: {error}; make room, or name another place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(source: Source, folder: Path) -> None:
+    for name in source.files:
+        _copy(source, name, folder)
+    values = {name: value for name, value in source.values.items() if name != "_name_or_path"}  # a path of ours
+    values |= {"architectures": [LlambaForCausalLM.__name__], "auto_map": AUTO_MAP}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    for file in {CODE, *map(Path, get_relative_import_files(CODE))}:
+        shutil.copyfile(file, folder / file.name)
+    (folder / "README.md").write_text(source.card)
+
+
+def _copy(source: Source, name: str, folder: Path) -> None:
+    """One pass: what is written is what was hashed."""
+    digest = hashlib.sha256()
+    with (source.folder / name).open("rb") as given, (folder / name).open("wb") as copy:
+        while chunk := given.read(2**22):
+            digest.update(chunk)
+            copy.write(chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+    _compare(source.folder, name, digest.hexdigest(), source.sums)
+
+
+def _compare(folder: Path, name: str, digest: str, sums: dict[str, str]) -> None:
+    if sums.get(name, digest) != digest:
+        raise ValueError(
+            f"CKPT {folder}: {name} is not what was written, its SHA-256 differs from that in SHA256SUMS; copy it "
+            "again, or take another checkpoint"
+        )
+
+
+# --- looking through a checkpoint ----------------------------------------------------------------------------
+
+
+def look_through(ckpt: str) -> Source:
+    """Raises ValueError, naming CKPT, where it is not a whole Llamba."""
+    folder = Path(ckpt)
+    if not folder.is_dir():
+        raise ValueError(f"CKPT {ckpt}: is no directory; expected a checkpoint, such as runs/demo/checkpoint-100")
+    values, config = _read_config(folder)
+    sums = _read_sums(folder)
+    used = [name for name in ("config.json", STATE_FILE) if (folder / name).is_file()]
+    for name in used:
+        _compare(folder, name, hashlib.sha256((folder / name).read_bytes()).hexdigest(), sums)
+    weights = _weight_files(folder)
+    stored = {name: kind for file in weights if not file.endswith(".json") for name, kind in _open(folder, file)}
+    with torch.device("meta"):
+        model = LlambaForCausalLM(config)
+    _check_weights(folder, model, stored)
+    others = [name for name in OTHER_FILES if (folder / name).is_file()]
+    state = _read_json(folder, STATE_FILE) if STATE_FILE in used else None
+    try:
+        card = model_card(
+            config=config,
+            n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            dtypes={kind.dtype for kind in stored.values()},
+            has_tokenizer="tokenizer_config.json" in others,
+            state=state,
+            near=folder,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"CKPT {folder}: {STATE_FILE} is not that of a run ({error!r}); copy it again") from error
+    return Source(folder, values, weights + others, sums, card)
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], LlambaConfig]:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"CKPT {folder}: has no config.json; expected a checkpoint of a run, or a directory written by "
+            "save_pretrained"
+        )
+    values = _read_json(folder, "config.json")
+    if values.get("model_type") != LlambaConfig.model_type:
+        raise ValueError(
+            f"CKPT {folder}: its config.json says model_type {values.get('model_type')!r}; expected 'llamba'; other "
+            "architectures need no export, transformers loads them as they are"
+        )
+    try:
+        return values, LlambaConfig(**values)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"CKPT {folder}: its config.json describes no Llamba: {reason}; copy it again") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Of the format that transformers would take, with the index first if there is one."""
+    for name in WEIGHT_FILES:
+        index = f"{name}.index.json"
+        if (folder / name).is_file():
+            return [name]
+        if not (folder / index).is_file():
+            continue
+        weight_map = _read_json(folder, index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"CKPT {folder}: {index} has no weight_map; copy it again")
+        shards = sorted({str(shard) for shard in weight_map.values()})
+        if outside := [shard for shard in shards if Path(shard).name != shard]:
+            raise ValueError(f"CKPT {folder}: {index} names {', '.join(outside)}; expected names of files beside it")
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise ValueError(f"CKPT {folder}: weight shards are missing: {', '.join(missing)}; copy them again")
+        return [index, *shards]
+    raise ValueError(f"CKPT {folder}: has no weights; expected {' or '.join(WEIGHT_FILES)}, or their shards")
+
+
+def _open(folder: Path, name: str) -> list[tuple[str, Stored]]:
+    """The names of the weights in a file and what they are, without reading them."""
+    try:
+        if name.endswith(".bin"):
+            tensors = torch.load(folder / name, map_location="meta", weights_only=True)
+            return [(key, Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."))) for key, t in tensors.items()]
+        with safe_open(folder / name, framework="pt") as file:
+            slices = [(key, file.get_slice(key)) for key in list(file.keys())]
+            return [(key, Stored(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()))) for key, s in slices]
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"CKPT {folder}: {name} cannot be read as weights: {reason}; copy it again") from error
+
+
+def _check_weights(folder: Path, model: LlambaForCausalLM, stored: dict[str, Stored]) -> None:
+    """Loading would refuse what is found here, but that is too late."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: kind.shape for name, kind in stored.items()}
+    if model.config.tie_embeddings:  # the head may be there, or be left to the embedding
+        given.setdefault("lm_head.weight", expected["lm_head.weight"])
+    found = {
+        "missing": expected.keys() - given.keys(),
+        "unexpected": given.keys() - expected.keys(),
+        "misshapen": {name for name in expected.keys() & given.keys() if expected[name] != given[name]},
+    }
+    if problems := [f"{kind}: {', '.join(sorted(names))}" for kind, names in found.items() if names]:
+        raise ValueError(
+            f"CKPT {folder}: its weights are not those that its config.json asks for; {'; '.join(problems)}; take "
+            "another checkpoint, or copy it again"
+        )
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256; empty where the directory was not written by a run."""
+    if not (folder / "SHA256SUMS").is_file():
+        return {}
+    lines = (folder / "SHA256SUMS").read_text(errors="replace").splitlines()
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines]
+    if not all(matches):
+        raise ValueError(f"CKPT {folder}: SHA256SUMS is no list of SHA-256 sums; copy it again")
+    return {match[2]: match[1] for match in matches if match}
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"CKPT {folder}: {name} cannot be read: {error}; copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"CKPT {folder}: {name} holds a {type(content).__name__}, expected an object; copy it again")
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())
