@@ -17,6 +17,8 @@ from arguments import TrainArguments
 
 logger = logging.getLogger("train")
 
+EVALUATED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures of an evaluation that the log tells
+
 
 class RunLog:
     """Where the rows of optimizer steps go: `metrics.jsonl`, appended and flushed so that a run that dies keeps its
@@ -37,11 +39,11 @@ class RunLog:
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
-        # JSON has no infinity, which loss and gradient norm of a skipped step can be.
-        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._append(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        self._append(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
         if row["step"] % self.log_interval == 0 or row["step"] == 1:
             logger.info(format_metrics(row))
+        if "eval" in row:
+            logger.info(format_evaluation(row))
         if self.wandb_run:
             self.wandb_run.log(row)
 
@@ -130,6 +132,19 @@ def format_metrics(row: dict[str, Any]) -> str:
         f"ce {row['ce']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f} | "
         f"teacher wait {row['teacher_wait_s']:.2f}s"
     )
+
+
+def format_evaluation(row: dict[str, Any]) -> str:
+    """The line of the evaluation after an optimizer step; without a teacher it has no KL and no agreement."""
+    figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
+    return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which loss and gradient norm of a skipped step can be, and a perplexity."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments, parse_train_args
 from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
+from evaluation import Evaluator, read_material
 from health import SpikeWatch, UpdateHealth, tell_oddities
 from llamba import LlambaForCausalLM
 from losses import shared_vocab
@@ -123,6 +124,7 @@ def run(
     progress = starting_point(args, checkpoint, ranks)
 
     # 1. Text to batches. The first is drawn now: data that cannot fill it is found out before models load.
+    material = read_material(args, models.tokenizer, ranks)
     loader = build_dataloader(
         args,
         models.tokenizer,
@@ -155,8 +157,9 @@ def run(
         check_space(args, student, (total_steps - progress.step) * args.grad_accumulation_steps)
     saved = -1 if checkpoint is None and progress.micro_step == 0 else progress.micro_step
     saver = Saver(args, student, optimizer, models.tokenizer, ranks, saved)
+    evaluator = Evaluator(args, material, models.tokenizer, ranks, model.module, lane, stop)
     with RunLog(args, progress.micro_step, ranks.is_main) as log, stop.deferring():
-        code = distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, log, saver, stop)
+        code = distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, log, saver, evaluator, stop)
     lane.close()
     return code
 
@@ -228,6 +231,7 @@ def distil(
     ranks: Ranks,
     log: RunLog,
     saver: Saver,
+    evaluator: Evaluator,
     stop: StopRequest,
 ) -> int:
     """The run from `progress` on. Returns the exit code."""
@@ -287,11 +291,12 @@ def distil(
             }
             if health.is_due(progress.step):
                 row["update_health"] = health.report()
+            evaluator.add_to(row, total_steps)
             log.write(row)
             if saver.is_due(progress):
                 log.flush_to_disk()
                 saver.save(progress)
-                stopwatch.lap()  # the copy for a checkpoint is no part of a step's time
+            stopwatch.lap()  # an evaluation and the copy for a checkpoint are no part of a step's time
         asked_to_stop, *saving = ranks.maximum(stop.code, *saver.status())
         saver.advance(*saving)
         if asked_to_stop or progress.bad_in_a_row >= args.max_bad_steps:

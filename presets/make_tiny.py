@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import mmlu
+import results
 from llamba import DiscreteMamba2, LlambaConfig, LlambaForCausalLM
 from presets import tiny_text as text
 from presets.tiny_teacher import ENGLISH, VOCABULARY, make_teacher
@@ -153,7 +154,7 @@ def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     parts that would be made from it are not.
     """
     questions = mmlu.build_questions(mmlu.load_mmlu(out / "mmlu"), num_fewshot=0)
-    accuracy = mmlu.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, "cpu", 1024))["acc"]
+    accuracy = results.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, torch.device("cpu"), 1024))["acc"]
     print(f"teacher: {accuracy:.3f} of {len(questions)} questions")
     if accuracy < LEAST_ACCURACY:
         save(teacher, out / "teacher.rejected")

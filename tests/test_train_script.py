@@ -346,6 +346,9 @@ def fail(models, tmp_path, monkeypatch, **changes):
         ({"gradient_checkpointing": True, "checkpoint_blocks": 5}, ["--checkpoint_blocks 5", "has 4"]),
         ({"resume_step": 600}, ["--resume_step 600", "nothing is left"]),
         ({"save_interval": 3, "grad_accumulation_steps": 2}, ["--save_interval 3", "--grad_accumulation_steps 2"]),
+        ({"eval_interval": 2}, ["--eval_interval 2", "is trained on", "--eval_dataset_name"]),
+        ({"eval_windows": -1}, ["--eval_windows -1"]),
+        ({"eval_interval": 2, "eval_dataset_name": "nowhere.jsonl"}, ["--eval_dataset_name 'nowhere.jsonl'"]),
     ],
 )
 def test_bad_input_is_one_clear_error_before_a_model_is_loaded(models, tmp_path, monkeypatch, changes, words):

@@ -11,9 +11,14 @@ FIGURES = ("step", "micro_step", "loss", "kl", "ce", "lr", "grad_norm", "tokens"
 
 
 def rows(output_dir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock; evaluations too, by their names as `eval/<name>`."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [{name: row[name] for name in FIGURES} for row in map(json.loads, lines)]
+    return [_figures(json.loads(line)) for line in lines]
+
+
+def _figures(row: dict) -> dict:
+    evaluated = {f"eval/{name}": value for name, value in row.get("eval", {}).items() if name != "seconds"}
+    return {name: row[name] for name in FIGURES} | evaluated
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:

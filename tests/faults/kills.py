@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 
 from tests.faults.compare import differences
-from tests.faults.launch import Launch, make_models, options
+from tests.faults.launch import ROOT, Launch, make_models, options
 from tests.faults.traps import MOMENTS, OFTEN, killing_at
 
+EVALUATED = dict(eval_interval=3, eval_dataset_name=ROOT / "presets" / "tiny" / "text" / "english.txt", eval_windows=5)
 LANES = {
-    "cached": dict(dtype="bfloat16", grad_accumulation_steps=2, save_interval=4, teacher_prefetch=1),
-    "stream": dict(no_dataset_streaming=False, shuffle_buffer=30, epochs=4),
+    "cached": dict(dtype="bfloat16", grad_accumulation_steps=2, save_interval=4, teacher_prefetch=1, **EVALUATED),
+    "stream": dict(no_dataset_streaming=False, shuffle_buffer=30, epochs=4, **EVALUATED),
 }
 MICRO_STEPS = {"cached": 48, "stream": 24}
 AT_RANDOM = "at a random time"

@@ -1,6 +1,6 @@
-"""Ranks of train_gpus.py as forks of a process that has imported everything: a launch costs a second where torchrun
-takes ten, and the processes are as real, to be killed and signalled like any other. `arm` runs in each rank before it
-starts, and can set a trap in it.
+"""Ranks of train_gpus.py, or of another entry, as forks of a process that has imported everything: a launch costs a
+second where torchrun takes ten, and the processes are as real, to be killed and signalled like any other. `arm` runs in
+each rank before it starts, and can set a trap in it.
 """
 
 import os
@@ -23,7 +23,14 @@ TEXT = ROOT / "presets" / "tiny" / "text" / "heldout.jsonl"
 
 
 class Launch:
-    def __init__(self, argv: list[str], n_ranks: int, log: Path, arm: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        argv: list[str],
+        n_ranks: int,
+        log: Path,
+        arm: Callable[[int], None] | None = None,
+        main: Callable[[], int | None] = train_gpus.main,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -32,7 +39,7 @@ class Launch:
         for rank in range(n_ranks):
             pid = os.fork()
             if pid == 0:
-                _be_rank(rank, n_ranks, port, argv, log, self.pids[0] if self.pids else 0, arm)
+                _be_rank(rank, n_ranks, port, argv, log, self.pids[0] if self.pids else 0, arm, main)
             self.pids.append(pid)
             os.setpgid(pid, self.pids[0])
 
@@ -69,7 +76,7 @@ class Launch:
         return len(self.codes) == len(self.pids)
 
 
-def _be_rank(rank, n_ranks, port, argv, log, group, arm) -> None:
+def _be_rank(rank, n_ranks, port, argv, log, group, arm, main) -> None:
     """The life of one forked rank; does not return."""
     code = 1
     try:
@@ -77,17 +84,19 @@ def _be_rank(rank, n_ranks, port, argv, log, group, arm) -> None:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # not a test's
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        sys.argv = ["train_gpus.py", *argv]
+        sys.argv = [main.__module__, *argv]
         if arm is not None:
             arm(rank)
-        code = run_entry(train_gpus.main)
+        code = run_entry(main)
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import evaluation
 import optimizer
 import run_log
 import saver
@@ -19,6 +20,7 @@ import training_utils
 MOMENTS = {
     "in the forward pass": (training_utils.DistillationModel, "forward"),
     "in an update": (optimizer.MasterWeightAdamW, "step"),
+    "in an evaluation": (evaluation, "held_out_sums"),
     "writing metrics": (run_log.RunLog, "_append"),
     "copying to the host": (saver, "copy_to_host"),
     "before a rank's part": (saver, "write_part"),
@@ -31,7 +33,8 @@ MOMENTS = {
     "deleting an old one": (saver, "keep_newest"),
     "restoring": (torch, "set_rng_state"),
 }
-OFTEN = {"in the forward pass", "in an update", "writing metrics", "flushing a file", "hashing a file", "at the rename"}
+OFTEN = {"in the forward pass", "in an update", "in an evaluation", "writing metrics"}
+OFTEN |= {"flushing a file", "hashing a file", "at the rename"}
 
 
 def trap(owner: object, name: str, n: int, act: Callable[[], None]) -> None:
