@@ -61,10 +61,9 @@ def run(args: EvalArguments, plan: Plan, ranks: Ranks) -> None:
         if ranks.is_main:
             write_report(
                 {
-                    name: {
-                        **assemble({piece.name: found[name, piece.name] for piece in pieces}),
-                        "config": describe(name, args, plan),
-                    }
+                    name: assemble(
+                        {piece.name: found[name, piece.name] for piece in pieces}, describe(name, args, plan)
+                    )
                     for name in plan.models
                 },
                 output,

@@ -73,19 +73,19 @@ def share_out(pieces: list[Piece], rank: int, world_size: int) -> list[Piece]:
     return own
 
 
-def assemble(found: dict[str, Any]) -> dict[str, Any]:
-    """One model's results, from those of its pieces by name."""
+def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """One model's results, from those of its pieces by name, with its config among them."""
     kinds: dict[str, dict[str, Any]] = {}
     for name, part in found.items():
         kind, what = name.split("-", 1)
         kinds.setdefault(kind, {})[what] = part
     result: dict[str, Any] = {}
+    predictions = []
     if "mmlu" in kinds:
         parts = kinds["mmlu"].values()
         predictions = [mmlu.Prediction(**prediction) for part in parts for prediction in part["predictions"]]
         result |= aggregate(predictions)
         result["tokens"] = {key: sum(part["tokens"][key] for part in parts) for key in ("run", "plain")}
-        result["predictions"] = [dataclasses.asdict(prediction) for prediction in predictions]
     if "held_out" in kinds:
         sums = [HeldOutSums(torch.tensor(values, dtype=torch.float64), True) for values in kinds["held_out"].values()]
         result["held_out"] = sum(sums[1:], start=sums[0]).figures(ce_weight=1.0, kl_weight=0.0)
@@ -94,6 +94,9 @@ def assemble(found: dict[str, Any]) -> dict[str, Any]:
         result["retrieval"] = list(kinds["retrieval"].values())
     if "task" in kinds:
         result["tasks"] = kinds["task"]
+    result["config"] = config
+    if predictions:
+        result["predictions"] = [dataclasses.asdict(prediction) for prediction in predictions]
     return result
 
 

@@ -5,6 +5,7 @@ freezing, and counting parameters. Nothing here knows of ranks.
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
@@ -123,6 +124,19 @@ def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> Ll
     return LlambaForCausalLM.from_pretrained(
         name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", weights_only=True
     )
+
+
+@torch.no_grad()
+def head_makes_logits(model: PreTrainedModel, with_bias: bool) -> bool:
+    """Whether its logits are its last hidden states times its head, with a bias or without, and no more. Some models
+    scale or cap them after that.
+    """
+    tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, 8)
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state  # (1, 8, D)
+    logits = model(tokens, use_cache=False).logits  # (1, 8, V)
+    head = model.get_output_embeddings()
+    difference = F.linear(hidden, head.weight, head.bias if with_bias else None) - logits
+    return not difference.abs().max() > 0.05 * logits.abs().max()  # NaN is found where it does harm
 
 
 def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:

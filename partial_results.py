@@ -85,5 +85,9 @@ def kept_in(output: Path | None, settings: dict[str, Any], resume: bool) -> Iter
         known = folder / SETTINGS
         before = json.loads(known.read_text(encoding="utf-8")) if resume and known.is_file() else {}
         write_whole(known, json.dumps({**before, **settings}, indent=1))
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            logger.warning("what has been found so far is in %s; go on with --resume", folder)
+            raise
         shutil.rmtree(folder)

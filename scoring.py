@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from llamba import SharedPrefix, can_share
+from model_utils import head_makes_logits
 
 logger = logging.getLogger("train")
 
@@ -62,6 +63,8 @@ class Scorer:
         max_length: int | None = None,
     ) -> None:
         assert not model.training, "scoring needs a model in eval mode"
+        if not head_makes_logits(model, with_bias=True):
+            raise ValueError(f"a {model.config.model_type} does more to its logits than its head: it cannot be scored")
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.batch_size, self.max_length = batch_size, max_length
         self.batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS

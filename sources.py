@@ -161,6 +161,8 @@ def open_stream(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainA
     else:
         try:
             stream = source.as_streaming_dataset(split=args.dataset_split)
+        except StopIteration as error:  # what `datasets` makes of an empty file
+            raise no_rows(args) from error
         except READ_ERRORS as error:
             if args.dataset_split in splits_of(source):
                 raise explain_fault(error, source, args) from error

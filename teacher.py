@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from data import Batch
 from llamba import LlambaForCausalLM
+from model_utils import head_makes_logits
 from ranks import Ranks
 from utils import BackgroundThread
 
@@ -43,8 +44,11 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, signal: str, vocab: int) -> None:
         self.model, self.signal, self.vocab = model, signal, vocab
         self.width = model.config.hidden_size if signal == "hidden" else vocab
-        if signal == "hidden" and model.device.type != "meta":
-            _check_hidden_signal(model)
+        if signal == "hidden" and model.device.type != "meta" and not head_makes_logits(model, with_bias=False):
+            raise ValueError(
+                f"--teacher_signal hidden: the logits of this {model.config.model_type!r} teacher are not its last "
+                "hidden states times its head (a bias, scale or cap comes after); use --teacher_signal logits"
+            )
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -256,17 +260,3 @@ def share_head(teacher: PreTrainedModel, vocab: int, ranks: Ranks) -> Tensor:
     copy = head.cpu() if ranks.owns_teacher else torch.empty_like(head, device="cpu")
     dist.broadcast(copy, src=ranks.teacher_rank, group=ranks.node)
     return copy.to(ranks.device)
-
-
-@torch.no_grad()
-def _check_hidden_signal(teacher: PreTrainedModel) -> None:
-    """Some models scale or cap the logits after the head; their hidden states alone do not tell their logits."""
-    tokens = torch.arange(8, device=teacher.device)[None] % teacher.config.vocab_size  # (1, 8)
-    head = teacher.get_output_embeddings()
-    from_hidden = teacher.base_model(tokens, use_cache=False).last_hidden_state @ head.weight.T  # (1, 8, V_t)
-    logits = teacher(tokens, use_cache=False).logits
-    if (from_hidden - logits).abs().max() > 0.05 * logits.abs().max():
-        raise ValueError(
-            f"--teacher_signal hidden: the logits of this {teacher.config.model_type!r} teacher are not its last "
-            "hidden states times its head (a bias, scale or cap comes after); use --teacher_signal logits"
-        )

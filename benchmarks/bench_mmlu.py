@@ -1,6 +1,6 @@
-"""Five-shot MMLU: mmlu.score, which runs what the prompts of a subject share once and reads no more logits than it needs,
-beside lm-evaluation-harness's HFLM, which runs every prompt whole. Both begin with text and end with log-likelihoods;
-what lm-eval takes to build its tasks is not counted.
+"""Five-shot MMLU: mmlu.score, which runs once what the prompts of a subject share and reads no more logits than it
+needs, beside lm-evaluation-harness's HFLM, which runs every prompt whole. Both begin with text and end with
+log-likelihoods; what lm-eval takes to build its tasks is not counted.
 
     python benchmarks/bench_mmlu.py --json mmlu.json
 

@@ -110,6 +110,13 @@ def test_the_production_command():
         "resume": None,
         "resume_step": 0,
         "time_limit": None,
+        "eval_interval": 0,
+        "eval_dataset_name": None,
+        "eval_dataset_subset": None,
+        "eval_dataset_split": None,
+        "eval_windows": 64,
+        "eval_mmlu_dir": None,
+        "eval_mmlu_limit": 5,
         "output_dir": "DIR",
         "save_interval": 1000,
         "save_total_limit": None,
@@ -154,8 +161,39 @@ def test_evaluation():
     line = "--which student hybrid_ft --ckpt C --layers 14 30 --mmlu_dir M --num_fewshot 0 --limit 9 --output F"
     args = parse_eval_args(line.split())
     assert (args.which, args.ckpt, args.layers, args.mmlu_dir) == (["student", "hybrid_ft"], "C", [14, 30], "M")
-    assert (args.num_fewshot, args.limit, args.output, args.batch_size) == (0, 9, "F", 8)
+    assert (args.num_fewshot, args.limit, args.output, args.batch_size) == (0, 9, "F", None)
     assert (args.subjects, args.max_length, args.device, args.overwrite) == (None, None, None, False)
+    assert (args.mmlu, args.tasks, args.held_out, args.retrieval, args.resume) == (True, [], None, False, False)
+
+
+def test_tasks_are_named_with_commas_or_spaces():
+    assert parse_eval_args(["--tasks", "hellaswag,arc_challenge", "gsm8k"]).tasks == [
+        "hellaswag",
+        "arc_challenge",
+        "gsm8k",
+    ]
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", None), ("1", 1), ("64", 64)])
+def test_a_batch_size_is_a_number_or_auto(word, value):
+    assert parse_eval_args(["--batch_size", word]).batch_size == value
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--batch_size many", "'many': expected a whole number, or auto"),
+        ("--batch_size 0", "--batch_size 0: expected at least 1"),
+        ("--held_out_windows 0", "--held_out_windows 0: expected at least 1"),
+        ("--retrieval_pairs 4 1", "--retrieval_pairs 1: expected at least 2"),
+        ("--tasks_num_fewshot -1", "--tasks_num_fewshot -1: expected at least 0"),
+        ("--no_mmlu", "--no_mmlu: nothing is left to measure"),
+        ("--resume", "--resume: goes on with what stands beside --output"),
+        ("--resume --overwrite --output F", "--resume --overwrite: the one keeps"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_says_why(line, expected):
+    assert expected in eval_error(line)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +274,21 @@ def test_another_dataset_leaves_the_presets_dataset_options_behind(preset):
     assert (other.seq_length, other.batch_size) == (8, 3)
 
 
+def test_another_dataset_leaves_the_presets_held_out_text_behind(preset):
+    preset(train={"eval_dataset_name": "H", "eval_dataset_split": "half", "eval_interval": 7})
+    own = train("--preset mine")
+    assert (own.eval_interval, own.held_out_text()) == (7, ("H", None, "half"))
+    other = train("--preset mine --eval_dataset_name other --eval_dataset_subset part")
+    assert other.held_out_text() == ("other", "part", "train")
+    message = train_error("--preset mine --dataset_name other")
+    assert "--eval_interval 7: 'other', split 'train', is trained on" in message
+
+
+def test_without_evaluations_a_presets_held_out_text_is_none(preset):
+    preset(train={"eval_dataset_name": "H", "eval_interval": 7})
+    assert train("--preset mine --eval_interval 0").eval_dataset_name is None
+
+
 def test_an_unknown_preset_lists_the_known(preset):
     preset("zebra")
     preset("ant")
@@ -305,7 +358,8 @@ BOUNDS = [
     *((f"--{name} 0", "expected at least 1") for name in ("seq_length", "batch_size", "max_steps", "epochs")),
     *((f"--{name} 0", "expected at least 1") for name in ("log_interval", "grad_accumulation_steps")),
     *((f"--{name} 0", "expected at least 1") for name in ("max_bad_steps", "save_total_limit")),
-    ("--health_interval -1", "expected at least 0"),
+    *((f"--{name} 0", "expected at least 1") for name in ("eval_windows", "eval_mmlu_limit")),
+    *((f"--{name} -1", "expected at least 0") for name in ("health_interval", "eval_interval")),
     *((f"--time_limit {value}", "expected minutes, more than 0") for value in ("0.0", "-5.0", "nan", "inf")),
     *((f"--{name} -1", "expected at least 0") for name in ("shuffle_buffer", "dataset_workers", "save_interval")),
     ("--resume_step -1", "expected at least 0"),
@@ -367,6 +421,53 @@ def test_a_run_goes_on_by_its_checkpoint_or_by_a_step_of_ours(name):
     message = train_error(f"--resume {name} --resume_step 4")
     assert f"--resume {name} --resume_step 4: " in message and "leave --resume_step out" in message
     assert train(f"--resume {name} --resume_step 0").resume == name  # which is to say nothing
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [("dataset_name", "F"), ("dataset_subset", "F"), ("dataset_split", "test"), ("mmlu_dir", "F")],
+)
+def test_what_evaluations_are_made_on_is_of_no_use_without_them(name, value):
+    assert f"--eval_{name} {value}: " in train_error(f"--eval_{name} {value}")
+    if name == "mmlu_dir":
+        name, value = "dataset_name", "other"
+    assert getattr(train(f"--eval_interval 5 --eval_{name} {value}"), f"eval_{name}") == value
+
+
+HUB = "--dataset_name D --dataset_subset C"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        HUB,
+        f"{HUB} --eval_dataset_name D --eval_dataset_subset C",
+        f"{HUB} --dataset_split test --eval_dataset_split test",
+        f"{HUB} --eval_dataset_split train[99%:]",
+        f"{HUB} --dataset_split train[:99%] --eval_dataset_split train",
+        f"{HUB} --dataset_split test+train[:99%] --eval_dataset_split train[99%:]+test",
+        f"{HUB} --dataset_split all --eval_dataset_split test",
+        "--dataset_name a.jsonl --eval_dataset_name ./a.jsonl",
+        f"--dataset_name a.jsonl --eval_dataset_name {Path.cwd() / 'a.jsonl'}",
+    ],
+)
+def test_text_that_is_trained_on_is_not_held_out(line):
+    message = train_error(f"{line} --eval_interval 5")
+    assert "--eval_interval 5: " in message and "is trained on" in message and "--eval_dataset_name FILE" in message
+
+
+@pytest.mark.parametrize(
+    "line,text",
+    [
+        (f"{HUB} --dataset_split train[:99%] --eval_dataset_split train[99%:]", ("D", "C", "train[99%:]")),
+        (f"{HUB} --eval_dataset_split test", ("D", "C", "test")),
+        (f"{HUB} --eval_dataset_subset B", ("D", "B", "train")),
+        (f"{HUB} --eval_dataset_name D --eval_dataset_split test", ("D", "C", "test")),
+        (f"{HUB} --eval_dataset_name E", ("E", None, "train")),
+    ],
+)
+def test_where_held_out_text_comes_from(line, text):
+    assert train(f"{line} --eval_interval 5").held_out_text() == text
 
 
 def test_what_a_run_has_to_keep_are_options():

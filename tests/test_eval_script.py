@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eval_mmlu_hybrid as entry
 import mmlu
+import results
 from arguments import parse_eval_args
+from eval_plan import check
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import apply_replacements
+from ranks import process_groups
 from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -102,13 +105,15 @@ def command_line(options: dict[str, list[str]]) -> list[str]:
 
 def evaluate(options: dict[str, list[str]]) -> None:
     args = parse_eval_args(command_line(options))
-    entry.run(args, entry.check(args))
+    plan = check(args)
+    with process_groups(plan.device) as ranks:
+        entry.run(args, plan, ranks)
 
 
 def error_of(options: dict[str, list[str]]) -> str:
     """The message of a call that has to end before any model is loaded: nothing but checks runs here."""
     with pytest.raises(ValueError) as caught:
-        entry.check(parse_eval_args(command_line(options)))
+        check(parse_eval_args(command_line(options)))
     return str(caught.value)
 
 
@@ -122,12 +127,12 @@ def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys
     assert list(report["models"]) == WHICH
     for name in WHICH:
         result = report["models"][name]
-        expected = mmlu.score(models.loaded[name], models.tokenizer, questions, 1, "cpu", None)
+        expected = mmlu.score(models.loaded[name], models.tokenizer, questions, 1, torch.device("cpu"), None)
         for question, got, wanted in zip(questions, result["predictions"], expected, strict=True):
             assert (got["subject"], got["index"]) == (question.subject, question.index)
             assert (got["answer"], got["prediction"]) == (question.answer, wanted.prediction)
             assert got["log_likelihoods"] == pytest.approx(wanted.log_likelihoods, abs=1e-4)
-        counts = mmlu.aggregate(expected)
+        counts = results.aggregate(expected)
         assert {key: result[key] for key in counts} == counts
         assert report[name] == counts["acc"]
     likelihoods = [str(report["models"][name]["predictions"][0]["log_likelihoods"]) for name in WHICH]
@@ -138,9 +143,10 @@ def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys
     assert configs[2]["ckpt"] == options["ckpt"][0] and configs[2]["student_model"] is None
     assert all(config["versions"]["torch"] == torch.__version__ for config in configs)
     assert {(c["num_fewshot"], c["dtype"], c["max_length"]) for c in configs} == {(2, "float32", 512)}
-    assert list(tmp_path.rglob("*.json")) == [output] and len(list(output.parent.iterdir())) == 1
+    files = {path.name for path in output.parent.iterdir()}
+    assert files == {"eval.json", "eval.md", "eval.png"}  # and no partial results
 
-    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    table = capsys.readouterr().out.split("\n\n")[0].strip().splitlines()
     assert table[0].split() == ["subject", "n", *WHICH]
     assert [line.split()[0] for line in table[1:]] == [
         "animals",
@@ -159,8 +165,9 @@ def test_one_model_is_reported_flat(options, tmp_path):
     del options["ckpt"]
     evaluate(options)
     report = json.loads(output.read_text())
-    assert list(report) == ["acc", "stderr", "n", "subjects", "config", "predictions"]
-    assert report["n"] == 3 and report["subjects"] == {"tools": {"acc": report["acc"], "n": 3}}
+    assert list(report) == ["acc", "stderr", "n", "groups", "subjects", "tokens", "config", "predictions"]
+    score = {key: report[key] for key in ("acc", "stderr", "n")}
+    assert report["n"] == 3 and report["subjects"] == {"tools": score} and report["groups"] == {}
     assert report["config"]["which"] == "student"
 
 
@@ -184,19 +191,11 @@ def test_an_output_is_never_overwritten_in_silence(options, tmp_path):
     assert json.loads(output.read_text())["n"] == 12
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    output = tmp_path / "eval.json"
-    output.write_text("precious")
-    with pytest.raises(TypeError):
-        entry.write_json(output, {"acc": object()})
-    assert output.read_text() == "precious"
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"mmlu_dir": ["nowhere"]}, ["--mmlu_dir nowhere", "is not a folder", "dev/<subject>_dev.csv"]),
-        ({"mmlu_dir": None}, ["--mmlu_dir: not given"]),
+        ({"mmlu_dir": None, "local_files_only": []}, ["--mmlu_dir: not given", "hf download cais/mmlu"]),
         ({"subjects": ["toolz"]}, ["--subjects toolz", "did you mean tools?"]),
         ({"num_fewshot": ["7"]}, ["--num_fewshot 7", "0 to 5"]),
         ({"ckpt": None}, ["hybrid_ft", "--ckpt"]),
@@ -247,7 +246,7 @@ def test_the_layers_of_a_preset_do_not_contradict_a_checkpoint(models, options, 
 def test_a_hybrid_is_no_student_to_make_a_hybrid_of(options):
     options |= {"student_model": options["ckpt"]}
     assert "--which hybrid: --student_model" in error_of(options)
-    assert entry.check(parse_eval_args(command_line(options | {"which": ["student"]}))).models == ["student"]
+    assert check(parse_eval_args(command_line(options | {"which": ["student"]}))).models == ["student"]
 
 
 def run_script(*words: str, cwd: Path) -> subprocess.CompletedProcess:

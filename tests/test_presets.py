@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mmlu
+import results
 from llamba import LlambaForCausalLM
 from presets import make_tiny, tiny_text
 from presets.tiny_teacher import Windows, orthogonal, stages, teacher_config, with_layers
@@ -44,8 +45,8 @@ def documents(name: str) -> list[str]:
 
 def accuracy(model, tokenizer, num_fewshot: int) -> float:
     questions = mmlu.build_questions(mmlu.load_mmlu(TINY / "mmlu"), num_fewshot, limit=30)
-    predictions = mmlu.score(model, tokenizer, questions, batch_size=30, device="cpu", max_length=None)
-    return mmlu.aggregate(predictions)["acc"]
+    predictions = mmlu.score(model, tokenizer, questions, batch_size=30, device=torch.device("cpu"), max_length=None)
+    return results.aggregate(predictions)["acc"]
 
 
 @pytest.mark.parametrize("sample", ["", " A", "a\n\nb", "tab\tand  spaces ", "é “quotes” 漢字 🙂", "\x00\x7f"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import scoring
 from llamba import SharedPrefix
@@ -100,10 +100,10 @@ def test_prompts_share_what_they_can(model, requests, bos):
 
 def test_a_beginning_is_run_once_and_no_more_rows_than_it_takes(llama):
     bodies = []
-    hook = llama.model.embed_tokens.register_forward_hook(lambda _, inputs, __: bodies.append(inputs[0].shape))
     requests = make_requests(HEAD * 20)
     tokenizer = TOKENIZERS["one token each"]()
     scorer = Scorer(llama, tokenizer, CPU, batch_size=4)
+    hook = llama.model.embed_tokens.register_forward_hook(lambda _, inputs, __: bodies.append(inputs[0].shape))
     scorer(requests)
     hook.remove()
     n_shared = len(tokenizer.encode(HEAD * 20))  # with its BOS
@@ -124,13 +124,13 @@ def test_a_beginning_is_run_once_and_no_more_rows_than_it_takes(llama):
 )
 def test_logits_are_made_for_the_predicting_positions_alone(llama, monkeypatch, kind, rows_each, positions_each):
     rows, positions = [], []
-    real = scoring.log_normaliser
+    scorer, real = Scorer(llama, TOKENIZERS[kind](), CPU), scoring.log_normaliser
     hook = llama.model.embed_tokens.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape))
     monkeypatch.setattr(
         scoring, "log_normaliser", lambda hidden, head: (positions.append(hidden.shape), real(hidden, head))[1]
     )
     whole = llama.lm_head.register_forward_hook(lambda *_: pytest.fail("the whole head was run"))
-    Scorer(llama, TOKENIZERS[kind](), CPU)(make_requests())
+    scorer(make_requests())
     hook.remove()
     whole.remove()
     assert sum(n for n, _ in rows[1:]) == rows_each * len(make_requests())
@@ -154,8 +154,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(llama):
             raise torch.OutOfMemoryError("no room")
 
     requests = [Request(f"{HEAD}{i}{'ab ' * 20}", ANSWERS) for i in range(10)]
-    hook = llama.model.embed_tokens.register_forward_pre_hook(refuse)
     scorer = Scorer(llama, TOKENIZERS["one token each"](), CPU)
+    hook = llama.model.embed_tokens.register_forward_pre_hook(refuse)
     values = scorer(requests)
     assert len(asked) > 3 and scorer.batch_tokens <= limit
     n = len(asked)
@@ -174,9 +174,10 @@ def test_one_sequence_that_does_not_fit_is_the_end(llama):
     def refuse(_, inputs):
         raise torch.OutOfMemoryError("no room")
 
+    scorer = Scorer(llama, TOKENIZERS["one token each"](), CPU)
     hook = llama.model.embed_tokens.register_forward_pre_hook(refuse)
     with pytest.raises(torch.OutOfMemoryError):
-        Scorer(llama, TOKENIZERS["one token each"](), CPU)([Request("x", ANSWERS)])
+        scorer([Request("x", ANSWERS)])
     hook.remove()
 
 
@@ -187,6 +188,21 @@ def test_a_model_that_forgets_is_run_whole():
     config = MistralConfig(vocab_size=VOCAB, sliding_window=8, num_key_value_heads=2, initializer_range=0.3, **sizes)
     scorer = check(MistralForCausalLM(config).eval(), byte_tokenizer([], True), make_requests(), None, None)
     assert scorer.tokens_run >= scorer.tokens_plain
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    """Its hidden states and its head alone would give other scores, and nobody would notice."""
+    sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
+    granite = GraniteForCausalLM(GraniteConfig(vocab_size=VOCAB, num_key_value_heads=2, logits_scaling=8.0, **sizes))
+    with pytest.raises(ValueError, match="a granite does more to its logits"):
+        Scorer(granite.eval(), byte_tokenizer([], True), CPU)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_head_may_have_a_bias(bos):
+    student = tiny_student(vocab_size=VOCAB, lm_head_bias=True)
+    assert student.lm_head.bias.abs().max() > 0.1
+    check(student, byte_tokenizer([("Ġ", "A")], bos), make_requests(), None, None)
 
 
 def test_a_tokenizer_that_does_not_fit_is_an_error(llama):

@@ -1,0 +1,146 @@
+"""What is made of results for the eye: tables, the report in Markdown, the chart."""
+
+import json
+import struct
+
+import pytest
+
+from eval_pieces import assemble
+from eval_report import aligned, arrange, as_markdown, compare_all, draw_chart, markdown, screen_tables, write_report
+
+SUBJECTS = ("astronomy", "virology")
+CONFIG = {
+    "which": "x",
+    "teacher_model": "org/teacher",
+    "student_model": None,
+    "ckpt": None,
+    "layers": [1, 3],
+    "max_length": 512,
+    "dtype": "float32",
+    "versions": {"python": "3.11", "torch": "2.13"},
+    "mmlu_dir": "cais/mmlu",
+    "num_fewshot": 5,
+    "limit": None,
+    "prompt": "lm-eval's",
+    "questions_sha256": "ab" * 32,
+}
+
+
+def made_of(letters: dict[str, str], **more) -> dict:
+    """Results of a model that gave these letters; all right answers are A."""
+    pieces = {
+        f"mmlu-{subject}": {
+            "predictions": [
+                {"subject": subject, "index": i, "answer": "A", "prediction": letter, "log_likelihoods": [-1.0] * 4}
+                for i, letter in enumerate(letters[subject])
+            ],
+            "tokens": {"run": 10, "plain": 40},
+        }
+        for subject in SUBJECTS
+    }
+    return assemble(pieces | more.pop("pieces", {}), {**CONFIG, **more})
+
+
+EXTRA = {
+    "held_out-0": [30.0, 5.0, 6.0, 10.0],
+    "held_out-8": [10.0, 5.0, 4.0, 10.0],
+    "retrieval-128x4": {"length": 128, "pairs": 4, "acc": 0.5, "n": 8, "chance": 0.25},
+    "retrieval-128x64": {"length": 128, "pairs": 64, "acc": None, "n": 0, "chance": 1 / 64},
+    "task-gsm8k": {
+        "results": {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": None}},
+        "n_shot": {"gsm8k": 5},
+        "n_samples": {"gsm8k": {"original": 8, "effective": 8}},
+        "versions": {"gsm8k": 3},
+    },
+}
+
+
+@pytest.fixture
+def results() -> dict[str, dict]:
+    return {
+        "student": made_of(
+            {"astronomy": "AABB", "virology": "AB"}, pieces=EXTRA, student_model="org/student", layers=[]
+        ),
+        "teacher": made_of({"astronomy": "AAAB", "virology": "AA"}, pieces=EXTRA, layers=None),
+    }
+
+
+def test_pieces_are_put_together(results):
+    student = results["student"]
+    assert (student["acc"], student["n"], student["tokens"]) == (0.5, 6, {"run": 20, "plain": 80})
+    assert student["held_out"] == {
+        "ce": 2.0,
+        "kl": 0.5,
+        "agreement": 0.5,
+        "perplexity": pytest.approx(7.389056),
+        "tokens": 20,
+    }
+    assert [cell["pairs"] for cell in student["retrieval"]] == [4, 64]
+    assert list(student["tasks"]) == ["gsm8k"]
+    assert list(student)[-2:] == ["config", "predictions"]
+
+
+def test_the_screen_shows_scores_and_differences(results):
+    scores, differences, held_out, retrieval, tasks = screen_tables(results, compare_all(results))
+    assert scores[0] == ["subject", "n", "student", "teacher"]
+    assert [row[0] for row in scores[1:]] == ["astronomy", "virology", "stem", "other", "all", "stderr"]
+    assert scores[-2] == ["all", "6", "0.5000", "0.8333"]
+    assert [row[:4] for row in differences[1:]] == [
+        ["teacher - student", "all", "6", "+0.3333"],
+        ["teacher - student", "stem", "4", "+0.2500"],
+        ["teacher - student", "other", "2", "+0.5000"],
+    ]
+    assert differences[1][-2:] == ["2", "0"]  # gained, lost
+    assert held_out[1] == ["student", "2.0000", "0.5000", "0.5000", "7.3891", "20"]
+    assert [row[-1] for row in retrieval] == ["teacher", "0.5000", "-"]
+    assert tasks[1] == ["gsm8k", "5", "exact_match,strict-match", "0.2500", "0.2500"]
+    lines = aligned(scores).splitlines()
+    assert lines[0].startswith("subject") and len({len(line) for line in lines}) == 1
+
+
+def test_every_two_models_are_compared(results):
+    results["hybrid"] = made_of({"astronomy": "BBBB", "virology": "BB"})
+    pairs = [(difference["of"], difference["to"]) for difference in compare_all(results)]
+    assert pairs == [("teacher", "student"), ("hybrid", "student"), ("hybrid", "teacher")]
+    assert [difference["diff"] for difference in compare_all(results)] == pytest.approx([1 / 3, -1 / 2, -5 / 6])
+
+
+def test_the_report_says_what_was_measured_and_how(results):
+    text = markdown(results, compare_all(results))
+    for part in (
+        "## MMLU, 5-shot",
+        "Prompt: lm-eval's. Data: cais/mmlu, SHA-256 of the questions `abababababababab`",
+        "| student | org/student | none | float32 | 512 | python 3.11, torch 2.13 |",
+        "| teacher | org/teacher | all | float32 | 512 | python 3.11, torch 2.13 |",
+        "| teacher - student | virology | 2 | +0.5000 |",
+        "## Held-out text",
+        "## Retrieval",
+        "## Task",
+    ):
+        assert part in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+    assert as_markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_chart_is_a_picture_of_a_size_to_be_looked_at(results, tmp_path):
+    draw_chart(results, tmp_path / "chart.png")
+    data = (tmp_path / "chart.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG") and width > 800 and height > 500
+
+
+def test_of_several_models_the_json_has_scores_in_front_and_differences_behind(results):
+    arranged = arrange(results, compare_all(results))
+    assert list(arranged) == ["student", "teacher", "n", "models", "differences"]
+    assert (arranged["student"], arranged["n"]) == (0.5, 6)
+    assert arrange({"student": results["student"]}, []) == results["student"]
+
+
+def test_without_mmlu_the_rest_is_reported(tmp_path, capsys):
+    alone = {name: assemble(EXTRA, CONFIG) for name in ("student", "teacher")}
+    write_report(alone, tmp_path / "out" / "eval.json")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.json", "eval.md"]
+    assert list(json.loads((tmp_path / "out" / "eval.json").read_text())) == ["models", "differences"]
+    shown = capsys.readouterr().out
+    assert "held-out text" in shown and "subject" not in shown
