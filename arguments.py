@@ -438,7 +438,8 @@ def _parser(cls, description: str) -> argparse.ArgumentParser:
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return f" (default: {' '.join(map(str, field.default_factory()))})"
+        default = " ".join(map(str, field.default_factory()))
+        return f" (default: {default})" if default else ""
     if field.default is dataclasses.MISSING:
         return " (default: the preset's)"
     return "" if field.default is None else f" (default: {field.default})"

@@ -23,7 +23,7 @@ from model_utils import head_makes_logits
 logger = logging.getLogger("train")
 
 # Tokens of a batch where its size is left to us. A GPU is filled by this many; a CPU gains nothing from more.
-CUDA_BATCH_TOKENS, CPU_BATCH_TOKENS = 2**14, 2**11
+CUDA_BATCH_TOKENS, CPU_BATCH_TOKENS = 2**13, 2**11
 HEAD_COLUMNS = 2**14  # of the vocabulary at a time
 
 

@@ -143,6 +143,8 @@ def open_table(
     if isinstance(source, datasets.DatasetBuilder):
         try:
             source.download_and_prepare(download_config=datasets.DownloadConfig(local_files_only=args.local_files_only))
+        except StopIteration as error:  # what `datasets` makes of an empty file
+            raise no_rows(args) from error
         except READ_ERRORS as error:
             raise explain_fault(error, source, args) from error
         try:
@@ -161,7 +163,7 @@ def open_stream(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainA
     else:
         try:
             stream = source.as_streaming_dataset(split=args.dataset_split)
-        except StopIteration as error:  # what `datasets` makes of an empty file
+        except StopIteration as error:
             raise no_rows(args) from error
         except READ_ERRORS as error:
             if args.dataset_split in splits_of(source):

@@ -726,13 +726,17 @@ def test_wrong_files(tmp_path: Path, streaming: bool, name: str, content: bytes 
 
 
 @BOTH_LANES
+def test_an_empty_file(tmp_path: Path, streaming: bool):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ValueError, match="--dataset_name .*split 'train' has no rows"):
+        loader(options(tmp_path / "a.jsonl", dataset_streaming=streaming))
+
+
+@BOTH_LANES
 def test_wrong_directories(tmp_path: Path, streaming: bool):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="--dataset_name .*empty.* cannot be opened"):
         loader(options(tmp_path / "empty", dataset_streaming=streaming))
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="--dataset_name .*empty.jsonl.* (has no rows|cannot be read)"):
-        loader(options(tmp_path / "empty.jsonl", dataset_streaming=streaming))
     as_saved_splits(tmp_path, ["a"])
     with pytest.raises(ValueError, match="--dataset_split 'dev': no such split; available: test, train"):
         loader(options(tmp_path / "saved", dataset_split="dev", dataset_streaming=streaming))

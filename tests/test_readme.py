@@ -97,7 +97,7 @@ def defaults(script):
 
     def shown(name):
         value = values[name]
-        if value is None:
+        if value is None or value == []:
             return "–"
         words = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
         words = " ".join(map(str, words)) if isinstance(words, list) else str(words)
@@ -134,7 +134,8 @@ def command_problems(text):
                 found.append(f"{script} {' '.join(argv)}: {error}")
     for words in commands(text):
         if "torchrun" in words:
-            launcher = words[words.index("torchrun") + 1 : words.index("train_gpus.py")]
+            script = next(word for word in words if word in SCRIPTS)
+            launcher = words[words.index("torchrun") + 1 : words.index(script)]
             options = {word.split("=")[0] for word in launcher}
             found += [f"torchrun {option} is not known here" for option in sorted(options - OF_TORCHRUN)]
     if not any(PRODUCTION in " ".join(words) for words in commands(text)):
