@@ -72,7 +72,7 @@ class CommonArguments:
     """Options of training and of evaluation alike."""
 
     preset: str = option(SHARED, "folder under presets/ whose values stand in for options not given", "llamba-8b")
-    seed: int = option(SHARED, "seed of the data order and of dropout", 0)
+    seed: int = option(SHARED, "seed of all that is drawn: data order, dropout, contexts of the retrieval probe", 0)
     local_files_only: bool = option(SHARED, "use only what is on this disk; touch no network", False)
     teacher_model: str = option(MODELS, "name or directory of the teacher, a Llama-family causal LM")
     student_model: str = option(MODELS, "name or directory of the student: a Llamba, or a checkpoint of a run")
@@ -383,7 +383,7 @@ def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
 
 def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
     """The options of an evaluation. Raises ValueError that lists every problem found."""
-    return _parse(EvalArguments, "Score teacher, student and hybrids on MMLU.", argv)
+    return _parse(EvalArguments, "Score teacher, student and hybrids on MMLU and beyond.", argv)
 
 
 def _parse(cls, description: str, argv: list[str] | None):

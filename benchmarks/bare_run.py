@@ -1,5 +1,5 @@
-"""Steps of `train_gpus.distil` with nothing around them: no checkpoints, no request to stop, no files that stay. For
-benchmarks, and for tests that measure a run.
+"""Steps of `train_gpus.distil` with nothing around them: no checkpoints, no evaluations, no request to stop, no files
+that stay. For benchmarks, and for tests that measure a run.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train_gpus
 from arguments import TrainArguments
 from data import Batch
+from evaluation import Evaluator
 from optimizer import build_optimizer
 from ranks import Ranks
 from run_state import Progress
@@ -55,6 +56,8 @@ def train_steps(
     optimizer = build_optimizer(model, args)
     with TemporaryDirectory() as folder:
         args = dataclasses.replace(args, output_dir=folder)
-        rest = (model, optimizer, lane, ranks, log, NoSaver(), StopRequest(None))
+        stop = StopRequest(None)
+        evaluator = Evaluator(args, None, None, ranks, model.module, lane, stop)  # with nothing to evaluate on
+        rest = (model, optimizer, lane, ranks, log, NoSaver(), evaluator, stop)
         code = train_gpus.distil(args, batches, n_steps, Progress(), *rest)
     assert code == 0

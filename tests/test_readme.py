@@ -134,8 +134,8 @@ def command_problems(text):
                 found.append(f"{script} {' '.join(argv)}: {error}")
     for words in commands(text):
         if "torchrun" in words:
-            script = next(word for word in words if word in SCRIPTS)
-            launcher = words[words.index("torchrun") + 1 : words.index(script)]
+            launched = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
+            launcher = words[words.index("torchrun") + 1 : launched]
             options = {word.split("=")[0] for word in launcher}
             found += [f"torchrun {option} is not known here" for option in sorted(options - OF_TORCHRUN)]
     if not any(PRODUCTION in " ".join(words) for words in commands(text)):
@@ -222,7 +222,7 @@ def test_both_languages_say_the_same():
         (command_problems, "--resume_step 5000", "--resume_stop 5000", "--resume_stop"),
         (command_problems, "--limit 20", "--limit 0", "--limit 0"),
         (command_problems, "--kl_weight 0.1 \\", "--kl_weight 0.2 \\", "word for word"),
-        (command_problems, "python eval_mmlu_hybrid.py", "python eval.py", "no command runs eval_mmlu_hybrid.py"),
+        (command_problems, "eval_mmlu_hybrid.py --", "eval.py --", "no command runs eval_mmlu_hybrid.py"),
         (command_problems, "--node_rank=0", "--rank=0", "torchrun --rank is not known"),
         (option_problems, "`--wandb_mode offline`", "`--wandb_modus offline`", "--wandb_modus is no option"),
         (file_problems, "`llamba/kernels.py`", "`llamba/kernel.py`", "llamba/kernel.py is not there"),
