@@ -26,6 +26,7 @@ setup-bench: .venv/installed-bench
 
 .venv/installed-bench: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements-bench.txt
+	$(BIN)/pip install --quiet lm-eval==0.4.13
 	touch $@
 
 # Two students and their teacher, tiny, on whatever this machine has; then all four models' scores. A demo run
@@ -56,6 +57,6 @@ lint: .venv/installed-dev
 
 # Times mean something on a machine that does nothing else. Each prints its table and leaves its rows in runs/bench/.
 bench: .venv/installed-bench
-	for name in loss step wire overlap data save; do \
+	for name in loss step wire overlap data save mmlu; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \
 	done

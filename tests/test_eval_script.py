@@ -13,11 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eval_mmlu_hybrid as entry
+import eval_pieces
+import eval_plan
 import mmlu
 import results
 from arguments import parse_eval_args
+from eval_pieces import Piece
 from eval_plan import check
+from held_out import TextSource, read_windows
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
+from losses import compute_distill_loss
 from model_utils import apply_replacements
 from ranks import process_groups
 from tests.tiny import tiny_teacher
@@ -169,6 +174,78 @@ def test_one_model_is_reported_flat(options, tmp_path):
     score = {key: report[key] for key in ("acc", "stderr", "n")}
     assert report["n"] == 3 and report["subjects"] == {"tools": score} and report["groups"] == {}
     assert report["config"]["which"] == "student"
+
+
+@torch.no_grad()
+def test_held_out_figures_are_those_of_full_logits(models, options, tmp_path):
+    """On windows in two pieces, the last one not full; the student's padded vocabulary is left out."""
+    text, output = tmp_path / "text.txt", tmp_path / "eval.json"
+    text.write_text("\n\n".join(f"Document {i}. {'Ray sees cows. ' * (i % 7 + 3)}" for i in range(60)))
+    more = {"held_out": [str(text)], "held_out_windows": ["11"], "held_out_seq_length": ["24"], "output": [str(output)]}
+    evaluate({**options, **more, "no_mmlu": [], "which": ["hybrid_ft", "student"]})  # the teacher only says its part
+    report = json.loads(output.read_text())["models"]
+
+    windows = read_windows(TextSource(str(text)), models.tokenizer, 11, 24)
+    inputs, labels = windows[:, :-1], windows[:, 1:]
+    teacher_logits = models.loaded["teacher"](inputs).logits
+    vocab = teacher_logits.shape[-1]
+    for name in ("student", "hybrid_ft"):
+        logits = models.loaded[name](inputs).logits
+        assert logits.shape[-1] > vocab
+        _, kl, ce = compute_distill_loss(logits, teacher_logits, labels, torch.ones_like(labels), 1.0, 1.0, 1.0)
+        same = (logits[..., :vocab].argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
+        assert report[name]["held_out"] == {
+            "ce": pytest.approx(ce.item(), abs=1e-4),
+            "kl": pytest.approx(kl.item(), abs=1e-4),
+            "agreement": pytest.approx(same),
+            "perplexity": pytest.approx(ce.exp().item(), rel=1e-4),
+            "tokens": 11 * 24,
+        }
+        assert "acc" not in report[name] and "predictions" not in report[name]
+    assert not (tmp_path / "eval.png").exists()
+
+
+def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch):
+    """lm-eval itself is run in test_lm_eval.py."""
+    asked = []
+
+    def stand_in(name, model, tokenizer, *settings):
+        asked.append((name, model.config.model_type, *settings))
+        return {"results": {name: {"acc,none": 0.5}}, "n_shot": {name: 3}, "n_samples": {}, "versions": {}}
+
+    monkeypatch.setattr(eval_pieces, "run_task", stand_in)
+    monkeypatch.setattr(eval_plan, "check_tasks", lambda names: None)
+    output = tmp_path / "eval.json"
+    more = {"tasks": ["arc_easy,gsm8k"], "tasks_num_fewshot": ["3"], "which": ["student", "teacher"]}
+    evaluate({**options, **more, "output": [str(output)]})
+    assert sorted(asked) == sorted(
+        (task, kind, 4, 512, 3, 3, False) for task in ("arc_easy", "gsm8k") for kind in ("llamba", "llama")
+    )
+    report = json.loads(output.read_text())["models"]
+    assert report["teacher"]["tasks"]["gsm8k"]["results"] == {"gsm8k": {"acc,none": 0.5}}
+    assert "| arc_easy | 3 | acc,none | 0.5000 | 0.5000 |" in output.with_suffix(".md").read_text()
+
+
+def test_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(entry, "QUIET_S", -1.0)
+    caplog.set_level("INFO", logger="train")
+    progress = entry.Progress(100, is_main=True)
+    progress.began -= 60
+    progress.advance("teacher", Piece("mmlu-tools", 25, lambda candidate: None))
+    progress.close()
+    assert caplog.messages == ["teacher: 25%, about 3 min left"]
+    quiet = entry.Progress(100, is_main=False)
+    quiet.advance("teacher", Piece("mmlu-tools", 25, lambda candidate: None))
+    assert len(caplog.messages) == 1
+
+
+def test_a_terminal_shows_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = entry.Progress(100, is_main=True)
+    progress.advance("teacher", Piece("mmlu-tools", 25, lambda candidate: None))
+    progress.bar.refresh()
+    progress.close()
+    assert "teacher mmlu-tools  25%|" in capsys.readouterr().err
 
 
 def test_max_length_cuts_prompts(options, tmp_path):

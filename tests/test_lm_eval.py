@@ -5,6 +5,7 @@ here, which `datasets` takes for the hub's where a folder has that name.
 
 import json
 import random
+import re
 import string
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 
 import mmlu
 from arguments import PRESETS
-from lm_eval_tasks import check_tasks, run_task, task_manager
+from lm_eval_tasks import PIN, check_tasks, run_task, task_manager
 from mmlu import GROUP_OF, Example, Subject
 from model_utils import apply_replacements
 from results import aggregate
@@ -186,6 +187,14 @@ def test_a_task_without_its_data_is_one_error(hub):
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
     with pytest.raises(ValueError, match="--tasks arc_easy: its data is neither in the local cache"):
         run_task("arc_easy", make_model("llama", len(tokenizer)), tokenizer, 2, 512, None, 1, local_files_only=True)
+
+
+def test_one_release_is_named_everywhere():
+    root = Path(__file__).parents[1]
+    for name in ("requirements-dev.txt", "Makefile", "README.md", "README.zh-CN.md"):
+        found = re.findall(r"lm-eval==[\d.]+\d", (root / name).read_text())
+        assert set(found) == {PIN}, name
+    assert PIN == f"lm-eval=={lm_eval.__version__}"
 
 
 def test_without_the_package_its_installation_is_named(monkeypatch):

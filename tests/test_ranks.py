@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import Ranks, choose_devices, default_prefetch, is_main_rank, launched_world_size, process_groups
+from ranks import (
+    Ranks,
+    choose_device,
+    choose_devices,
+    default_prefetch,
+    is_main_rank,
+    launched_world_size,
+    process_groups,
+)
 from tests.two_ranks import on_two_ranks
 
 CPU = torch.device("cpu")
@@ -87,6 +95,30 @@ def test_without_gpus_all_are_on_the_cpu(machine):
         choose_devices("cuda:0", "dedicated", True)
 
 
+@pytest.mark.parametrize("local_rank", range(4))
+def test_without_a_teacher_beside_it_each_rank_has_a_gpu_of_its_own(machine, local_rank):
+    machine(n_gpus=4, n_students=4, local_rank=local_rank)
+    assert choose_device(None) == torch.device("cuda", local_rank)
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda:1: 4 ranks cannot share it; leave it out"):
+        choose_device("cuda:1")
+
+
+def test_one_rank_takes_the_gpu_that_is_named(machine):
+    machine(n_gpus=4, n_students=1)
+    assert choose_device("cuda:2") == torch.device("cuda:2")
+
+
+def test_ranks_without_enough_gpus_are_told(machine):
+    machine(n_gpus=2, n_students=3)
+    with pytest.raises(ValueError, match="--nproc_per_node 3: each rank takes a GPU, and 2 are visible"):
+        choose_device(None)
+    machine(n_gpus=0, n_students=2)
+    assert choose_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda:0: 0 GPUs are visible here; expected cpu"):
+        choose_device("cuda:0")
+
+
 def test_a_plain_run_is_the_main_rank(no_torchrun):
     assert is_main_rank()
     os.environ["RANK"] = "5"
@@ -143,6 +175,7 @@ def work(ranks):
         "maximum": ranks.maximum(ranks.rank, 1 - ranks.rank, 3 - 5 * ranks.rank),
         "total": ranks.total(own),
         "own": own,
+        "gathered": ranks.gather({"rank": ranks.rank}),
     }
 
 
@@ -162,3 +195,7 @@ def test_ranks_agree_on_maximum_and_total(two_ranks):
         assert found["maximum"] == [1, 1, 3]
         assert found["total"].tolist() == [3.0, 0.5]
         assert found["own"].tolist() == [rank + 1.0, 0.25]
+
+
+def test_the_first_rank_gathers_what_all_have(two_ranks):
+    assert [found["gathered"] for found in two_ranks] == [[{"rank": 0}, {"rank": 1}], []]
