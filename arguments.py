@@ -4,17 +4,13 @@ defaults come from the dataclasses below, over them the preset's `preset.json`, 
 Standard library only, so that a mistake is reported before anything heavy is imported.
 """
 
-import argparse
 import dataclasses
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-PRESETS = Path(__file__).parent / "presets"
+from command_line import auto_or_int, make_parser, option, preset_values
 
 # What a run that goes on from its checkpoint has to keep: with another value it would be another run.
 KEPT_BY_A_RUN = (
@@ -50,21 +46,6 @@ SHARED, MODELS, DATA, LOSS, TRAINING, EVALUATION_IN_TRAINING, OUTPUT, EVALUATION
     "MMLU",
     "beyond MMLU",
 )
-
-
-def auto_or_int(text: str) -> int | None:
-    """None for "auto"."""
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, or auto")
-    return None if text == "auto" else int(text)
-
-
-def option(group: str, help: str, default: Any = dataclasses.MISSING, **argparse_kwargs) -> Any:
-    """A field that is an option. Without a default, every preset has to give one."""
-    metadata = {"group": group, "help": help, **argparse_kwargs}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -387,9 +368,8 @@ def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
 
 
 def _parse(cls, description: str, argv: list[str] | None):
-    parser = _parser(cls, description)
-    given = vars(parser.parse_args(argv))  # only what the command line names
-    preset = _preset_values(given.get("preset", cls.preset), cls)
+    given = vars(make_parser(cls, description).parse_args(argv))  # only what the command line names
+    preset = preset_values(given.get("preset", cls.preset), cls, "train" if cls is TrainArguments else "eval")
     if "dataset_name" in given:  # the preset's subset, split and column are those of its own data set
         preset = _without(preset, "dataset_", "eval_dataset_")
     if "eval_dataset_name" in given:
@@ -406,71 +386,6 @@ def _parse(cls, description: str, argv: list[str] | None):
     if problems:
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
     return args
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
-def _parser(cls, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    groups: dict[str, Any] = {}
-    types_of = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if not field.metadata:
-            continue
-        metadata = dict(field.metadata)
-        title = metadata.pop("group")
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        group = groups[title]
-        help = metadata.pop("help") + _default_text(field)
-        flag = f"--{field.name}"
-        if types_of[field.name] is bool:
-            group.add_argument(flag, action="store_true", dest=field.name, help=help)
-            group.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
-        else:
-            type_, choices = _scalar_type(types_of[field.name])
-            group.add_argument(flag, help=help, **{"type": type_, "choices": choices, **metadata})
-    return parser
-
-
-def _default_text(field: dataclasses.Field) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        default = " ".join(map(str, field.default_factory()))
-        return f" (default: {default})" if default else ""
-    if field.default is dataclasses.MISSING:
-        return " (default: the preset's)"
-    return "" if field.default is None else f" (default: {field.default})"
-
-
-def _scalar_type(hint: Any) -> tuple[type, tuple | None]:
-    """What a value is, and what it can be if not anything: (int, None) for `int`, `int | None`, `list[int]` and
-    `list[int] | None`; (str, choices) for a Literal in their place.
-    """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) is list:
-        hint = typing.get_args(hint)[0]
-    return (str, typing.get_args(hint)) if typing.get_origin(hint) is Literal else (hint, None)
-
-
-def _preset_values(name: str, cls) -> dict[str, Any]:
-    """The preset's values for `cls`; paths that begin with ./ are relative to the preset's folder."""
-    file = PRESETS / name / "preset.json"
-    if not file.is_file():
-        known = sorted(path.parent.name for path in PRESETS.glob("*/preset.json"))
-        raise ValueError(f"--preset {name}: expected one of {', '.join(known)}")
-    sections = json.loads(file.read_text())
-    values = {**sections["common"], **sections["train" if cls is TrainArguments else "eval"]}
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-    if unknown:
-        raise ValueError(f"{file}: unknown options {unknown}")
-    return {
-        key: str(file.parent / value[2:]) if isinstance(value, str) and value.startswith("./") else value
-        for key, value in values.items()
-    }
 
 
 def _without(values: dict[str, Any], *beginnings: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from arguments import PRESETS, TrainArguments, parse_train_args
+from arguments import TrainArguments, parse_train_args
+from command_line import PRESETS
 from data import Batch
 from llamba import LlambaConfig, LlambaForCausalLM
 from losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab

@@ -24,7 +24,8 @@ SEQ_LEN, STEPS = 128, 5
 def run(case: str, candidate: str, _: int) -> dict:
     from transformers import AutoTokenizer
 
-    from arguments import PRESETS, parse_train_args
+    from arguments import parse_train_args
+    from command_line import PRESETS
     from data import Batch
     from llamba import LlambaConfig, LlambaForCausalLM
     from optimizer import LossScale, build_optimizer, update

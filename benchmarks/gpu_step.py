@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 import train_gpus
-from arguments import PRESETS, TrainArguments, parse_train_args
+from arguments import TrainArguments, parse_train_args
+from command_line import PRESETS
 from data import Batch
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import arguments
+import command_line
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(path.parent.name for path in arguments.PRESETS.glob("*/preset.json"))
+SHIPPED = sorted(path.parent.name for path in command_line.PRESETS.glob("*/preset.json"))
 PRODUCTION = (
     "--dtype bfloat16 --layers 14 16 17 30 --batch_size 2 --ce_weight 1.0 --kl_weight 0.1 --epochs 1 "
     "--max_steps 100000 --seq_length 1024 --freeze_mlp --freeze_replaced_layers --no_dataset_streaming "
@@ -27,7 +28,7 @@ PRODUCTION = (
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """Writes a preset of a test's own, in the place of those that are shipped."""
-    monkeypatch.setattr(arguments, "PRESETS", tmp_path)
+    monkeypatch.setattr(command_line, "PRESETS", tmp_path)
 
     def write(name="mine", common=None, train=None, evaluation=None):
         basics = {"teacher_model": "T", "student_model": "S", "layers": [1], "dtype": "float32"}
@@ -552,4 +553,4 @@ def test_only_the_standard_library_is_imported():
         "print(*sorted(new - set(sys.stdlib_module_names)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["arguments"]
+    assert result.stdout.split() == ["arguments", "command_line"]

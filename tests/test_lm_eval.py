@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 import mmlu
-from arguments import PRESETS
+from command_line import PRESETS
 from lm_eval_tasks import PIN, check_tasks, run_task, task_manager
 from mmlu import GROUP_OF, Example, Subject
 from model_utils import apply_replacements
@@ -194,7 +194,7 @@ def test_one_release_is_named_everywhere():
     for name in ("requirements-dev.txt", "Makefile", "README.md", "README.zh-CN.md"):
         found = re.findall(r"lm-eval==[\d.]+\d", (root / name).read_text())
         assert set(found) == {PIN}, name
-    assert PIN == f"lm-eval=={lm_eval.__version__}"
+    assert f"lm-eval=={lm_eval.__version__}" == PIN
 
 
 def test_without_the_package_its_installation_is_named(monkeypatch):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from arguments import PRESETS, EvalArguments, TrainArguments, parse_eval_args, parse_train_args
+from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
+from command_line import PRESETS
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from arguments import PRESETS
+from command_line import PRESETS
 from retrieval import FILLERS, build_contexts, probe
 
 TINY = PRESETS / "tiny" / "teacher"
