@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from utils import run_entry, setup_logging
 
 logger = logging.getLogger("train")
 
+PATIENCE = timedelta(days=7)  # a rank that is done may have to wait for one with a long task
 QUIET_S = 30.0  # between lines about the progress, where no terminal shows a bar
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     args = parse_eval_args()
     setup_logging(None, is_main_rank())
     plan = check(args)
-    with process_groups(plan.device) as ranks:
+    with process_groups(plan.device, PATIENCE) as ranks:
         run(args, plan, ranks)
 
 

@@ -142,8 +142,9 @@ def default_prefetch(teacher_device: torch.device) -> int:
 
 
 @contextmanager
-def process_groups(device: torch.device) -> Iterator[Ranks]:
+def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs), and leaves them together at the end.
+    patience: how long a rank may wait for another in an agreement, or in a `gather`.
 
     What uses the groups has to be gone when the block ends: a DDP model that outlives them can hang its process.
     On an error the groups are left as they are: to destroy them, NCCL would first wait for collectives that the
@@ -164,7 +165,7 @@ def process_groups(device: torch.device) -> Iterator[Ranks]:
     else:  # a plain `python` run
         dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     rank, world_size, n_local = dist.get_rank(), dist.get_world_size(), local_world_size()
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=patience)
     sizes = [torch.zeros((), dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor(n_local), group=control)
     if any(size != n_local for size in sizes):

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from harness import ROOT, Row, measure, need, parse_arguments, print_table, report, run_child, run_rounds
 
-LM_EVAL = {f"lm-eval, batch {n}": n for n in (1, 8, 32)}
+LM_EVAL = {f"lm-eval, batch {n}": n for n in (1, 8)}
 OURS = "ours"
 BASELINE = "lm-eval, batch 8"
 CASES = {f"{kind} V={vocab}": (kind, vocab) for kind in ("llama", "hybrid") for vocab in (32_000, 128_256)}
-N_QUESTIONS, QUICK_QUESTIONS = 100, 3  # of one subject
+N_QUESTIONS, QUICK_QUESTIONS = 40, 3  # of one subject
 MAX_LENGTH = 4096
 
 

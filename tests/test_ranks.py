@@ -1,6 +1,7 @@
 """Who is who among the ranks, which devices they take, and what two real ones agree on."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -139,6 +140,12 @@ def test_process_groups_of_a_plain_run(no_torchrun):
         assert ranks.is_main and ranks.owns_teacher and ranks.teacher_rank == 0
         assert dist.get_backend() == "gloo"
     assert not dist.is_initialized()
+
+
+def test_who_has_to_wait_long_may(no_torchrun):
+    with process_groups(CPU, timedelta(days=7)) as ranks:
+        assert ranks.control._get_backend(CPU).options._timeout == timedelta(days=7)
+        assert ranks.node._get_backend(CPU).options._timeout == timedelta(hours=2)
 
 
 def test_on_an_error_the_groups_are_not_waited_for(no_torchrun):
