@@ -18,6 +18,7 @@ from sources import network_forbidden
 
 LETTERS = ("A", "B", "C", "D")
 HUB_NAME = "cais/mmlu"
+N_SUBJECTS = 57
 EVERYTHING = "all"  # the configuration of the data set that has the rows of every subject
 
 
@@ -93,7 +94,7 @@ def _open_csv_folder(root: Path) -> tuple[list[str], ReadSplit]:
 def _read_csv(path: Path) -> list[Example]:
     rows = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             for index, row in enumerate(csv.reader(file)):
                 if len(row) != 6 or row[5] not in LETTERS:
                     raise ValueError(
@@ -121,8 +122,9 @@ def _open_snapshot(root: Path) -> tuple[list[str], ReadSplit]:
 
 def _read_parquet(folder: Path, split: str) -> list[dict[str, Any]]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
-    if not files:
-        raise ValueError(f"--mmlu_dir: {folder} has no {split}-*.parquet; copy the whole snapshot of {HUB_NAME}")
+    if not files or not files[0].stem.endswith(f"-of-{len(files):05d}"):
+        what = f"{len(files)} file(s) {split}-*.parquet, not as many as their names say"
+        raise ValueError(f"--mmlu_dir: {folder} has {what}; copy the whole snapshot of {HUB_NAME}")
     rows = []
     for file in files:
         try:
@@ -138,8 +140,10 @@ def _open_hub(local_files_only: bool) -> tuple[list[str], ReadSplit]:
         snapshot = Path(snapshot_download(HUB_NAME, repo_type="dataset", local_files_only=True))
     except OSError:
         snapshot = None
-    if snapshot is not None and list(snapshot.glob("*/test-*.parquet")):
-        return _open_snapshot(snapshot)
+    if snapshot is not None:  # not necessarily all of it: one subject that was loaded by its name leaves one, too
+        folders = {file.parent.name for file in snapshot.glob("*/test-*.parquet")}
+        if EVERYTHING in folders or len(folders) == N_SUBJECTS:
+            return _open_snapshot(snapshot)
     try:
         with network_forbidden(local_files_only):
             splits = {
@@ -155,6 +159,8 @@ def _open_hub(local_files_only: bool) -> tuple[list[str], ReadSplit]:
 
 
 def _by_subject(splits: dict[str, list[dict[str, Any]]], where: str) -> tuple[list[str], ReadSplit]:
+    if any(not isinstance(row.get("subject"), str) for rows in splits.values() for row in rows):
+        raise ValueError(f"--mmlu_dir: {where}: expected a column `subject` with a name in every row; copy it again")
     names = sorted({row["subject"] for row in splits["test"]})
     return names, lambda name, split: _examples([row for row in splits[split] if row["subject"] == name], where)
 
@@ -162,8 +168,14 @@ def _by_subject(splits: dict[str, list[dict[str, Any]]], where: str) -> tuple[li
 def _examples(rows: list[dict[str, Any]], where: str) -> list[Example]:
     examples = []
     for index, row in enumerate(rows):
-        choices, answer = row.get("choices"), row.get("answer")
-        if not isinstance(choices, list) or len(choices) != 4 or answer not in (0, 1, 2, 3):
-            raise ValueError(f"{where}, row {index} (counted from 0): expected four choices and an answer 0 to 3")
-        examples.append(Example(row["question"], tuple(choices), LETTERS[answer]))
+        question, choices, answer = (row.get(name) for name in ("question", "choices", "answer"))
+        texts = [question, *(choices if isinstance(choices, list) else [])]
+        if len(texts) != 5 or not all(isinstance(text, str) for text in texts) or type(answer) is not int:
+            answer = -1
+        if not 0 <= answer <= 3:
+            raise ValueError(
+                f"--mmlu_dir: {where}, row {index} (counted from 0): expected a question, four choices and an answer "
+                "0 to 3; copy it again"
+            )
+        examples.append(Example(question, tuple(choices), LETTERS[answer]))
     return examples

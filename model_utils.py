@@ -58,13 +58,17 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
 def get_configs(teacher_name: str, student_name: str) -> tuple[PretrainedConfig, LlambaConfig]:
     """Configs of teacher and student, before a weight is read. Raises ValueError that names the option."""
     teacher = read_config("--teacher_model", teacher_name, teacher_name)
-    student = read_config("--student_model", student_name, student_name)
-    if not isinstance(student, LlambaConfig):
+    return teacher, read_llamba_config("--student_model", student_name, student_name)
+
+
+def read_llamba_config(flag: str, name: str, path: str) -> LlambaConfig:
+    config = read_config(flag, name, path)
+    if not isinstance(config, LlambaConfig):
         raise ValueError(
-            f"--student_model {student_name}: its config.json says model_type {student.model_type!r}; expected "
-            "'llamba', a Llamba or a checkpoint of a training run"
+            f"{flag} {name}: its config.json says model_type {config.model_type!r}; expected 'llamba', "
+            "a Llamba or a checkpoint of a training run"
         )
-    return teacher, student
+    return config
 
 
 def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int]) -> None:
@@ -105,6 +109,8 @@ def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers:
 def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_head: bool = True) -> PreTrainedModel:
     """The teacher, frozen, in eval mode, read straight onto `device` in `dtype`. On the meta device it is a
     skeleton: all shapes and no weights. Without its head it can lend layers but has no logits.
+
+    Raises ValueError if a weight is missing or misshapen: transformers would make one up.
     """
     auto_class = AutoModelForCausalLM if with_head else AutoModel
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
@@ -113,7 +119,19 @@ def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_
         with torch.device("meta"):
             teacher = auto_class.from_config(config, **settings)
     else:
-        teacher = auto_class.from_pretrained(name, device_map={"": device}, weights_only=True, **settings)
+        teacher, info = auto_class.from_pretrained(
+            name,
+            device_map={"": device},
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed with the rest
+            **settings,
+        )
+        if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            raise ValueError(
+                f"--teacher_model {name}: weights that its config.json asks for are missing or misshapen: "
+                f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}; copy the model again"
+            )
     return teacher.eval().requires_grad_(False)
 
 
@@ -127,16 +145,20 @@ def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> Ll
 
 
 @torch.no_grad()
-def head_makes_logits(model: PreTrainedModel, with_bias: bool) -> bool:
-    """Whether its logits are its last hidden states times its head, with a bias or without, and no more. Some models
-    scale or cap them after that.
+def logits_beyond_head(model: PreTrainedModel, with_bias: bool) -> float:
+    """How far its logits are from its last hidden states times its head, with a bias or without, beside the largest of
+    them: 0 but for rounding, unless the model scales or caps them after that. NaN if they are not finite.
     """
     tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, 8)
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state  # (1, 8, D)
     logits = model(tokens, use_cache=False).logits  # (1, 8, V)
     head = model.get_output_embeddings()
     difference = F.linear(hidden, head.weight, head.bias if with_bias else None) - logits
-    return not difference.abs().max() > 0.05 * logits.abs().max()  # NaN is found where it does harm
+    largest = logits.abs().max()
+    return (difference.abs().max() / largest).item() if largest > 0 or largest.isnan() else 0.0
+
+
+MOST_BEYOND_HEAD = 0.01  # that rounding to 16 bits explains
 
 
 def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:

@@ -7,6 +7,7 @@ of a continuation, K continuations that one row scores, N = sum of T over a batc
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from llamba import SharedPrefix, can_share
-from model_utils import head_makes_logits
+from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 
 logger = logging.getLogger("train")
 
@@ -63,10 +64,15 @@ class Scorer:
         max_length: int | None = None,
     ) -> None:
         assert not model.training, "scoring needs a model in eval mode"
-        if not head_makes_logits(model, with_bias=True):
-            raise ValueError(f"a {model.config.model_type} does more to its logits than its head: it cannot be scored")
         self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.name = model.name_or_path or model.config.model_type  # for messages
+        beyond = logits_beyond_head(model, with_bias=True)
+        if math.isnan(beyond):
+            raise ValueError(f"{self.name}: its logits are not finite; its weights or its dtype are broken")
+        if beyond > MOST_BEYOND_HEAD:
+            raise ValueError(f"{self.name}: does more to its logits than its head; such a model cannot be scored here")
         self.batch_size, self.max_length = batch_size, max_length
+        self.shares_prefixes = True  # until the model turns out to keep no states to share
         self.batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
         self.tokens_run = self.tokens_plain = 0
 
@@ -82,6 +88,11 @@ class Scorer:
         # What has lost its beginning no longer shares it.
         for members in ([row for row in rows if not row.is_cut], [row for row in rows if row.is_cut]):
             for row, values in self._score(members):
+                if not all(map(math.isfinite, values)):
+                    text = requests[row.request].prompt[-60:]
+                    raise ValueError(
+                        f"{self.name}: log-likelihoods {values} after {text!r}; its weights or its dtype are broken"
+                    )
                 for choice, value in zip(row.choices, values, strict=True):
                     scores[row.request][choice] = value
         return scores
@@ -135,7 +146,7 @@ class Scorer:
 
     def _run_prefix(self, rows: list[Row]) -> Cache | None:
         """The states after what all rows begin with, up to their first predicting position."""
-        if len(rows) < 2:
+        if len(rows) < 2 or not self.shares_prefixes:
             return None
         longest = min(len(row.tokens) - len(row.targets[0]) for row in rows)
         prefix = os.path.commonprefix([row.tokens[:longest] for row in rows])
@@ -145,6 +156,7 @@ class Scorer:
         cache = self.model.base_model(input_ids=ids, use_cache=True).past_key_values
         if not can_share(cache):
             logger.info("a %s keeps no states to share: prompts are run whole", self.model.config.model_type)
+            self.shares_prefixes = False
             return None
         self.tokens_run += len(prefix)
         return cache

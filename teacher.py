@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from data import Batch
 from llamba import LlambaForCausalLM
-from model_utils import head_makes_logits
+from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 from ranks import Ranks
 from utils import BackgroundThread
 
@@ -44,7 +44,8 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, signal: str, vocab: int) -> None:
         self.model, self.signal, self.vocab = model, signal, vocab
         self.width = model.config.hidden_size if signal == "hidden" else vocab
-        if signal == "hidden" and model.device.type != "meta" and not head_makes_logits(model, with_bias=False):
+        runs_here = model.device.type != "meta"
+        if signal == "hidden" and runs_here and logits_beyond_head(model, with_bias=False) > MOST_BEYOND_HEAD:
             raise ValueError(
                 f"--teacher_signal hidden: the logits of this {model.config.model_type!r} teacher are not its last "
                 "hidden states times its head (a bias, scale or cap comes after); use --teacher_signal logits"

@@ -109,16 +109,55 @@ def test_of_a_snapshot_the_folder_all_is_enough(mmlu_dir, snapshot, tmp_path):
 
 def test_a_snapshot_with_holes_is_named(snapshot, mmlu_dir):
     (snapshot / "logic" / "dev-00000-of-00001.parquet").unlink()
-    with pytest.raises(ValueError, match=r"logic has no dev-\*\.parquet"):
+    with pytest.raises(ValueError, match=r"logic has 0 file\(s\) dev-\*\.parquet"):
         load_mmlu(snapshot)
     file = snapshot / "logic" / "test-00000-of-00001.parquet"
     write_parquet(snapshot / "logic" / "dev-00000-of-00001.parquet", "logic", load_mmlu(mmlu_dir, ["logic"])[0].dev)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"--mmlu_dir: .*logic/test.*cannot be read"):
         load_mmlu(snapshot)
-    pq.write_table(pa.table({"question": ["q"], "choices": [["1", "2", "3"]], "answer": [1]}), file)
-    with pytest.raises(ValueError, match="logic, row 0 .*four choices"):
+    file.rename(file.with_name("test-00000-of-00002.parquet"))
+    with pytest.raises(ValueError, match=r"logic has 1 file\(s\) test-\*\.parquet, not as many"):
         load_mmlu(snapshot)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"choices": ["1", "2", "3"]},
+        {"choices": ["1", "2", "3", None]},
+        {"choices": "1234"},
+        {"answer": 4},
+        {"answer": 1.0},
+        {"answer": "B"},
+        {"answer": None},
+        {"question": None},
+        {"question": 7},
+    ],
+)
+def test_a_row_of_a_snapshot_that_is_no_question_is_named(snapshot, change):
+    good = {"question": "q", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "logic"}
+    file = snapshot / "logic" / "test-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist([good]), file)
+    load_mmlu(snapshot, ["logic"])
+    pq.write_table(pa.Table.from_pylist([good | change]), file)
+    with pytest.raises(ValueError, match="--mmlu_dir: .*logic, row 0 .*four choices"):
+        load_mmlu(snapshot, ["logic"])
+
+
+def test_all_together_needs_to_say_of_which_subject(snapshot, mmlu_dir, tmp_path):
+    alone = tmp_path / "alone"
+    for split in ("dev", "test"):
+        write_parquet(alone / "all" / f"{split}-00000-of-00001.parquet", None, load_mmlu(mmlu_dir)[0].test)
+    with pytest.raises(ValueError, match="--mmlu_dir: .*column `subject`"):
+        load_mmlu(alone)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_question(mmlu_dir):
+    before = load_mmlu(mmlu_dir)
+    for file in mmlu_dir.rglob("*.csv"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_mmlu(mmlu_dir) == before
 
 
 @pytest.fixture
@@ -146,6 +185,13 @@ def test_what_hf_download_has_left_is_found_first(hub, mmlu_dir, monkeypatch):
     monkeypatch.setattr(mmlu_files, "snapshot_download", lambda *args, **kwargs: str(hub))
     monkeypatch.setattr(datasets, "load_dataset", None)  # is not asked
     assert load_mmlu(None, local_files_only=True) == load_mmlu(mmlu_dir)
+
+
+def test_one_subject_in_the_cache_is_not_all_of_mmlu(hub, mmlu_dir, monkeypatch, tmp_path):
+    """A run of lm-eval on one subject leaves that alone."""
+    part = write_snapshot(tmp_path / "part", load_mmlu(mmlu_dir, ["logic"]))
+    monkeypatch.setattr(mmlu_files, "snapshot_download", lambda *args, **kwargs: str(part))
+    assert load_mmlu(None) == load_mmlu(mmlu_dir)  # as `datasets` finds it
 
 
 def test_a_data_set_that_is_nowhere_is_one_error(hub, monkeypatch):

@@ -194,8 +194,20 @@ def test_a_model_that_scales_its_logits_is_refused():
     """Its hidden states and its head alone would give other scores, and nobody would notice."""
     sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
     granite = GraniteForCausalLM(GraniteConfig(vocab_size=VOCAB, num_key_value_heads=2, logits_scaling=8.0, **sizes))
-    with pytest.raises(ValueError, match="a granite does more to its logits"):
+    with pytest.raises(ValueError, match="granite: does more to its logits"):
         Scorer(granite.eval(), byte_tokenizer([], True), CPU)
+
+
+def test_a_model_that_breaks_on_one_prompt_is_refused(llama):
+    """Its likeliest answer would be the first of those that are no numbers."""
+    broken = LlamaForCausalLM(llama.config).eval()
+    tokenizer = byte_tokenizer([], True)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("q")] = float("nan")
+    scorer = Scorer(broken, tokenizer, CPU)
+    scorer([Request("abc", ANSWERS), Request("abd", ANSWERS)])
+    with pytest.raises(ValueError, match=r"llama: log-likelihoods \[nan.* after 'xq'"):
+        scorer([Request("xa", ANSWERS), Request("xq", ANSWERS)])
 
 
 @pytest.mark.parametrize("bos", [True, False])
