@@ -327,7 +327,9 @@ class EvalArguments(CommonArguments):
     layers_given: bool = dataclasses.field(default=False)  # --layers stood on the command line
 
     def __post_init__(self) -> None:
-        self.tasks = [name for part in self.tasks for name in part.split(",") if name]
+        self.tasks = list(dict.fromkeys(name for part in self.tasks for name in part.split(",") if name))
+        self.retrieval_lengths = list(dict.fromkeys(self.retrieval_lengths))
+        self.retrieval_pairs = list(dict.fromkeys(self.retrieval_pairs))
 
     def problems(self) -> list[str]:
         found = [
@@ -340,9 +342,10 @@ class EvalArguments(CommonArguments):
             found.append(f"--num_fewshot {self.num_fewshot}: expected 0 to 5, as many as MMLU's dev split has")
         if self.tasks_num_fewshot is not None:
             found.append(_too_small(self, "tasks_num_fewshot", 0))
-        for name in ("retrieval_lengths", "retrieval_pairs"):
-            if wrong := [value for value in getattr(self, name) if value < 2]:
-                found.append(f"--{name} {wrong[0]}: expected at least 2")
+        if wrong := [length for length in self.retrieval_lengths if length < 2]:
+            found.append(f"--retrieval_lengths {wrong[0]}: expected at least 2")
+        if wrong := [n for n in self.retrieval_pairs if not 2 <= n <= 900]:
+            found.append(f"--retrieval_pairs {wrong[0]}: expected 2 to 900, as many as there are three-digit codes")
         if not (self.mmlu or self.tasks or self.held_out or self.retrieval):
             found.append("--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval")
         if self.resume and self.output is None:

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 
 import mmlu
 from arguments import EvalArguments, parse_eval_args
-from eval_pieces import Candidate, HeldOutText, Piece, assemble, pieces_of, share_out
-from eval_plan import Plan, check
+from eval_pieces import Piece, assemble, pieces_of, share_out
+from eval_plan import Plan, check, check_agreement
 from eval_report import write_report
-from model_files import read_config
+from held_out import HeldOutText
 from model_utils import apply_replacements, get_student_model, get_teacher_model
 from partial_results import PartialResults, kept_in, partial_folder
 from ranks import Ranks, is_main_rank, process_groups
@@ -51,6 +51,7 @@ def main() -> None:
 
 
 def run(args: EvalArguments, plan: Plan, ranks: Ranks) -> None:
+    check_agreement(plan, ranks)
     output = None if args.output is None else Path(args.output)
     held_out = None if plan.windows is None else HeldOutText(plan.windows, plan.device)
     pieces = pieces_of(args, plan.questions, held_out, plan.max_length)
@@ -61,15 +62,11 @@ def run(args: EvalArguments, plan: Plan, ranks: Ranks) -> None:
         measure(args, plan, own, held_out, partial, ranks.is_main)
         found = {key: result for results in ranks.gather(partial.found) for key, result in results.items()}
         if ranks.is_main:
-            write_report(
-                {
-                    name: assemble(
-                        {piece.name: found[name, piece.name] for piece in pieces}, describe(name, args, plan)
-                    )
-                    for name in plan.models
-                },
-                output,
-            )
+            results = {}
+            for name in plan.models:
+                parts = {piece.name: found[name, piece.name] for piece in pieces}
+                results[name] = assemble(parts, describe(name, args, plan))
+            write_report(results, output)
 
 
 def measure(
@@ -82,22 +79,22 @@ def measure(
 ) -> None:
     """Does this rank's pieces for all models, but for what is there already."""
     missing = {name: [piece for piece in own if (name, piece.name) not in partial] for name in plan.models}
-    progress = Progress(sum(piece.cost for pieces in missing.values() for piece in pieces), is_main)
-    asked = [piece for piece in own if piece.kind == "held_out" and any(piece in todo for todo in missing.values())]
+    progress = Progress(sum(piece.cost for todo in missing.values() for piece in todo), is_main)
+    windows = {piece.window for todo in missing.values() for piece in todo if piece.window is not None}
     names = plan.models
-    if asked:  # the others are compared with what the teacher says
+    if windows:  # the others are compared with what the teacher says
         names = ["teacher", *(name for name in names if name != "teacher")]
     for name in names:
         todo = missing.get(name, [])
-        if not todo and not (asked and name == "teacher"):
+        if not todo and not (windows and name == "teacher"):
             continue
         started = time.perf_counter()
         model = load(name, args, plan)
         if held_out is not None and name == "teacher":
-            held_out.ask_teacher(model, asked)
+            held_out.ask_teacher(model, sorted(windows))
         scorer = Scorer(model, plan.tokenizer, plan.device, args.batch_size, plan.max_length)
         for piece in todo:
-            partial.put(name, piece.name, piece.measure(Candidate(name, model, scorer)))
+            partial.put(name, piece.name, piece.measure(scorer))
             progress.advance(name, piece)
         logger.info("%s: done in %.1f s", name, time.perf_counter() - started)
         del model, scorer  # before the next one comes
@@ -136,14 +133,15 @@ class Progress:
 
 
 def load(name: str, args: EvalArguments, plan: Plan) -> PreTrainedModel:
-    dtype = getattr(torch, args.dtype)
+    dtype, source = getattr(torch, args.dtype), plan.sources[name]
     if name == "teacher":
-        return get_teacher_model(plan.paths["teacher"], dtype, plan.device)
-    student = get_student_model(plan.paths["ckpt" if name == "hybrid_ft" else "student"], dtype, plan.device)
+        return get_teacher_model(source.path, dtype, plan.device)
+    student = get_student_model(source.path, dtype, plan.device)
     if name == "hybrid":
+        assert source.layers is not None
         # The lender waits in main memory: the device holds the student alone.
-        lender = get_teacher_model(plan.paths["teacher"], dtype, torch.device("cpu"), with_head=False)
-        apply_replacements(student, lender, args.layers)
+        lender = get_teacher_model(plan.sources["teacher"].path, dtype, torch.device("cpu"), with_head=False)
+        apply_replacements(student, lender, source.layers)
     return student.eval()
 
 
@@ -154,35 +152,26 @@ def describe(name: str, args: EvalArguments, plan: Plan) -> dict[str, Any]:
         "which": name,
         "teacher_model": args.teacher_model,
         "student_model": args.student_model if name in ("student", "hybrid") else None,
-        "ckpt": args.ckpt if name == "hybrid_ft" else None,
-        "layers": layers_of(name, args, plan),
+        "ckpt": plan.sources[name].path if name == "hybrid_ft" else None,
+        "layers": plan.sources[name].layers,
         "max_length": plan.max_length,
         "batch_size": args.batch_size or "auto",
         "dtype": args.dtype,
         "device": str(plan.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "limit": args.limit,
     }
     if args.mmlu:
         config |= {
             "mmlu_dir": args.mmlu_dir or mmlu.HUB_NAME,
             "num_fewshot": args.num_fewshot,
-            "limit": args.limit,
             "prompt": mmlu.PROMPT,
             "questions_sha256": mmlu.fingerprint(plan.questions),
         }
-    if args.held_out:
-        config |= {name: value for name, value in vars(args).items() if name.startswith("held_out")}
-    return config
-
-
-def layers_of(name: str, args: EvalArguments, plan: Plan) -> list[int] | None:
-    """The layers that came from the teacher; None for the teacher itself."""
-    if name == "teacher":
-        return None
-    if name == "hybrid":
-        return sorted(args.layers)
-    config = read_config(f"--{name}", name, plan.paths["ckpt" if name == "hybrid_ft" else "student"])
-    return config.attention_layers
+    options = [("held_out", args.held_out), ("retrieval", args.retrieval), ("tasks", args.tasks)]
+    for beginning in [beginning for beginning, asked in options if asked]:
+        config |= {option: value for option, value in vars(args).items() if option.startswith(beginning)}
+    return config | ({"seed": args.seed} if args.retrieval else {})
 
 
 if __name__ == "__main__":

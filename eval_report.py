@@ -3,34 +3,52 @@ chart. Scores stand beside what they were measured with, and models beside one a
 one differs from the earlier, with an interval and a p.
 """
 
+import io
 import json
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from mmlu import Prediction
 from results import compare
-from utils import write_whole
+from utils import finite, write_whole
 
 CHANCE = 0.25
 Table = list[list[str]]  # rows of cells, the first one its head
 
 
 def write_report(results: dict[str, dict], output: Path | None) -> None:
-    """results: by model, as `eval_pieces.assemble` gives them, with a `config`. The JSON comes last: it tells that all
-    is there.
-    """
+    """results: by model, as `eval_pieces.assemble` gives them, with a `config`. Files first: a screen can go away."""
     differences = compare_all(results)
+    if output is not None:
+        write_files(results, differences, output)
     for table in screen_tables(results, differences):
         print(f"\n{aligned(table)}", flush=True)
-    if output is None:
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output.with_suffix(".md"), markdown(results, differences))
+
+
+def write_files(results: dict[str, dict], differences: list[dict[str, Any]], output: Path) -> None:
+    """All is made before any of it is written, and the JSON comes last: it tells that all is there."""
+    of_json, of_report, of_chart = output_files(output)
+    contents = {of_report: markdown(results, differences).encode() + b"\n"}
     if "acc" in next(iter(results.values())):
-        draw_chart(results, output.with_suffix(".png"))
-    write_whole(output, json.dumps(arrange(results, differences), indent=1))
+        contents[of_chart] = draw_chart(results)
+    text = json.dumps(finite(arrange(results, differences)), indent=1, allow_nan=False)
+    contents[of_json] = text.encode() + b"\n"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            write_whole(path, content)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); make room, and --resume") from error
+
+
+def output_files(output: Path) -> tuple[Path, Path, Path]:
+    """JSON, report and chart."""
+    stem = output.with_suffix("") if output.suffix == ".json" else output
+    return output, stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.png")
 
 
 def compare_all(results: dict[str, dict]) -> list[dict[str, Any]]:
@@ -61,7 +79,7 @@ def screen_tables(results: dict[str, dict], differences: list[dict[str, Any]]) -
     if "acc" in first:
         tables.append(score_table(results))
         if differences:
-            tables.append(difference_table(differences, ["all", *first["groups"]]))
+            tables.append(difference_table(differences, ("groups",)))
     return [*tables, *other_tables(results)]
 
 
@@ -78,14 +96,17 @@ def score_table(results: dict[str, dict]) -> Table:
 
 
 def difference_table(differences: list[dict[str, Any]], parts: Iterable[str]) -> Table:
-    """For each pair and each of `parts` ("all", groups, subjects): difference, interval, p, and what it rests on."""
+    """For each pair, over all and by the names of each part ("groups", "subjects"): difference, interval, p, and what
+    it rests on.
+    """
     table = [["difference", "of", "n", "diff", "95% interval", "p", "gained", "lost"]]
     for difference in differences:
-        for name in parts:
-            found = difference if name == "all" else (difference["groups"] | difference["subjects"])[name]
+        pair = f"{difference['of']} - {difference['to']}"
+        named = [("all", difference), *(entry for part in parts for entry in difference[part].items())]
+        for name, found in named:
             interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
-            row = [f"{difference['of']} - {difference['to']}", name, str(found["n"]), f"{found['diff']:+.4f}", interval]
-            table.append([*row, f"{found['p']:.3g}", str(found["gained"]), str(found["lost"])])
+            row = [pair, name, str(found["n"]), f"{found['diff']:+.4f}", interval, f"{found['p']:.3g}"]
+            table.append([*row, str(found["gained"]), str(found["lost"])])
     return table
 
 
@@ -103,7 +124,7 @@ def other_tables(results: dict[str, dict]) -> list[Table]:
             table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), number(cell["chance"]), *scores])
         tables.append(table)
     if "tasks" in first:
-        tables.append([["task", "shots", "metric", *results], *_task_rows(results)])
+        tables.append([["task", "shots", "n", "metric", *results], *_task_rows(results)])
     return tables
 
 
@@ -113,7 +134,8 @@ def _task_rows(results: dict[str, dict]) -> Table:
         for task, figures in outcome["results"].items():
             for metric in figures:
                 scores = (number(result["tasks"][asked]["results"][task][metric]) for result in results.values())
-                rows.append([task, str(outcome["n_shot"].get(task, "")), metric, *scores])
+                n = outcome["n_samples"].get(task, {}).get("effective", "")
+                rows.append([task, str(outcome["n_shot"].get(task, "")), str(n), metric, *scores])
     return rows
 
 
@@ -140,10 +162,10 @@ def markdown(results: dict[str, dict], differences: list[dict[str, Any]]) -> str
     first = next(iter(results.values()))
     parts = ["# Evaluation", as_markdown(model_table(results))]
     if "acc" in first:
-        config = first["config"]
-        limit = f", the first {config['limit']} questions of each subject" if config["limit"] else ""
+        config, n_subjects = first["config"], len(first["subjects"])
+        limit = f", the first {config['limit']} questions of each" if config["limit"] else ""
         parts += [
-            f"## MMLU, {config['num_fewshot']}-shot{limit}",
+            f"## MMLU, {config['num_fewshot']}-shot, {n_subjects} subjects{limit}",
             f"Prompt: {config['prompt']}. Data: {config['mmlu_dir']}, SHA-256 of the questions "
             f"`{config['questions_sha256'][:16]}`. The standard error is that within subjects, as lm-eval pools it.",
             as_markdown(score_table(results)),
@@ -152,16 +174,20 @@ def markdown(results: dict[str, dict], differences: list[dict[str, Any]]) -> str
         parts += [
             "## Differences",
             "On the same questions: `gained` are those that the first model has right and the second wrong, `lost` the "
-            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many there "
-            "are, and of 57 subjects about three fall below 0.05 by chance.",
-            as_markdown(difference_table(differences, ["all", *first["groups"], *first["subjects"]])),
+            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many "
+            "comparisons there are.",
+            as_markdown(difference_table(differences, ("groups", "subjects"))),
         ]
-    parts += [
-        text
-        for table in other_tables(results)
-        for text in (f"## {table[0][0].split(':')[0].capitalize()}", as_markdown(table))
-    ]
+    for table in other_tables(results):
+        title = table[0][0].split(":")[0].capitalize()
+        parts += [f"## {title}", measured_with(title, first["config"]), as_markdown(table)]
     return "\n\n".join(parts)
+
+
+def measured_with(title: str, config: dict[str, Any]) -> str:
+    """The options that the figures below a title depend on, as they stand in a model's config."""
+    beginnings = {"Held-out text": ("held_out",), "Retrieval": ("retrieval", "seed"), "Task": ("tasks", "limit")}
+    return ", ".join(f"{name} {value}" for name, value in config.items() if name.startswith(beginnings[title]))
 
 
 def model_table(results: dict[str, dict]) -> Table:
@@ -180,10 +206,8 @@ def as_markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
-def draw_chart(results: dict[str, dict], path: Path) -> None:
-    """Accuracy by group, or by subject where there is no group of MMLU's, and over all; bars are 95% intervals."""
-    from matplotlib.figure import Figure  # takes a second, and only --output wants it
-
+def draw_chart(results: dict[str, dict]) -> bytes:
+    """A PNG of accuracies with 95% intervals: over all, and by group, or by subject where no group of MMLU's is."""
     first = next(iter(results.values()))
     part = "groups" if first["groups"] else "subjects"
     labels = ["all", *first[part]]
@@ -207,7 +231,9 @@ def draw_chart(results: dict[str, dict], path: Path) -> None:
     axes.set_ylabel("accuracy")
     axes.set_title(f"MMLU, {first['config']['num_fewshot']}-shot")
     axes.legend(fontsize=8, ncols=len(results) + 1, loc="upper center", frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()
 
 
 def _sizes(result: dict[str, Any], part: str) -> Sequence[int]:

@@ -5,7 +5,6 @@ and the teacher answers through the same lane, between the batches of training.
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -56,10 +55,7 @@ def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, rank
 
 def _check_same_on_all_ranks(material: Material, ranks: Ranks) -> None:
     """Nodes may have files of their own, and all ranks have to evaluate as many batches."""
-    digest = hashlib.sha256(material.windows.numpy().tobytes() + repr(material.subjects).encode()).digest()
-    number = int.from_bytes(digest[:7], "big")
-    highest, lowest = ranks.maximum(number, -number)
-    if highest != -lowest:
+    if not ranks.all_have(material.windows.numpy().tobytes() + repr(material.subjects).encode()):
         raise ValueError(
             "--eval_interval: the held-out text or the questions are not the same on all nodes; expected the same "
             "files on each"

@@ -1,5 +1,7 @@
 """How well a model predicts held-out text: the first windows of the text, packed as training packs its own, and sums of
 cross entropy, KL and agreement with the teacher over their tokens. Knows of no ranks; sums can be added.
+
+Shapes: n windows of S + 1 tokens, N tokens, D and D_t hidden sizes, V_s and V_t columns of the heads.
 """
 
 import dataclasses
@@ -15,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from losses import mask_unknown_labels
+from losses import choose_chunk_tokens, mask_unknown_labels, shared_vocab
 from packing import Encoder, blocks, text_batches
 from sources import explain_fault, network_forbidden, open_source, open_stream, open_table
 from streaming import TextStream
@@ -26,6 +28,7 @@ from streaming import TextStream
 logger = logging.getLogger("train")
 
 TEXTS_AT_ONCE = 64  # for the tokenizer; a few windows need no more
+WINDOWS_AT_ONCE = 8  # whose hidden states are held
 
 
 # --- the text ------------------------------------------------------------------------------------------------
@@ -206,3 +209,56 @@ def _token_figures(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
         log_ratio = log_q_T - (log_p if log_p_T is None else log_p_T)
         kl = temperature**2 * log_ratio.mul_(log_q_T.exp_()).sum(-1)
     return torch.stack([ce, kl, agreement, torch.ones_like(ce)])
+
+
+# --- a text for many models ----------------------------------------------------------------------------------
+
+
+class HeldOutText:
+    """Windows of text (n, S + 1), and in host memory the teacher's last hidden states for them: so the teacher and the
+    model that is compared with it need not be on the device together. It is asked for WINDOWS_AT_ONCE of them.
+    """
+
+    def __init__(self, windows: Tensor, device: torch.device) -> None:
+        self.windows, self.device = windows, device
+        self.hidden: dict[int, Tensor] = {}  # by the first of these windows: (n, S, D_t) on the CPU
+        self.head: Tensor | None = None  # (V_t, D_t) on the device
+
+    @torch.inference_mode()
+    def ask_teacher(self, teacher: PreTrainedModel, starts: list[int]) -> None:
+        head = teacher.get_output_embeddings()
+        if head.bias is not None:
+            raise ValueError(
+                "--held_out: the teacher's head has a bias, its hidden states do not tell all; leave it out"
+            )
+        self.head = head.weight.detach()
+        for start in starts:
+            self.hidden[start] = self._hidden(teacher, start).cpu()
+
+    @torch.inference_mode()
+    def compare(self, model: PreTrainedModel, start: int) -> HeldOutSums:
+        """Of the windows from `start` on, for which the teacher has been asked."""
+        head, hidden = model.get_output_embeddings(), self._hidden(model, start)  # (n, S, D)
+        assert self.head is not None
+        labels = self._windows(start)[:, 1:]  # (n, S)
+        vocab = shared_vocab(len(head.weight), len(self.head))
+        return held_out_sums(
+            hidden,
+            head.weight,
+            head.bias,
+            self.hidden[start].to(self.device),
+            self.head[:vocab],
+            labels,
+            torch.ones_like(labels, dtype=torch.bool),
+            vocab,
+            temperature=1.0,
+            chunk_tokens=choose_chunk_tokens(vocab, hidden.dtype, self.device),
+        )
+
+    def _windows(self, start: int) -> Tensor:
+        return self.windows[start : start + WINDOWS_AT_ONCE].to(self.device)
+
+    def _hidden(self, model: PreTrainedModel, start: int) -> Tensor:
+        """(n, S, D), one window after another: what is held of each is its last layer alone."""
+        inputs = self._windows(start)[:, :-1]
+        return torch.cat([model.base_model(row[None], use_cache=False).last_hidden_state for row in inputs])

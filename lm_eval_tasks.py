@@ -16,8 +16,8 @@ PIN = "lm-eval==0.4.13"
 BATCH_SIZE = 8  # where none is given: lm-eval's own search for one starts at the longest context there is
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raises ValueError if the package or a task is not there. Reads no data."""
+def check_tasks(names: list[str], local_files_only: bool) -> None:
+    """Raises ValueError if the package, a task or a task's data is not there: it is read here for the first time."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"--tasks {' '.join(names)}: needs lm-evaluation-harness; `pip install {PIN}`")
     known = task_manager().all_tasks
@@ -29,6 +29,22 @@ def check_tasks(names: list[str]) -> None:
             problems.append(f"--tasks {name}: lm-evaluation-harness has no such task; {hint}")
     if problems:
         raise ValueError("\n".join(problems))
+    for name in names:
+        _read_data(name, local_files_only)
+
+
+def _read_data(name: str, local_files_only: bool) -> None:
+    from lm_eval.tasks import get_task_dict
+
+    try:
+        with network_forbidden(local_files_only):
+            get_task_dict([name], task_manager())
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--tasks {name}: its data is neither in the local cache nor to be had ({reason}); run the task once on a "
+            "machine with network and copy its cache"
+        ) from error
 
 
 @functools.cache
@@ -63,8 +79,8 @@ def run_task(
         batch_size=batch_size or BATCH_SIZE,
         max_length=max_length,
     )
-    try:
-        with network_forbidden(local_files_only):
+    with network_forbidden(local_files_only):
+        try:
             report = lm_eval.simple_evaluate(
                 lm,
                 tasks=[name],
@@ -74,11 +90,8 @@ def run_task(
                 log_samples=False,
                 bootstrap_iters=1000,
             )
-    except (OSError, ConnectionError) as error:
-        raise ValueError(
-            f"--tasks {name}: its data is neither in the local cache nor to be had ({error}); run the task once on a "
-            "machine with network and copy its cache"
-        ) from error
+        except AssertionError as error:  # such as a context too short for what is to be generated
+            raise ValueError(f"--tasks {name}: lm-evaluation-harness refuses: {error}") from error
     return {
         "results": {task: _figures(result) for task, result in report["results"].items()},
         "n_shot": report["n-shot"],

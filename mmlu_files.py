@@ -168,14 +168,14 @@ def _by_subject(splits: dict[str, list[dict[str, Any]]], where: str) -> tuple[li
 def _examples(rows: list[dict[str, Any]], where: str) -> list[Example]:
     examples = []
     for index, row in enumerate(rows):
-        question, choices, answer = (row.get(name) for name in ("question", "choices", "answer"))
-        texts = [question, *(choices if isinstance(choices, list) else [])]
-        if len(texts) != 5 or not all(isinstance(text, str) for text in texts) or type(answer) is not int:
-            answer = -1
-        if not 0 <= answer <= 3:
-            raise ValueError(
-                f"--mmlu_dir: {where}, row {index} (counted from 0): expected a question, four choices and an answer "
-                "0 to 3; copy it again"
-            )
-        examples.append(Example(question, tuple(choices), LETTERS[answer]))
+        match row:
+            case {"question": str(question), "choices": [str(a), str(b), str(c), str(d)], "answer": int(answer)} if (
+                0 <= answer <= 3
+            ):
+                examples.append(Example(question, (a, b, c, d), LETTERS[answer]))
+            case _:
+                raise ValueError(
+                    f"--mmlu_dir: {where}, row {index} (counted from 0): expected a question, four choices and an "
+                    "answer 0 to 3; copy it again"
+                )
     return examples

@@ -18,75 +18,108 @@ SETTINGS = "settings.json"
 
 
 class PartialResults:
-    """folder: None keeps the results in memory alone. Each process writes its own pieces, and sees those that were
-    there when it began.
+    """Pieces of results by model and name. folder: None keeps them in memory alone. Each process writes its own, and
+    sees those that were there when it began.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.found: dict[tuple[str, str], Any] = {}  # by model and piece
-        for file in [] if folder is None else folder.glob("*/*.json"):
-            self.found[file.parent.name, file.stem] = json.loads(file.read_text(encoding="utf-8"))
+        self.found: dict[tuple[str, str], Any] = {}
+        for file in [] if folder is None else sorted(folder.glob("*/*.json")):
+            try:
+                self.found[file.parent.name, file.stem] = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                logger.warning("%s is damaged (%s): it is measured again", file, error)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.found
 
     def put(self, model: str, piece: str, result: Any) -> None:
         self.found[model, piece] = result
-        if self.folder is not None:
-            path = self.folder / model / f"{piece}.json"
+        if self.folder is None:
+            return
+        path = self.folder / model / f"{piece}.json"
+        try:
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, json.dumps(result))
+            write_whole(path, json.dumps(result).encode())
+        except OSError as error:
+            raise ValueError(
+                f"--output: {path} cannot be written ({error.strerror}); make room, and --resume"
+            ) from error
 
 
 def partial_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def check_partial(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+def is_interrupted(output: Path) -> bool:
+    return (partial_folder(output) / SETTINGS).is_file()
+
+
+def check_partial(output: Path, settings: dict[str, Any], models: list[str], resume: bool, overwrite: bool) -> None:
     """Whether what an interrupted evaluation left may be gone on with, or be thrown away. Raises ValueError."""
     folder = partial_folder(output)
-    if not (folder / SETTINGS).is_file():
+    if not is_interrupted(output):
         if resume:
             logger.info("--resume: nothing was interrupted at %s; starting from the beginning", output)
         return
     if not (resume or overwrite):
         raise ValueError(
-            f"--output {output}: an interrupted evaluation left its results in {folder}; go on with --resume, "
-            "or throw them away with --overwrite"
+            f"--output {output}: an evaluation that was interrupted, or is still running, has its results in {folder}; "
+            "go on with --resume, or throw them away with --overwrite"
         )
     if overwrite:
         return
-    before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    before = _read_settings(folder)
     changed = [
-        f"{name} was {before[name]} and is {value}"
-        for name, value in settings.items()
-        if before.get(name, value) != value
+        _change(name, before[name], value) for name, value in settings.items() if before.get(name, value) != value
     ]
     if changed:
         raise ValueError(
             f"--resume: {folder} was made with other settings: {'; '.join(changed)}. Give the same ones, or another "
             "--output, or throw it away with --overwrite"
         )
+    if left_out := sorted({path.name for path in folder.iterdir() if path.is_dir()} - set(models)):
+        raise ValueError(
+            f"--resume: {folder} also has results of {', '.join(left_out)}, which --which does not name; name all of "
+            "them, or give another --output"
+        )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("holds no object")
+    except ValueError as error:
+        what = f"--resume: {folder / SETTINGS} is damaged ({error})"
+        raise ValueError(f"{what}; throw the folder away with --overwrite, or give another --output") from error
+    return settings
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    if isinstance(now, dict):  # a model: where it is, and its files
+        return f"the {name} is another model, or was written anew"
+    return f"{name} was {before} and is {now}"
 
 
 @contextmanager
-def kept_in(output: Path | None, settings: dict[str, Any], resume: bool) -> Iterator[Path | None]:
-    """The folder for `output`'s partial results, for one process at a time; gone when the block has ended well."""
+def kept_in(output: Path | None, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Keeps the folder for `output`'s partial results, for one evaluation at a time; when the block has ended well, the
+    folder goes.
+    """
     if output is None:
-        yield None
+        yield
         return
     folder = partial_folder(output)
     with lock_dir("--output", folder):
-        if not resume:
-            for entry in folder.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-        known = folder / SETTINGS
-        before = json.loads(known.read_text(encoding="utf-8")) if resume and known.is_file() else {}
-        write_whole(known, json.dumps({**before, **settings}, indent=1))
+        before = _read_settings(folder) if resume and is_interrupted(output) else {}
+        for entry in folder.iterdir():
+            if entry.is_dir() and not before:
+                shutil.rmtree(entry)
+        write_whole(folder / SETTINGS, json.dumps({**before, **settings}, indent=1).encode())
         try:
-            yield folder
+            yield
         except BaseException:
             logger.warning("what has been found so far is in %s; go on with --resume", folder)
             raise

@@ -2,6 +2,7 @@
 groups in which they do, and the devices of its student and its teacher.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -48,6 +49,12 @@ class Ranks:
         values = values.clone()
         dist.all_reduce(values, group=self.control)
         return values
+
+    def all_have(self, content: bytes) -> bool:
+        """Whether every rank's is the same."""
+        number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+        highest, lowest = self.maximum(number, -number)
+        return highest == -lowest
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, by rank, for rank 0; nothing for the others."""

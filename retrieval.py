@@ -53,8 +53,8 @@ def probe(scorer: Scorer, length: int, n_pairs: int, n_questions: int, seed: int
 def build_contexts(
     tokenizer: PreTrainedTokenizerBase, length: int, n_pairs: int, n_questions: int, seed: int
 ) -> list[Context]:
-    """As many as `n_questions` take, each of `length` tokens or a few fewer; none if the pairs do not fit into that.
-    The same for every model and on every machine.
+    """As many as `n_questions` take, each with a question and its answer of `length` tokens or a few fewer; none if the
+    pairs do not fit into that. The same for every model and on every machine.
     """
     dice = random.Random(f"{seed} {length} {n_pairs}")
     per_context = min(QUESTIONS_PER_CONTEXT, n_pairs)
@@ -62,14 +62,22 @@ def build_contexts(
     for first in range(0, n_questions, per_context):
         names, codes = _names(dice, n_pairs), [str(code) for code in dice.sample(range(100, 1000), n_pairs)]
         pairs = [f"{_statement(name)} {code}." for name, code in zip(names, codes, strict=True)]
-        question = _statement(names[0])
-        room = length - len(tokenizer("\n".join([*pairs, question])).input_ids)
-        if room < 0:
-            return []
-        lines = _scatter(dice, pairs, _fillers(dice, tokenizer, room))
         asked = dice.sample(range(n_pairs), min(per_context, n_questions - first))
+        ends = [f"{_statement(names[i])} {codes[i]}" for i in asked]
+        room = length - _tokens(tokenizer, pairs, ends)
+        fillers = _fillers(dice, tokenizer, room)
+        lines = _scatter(dice, pairs, fillers)
+        while fillers and _tokens(tokenizer, lines, ends) > length:  # what a filler adds depends on what is around it
+            lines.remove(fillers.pop())
+        if _tokens(tokenizer, lines, ends) > length:
+            return []
         contexts.append(Context("\n".join(lines), names, codes, asked))
     return contexts
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, lines: list[str], ends: list[str]) -> int:
+    """Of the lines with the longest of the ends."""
+    return max(len(tokenizer("\n".join([*lines, end])).input_ids) for end in ends)
 
 
 def _statement(name: str) -> str:

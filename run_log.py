@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import TrainArguments
+from utils import finite
 
 logger = logging.getLogger("train")
 
@@ -39,7 +40,7 @@ class RunLog:
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
-        self._append(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
+        self._append(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
         if row["step"] % self.log_interval == 0 or row["step"] == 1:
             logger.info(format_metrics(row))
         if "eval" in row:
@@ -138,13 +139,6 @@ def format_evaluation(row: dict[str, Any]) -> str:
     """The line of the evaluation after an optimizer step; without a teacher it has no KL and no agreement."""
     figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
     return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity, which loss and gradient norm of a skipped step can be, and a perplexity."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:

@@ -72,7 +72,7 @@ class StopRequest:
             time.sleep(PATIENCE_S)
             heard = self.deferred or self.signalled  # by the main thread, which sees to its end itself
             if not heard and self.process == os.getpid() and rung[0] in SIGNALS:
-                print(f"stopped by {signal.Signals(rung[0]).name} with nothing to save", file=sys.stderr, flush=True)
+                print(f"stopped by {signal.Signals(rung[0]).name}", file=sys.stderr, flush=True)
                 os._exit(EXIT_STOPPED)
 
 

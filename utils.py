@@ -6,6 +6,7 @@ import fcntl
 import functools
 import importlib.util
 import logging
+import math
 import os
 import platform
 import queue
@@ -117,11 +118,24 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     return lock
 
 
-def write_whole(path: Path, text: str) -> None:
-    """All of the file or none of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def write_whole(path: Path, content: bytes) -> None:
+    """All of the file or none of it, through a loss of power too."""
+    temporary = path.with_name(f".{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """None for infinity and what is no number, as a skipped step's loss can be, and a perplexity: JSON has none."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flush_to_disk(path: Path) -> None:
@@ -205,7 +219,7 @@ def run_entry(main: Callable[[], int | None]) -> int:
         with hearing_signals():
             return main() or 0
     except Interrupted as signal:
-        print(f"stopped by {signal} with nothing to save", file=sys.stderr, flush=True)
+        print(f"stopped by {signal}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

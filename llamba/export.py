@@ -89,8 +89,11 @@ def export(ckpt: str, out: str) -> None:
     target = Path(os.path.abspath(out))
     partial = target.with_name(f".partial-{target.name}-{os.getpid()}")
     try:
-        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+        if os.path.lexists(target) and not is_empty:
             raise ValueError(f"OUT {out}: exists and is no empty directory; name another, or move it away")
+        if source.folder.resolve() in target.resolve().parents:
+            raise ValueError(f"OUT {out}: is within CKPT, which is to stay as it is; name another place")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         _write(source, partial)

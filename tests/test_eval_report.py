@@ -5,8 +5,20 @@ import struct
 
 import pytest
 
+import eval_report
 from eval_pieces import assemble
-from eval_report import aligned, arrange, as_markdown, compare_all, draw_chart, markdown, screen_tables, write_report
+from eval_report import (
+    aligned,
+    arrange,
+    as_markdown,
+    compare_all,
+    difference_table,
+    draw_chart,
+    markdown,
+    output_files,
+    screen_tables,
+    write_report,
+)
 
 SUBJECTS = ("astronomy", "virology")
 CONFIG = {
@@ -22,6 +34,11 @@ CONFIG = {
     "num_fewshot": 5,
     "limit": None,
     "prompt": "lm-eval's",
+    "held_out": "text.txt",
+    "held_out_windows": 2,
+    "retrieval_questions": 8,
+    "seed": 0,
+    "tasks": ["gsm8k"],
     "questions_sha256": "ab" * 32,
 }
 
@@ -93,7 +110,7 @@ def test_the_screen_shows_scores_and_differences(results):
     assert differences[1][-2:] == ["2", "0"]  # gained, lost
     assert held_out[1] == ["student", "2.0000", "0.5000", "0.5000", "7.3891", "20"]
     assert [row[-1] for row in retrieval] == ["teacher", "0.5000", "-"]
-    assert tasks[1] == ["gsm8k", "5", "exact_match,strict-match", "0.2500", "0.2500"]
+    assert tasks[1] == ["gsm8k", "5", "8", "exact_match,strict-match", "0.2500", "0.2500"]
     lines = aligned(scores).splitlines()
     assert lines[0].startswith("subject") and len({len(line) for line in lines}) == 1
 
@@ -108,7 +125,10 @@ def test_every_two_models_are_compared(results):
 def test_the_report_says_what_was_measured_and_how(results):
     text = markdown(results, compare_all(results))
     for part in (
-        "## MMLU, 5-shot",
+        "## MMLU, 5-shot, 2 subjects",
+        "held_out text.txt, held_out_windows 2",
+        "retrieval_questions 8, seed 0",
+        "limit None, tasks ['gsm8k']",
         "Prompt: lm-eval's. Data: cais/mmlu, SHA-256 of the questions `abababababababab`",
         "| student | org/student | none | float32 | 512 | python 3.11, torch 2.13 |",
         "| teacher | org/teacher | all | float32 | 512 | python 3.11, torch 2.13 |",
@@ -123,9 +143,8 @@ def test_the_report_says_what_was_measured_and_how(results):
     assert as_markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n| --- | --- |\n| 1 | 2 |"
 
 
-def test_the_chart_is_a_picture_of_a_size_to_be_looked_at(results, tmp_path):
-    draw_chart(results, tmp_path / "chart.png")
-    data = (tmp_path / "chart.png").read_bytes()
+def test_the_chart_is_a_picture_of_a_size_to_be_looked_at(results):
+    data = draw_chart(results)
     width, height = struct.unpack(">II", data[16:24])
     assert data.startswith(b"\x89PNG") and width > 800 and height > 500
 
@@ -144,3 +163,44 @@ def test_without_mmlu_the_rest_is_reported(tmp_path, capsys):
     assert list(json.loads((tmp_path / "out" / "eval.json").read_text())) == ["models", "differences"]
     shown = capsys.readouterr().out
     assert "held-out text" in shown and "subject" not in shown
+
+
+def test_what_is_no_number_is_none_in_the_json(results, tmp_path):
+    results["student"]["held_out"]["perplexity"] = float("inf")
+    write_report(results, tmp_path / "eval.json")
+    report = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert report["models"]["student"]["held_out"]["perplexity"] is None
+
+
+def test_a_screen_that_is_gone_takes_no_file_with_it(results, tmp_path, monkeypatch):
+    def gone(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        write_report(results, tmp_path / "eval.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval.md", "eval.png"]
+
+
+def test_a_disk_that_is_full_is_one_error(results, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(eval_report, "write_whole", full)
+    with pytest.raises(ValueError, match="--output .*eval.json: cannot be written .No space left.*--resume"):
+        write_report(results, tmp_path / "eval.json")
+
+
+@pytest.mark.parametrize("name", ["eval.json", "run-0.5", "eval"])
+def test_every_output_has_a_report_and_a_chart_of_its_own(tmp_path, name):
+    of_json, of_report, of_chart = output_files(tmp_path / name)
+    assert of_json == tmp_path / name
+    assert (of_report.name, of_chart.name) == (f"{name.removesuffix('.json')}.md", f"{name.removesuffix('.json')}.png")
+
+
+def test_a_subject_with_a_groups_name_has_its_own_row(results):
+    for result in results.values():
+        for prediction in result["predictions"]:
+            prediction["subject"] = {"astronomy": "astronomy", "virology": "stem"}[prediction["subject"]]
+    rows = difference_table(compare_all(results), ("groups", "subjects"))[1:]
+    assert [(row[1], row[2]) for row in rows] == [("all", "6"), ("stem", "4"), ("astronomy", "4"), ("stem", "2")]

@@ -94,7 +94,7 @@ def test_a_killed_and_then_stopped_evaluation_goes_on(straight, tmp_path, n_rank
     assert codes == [2] and "--dtype was float32 and is bfloat16" in text
 
     codes, text = evaluate([*OPTIONS, "--resume"], tmp_path, n_ranks, 3, signal.SIGTERM)
-    assert codes[0] == 75 and "go on with --resume" in text
+    assert codes[0] == 75 and "go on with --resume" in text, text
     assert pieces < set(partial_folder(output).glob("*/*.json"))
     codes, text = evaluate([*OPTIONS, "--resume"], tmp_path)  # on another number of ranks
     assert codes == [0], text
@@ -110,25 +110,25 @@ def options_for(tmp_path: Path, *more: str):
 def test_what_is_there_is_not_done_again(tmp_path):
     args = options_for(tmp_path)
     plan = check(args)
-    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, resume=False) as folder:
-        PartialResults(folder).put("teacher", "mmlu-tools", {"found": 1})
+    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, resume=False):
+        PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
-    found = PartialResults(folder)
+    found = PartialResults(partial_folder(Path(args.output)))
     assert ("teacher", "mmlu-tools") in found and ("teacher", "mmlu-meals") not in found
     assert check(options_for(tmp_path, "--resume")).settings == plan.settings  # it may go on
-    with kept_in(Path(args.output), plan.settings, resume=True) as folder:
-        assert PartialResults(folder).found == {("teacher", "mmlu-tools"): {"found": 1}}
+    with kept_in(Path(args.output), plan.settings, resume=True):
+        assert PartialResults(partial_folder(Path(args.output))).found == {("teacher", "mmlu-tools"): {"found": 1}}
 
 
 def test_overwriting_forgets(tmp_path):
     args = options_for(tmp_path, "--overwrite")
     plan = check(args)
-    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, resume=False) as folder:
-        PartialResults(folder).put("teacher", "mmlu-tools", {"found": 1})
+    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, resume=False):
+        PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
     check(args)
-    with kept_in(Path(args.output), plan.settings, args.resume) as folder:
-        assert PartialResults(folder).found == {}
+    with kept_in(Path(args.output), plan.settings, args.resume):
+        assert PartialResults(partial_folder(Path(args.output))).found == {}
 
 
 def test_a_model_that_was_written_anew_is_another(tmp_path):
@@ -140,7 +140,7 @@ def test_a_model_that_was_written_anew_is_another(tmp_path):
     check(options_for(tmp_path, "--student_model", str(student), "--resume"))
     time.sleep(0.01)
     os.utime(student / "model.safetensors")
-    with pytest.raises(ValueError, match="--resume: .*other settings: student was"):
+    with pytest.raises(ValueError, match="--resume: .*the student is another model, or was written anew"):
         check(options_for(tmp_path, "--student_model", str(student), "--resume"))
 
 
@@ -154,7 +154,7 @@ def test_two_evaluations_do_not_write_to_one_place(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_piece_is_done_by_one_rank_and_none_has_much_more(world_size):
     costs = [50, 3, 9, 30, 1, 1, 22, 40, 7, 7]
-    pieces = [Piece(f"mmlu-{i}", cost, lambda candidate: None) for i, cost in enumerate(costs)]
+    pieces = [Piece(f"mmlu-{i}", cost, lambda scorer: None) for i, cost in enumerate(costs)]
     shares = [share_out(pieces, rank, world_size) for rank in range(world_size)]
     assert sorted(piece.name for share in shares for piece in share) == sorted(piece.name for piece in pieces)
     loads = [sum(piece.cost for piece in share) for share in shares]

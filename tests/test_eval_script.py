@@ -214,7 +214,7 @@ def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch
         return {"results": {name: {"acc,none": 0.5}}, "n_shot": {name: 3}, "n_samples": {}, "versions": {}}
 
     monkeypatch.setattr(eval_pieces, "run_task", stand_in)
-    monkeypatch.setattr(eval_plan, "check_tasks", lambda names: None)
+    monkeypatch.setattr(eval_plan, "check_tasks", lambda names, local_files_only: None)
     output = tmp_path / "eval.json"
     more = {"tasks": ["arc_easy,gsm8k"], "tasks_num_fewshot": ["3"], "which": ["student", "teacher"]}
     evaluate({**options, **more, "output": [str(output)]})
@@ -223,7 +223,7 @@ def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch
     )
     report = json.loads(output.read_text())["models"]
     assert report["teacher"]["tasks"]["gsm8k"]["results"] == {"gsm8k": {"acc,none": 0.5}}
-    assert "| arc_easy | 3 | acc,none | 0.5000 | 0.5000 |" in output.with_suffix(".md").read_text()
+    assert "| arc_easy | 3 |  | acc,none | 0.5000 | 0.5000 |" in output.with_suffix(".md").read_text()
 
 
 def test_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch, caplog):
@@ -231,18 +231,18 @@ def test_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch, caplog):
     caplog.set_level("INFO", logger="train")
     progress = entry.Progress(100, is_main=True)
     progress.began -= 60
-    progress.advance("teacher", Piece("mmlu-tools", 25, lambda candidate: None))
+    progress.advance("teacher", Piece("mmlu-tools", 25, lambda scorer: None))
     progress.close()
     assert caplog.messages == ["teacher: 25%, about 3 min left"]
     quiet = entry.Progress(100, is_main=False)
-    quiet.advance("teacher", Piece("mmlu-tools", 25, lambda candidate: None))
+    quiet.advance("teacher", Piece("mmlu-tools", 25, lambda scorer: None))
     assert len(caplog.messages) == 1
 
 
 def test_a_terminal_shows_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = entry.Progress(100, is_main=True)
-    progress.advance("teacher", Piece("mmlu-tools", 25, lambda candidate: None))
+    progress.advance("teacher", Piece("mmlu-tools", 25, lambda scorer: None))
     progress.bar.refresh()
     progress.close()
     assert "teacher mmlu-tools  25%|" in capsys.readouterr().err

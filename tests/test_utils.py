@@ -319,7 +319,7 @@ def test_a_signal_ends_an_entry_with_one_line(capsys, handlers, name):
     assert run_entry(main) == 75
     assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}  # torchrun may send it again
     signal.raise_signal(getattr(signal, name))
-    assert capsys.readouterr() == ("", f"stopped by {name} with nothing to save\n")
+    assert capsys.readouterr() == ("", f"stopped by {name}\n")
 
 
 def test_an_entry_that_ends_well_leaves_signals_as_they_were():
