@@ -6,53 +6,21 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-import eval_mmlu_hybrid
+import partial_results
 from arguments import parse_eval_args
 from eval_pieces import Piece, share_out
 from eval_plan import check
 from partial_results import PartialResults, kept_in, partial_folder
-from tests.faults.launch import Launch
-from tests.faults.traps import trap
+from tests.eval_runs import OPTIONS
 
 ROOT = Path(__file__).parents[1]
-HELD_OUT = ROOT / "presets" / "tiny" / "text" / "heldout.jsonl"
-OPTIONS = [
-    *[
-        "--preset",
-        "tiny",
-        "--which",
-        "student",
-        "hybrid",
-        "teacher",
-        "--limit",
-        "6",
-        "--num_fewshot",
-        "1",
-        "--retrieval",
-    ],
-    *["--retrieval_lengths", "120", "--retrieval_pairs", "2", "4", "--retrieval_questions", "8"],
-    *["--held_out_windows", "10", "--held_out_seq_length", "64"],
-    *["--held_out", str(HELD_OUT)],
-]
-
-
-def evaluate(argv: list[str], folder: Path, n_ranks: int = 1, n: int = 0, number: int = 0) -> tuple[list[int], str]:
-    """Exit codes of the ranks, and what they said. With `n`, rank 0 sends itself the signal `number` when its n-th
-    piece is done and not yet kept.
-    """
-
-    def arm(rank: int) -> None:
-        if rank == 0 and n:
-            trap(PartialResults, "put", n, lambda: os.kill(os.getpid(), number))
-
-    log = folder / f"log-{len(list(folder.glob('log-*')))}"
-    launch = Launch([*argv, "--output", str(folder / "eval.json")], n_ranks, log, arm, eval_mmlu_hybrid.main)
-    return launch.wait(), launch.text()
 
 
 def results(output: Path) -> dict:
@@ -66,40 +34,45 @@ def results(output: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("straight")
-    codes, text = evaluate(OPTIONS, folder)
-    assert codes == [0], text
-    return folder / "eval.json"
+def played(tmp_path_factory) -> Path:
+    """The folder with what all evaluations of tests/eval_runs.py have left."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.eval_runs", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
-def test_two_ranks_find_what_one_does(straight, tmp_path):
-    codes, text = evaluate(OPTIONS, tmp_path, n_ranks=2)
-    assert codes == [0, 0], text
-    assert results(tmp_path / "eval.json") == results(straight)
-    assert text.count("retrieval: tokens") == 1  # one rank speaks
-    assert {path.name for path in tmp_path.glob("eval*")} == {"eval.json", "eval.md", "eval.png"}
+def facts_of(played: Path, name: str) -> list[dict]:
+    return json.loads((played / "facts.json").read_text())[name]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_killed_and_then_stopped_evaluation_goes_on(straight, tmp_path, n_ranks):
-    output = tmp_path / "eval.json"
-    codes, _ = evaluate(OPTIONS, tmp_path, n_ranks, 4, signal.SIGKILL)
-    assert codes[0] == -signal.SIGKILL and all(codes)
-    pieces = set(partial_folder(output).glob("*/*.json"))
-    assert len(pieces) >= 3 and not output.exists()
-    codes, text = evaluate(OPTIONS, tmp_path)
-    assert codes == [2] and "go on with --resume, or throw them away" in text
-    codes, text = evaluate([*OPTIONS, "--resume", "--dtype", "bfloat16"], tmp_path)
-    assert codes == [2] and "--dtype was float32 and is bfloat16" in text
+def test_an_undisturbed_evaluation_leaves_results_report_and_chart(played):
+    (run,) = facts_of(played, "straight")
+    assert run["codes"] == [0], run["text"]
+    assert {path.name for path in (played / "straight").glob("eval*")} == {"eval.json", "eval.md", "eval.png"}
 
-    codes, text = evaluate([*OPTIONS, "--resume"], tmp_path, n_ranks, 3, signal.SIGTERM)
-    assert codes[0] == 75 and "go on with --resume" in text, text
-    assert pieces < set(partial_folder(output).glob("*/*.json"))
-    codes, text = evaluate([*OPTIONS, "--resume"], tmp_path)  # on another number of ranks
-    assert codes == [0], text
-    assert results(output) == results(straight)
-    assert not partial_folder(output).exists()
+
+def test_two_ranks_find_what_one_does(played):
+    (run,) = facts_of(played, "two")
+    assert run["codes"] == [0, 0], run["text"]
+    assert results(played / "two" / "eval.json") == results(played / "straight" / "eval.json")
+    assert run["text"].count("retrieval: tokens") == 1  # one rank speaks
+
+
+@pytest.mark.parametrize("name", ["disturbed1", "disturbed2"])
+def test_a_killed_and_then_stopped_evaluation_goes_on(played, name):
+    killed, again, other, stopped, finished = facts_of(played, name)
+    assert killed["codes"][0] == -signal.SIGKILL and all(killed["codes"]), killed["text"]
+    assert len(killed["pieces"]) >= 3 and not killed["is_done"]
+    assert again["codes"] == [2] and "go on with --resume, or throw them away" in again["text"]
+    assert other["codes"] == [2] and "--dtype was float32 and is bfloat16" in other["text"]
+    assert stopped["codes"][0] == 75 and "go on with --resume" in stopped["text"], stopped["text"]
+    assert set(killed["pieces"]) < set(stopped["pieces"])
+    assert finished["codes"] == [0], finished["text"]
+    assert finished["pieces"] == [] and not partial_folder(played / name / "eval.json").exists()
+    assert results(played / name / "eval.json") == results(played / "straight" / "eval.json")
 
 
 def options_for(tmp_path: Path, *more: str):
@@ -118,6 +91,72 @@ def test_what_is_there_is_not_done_again(tmp_path):
     assert check(options_for(tmp_path, "--resume")).settings == plan.settings  # it may go on
     with kept_in(Path(args.output), plan.settings, resume=True):
         assert PartialResults(partial_folder(Path(args.output))).found == {("teacher", "mmlu-tools"): {"found": 1}}
+
+
+def interrupt(args, plan, *pieces: str) -> None:
+    """Leaves these pieces of the teacher's behind."""
+    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, args.resume):
+        for piece in pieces:
+            PartialResults(partial_folder(Path(args.output))).put("teacher", piece, {"found": piece})
+        raise RuntimeError("the power fails")
+
+
+def test_a_damaged_piece_is_named_and_done_again(tmp_path, caplog):
+    args = options_for(tmp_path)
+    interrupt(args, check(args), "mmlu-tools", "mmlu-meals")
+    (partial_folder(Path(args.output)) / "teacher" / "mmlu-tools.json").write_text('{"fou')
+    assert list(PartialResults(partial_folder(Path(args.output))).found) == [("teacher", "mmlu-meals")]
+    assert "mmlu-tools.json is damaged" in caplog.text
+    (partial_folder(Path(args.output)) / "settings.json").write_text("[]")
+    with pytest.raises(ValueError, match="--resume: .*settings.json is damaged .*--overwrite"):
+        check(options_for(tmp_path, "--resume"))
+
+
+def test_a_resumed_evaluation_names_all_models_that_were_measured(tmp_path):
+    args = options_for(tmp_path, "--which", "teacher")
+    interrupt(args, check(args), "mmlu-tools")
+    with pytest.raises(ValueError, match="--resume: .* also has results of teacher, which --which does not name"):
+        check(options_for(tmp_path, "--resume", "--which", "student"))
+    assert check(options_for(tmp_path, "--resume")).models == ["student", "hybrid", "teacher"]  # more may be
+
+
+def test_a_report_that_was_half_written_is_no_hindrance(tmp_path):
+    """Nor is an older report, where --overwrite was what was interrupted."""
+    args = options_for(tmp_path)
+    interrupt(args, check(args), "mmlu-tools")
+    for name in ("eval.md", "eval.json"):
+        (tmp_path / name).touch()
+    check(options_for(tmp_path, "--resume"))
+    with pytest.raises(ValueError, match="exists already"):
+        check(options_for(tmp_path))
+
+
+def test_another_held_out_text_under_the_same_name_is_seen(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One fine day in the woods. " * 40)
+    args = options_for(tmp_path, "--held_out", str(text), "--held_out_windows", "2")
+    interrupt(args, check(args), "held_out-0")
+    text.write_text("A stormy night at sea, alas. " * 40)
+    with pytest.raises(ValueError, match="--resume: .*the held-out text was"):
+        check(options_for(tmp_path, "--held_out", str(text), "--held_out_windows", "2", "--resume"))
+
+
+def test_what_was_not_measured_may_change(tmp_path):
+    words = ["--preset", "tiny", "--output", str(tmp_path / "eval.json"), "--limit", "3"]
+    args = parse_eval_args(words)
+    interrupt(args, check(args), "mmlu-tools")
+    check(parse_eval_args([*words, "--resume", "--seed", "3", "--retrieval", "--retrieval_questions", "9"]))
+    with pytest.raises(ValueError, match="--limit was 3 and is 4"):
+        check(parse_eval_args([*words[:-1], "4", "--resume"]))
+
+
+def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(partial_results, "write_whole", full)
+    with pytest.raises(ValueError, match="--output: .*teacher/mmlu-a.json cannot be written .No space .*--resume"):
+        PartialResults(tmp_path).put("teacher", "mmlu-a", {})
 
 
 def test_overwriting_forgets(tmp_path):

@@ -29,6 +29,7 @@ from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "presets" / "tiny"
+HELD_OUT = TINY / "text" / "heldout.jsonl"
 WHICH = ["student", "hybrid", "hybrid_ft", "teacher"]
 LAYERS = ["0", "2"]
 
@@ -283,6 +284,18 @@ def test_an_output_is_never_overwritten_in_silence(options, tmp_path):
         ({"teacher_model": [str(TINY / "text")]}, ["--teacher_model", "no config.json"]),
         ({"student_model": [str(TINY / "text")]}, ["--student_model", "no config.json"]),
         ({"output": [str(TINY)]}, ["--output", "is a directory"]),
+        ({"output": ["report.md"]}, ["--output report.md", "its report gets .md"]),
+        ({"output": ["."]}, ["--output .", "expected the name of a JSON file"]),
+        ({"output": ["x" * 300]}, ["--output xxx", "cannot be written (File name too long)"]),
+        ({"held_out": [__file__], "held_out_seq_length": ["64"]}, ["--held_out", "unsupported file ending"]),
+        (
+            {"held_out": [str(HELD_OUT)], "held_out_seq_length": ["64"], "held_out_text_field": ["body"]},
+            ["--held_out_text_field"],
+        ),
+        (
+            {"held_out": [str(HELD_OUT)], "held_out_seq_length": ["513"]},
+            ["--held_out_seq_length 513: expected at most 512"],
+        ),
         ({"output": [f"{__file__}/eval.json"]}, ["--output", "cannot write below"]),
         ({"device": ["tpu:0"]}, ["--device tpu:0"]),
         (
@@ -296,6 +309,68 @@ def test_bad_options_are_reported_before_a_model_is_loaded(change, expected, opt
     message = error_of(options)
     for part in expected:
         assert part in message
+
+
+def test_a_checkpoint_says_which_layers_the_untrained_hybrid_has(models, options):
+    """Without --layers, the preset's would be other ones, and training would not be all that the two differ by."""
+    del options["layers"]
+    plan = check(parse_eval_args(command_line(options)))
+    assert plan.sources["hybrid"].layers == plan.sources["hybrid_ft"].layers == [0, 2]
+
+
+def test_a_link_is_followed_once(models, options, tmp_path):
+    """While training goes on, `latest` may have moved by the time the weights are read."""
+    latest = tmp_path / "latest"
+    latest.symlink_to(models.root / "ckpt")
+    plan = check(parse_eval_args(command_line({**options, "ckpt": [str(latest)]})))
+    assert plan.sources["hybrid_ft"].path == str(models.root / "ckpt")
+
+
+def test_a_checkpoint_may_go_once_its_weights_are_read(models, options, tmp_path):
+    shutil.copytree(models.root / "ckpt", tmp_path / "ckpt")
+    output = tmp_path / "eval.json"
+    more = {"which": ["hybrid_ft"], "ckpt": [str(tmp_path / "ckpt")], "output": [str(output)]}
+    args = parse_eval_args(command_line({**options, **more}))
+    plan, load = check(args), entry.load
+
+    def load_and_delete(*inputs):
+        model = load(*inputs)
+        shutil.rmtree(tmp_path / "ckpt")
+        return model
+
+    with pytest.MonkeyPatch.context() as patch, process_groups(plan.device) as ranks:
+        patch.setattr(entry, "load", load_and_delete)
+        entry.run(args, plan, ranks)
+    assert json.loads(output.read_text())["config"]["layers"] == [0, 2]
+
+
+def test_a_tokenizer_that_is_none_of_the_students(models, options, tmp_path):
+    make_student(len(models.tokenizer) - 200).save_pretrained(tmp_path)
+    assert "--student_model has a vocabulary of 900" in error_of({**options, "student_model": [str(tmp_path)]})
+
+
+def test_a_teacher_that_does_not_tell_its_context(models, options):
+    """A Llamba has no positions to run out of."""
+    student = {"which": ["teacher"], "teacher_model": [str(models.root / "with_tokenizer")]}
+    shutil.copytree(models.root / "student", models.root / "with_tokenizer")
+    models.tokenizer.save_pretrained(models.root / "with_tokenizer")
+    assert "--max_length: not given" in error_of({**options, **student})
+    plan = check(parse_eval_args(command_line({**options, **student, "max_length": ["400"]})))
+    assert plan.max_length == 400
+
+
+def test_ranks_that_see_different_questions_are_told(options):
+    class Ranks:
+        def all_have(self, content):
+            seen.append(content)
+            return False
+
+    seen: list[bytes] = []
+    for limit in ("3", "2"):
+        plan = check(parse_eval_args(command_line({**options, "limit": [limit]})))
+        with pytest.raises(ValueError, match="the ranks have not found the same"):
+            eval_plan.check_agreement(plan, Ranks())
+    assert seen[0] != seen[1]
 
 
 def test_a_llama_is_no_student_and_no_checkpoint(models, options):

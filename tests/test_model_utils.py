@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, MistralConfig
 
 from llamba import LlambaConfig
@@ -291,3 +292,22 @@ def test_compiled_blocks_compute_the_same_under_the_same_names(monkeypatch):
     assert all(block._compiled_call_impl is not None for block in student.backbone.layers)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"), "layers.1.self_attn.q_proj.weight"),
+        (lambda weights: weights.update({"model.norm.weight": torch.ones(7)}), "norm.weight"),
+    ],
+    ids=["missing", "misshapen"],
+)
+def test_a_teacher_is_not_filled_up_with_random_weights(tmp_path, damage, named, with_head):
+    tiny_teacher().save_pretrained(tmp_path)
+    get_teacher_model(str(tmp_path), torch.float32, torch.device("cpu"), with_head)
+    weights = load_file(tmp_path / "model.safetensors")
+    damage(weights)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"--teacher_model .* missing or misshapen: .*{named}"):
+        get_teacher_model(str(tmp_path), torch.float32, torch.device("cpu"), with_head)
