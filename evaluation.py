@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from arguments import TrainArguments
 from batches import Batch
 from held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
-from mmlu import Question, build_questions, load_mmlu, score
+from mmlu import Question, answer, build_questions, load_mmlu
 from ranks import Ranks
+from scoring import Scorer
 from stopping import StopRequest
 from teacher import Lane, ask_ahead
 from training_utils import DistillationModel, to_device
@@ -185,25 +186,26 @@ class Evaluator:
         return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.kl_weight > 0)
 
     def _counts_of_mmlu(self) -> Tensor | None:
-        """Right answers and all: (2,). Each rank takes every W-th subject."""
+        """Right answers and all: (2,). Each rank takes every W-th subject, no more windows and tokens at a time than in
+        training. Log-likelihoods that are not finite do not end the run, which may well recover: they make it NaN.
+        """
         by_subject = torch.zeros(len(self.subjects), 2, dtype=torch.float64)
+        args, scorer = self.args, None
         for first in range(0, len(self.subjects), self.ranks.world_size):
             if self._is_asked_to_stop():
                 return None
             own = first + self.ranks.rank
-            if own < len(self.subjects):
-                by_subject[own] = torch.tensor(self._score(self.subjects[own]), dtype=torch.float64)
+            if own >= len(self.subjects):
+                continue
+            right = float("nan")
+            try:
+                student = self.model.student
+                scorer = scorer or Scorer(student, self.tokenizer, self.ranks.device, args.batch_size, args.seq_length)
+                right = sum(given.prediction == given.answer for given in answer(scorer, self.subjects[own]))
+            except ValueError as error:
+                logger.warning("evaluation: no accuracy on MMLU (%s)", error)
+            by_subject[own] = torch.tensor([right, len(self.subjects[own])])
         return self.ranks.total(by_subject).sum(dim=0)
-
-    def _score(self, questions: list[Question]) -> tuple[float, float]:
-        """No more windows and tokens at a time than in training."""
-        args, student = self.args, self.model.student
-        try:
-            answers = score(student, self.tokenizer, questions, args.batch_size, self.ranks.device, args.seq_length)
-        except ValueError as error:  # log-likelihoods that are not finite: the run may well recover from that
-            logger.warning("evaluation: no accuracy on MMLU (%s)", error)
-            return float("nan"), len(questions)
-        return sum(answer.prediction == answer.answer for answer in answers), len(questions)
 
     def _is_asked_to_stop(self) -> bool:
         (code,) = self.ranks.maximum(self.stop.code)

@@ -96,7 +96,7 @@ def run_task(
         "results": {task: _figures(result) for task, result in report["results"].items()},
         "n_shot": report["n-shot"],
         "n_samples": report["n-samples"],
-        "versions": {**report["versions"], "lm_eval": report["lm_eval_version"]},
+        "versions": {**report["versions"], "lm_eval": lm_eval.__version__},
     }
 
 

@@ -13,7 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mmlu_files import HUB_NAME, LETTERS, Example, Subject, load_mmlu
 from scoring import Request, Scorer
 
-__all__ = ["HUB_NAME", "Example", "Prediction", "Question", "Subject", "build_questions", "load_mmlu", "score"]
+__all__ = [
+    "HUB_NAME",
+    "Example",
+    "Prediction",
+    "Question",
+    "Subject",
+    "answer",
+    "build_questions",
+    "load_mmlu",
+    "score",
+]
 
 PROMPT = "lm-evaluation-harness, task mmlu (default), version 1"
 GROUP_NAMES = {

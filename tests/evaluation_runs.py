@@ -48,7 +48,7 @@ def play(folder: Path) -> None:
     killed.keep()
 
     stopped = Scene(folder, "stopped")
-    for rank, function, n, number in ((1, "held_out_sums", 3, signal.SIGTERM), (0, "score", 1, signal.SIGUSR1)):
+    for rank, function, n, number in ((1, "held_out_sums", 3, signal.SIGTERM), (0, "answer", 1, signal.SIGUSR1)):
         act = signal_self(number)
         arm = on_rank(rank, lambda function=function, n=n, act=act: trap(evaluation, function, n, act))
         stopped.run(arm=arm, resume="auto", **EVALUATED)

@@ -287,7 +287,8 @@ def test_recurrent_layers_keep_their_size_and_attention_layers_grow(hybrid):
 # --- pipelines -----------------------------------------------------------------------------------------------
 
 
-def test_pipeline():
+def test_pipeline(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it would leave behind for other tests
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "presets" / "tiny" / "teacher")
     tokenizer.padding_side = "left"
     model = make([1, 3], vocab_size=1024)

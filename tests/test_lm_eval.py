@@ -32,6 +32,12 @@ REAL_MMLU = Path(__file__).parents[1] / ".." / "shared" / "data" / "mmlu"
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_the_environment(monkeypatch):
+    """lm-eval would ask pip for all packages, each time, to put them into its report."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda report: None)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
     """A directory whose folders stand in for data sets of the hub, and a cache of its own."""
