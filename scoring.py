@@ -81,7 +81,7 @@ class Scorer:
         """For each request, the summed log-likelihood of each of its continuations. To be called with requests that
         begin alike: the longer what all of them share, the less there is to do.
         """
-        rows = [row for i, request in enumerate(requests) for row in self._encode(i, request)]
+        rows = self._encode(requests)
         self._check_vocabulary(rows)
         self.tokens_plain += sum(len(row.tokens) for row in rows)
         scores = [[0.0] * len(request.continuations) for request in requests]
@@ -97,16 +97,21 @@ class Scorer:
                     scores[row.request][choice] = value
         return scores
 
-    def _encode(self, position: int, request: Request) -> Iterator[Row]:
+    def _encode(self, requests: Sequence[Request]) -> list[Row]:
         """As lm-eval does: a continuation's tokens are those of the whole beyond the count of the prompt's. That holds
         for tokenizers that need several tokens for " A", and it adds a BOS where the tokenizer does by default.
-
-        Continuations that differ in their last token alone need the same forward pass, and share a row.
         """
-        wholes = [request.prompt + continuation for continuation in request.continuations]
-        prompt, *encoded = self.tokenizer([request.prompt, *wholes]).input_ids
+        texts = [request.prompt + end for request in requests for end in ("", *request.continuations)]
+        encoded = iter(self.tokenizer(texts).input_ids if texts else ())  # in one call: a tokenizer has threads
+        rows: list[Row] = []
+        for i, request in enumerate(requests):
+            rows += self._rows(i, request, next(encoded), [next(encoded) for _ in request.continuations])
+        return rows
+
+    def _rows(self, position: int, request: Request, prompt: list[int], wholes: list[list[int]]) -> Iterator[Row]:
+        """Continuations that differ in their last token alone need the same forward pass, and share a row."""
         shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        for choice, whole in enumerate(encoded):
+        for choice, whole in enumerate(wholes):
             continuation = whole[len(prompt) :]
             if not continuation:
                 text = request.continuations[choice]
