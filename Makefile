@@ -14,19 +14,19 @@ setup-bench: .venv/installed-bench
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt
 	touch $@
 
 # Of mamba-ssm the tests need the Python files alone, as a reference; its CUDA extension is not built.
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements-dev.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
-		$(BIN)/pip install --quiet --no-deps --no-build-isolation mamba-ssm==2.2.4
+		$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation mamba-ssm==2.2.4
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements-bench.txt
-	$(BIN)/pip install --quiet lm-eval==0.4.13
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements-bench.txt
+	$(BIN)/pip install --quiet --no-compile lm-eval==0.4.13
 	touch $@
 
 # Two students and their teacher, tiny, on whatever this machine has; then all four models' scores. A demo run

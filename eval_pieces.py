@@ -28,7 +28,6 @@ class Piece:
     name: str  # "<kind>-<what>", fit for a file's name
     cost: int  # beside the other pieces'
     measure: Callable[[Scorer], Any]  # of the scorer's model; what it gives is JSON
-
     window: int | None = None  # of held-out text, the first that it is about
 
 

@@ -31,6 +31,7 @@ def bench_loss(monkeypatch):
     return bench_loss
 
 
+@pytest.mark.bench
 def test_quick_mode_runs_end_to_end(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, "benchmarks/bench_loss.py", "--quick", "--json", str(file)]

@@ -48,7 +48,7 @@ def facts(stage):
 # --- kill -9 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lane,kills", [("cached", 12), ("stream", 8)])
+@pytest.mark.parametrize("lane,kills", [("cached", 8), ("stream", 5)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_left_alone(lane, kills):
     result = json.loads(python("tests.faults.kills", "--lane", lane, "--kills", kills, timeout=290))
     assert result["kills"] == kills
