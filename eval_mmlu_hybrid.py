@@ -168,9 +168,9 @@ def describe(name: str, args: EvalArguments, plan: Plan) -> dict[str, Any]:
             "prompt": mmlu.PROMPT,
             "questions_sha256": mmlu.fingerprint(plan.questions),
         }
-    options = [("held_out", args.held_out), ("retrieval", args.retrieval), ("tasks", args.tasks)]
-    for beginning in [beginning for beginning, asked in options if asked]:
-        config |= {option: value for option, value in vars(args).items() if option.startswith(beginning)}
+    for kind, is_asked in {"held_out": args.held_out, "retrieval": args.retrieval, "tasks": args.tasks}.items():
+        if is_asked:
+            config |= {option: value for option, value in vars(args).items() if option.startswith(kind)}
     return config | ({"seed": args.seed} if args.retrieval else {})
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -25,14 +25,14 @@ def write_report(results: dict[str, dict], output: Path | None) -> None:
     differences = compare_all(results)
     if output is not None:
         write_files(results, differences, output)
-    for table in screen_tables(results, differences):
-        print(f"\n{aligned(table)}", flush=True)
+    for section in sections(results, differences, ("groups",)):
+        print("\n".join(["", *filter(None, (section.title, section.note)), aligned(section.table)]), flush=True)
 
 
 def write_files(results: dict[str, dict], differences: list[dict[str, Any]], output: Path) -> None:
     """All is made before any of it is written, and the JSON comes last: it tells that all is there."""
     of_json, of_report, of_chart = output_files(output)
-    contents = {of_report: markdown(results, differences).encode() + b"\n"}
+    contents = {of_report: markdown(sections(results, differences, ("groups", "subjects"))).encode() + b"\n"}
     if "acc" in next(iter(results.values())):
         contents[of_chart] = draw_chart(results)
     text = json.dumps(finite(arrange(results, differences)), indent=1, allow_nan=False)
@@ -70,17 +70,63 @@ def arrange(results: dict[str, dict], differences: list[dict[str, Any]]) -> dict
     return {**scores, "models": results, "differences": differences}
 
 
+# Sections
+
+
+class Section(NamedTuple):
+    """A table with what it is of and what it was measured with."""
+
+    title: str
+    note: str
+    table: Table
+
+
+def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts: Sequence[str]) -> list[Section]:
+    """What the screen and the report show. parts: "groups", "subjects", by which differences are told."""
+    first = next(iter(results.values()))
+    config = first["config"]
+    found = [Section("Models", "", model_table(results))]
+    if "acc" in first:
+        limit = f", the first {config['limit']} questions of each" if config["limit"] else ""
+        title = f"MMLU, {config['num_fewshot']}-shot, {len(first['subjects'])} subjects{limit}"
+        note = (
+            f"Prompt: {config['prompt']}. Data: {config['mmlu_dir']}, SHA-256 of the questions "
+            f"{config['questions_sha256'][:16]}. The standard error is that within subjects, as lm-eval pools it."
+        )
+        found.append(Section(title, note, score_table(results)))
+    if differences:
+        note = (
+            "On the same questions: gained are those that the first model has right and the second wrong, lost the "
+            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many "
+            "comparisons there are."
+        )
+        found.append(Section("Differences", note, difference_table(differences, parts)))
+    if "held_out" in first:
+        found.append(Section("Held-out text", options_of(config, "held_out"), held_out_table(results)))
+    if "retrieval" in first:
+        found.append(Section("Retrieval", options_of(config, "retrieval", "seed"), retrieval_table(results)))
+    if "tasks" in first:
+        found.append(Section("Tasks", options_of(config, "tasks", "limit"), task_table(results)))
+    return found
+
+
+def options_of(config: dict[str, Any], *beginnings: str) -> str:
+    """Those options of a model's config that begin so."""
+    return ", ".join(f"{name} {value}" for name, value in config.items() if name.startswith(beginnings))
+
+
 # Tables
 
 
-def screen_tables(results: dict[str, dict], differences: list[dict[str, Any]]) -> list[Table]:
-    first = next(iter(results.values()))
-    tables = []
-    if "acc" in first:
-        tables.append(score_table(results))
-        if differences:
-            tables.append(difference_table(differences, ("groups",)))
-    return [*tables, *other_tables(results)]
+def model_table(results: dict[str, dict]) -> Table:
+    table = [["model", "from", "teacher's layers", "dtype", "max_length", "versions"]]
+    for name, result in results.items():
+        config = result["config"]
+        source = config["ckpt"] or config["student_model"] or config["teacher_model"]
+        layers = "all" if config["layers"] is None else " ".join(map(str, config["layers"])) or "none"
+        versions = ", ".join(f"{package} {release}" for package, release in config["versions"].items())
+        table.append([name, source, layers, config["dtype"], str(config["max_length"]), versions])
+    return table
 
 
 def score_table(results: dict[str, dict]) -> Table:
@@ -110,33 +156,28 @@ def difference_table(differences: list[dict[str, Any]], parts: Iterable[str]) ->
     return table
 
 
-def other_tables(results: dict[str, dict]) -> list[Table]:
-    """Held-out text, retrieval and lm-eval's tasks, those that were measured."""
-    first = next(iter(results.values()))
-    tables = []
-    if "held_out" in first:
-        rows = [[name, *(number(value) for value in result["held_out"].values())] for name, result in results.items()]
-        tables.append([["held-out text", *first["held_out"]], *rows])
-    if "retrieval" in first:
-        table = [["retrieval: tokens", "pairs", "n", "chance", *results]]
-        for i, cell in enumerate(first["retrieval"]):
-            scores = (number(result["retrieval"][i]["acc"]) for result in results.values())
-            table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), number(cell["chance"]), *scores])
-        tables.append(table)
-    if "tasks" in first:
-        tables.append([["task", "shots", "n", "metric", *results], *_task_rows(results)])
-    return tables
+def held_out_table(results: dict[str, dict]) -> Table:
+    rows = [[name, *(number(value) for value in result["held_out"].values())] for name, result in results.items()]
+    return [["held-out text", *next(iter(results.values()))["held_out"]], *rows]
 
 
-def _task_rows(results: dict[str, dict]) -> Table:
-    rows = []
+def retrieval_table(results: dict[str, dict]) -> Table:
+    table = [["retrieval: tokens", "pairs", "n", "chance", *results]]
+    for i, cell in enumerate(next(iter(results.values()))["retrieval"]):
+        scores = (number(result["retrieval"][i]["acc"]) for result in results.values())
+        table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), number(cell["chance"]), *scores])
+    return table
+
+
+def task_table(results: dict[str, dict]) -> Table:
+    table = [["task", "shots", "n", "metric", *results]]
     for asked, outcome in next(iter(results.values()))["tasks"].items():
         for task, figures in outcome["results"].items():
+            shots, n = outcome["n_shot"].get(task, ""), outcome["n_samples"].get(task, {}).get("effective", "")
             for metric in figures:
                 scores = (number(result["tasks"][asked]["results"][task][metric]) for result in results.values())
-                n = outcome["n_samples"].get(task, {}).get("effective", "")
-                rows.append([task, str(outcome["n_shot"].get(task, "")), str(n), metric, *scores])
-    return rows
+                table.append([task, str(shots), str(n), metric, *scores])
+    return table
 
 
 def number(value: float | None) -> str:
@@ -158,47 +199,9 @@ def aligned(table: Table) -> str:
 # The report
 
 
-def markdown(results: dict[str, dict], differences: list[dict[str, Any]]) -> str:
-    first = next(iter(results.values()))
-    parts = ["# Evaluation", as_markdown(model_table(results))]
-    if "acc" in first:
-        config, n_subjects = first["config"], len(first["subjects"])
-        limit = f", the first {config['limit']} questions of each" if config["limit"] else ""
-        parts += [
-            f"## MMLU, {config['num_fewshot']}-shot, {n_subjects} subjects{limit}",
-            f"Prompt: {config['prompt']}. Data: {config['mmlu_dir']}, SHA-256 of the questions "
-            f"`{config['questions_sha256'][:16]}`. The standard error is that within subjects, as lm-eval pools it.",
-            as_markdown(score_table(results)),
-        ]
-    if differences:
-        parts += [
-            "## Differences",
-            "On the same questions: `gained` are those that the first model has right and the second wrong, `lost` the "
-            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many "
-            "comparisons there are.",
-            as_markdown(difference_table(differences, ("groups", "subjects"))),
-        ]
-    for table in other_tables(results):
-        title = table[0][0].split(":")[0].capitalize()
-        parts += [f"## {title}", measured_with(title, first["config"]), as_markdown(table)]
-    return "\n\n".join(parts)
-
-
-def measured_with(title: str, config: dict[str, Any]) -> str:
-    """The options that the figures below a title depend on, as they stand in a model's config."""
-    beginnings = {"Held-out text": ("held_out",), "Retrieval": ("retrieval", "seed"), "Task": ("tasks", "limit")}
-    return ", ".join(f"{name} {value}" for name, value in config.items() if name.startswith(beginnings[title]))
-
-
-def model_table(results: dict[str, dict]) -> Table:
-    table = [["model", "from", "teacher's layers", "dtype", "max_length", "versions"]]
-    for name, result in results.items():
-        config = result["config"]
-        source = config["ckpt"] or config["student_model"] or config["teacher_model"]
-        layers = "all" if config["layers"] is None else " ".join(map(str, config["layers"])) or "none"
-        versions = ", ".join(f"{package} {release}" for package, release in config["versions"].items())
-        table.append([name, source, layers, config["dtype"], str(config["max_length"]), versions])
-    return table
+def markdown(found: list[Section]) -> str:
+    parts = [part for section in found for part in (f"## {section.title}", section.note, as_markdown(section.table))]
+    return "\n\n".join(["# Evaluation", *filter(None, parts)])
 
 
 def as_markdown(table: Table) -> str:

@@ -263,7 +263,7 @@ def distil(
         meter.add(figures, batch.window_ids)
 
         if steps_now:
-            lr = schedule.get_last_lr()[0]
+            lr = float(schedule.get_last_lr()[0])
             means = meter.mean(teacher_wait_s=lane.waits.take(), data_wait_s=timed_batches.take())
             grad_norm, outcome = update(model, optimizer, loss_scale, args.grad_clip, means["loss"])
             schedule.step()
@@ -277,18 +277,7 @@ def distil(
             )
             tell_oddities(progress.step, means["loss"], grad_norm, outcome, spikes, meter, ranks.rank)
             meter.clear()
-            seconds = stopwatch.lap()
-            row: dict[str, Any] = {
-                "step": progress.step,
-                "micro_step": micro_step,
-                **means,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "skipped_updates": progress.skipped_updates,
-                "tokens": progress.tokens,
-                "tokens_per_s": tokens_per_step / seconds,
-                "step_time_s": seconds,
-            }
+            row = metrics_row(progress, means, lr, grad_norm, tokens_per_step, stopwatch.lap())
             if health.is_due(progress.step):
                 row["update_health"] = health.report()
             evaluator.add_to(row, total_steps)
@@ -305,6 +294,23 @@ def distil(
     log.flush_to_disk()
     saver.finish(progress, stop)
     return ending(args, progress, total_steps, asked_to_stop, ranks)
+
+
+def metrics_row(
+    progress: Progress, means: dict[str, float], lr: float, grad_norm: float, tokens: int, seconds: float
+) -> dict[str, Any]:
+    """The row of metrics.jsonl for the optimizer step that has led to `progress`: of `tokens`, in `seconds`."""
+    return {
+        "step": progress.step,
+        "micro_step": progress.micro_step,
+        **means,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "skipped_updates": progress.skipped_updates,
+        "tokens": progress.tokens,
+        "tokens_per_s": tokens / seconds,
+        "step_time_s": seconds,
+    }
 
 
 def ending(args: TrainArguments, progress: Progress, total_steps: int, asked_to_stop: int, ranks: Ranks) -> int:

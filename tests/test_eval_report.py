@@ -16,7 +16,7 @@ from eval_report import (
     draw_chart,
     markdown,
     output_files,
-    screen_tables,
+    sections,
     write_report,
 )
 
@@ -98,7 +98,8 @@ def test_pieces_are_put_together(results):
 
 
 def test_the_screen_shows_scores_and_differences(results):
-    scores, differences, held_out, retrieval, tasks = screen_tables(results, compare_all(results))
+    found = sections(results, compare_all(results), ("groups",))
+    _, scores, differences, held_out, retrieval, tasks = (section.table for section in found)
     assert scores[0] == ["subject", "n", "student", "teacher"]
     assert [row[0] for row in scores[1:]] == ["astronomy", "virology", "stem", "other", "all", "stderr"]
     assert scores[-2] == ["all", "6", "0.5000", "0.8333"]
@@ -123,19 +124,19 @@ def test_every_two_models_are_compared(results):
 
 
 def test_the_report_says_what_was_measured_and_how(results):
-    text = markdown(results, compare_all(results))
+    text = markdown(sections(results, compare_all(results), ("groups", "subjects")))
     for part in (
         "## MMLU, 5-shot, 2 subjects",
         "held_out text.txt, held_out_windows 2",
         "retrieval_questions 8, seed 0",
         "limit None, tasks ['gsm8k']",
-        "Prompt: lm-eval's. Data: cais/mmlu, SHA-256 of the questions `abababababababab`",
+        "Prompt: lm-eval's. Data: cais/mmlu, SHA-256 of the questions abababababababab",
         "| student | org/student | none | float32 | 512 | python 3.11, torch 2.13 |",
         "| teacher | org/teacher | all | float32 | 512 | python 3.11, torch 2.13 |",
         "| teacher - student | virology | 2 | +0.5000 |",
         "## Held-out text",
         "## Retrieval",
-        "## Task",
+        "## Tasks",
     ):
         assert part in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -162,6 +163,7 @@ def test_without_mmlu_the_rest_is_reported(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.json", "eval.md"]
     assert list(json.loads((tmp_path / "out" / "eval.json").read_text())) == ["models", "differences"]
     shown = capsys.readouterr().out
+    assert "python 3.11, torch 2.13" in shown and "held_out text.txt, held_out_windows 2" in shown
     assert "held-out text" in shown and "subject" not in shown
 
 

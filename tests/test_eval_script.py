@@ -152,7 +152,10 @@ def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys
     files = {path.name for path in output.parent.iterdir()}
     assert files == {"eval.json", "eval.md", "eval.png"}  # and no partial results
 
-    table = capsys.readouterr().out.split("\n\n")[0].strip().splitlines()
+    models_table, (title, prompt, *table) = (block.splitlines() for block in capsys.readouterr().out.split("\n\n")[:2])
+    assert len(models_table) == 2 + 1 + 4  # a blank line, the title, the head, four models
+    assert title == "MMLU, 2-shot, 4 subjects, the first 3 questions of each"
+    assert prompt.startswith(f"Prompt: {mmlu.PROMPT}. Data: {TINY / 'mmlu'}")
     assert table[0].split() == ["subject", "n", *WHICH]
     assert [line.split()[0] for line in table[1:]] == [
         "animals",

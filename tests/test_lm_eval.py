@@ -113,9 +113,11 @@ def test_the_whole_of_mmlu_with_its_groups(hub):
 
 
 @pytest.mark.skipif(not REAL_MMLU.is_dir(), reason="../shared/data/mmlu, a part of the real MMLU, is not there")
+@pytest.mark.parametrize("n", [2, pytest.param(None, marks=[pytest.mark.bench, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("kind", ["llama", "hybrid"])
-def test_real_questions_with_five_shots(hub, kind):
-    subjects = [Subject(s.name, s.dev, s.test[:2]) for s in mmlu.load_mmlu(REAL_MMLU)]
+def test_real_questions_with_five_shots(hub, kind, n):
+    """The first two of each subject; all 2,052 in `make test-bench`, which takes minutes."""
+    subjects = [Subject(s.name, s.dev, s.test[:n]) for s in mmlu.load_mmlu(REAL_MMLU)]
     write_snapshot(hub / "cais" / "mmlu", subjects)
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
     model = make_model(kind, len(tokenizer))
