@@ -71,8 +71,7 @@ def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         result["tokens"] = {key: sum(part["tokens"][key] for part in parts) for key in ("run", "plain")}
     if "held_out" in kinds:
         sums = [HeldOutSums(torch.tensor(values, dtype=torch.float64), True) for values in kinds["held_out"].values()]
-        result["held_out"] = sum(sums[1:], start=sums[0]).figures(ce_weight=1.0, kl_weight=0.0)
-        del result["held_out"]["loss"]  # which would be the cross entropy once more
+        result["held_out"] = sum(sums[1:], start=sums[0]).means()
     if "retrieval" in kinds:
         result["retrieval"] = list(kinds["retrieval"].values())
     if "task" in kinds:

@@ -141,14 +141,18 @@ class HeldOutSums:
         assert self.with_teacher == other.with_teacher
         return HeldOutSums(self.values + other.values, self.with_teacher)
 
-    def figures(self, ce_weight: float, kl_weight: float) -> dict[str, float]:
-        """Means per token, `loss` with the weights; `kl` and `agreement` only with a teacher."""
+    def means(self) -> dict[str, float]:
+        """Per token, and how many they are; `kl` and `agreement` only with a teacher."""
         means = self.values / self.values[3]
         ce, kl, agreement, _ = means.tolist()
-        rest = {"perplexity": means[0].exp().item(), "tokens": int(self.values[3])}
-        if not self.with_teacher:
-            return {"loss": ce_weight * ce, "ce": ce, **rest}
-        return {"loss": ce_weight * ce + kl_weight * kl, "ce": ce, "kl": kl, "agreement": agreement, **rest}
+        of_teacher = {"kl": kl, "agreement": agreement} if self.with_teacher else {}
+        return {"ce": ce, **of_teacher, "perplexity": means[0].exp().item(), "tokens": int(self.values[3])}
+
+    def figures(self, ce_weight: float, kl_weight: float) -> dict[str, float]:
+        """The means, and before them the `loss` that training would have with these weights."""
+        means = self.means()
+        kl_part = kl_weight * means["kl"] if self.with_teacher else 0.0
+        return {"loss": ce_weight * means["ce"] + kl_part, **means}
 
 
 @torch.no_grad()
