@@ -66,7 +66,7 @@ def main(command_line: list[str] | None = None) -> int:
         prog="python -m llamba.export",
         description="Make a directory that transformers loads without this repository, by trust_remote_code=True: "
         "weights, tokenizer, modelling code and a model card. The checkpoint is left as it is.",
-        epilog="example: python -m llamba.export runs/demo/latest my-hybrid",
+        epilog="example: python -m llamba.export runs/demo/latest runs/my-hybrid",
     )
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint of a run, or a Llamba written by save_pretrained")
     parser.add_argument("out", metavar="OUT", help="directory to make; it must not exist yet, or be empty")
