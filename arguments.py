@@ -1,7 +1,6 @@
 """Every option of the command lines, once: its name, type, default, group and help, and the checks that need no
-file and no model. `parse_train_args` and `parse_eval_args` turn a command line into typed, checked options;
-defaults come from the dataclasses below, over them the preset's `preset.json`, over that the command line.
-Standard library only, so that a mistake is reported before anything heavy is imported.
+file and no model. `parse_train_args` and `parse_eval_args` turn a command line into typed, checked options; settings.py
+tells where the values come from. Nothing heavy is imported, so that a mistake is reported at once.
 """
 
 import dataclasses
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from command_line import auto_or_int, make_parser, option, preset_values
+from command_line import auto_or_int, option
+from settings import option_values
 
 # What a run that goes on from its checkpoint has to keep: with another value it would be another run.
 KEPT_BY_A_RUN = (
@@ -32,10 +32,14 @@ KEPT_BY_A_STREAM = ("shuffle_buffer", "batch_size")  # besides these
 KEPT_BY_A_CACHE = ("skip_bad_rows",)  # a stream that ended at a bad row may go on without it
 # What a run may change without a word: where and how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
-    {"preset", "local_files_only", "student_model", "resume", "resume_step", "time_limit", "dataset_cache_dir"}
+    {
+        *("preset", "config", "local_files_only", "student_model", "dataset_cache_dir"),
+        *("resume", "resume_step", "time_limit"),
+    }
 )
-SHARED, MODELS, DATA, LOSS, TRAINING, EVALUATION_IN_TRAINING, OUTPUT, EVALUATION, MMLU, BEYOND = (
+SHARED, PLAN, MODELS, DATA, LOSS, TRAINING, EVALUATION_IN_TRAINING, OUTPUT, EVALUATION, MMLU, BEYOND = (
     "general",
+    "plan",
     "models",
     "data",
     "loss",
@@ -53,6 +57,9 @@ class CommonArguments:
     """Options of training and of evaluation alike."""
 
     preset: str = option(SHARED, "folder under presets/ whose values stand in for options not given", "llamba-8b")
+    config: str | None = option(
+        SHARED, "YAML file of options, as option: value; those of the command line come before it", None
+    )
     seed: int = option(SHARED, "seed of all that is drawn: data order, dropout, contexts of the retrieval probe", 0)
     local_files_only: bool = option(SHARED, "use only what is on this disk; touch no network", False)
     teacher_model: str = option(MODELS, "name or directory of the teacher, a Llama-family causal LM")
@@ -61,6 +68,10 @@ class CommonArguments:
         MODELS, "student layers to replace whole by the teacher's; a negative index means none", nargs="*"
     )
     dtype: Literal["bfloat16", "float16", "float32"] = option(MODELS, "weights and compute")
+
+    def __post_init__(self) -> None:
+        if self.layers and max(self.layers) < 0:
+            self.layers = []
 
 
 @dataclass(kw_only=True)
@@ -170,8 +181,12 @@ class TrainArguments(CommonArguments):
     health_interval: int = option(
         OUTPUT, "optimizer steps between reports of the share of weights that moved; 0 for none", 100
     )
+    layer_map_interval: int = option(
+        OUTPUT, "optimizer steps between maps of how far each layer strays from the teacher's; 0 for none", 0
+    )
     log_interval: int = option(OUTPUT, "optimizer steps between log lines", 10)
     log_file: str | None = option(OUTPUT, "also write the log here", None)
+    tensorboard: bool = option(OUTPUT, "log to TensorBoard, into the folder tensorboard of --output_dir", False)
     wandb: bool = option(OUTPUT, "log to Weights & Biases", False)
     wandb_project: str = option(OUTPUT, "W&B project", "llamba-distill")
     wandb_run_name: str | None = option(OUTPUT, "W&B run name", None)
@@ -181,6 +196,22 @@ class TrainArguments(CommonArguments):
         "online, offline or disabled (default: offline under --local_files_only, else W&B's own)",
         None,
     )
+
+    dry_run: bool = option(
+        PLAN, "print what the run would take, and whether it fits; no weight is read, no GPU is needed", False
+    )
+    gpus: int | None = option(
+        PLAN, "GPUs of a node, the teacher's included (default: those that are visible, else 5)", None
+    )
+    gpu_gb: float | None = option(PLAN, "memory of a GPU in 10^9 bytes (default: the visible ones', else 80)", None)
+    tflops: float | None = option(
+        PLAN,
+        "10^12 operations per second of a GPU in --dtype, by its data sheet; also for the MFU in the log (default: by "
+        "the name of the visible ones; a plan without GPUs takes an H100's, 989)",
+        None,
+    )
+    nodes: int | None = option(PLAN, "nodes of this kind (default: torchrun's)", None)
+    plan_json: str | None = option(PLAN, "also write the plan's figures to this file", None)
 
     def problems(self) -> list[str]:
         positive = (
@@ -201,6 +232,7 @@ class TrainArguments(CommonArguments):
             "save_interval",
             "resume_step",
             "health_interval",
+            "layer_map_interval",
             "eval_interval",
             "ce_weight",
             "kl_weight",
@@ -210,6 +242,12 @@ class TrainArguments(CommonArguments):
         found += _layer_problems(self.layers)
         optional = ("loss_chunk_tokens", "checkpoint_blocks", "save_total_limit")
         found += [_too_small(self, name, 1) for name in optional if getattr(self, name) is not None]
+        found += self._plan_problems()
+        if self.layer_map_interval > 0 and self.kl_weight == 0:
+            found.append(
+                f"--layer_map_interval {self.layer_map_interval} --kl_weight 0: a map compares with the teacher, and "
+                "none runs; leave one of them out"
+            )
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             found.append(f"--time_limit {self.time_limit}: expected minutes, more than 0")
         if self.resume is not None and self.resume_step:
@@ -248,6 +286,20 @@ class TrainArguments(CommonArguments):
                     f"{self.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
                 )
         return [problem for problem in [*found, *self._evaluation_problems()] if problem]
+
+    def _plan_problems(self) -> list[str]:
+        found = [
+            f"--{name} {getattr(self, name)}: expected a number above 0"
+            for name in ("gpus", "gpu_gb", "tflops", "nodes")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
+        ]
+        if not self.dry_run:
+            found += [
+                f"--{name} {getattr(self, name)}: is for a plan; add --dry_run, or leave it out"
+                for name in ("gpus", "gpu_gb", "nodes", "plan_json")
+                if getattr(self, name) is not None
+            ]
+        return found
 
     def held_out_text(self) -> tuple[str, str | None, str]:
         """Name, subset and split of the text that evaluations during training are made on."""
@@ -324,9 +376,10 @@ class EvalArguments(CommonArguments):
     retrieval_lengths: list[int] = option(BEYOND, "tokens of these contexts", [256, 1024, 4096], nargs="+")
     retrieval_pairs: list[int] = option(BEYOND, "pairs in them", [4, 16, 64], nargs="+")
     retrieval_questions: int = option(BEYOND, "questions for each length and number of pairs", 64)
-    layers_given: bool = dataclasses.field(default=False)  # --layers stood on the command line
+    layers_given: bool = dataclasses.field(default=False)  # --layers stood on the command line, or in --config
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.tasks = list(dict.fromkeys(name for part in self.tasks for name in part.split(",") if name))
         self.retrieval_lengths = list(dict.fromkeys(self.retrieval_lengths))
         self.retrieval_pairs = list(dict.fromkeys(self.retrieval_pairs))
@@ -362,37 +415,23 @@ def group_of(name: str) -> str:
 
 def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
     """The options of a training run. Raises ValueError that lists every problem found."""
-    return _parse(TrainArguments, "Distil a Llama into a hybrid Llamba. Run under torchrun.", argv)
+    values, _ = option_values(TrainArguments, "train", "Distil a Llama into a hybrid Llamba. Run under torchrun.", argv)
+    args = TrainArguments(**values)
+    _raise_for(args.problems())
+    return args
 
 
 def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
     """The options of an evaluation. Raises ValueError that lists every problem found."""
-    return _parse(EvalArguments, "Score teacher, student and hybrids on MMLU and beyond.", argv)
-
-
-def _parse(cls, description: str, argv: list[str] | None):
-    given = vars(make_parser(cls, description).parse_args(argv))  # only what the command line names
-    preset = preset_values(given.get("preset", cls.preset), cls, "train" if cls is TrainArguments else "eval")
-    if "dataset_name" in given:  # the preset's subset, split and column are those of its own data set
-        preset = _without(preset, "dataset_", "eval_dataset_")
-    if "eval_dataset_name" in given:
-        preset = _without(preset, "eval_dataset_")
-    if not given.get("eval_interval", preset.get("eval_interval")):
-        preset = _without(preset, "eval_")  # what an evaluation would be made on, if there was one
-    values = {**preset, **given}
-    if cls is EvalArguments:
-        values["layers_given"] = "layers" in given
-    if any(index < 0 for index in values["layers"]):
-        values["layers"] = [] if max(values["layers"]) < 0 else values["layers"]
-    args = cls(**values)
-    problems = args.problems()
-    if problems:
-        raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
+    values, given = option_values(EvalArguments, "eval", "Score teacher, student and hybrids on MMLU and beyond.", argv)
+    args = EvalArguments(**values, layers_given="layers" in given)
+    _raise_for(args.problems())
     return args
 
 
-def _without(values: dict[str, Any], *beginnings: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if not name.startswith(beginnings)}
+def _raise_for(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
 
 
 def _is_same_name(name: str, other: str) -> bool:

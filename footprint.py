@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from arguments import TrainArguments, parse_train_args
-from command_line import PRESETS
 from data import Batch
 from llamba import LlambaConfig, LlambaForCausalLM
 from losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab
@@ -35,6 +34,7 @@ from model_utils import (
     prepare_student,
 )
 from optimizer import MasterWeightAdamW, parameter_groups
+from settings import PRESETS
 from teacher import Teacher, teacher_head
 from training_utils import DTYPES, DistillationModel
 

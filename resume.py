@@ -15,6 +15,7 @@ from arguments import (
     KEPT_BY_A_RUN,
     KEPT_BY_A_STREAM,
     OUTPUT,
+    PLAN,
     TrainArguments,
     group_of,
 )
@@ -174,7 +175,7 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
     if problems:
         raise ValueError("\n  ".join([f"--resume {args.resume}: this would be another run:", *problems]))
     for name, value in changed.items():
-        if name not in FREE_TO_CHANGE and group_of(name) != OUTPUT and is_main_rank():
+        if name not in FREE_TO_CHANGE and group_of(name) not in (OUTPUT, PLAN) and is_main_rank():
             logger.warning("goes on with --%s %s where it had %s", name, value, before[name])
 
 

@@ -25,13 +25,13 @@ def run(case: str, candidate: str, _: int) -> dict:
     from transformers import AutoTokenizer
 
     from arguments import parse_train_args
-    from command_line import PRESETS
     from data import Batch
     from llamba import LlambaConfig, LlambaForCausalLM
     from optimizer import LossScale, build_optimizer, update
     from ranks import process_groups
     from run_state import Progress, random_state
     from saver import Saver
+    from settings import PRESETS
     from training_utils import DistillationModel, wrap_ddp
 
     d_model, n_layer, vocab = CASES[case]

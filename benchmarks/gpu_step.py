@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import train_gpus
 from arguments import TrainArguments, parse_train_args
-from command_line import PRESETS
 from data import Batch
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
@@ -29,6 +28,7 @@ from losses import shared_vocab
 from model_utils import apply_replacements, freeze_student_layers, freeze_student_mlps
 from optimizer import MasterWeightAdamW
 from ranks import Ranks, choose_devices, process_groups
+from settings import PRESETS
 from training_utils import DTYPES, DistillationModel, wrap_ddp
 
 RANKS = 4  # that share the optimizer's state

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import arguments
-import command_line
+import settings
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(path.parent.name for path in command_line.PRESETS.glob("*/preset.json"))
+SHIPPED = sorted(path.parent.name for path in settings.PRESETS.glob("*/preset.json"))
 PRODUCTION = (
     "--dtype bfloat16 --layers 14 16 17 30 --batch_size 2 --ce_weight 1.0 --kl_weight 0.1 --epochs 1 "
     "--max_steps 100000 --seq_length 1024 --freeze_mlp --freeze_replaced_layers --no_dataset_streaming "
@@ -28,7 +28,7 @@ PRODUCTION = (
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """Writes a preset of a test's own, in the place of those that are shipped."""
-    monkeypatch.setattr(command_line, "PRESETS", tmp_path)
+    monkeypatch.setattr(settings, "PRESETS", tmp_path)
 
     def write(name="mine", common=None, train=None, evaluation=None):
         basics = {"teacher_model": "T", "student_model": "S", "layers": [1], "dtype": "float32"}
@@ -66,6 +66,7 @@ def eval_error(line):
 def test_the_production_command():
     assert dataclasses.asdict(train(PRODUCTION)) == {
         "preset": "llamba-8b",
+        "config": None,
         "seed": 0,
         "local_files_only": True,
         "teacher_model": "meta-llama/Llama-3.1-8B-Instruct",
@@ -123,13 +124,21 @@ def test_the_production_command():
         "save_total_limit": None,
         "background_save": True,
         "health_interval": 100,
+        "layer_map_interval": 0,
         "log_interval": 10,
         "log_file": None,
+        "tensorboard": False,
         "wandb": True,
         "wandb_project": "llamba-distill",
         "wandb_run_name": "NAME",
         "wandb_entity": None,
         "wandb_mode": None,
+        "dry_run": False,
+        "gpus": None,
+        "gpu_gb": None,
+        "tflops": None,
+        "nodes": None,
+        "plan_json": None,
     }
 
 
@@ -272,7 +281,7 @@ def test_another_dataset_leaves_the_presets_dataset_options_behind(preset):
         "other",
         None,
         "test",
-        True,
+        False,  # not what the data is, but how it is read
     )
     assert (other.seq_length, other.batch_size) == (8, 3)
 
@@ -290,6 +299,105 @@ def test_another_dataset_leaves_the_presets_held_out_text_behind(preset):
 def test_without_evaluations_a_presets_held_out_text_is_none(preset):
     preset(train={"eval_dataset_name": "H", "eval_interval": 7})
     assert train("--preset mine --eval_interval 0").eval_dataset_name is None
+
+
+# --- files of options ----------------------------------------------------------------------------------------
+
+
+def config(tmp_path, text):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    return f"--config {file}"
+
+
+def test_a_file_lies_over_the_preset_and_under_the_command_line(tmp_path):
+    line = config(tmp_path, "preset: tiny\nmax_lr: 1e-4\nbatch_size: 7\nlayers: [2, 3]\nfreeze_mlp: true\n")
+    args = train(f"{line} --batch_size 9 --no_freeze_mlp")
+    assert (args.max_lr, args.batch_size, args.layers, args.freeze_mlp) == (1e-4, 9, [2, 3], False)
+    assert (args.seq_length, args.preset) == (256, "tiny")
+
+
+@pytest.mark.parametrize(
+    "text,option,value",
+    [
+        ("dataset_subset: null", "dataset_subset", None),
+        ("dataset_subset: ~", "dataset_subset", None),
+        ("wandb_run_name: 7", "wandb_run_name", "7"),
+        ("layers: 3", "layers", [3]),
+        ("layers: [-1]", "layers", []),
+        ("layers: []", "layers", []),
+        ("max_lr: 1", "max_lr", 1.0),
+        ("dataset_streaming: no", "dataset_streaming", False),
+        ("dataset_name: -odd name", "dataset_name", "-odd name"),
+        ("", "seed", 0),
+    ],
+)
+def test_values_of_a_file(tmp_path, text, option, value):
+    assert getattr(train(config(tmp_path, text)), option) == value
+
+
+@pytest.mark.parametrize(
+    "text,problem",
+    [
+        ("seq_lenght: 3", "there is no option 'seq_lenght'; did you mean seq_length?"),
+        ("qqq: 3", "there is no option 'qqq'; --help lists"),
+        ("config: x.yaml", "there is no option 'config'"),
+        ("seq_length: 3\nseq_length: 4", "seq_length stands twice"),
+        ("- 3", "expected lines such as `seq_length: 1024`"),
+        ("a: [", "cannot be read"),
+        ("seq_length: 3.5", "invalid int value: '3.5'"),
+        ("dtype: int8", "invalid choice: 'int8'"),
+        ("max_lr: null", "max_lr: None: expected a value"),
+        ("max_lr: {a: 1}", "expected a value"),
+        ("max_lr: true", "expected a value"),
+        ("wandb: sometimes", "wandb: 'sometimes': expected true or false"),
+        ("freeze_mlp: 1", "expected true or false"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, problem):
+    line = config(tmp_path, text)
+    message = train_error(line)
+    assert message.startswith(line) and problem in message
+
+
+def test_a_file_that_is_not_there():
+    assert "--config no-such.yaml: cannot be read" in train_error("--config no-such.yaml")
+    assert "--config" in train_error("--config")
+
+
+def test_options_of_a_file_are_checked_like_others(tmp_path):
+    assert "--seq_length 0: expected at least 1" in train_error(config(tmp_path, "seq_length: 0"))
+
+
+def test_another_dataset_leaves_that_of_a_file_behind(tmp_path):
+    text = "dataset_name: A\ndataset_subset: part\ndataset_text_field: body\ndataset_streaming: false\n"
+    args = train(config(tmp_path, text) + " --dataset_name B")
+    assert (args.dataset_name, args.dataset_subset, args.dataset_text_field) == ("B", None, "text")
+    assert args.dataset_streaming is False
+
+
+def test_evaluations_of_a_file_can_be_turned_off(tmp_path):
+    line = config(tmp_path, "eval_interval: 5\neval_dataset_name: H\neval_mmlu_dir: M\n")
+    assert train(line).eval_dataset_name == "H"
+    off = train(f"{line} --eval_interval 0")
+    assert (off.eval_dataset_name, off.eval_mmlu_dir) == (None, None)
+    assert "give --eval_interval" in train_error(config(tmp_path, "eval_dataset_name: H\n"))
+
+
+@pytest.mark.parametrize("line", [PRODUCTION, "--preset tiny --eval_interval 5 --max_lr 3e-4", "--layers -1"])
+def test_what_a_run_writes_down_repeats_it(tmp_path, line):
+    args = train(line)
+    again = train(config(tmp_path, settings.as_yaml(args)))
+    assert {**vars(again), "config": None} == vars(args)
+    assert train(config(tmp_path, settings.as_yaml(args)) + " --seed 5").seed == 5
+
+
+def test_layers_in_a_file_count_as_given(tmp_path):
+    assert parse_eval_args(config(tmp_path, "layers: [3]").split()).layers_given is True
+    assert parse_eval_args(config(tmp_path, "limit: 3").split()).layers_given is False
+
+
+# --- mistakes in presets -------------------------------------------------------------------------------------
 
 
 def test_an_unknown_preset_lists_the_known(preset):
@@ -352,6 +460,8 @@ def test_which_options_are_switches():
         "master_weights",
         "background_save",
         "wandb",
+        "dry_run",
+        "tensorboard",
     }
 
 
@@ -543,16 +653,24 @@ def test_help_tells_defaults(capsys, monkeypatch):
         parse_train_args(["--help"])
     text = capsys.readouterr().out
     assert "temperature of the KL (default: 1.0)" in text
-    assert "windows per rank and micro step (default: the preset's)" in text
+    assert "windows per rank and micro step (default: 2, by the preset)" in text
+    assert "recompute activations in backward to save memory (default: off)" in text
     assert "--no_freeze_mlp" not in text
 
 
-def test_only_the_standard_library_is_imported():
+def test_help_tells_the_values_of_the_preset_that_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_train_args(["--preset", "tiny", "--help"])
+    assert "windows per rank and micro step (default: 4, by the preset)" in capsys.readouterr().out
+
+
+def test_nothing_heavy_is_imported():
     code = (
         "import sys; before = set(sys.modules); import arguments; "
         "arguments.parse_train_args([]); arguments.parse_eval_args([]); "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
-        "print(*sorted(new - set(sys.stdlib_module_names)))"
+        "print(*sorted(name for name in new - set(sys.stdlib_module_names) if name.isalpha() or name == 'command_line'))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["arguments", "command_line"]
+    assert result.stdout.split() == ["arguments", "command_line", "settings", "yaml"]

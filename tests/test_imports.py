@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"command_line", "stopping", "llamba"},
+    {"settings"},
     {"arguments"},
     {"utils", "bad_rows"},
     {"rows", "run_log"},
@@ -34,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "llamba": set(),
     "losses": set(),
     "command_line": set(),
-    "arguments": {"command_line"},
+    "settings": {"command_line"},
+    "arguments": {"command_line", "settings"},
     "utils": {"stopping"},
     "run_log": {"arguments", "utils"},
     "batches": {"streaming"},

@@ -5,8 +5,8 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from command_line import PRESETS
 from retrieval import FILLERS, build_contexts, probe
+from settings import PRESETS
 
 TINY = PRESETS / "tiny" / "teacher"
 
