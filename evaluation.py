@@ -3,11 +3,9 @@ after an optimizer step. The run goes on as if there had been none: nothing is d
 and the teacher answers through the same lane, between the batches of training.
 """
 
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from ranks import Ranks
 from scoring import Scorer
 from stopping import StopRequest
 from teacher import Lane, ask_ahead
-from training_utils import DistillationModel, to_device
+from training_utils import DistillationModel, to_device, undisturbed
 
 logger = logging.getLogger("train")
 
@@ -128,9 +126,10 @@ class Evaluator:
         stop: it must not be kept from that.
         """
         began = time.perf_counter()
-        with self._undisturbed():
+        with undisturbed(self.model.student, self.args.compile):
             sums = self._sums_of_text()
             counts = None if sums is None else self._counts_of_mmlu()
+        self.lane.waits.take()  # no waiting of training
         if sums is None or counts is None:
             return None
         figures = sums.figures(self.args.ce_weight, self.args.kl_weight)
@@ -143,21 +142,6 @@ class Evaluator:
         """Evaluates, if it is time to, into the row of an optimizer step."""
         if self.is_due(row["step"], total_steps) and (figures := self.evaluate()) is not None:
             row["eval"] = figures
-
-    @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """The student without dropout and gradients, and not compiled anew for that; afterwards as it was."""
-        student = self.model.student
-        student.eval()
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                if self.args.compile:
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                yield
-        finally:
-            student.train()
-            self.lane.waits.take()  # no waiting of training
 
     def _sums_of_text(self) -> HeldOutSums | None:
         model, device, world_size = self.model, self.ranks.device, self.ranks.world_size

@@ -2,6 +2,7 @@
 freezing, and counting parameters. Nothing here knows of ranks.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -233,7 +234,10 @@ def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
     """Recompute the activations of the first `n_blocks` blocks in backward (None: of all) instead of keeping them.
     The first, because they are recomputed last, when the others' activations are gone.
     """
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        # transformers 5.23 deprecates the name; its successor is not known to 5.17.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     if n_blocks is not None:
         for block in student.backbone.layers[n_blocks:]:
             block.gradient_checkpointing = False  # type: ignore[assignment]

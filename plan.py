@@ -1,25 +1,29 @@
 """What a run will take, before it takes it: what every GPU holds and whether that fits, how long a step is on paper,
-on which GPU the teacher should sit, and what to change where it does not fit. From configs alone, without a GPU:
-
-    python plan.py --gpus 5 --gpu_gb 80 --freeze_mlp --freeze_replaced_layers
-
-takes the options of train_gpus.py besides its own, and prints tables. GB are 10^9 bytes.
+on which GPU the teacher should sit, and what to change where it does not fit. From configs alone, without a GPU.
+plan_report.py prints it.
 """
 
-import argparse
 import dataclasses
-import json
 import math
-import sys
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import TrainArguments, parse_train_args
+import torch
+
+from arguments import TrainArguments
+from checkpoint import checkpoint_bytes
 from footprint import Footprint, Items, gradient_bytes, measure_footprint, optimizer_bytes
-from utils import run_entry
+from ranks import launched_world_size, local_world_size, was_launched
+from resume import most_checkpoints
+from speed import peak_operations
+from training_utils import DTYPES
 
 GB = 1e9
+# The box of the README's long run, where there is no GPU to look at: 5 H100.
+N_GPUS, GPU_BYTES, PEAK = 5, 80 * GB, 989e12
+REACHED = 0.8  # of a GPU's peak, by its large matrix products
 # For the CUDA context and its kernels, the buffers of NCCL and cuBLAS, and the crumbs between blocks. Not computed.
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
@@ -31,19 +35,26 @@ Change = tuple[str, TrainArguments, Footprint]  # an option to change, and what 
 
 @dataclass(frozen=True)
 class Box:
-    """One node: its GPUs, the bytes of each, and the operations per second that matrix products reach on one."""
+    """One node: its GPUs, the bytes of each, and the operations per second that matrix products reach on one; how many
+    such nodes there are; and the students that torchrun has started on each, if it has.
+    """
 
     n_gpus: int
     gpu_bytes: float
     speed: float
+    n_nodes: int = 1
+    n_students: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with its teacher in one place. gpus: kind of GPU -> moments; seconds are of a micro step."""
+    """A run with its teacher in one place. gpus: kind of GPU -> moments; seconds are of a micro step; n_students are
+    those of a node.
+    """
 
     placement: str
     n_students: int
+    n_ranks: int
     gpus: dict[str, Moments]
     student_seconds: float
     teacher_seconds: float
@@ -56,6 +67,47 @@ class Plan:
 
     def fits(self, box: Box) -> bool:
         return self.largest <= box.gpu_bytes
+
+
+# --- the machine ---------------------------------------------------------------------------------------------
+
+
+def find_box(args: TrainArguments) -> Box:
+    """What the options say of the machine, else torchrun and the visible GPUs, else a box of five H100. Raises
+    ValueError if it has too few GPUs.
+    """
+    visible = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpu_bytes, peak = GPU_BYTES, PEAK
+    if visible:
+        gpu_bytes = min(gpu.total_memory for gpu in visible)
+        peak = peak_operations(visible[0].name, DTYPES[args.dtype]) or PEAK
+    n_students = local_world_size() if was_launched() else None
+    needed = gpus_needed(args, n_students or 1)
+    n_gpus = args.gpus or len(visible) or (needed if n_students else max(needed, N_GPUS))
+    if n_gpus < needed:
+        raise ValueError(
+            f"--gpus {n_gpus}: too few, this run takes {needed}; one GPU holds both models with "
+            "--teacher_placement colocated"
+        )
+    return Box(
+        n_gpus,
+        gpu_bytes if args.gpu_gb is None else args.gpu_gb * GB,
+        REACHED * (peak if args.tflops is None else args.tflops * 1e12),
+        args.nodes or launched_world_size() // local_world_size(),
+        n_students,
+    )
+
+
+def gpus_needed(args: TrainArguments, n_students: int) -> int:
+    """Of a node with that many students."""
+    if args.kl_weight == 0 or args.teacher_placement == "colocated" or args.teacher_device == "cpu":
+        return n_students
+    if args.teacher_device is None:
+        return n_students + 1
+    index = args.teacher_device.removeprefix("cuda:")
+    if not index.isdecimal():
+        raise ValueError(f"--teacher_device {args.teacher_device}: expected cpu, or cuda:N")
+    return max(n_students, int(index) + 1)
 
 
 # --- one placement -------------------------------------------------------------------------------------------
@@ -74,25 +126,29 @@ def asked_placement(args: TrainArguments, box: Box) -> str:
 
 def make_plan(args: TrainArguments, footprint: Footprint, box: Box, placement: str) -> Plan:
     n_students = box.n_gpus - 1 if placement == "dedicated" else box.n_gpus
+    if box.n_students is not None and placement == asked_placement(args, box):
+        n_students = box.n_students
     student_s, teacher_s = sum(footprint.operations.values()) / box.speed, 0.0
     if placement != "none":
         assert footprint.teacher is not None
         teacher_s = footprint.teacher.operations / box.speed * (1 if placement == "colocated" else n_students)
     works_ahead = placement == "dedicated" and args.teacher_prefetch != 0
     seconds = max(student_s, teacher_s) if works_ahead else student_s + teacher_s
+    n_ranks = n_students * box.n_nodes
     return Plan(
         placement,
         n_students,
-        gpu_moments(args, footprint, n_students, placement),
+        n_ranks,
+        gpu_moments(args, footprint, n_ranks, placement),
         student_s,
         teacher_s,
         seconds,
-        n_students * args.batch_size * args.seq_length / seconds,
+        n_ranks * args.batch_size * args.seq_length / seconds,
     )
 
 
-def gpu_moments(args: TrainArguments, footprint: Footprint, n_students: int, placement: str) -> dict[str, Moments]:
-    student = student_moments(args, footprint, n_students, placement)
+def gpu_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placement: str) -> dict[str, Moments]:
+    student = student_moments(args, footprint, n_ranks, placement)
     if placement == "colocated":
         return {"every GPU": student}
     if placement == "none":
@@ -106,9 +162,9 @@ def gpu_moments(args: TrainArguments, footprint: Footprint, n_students: int, pla
     return {"student GPU": student, "GPU of student and teacher": both}
 
 
-def student_moments(args: TrainArguments, footprint: Footprint, n_students: int, placement: str) -> Moments:
+def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placement: str) -> Moments:
     """Of a student's GPU; where its teacher is colocated, with that."""
-    state, work = optimizer_bytes(footprint.student, args, n_students)
+    state, work = optimizer_bytes(footprint.student, args, n_ranks)
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
     prefetch = 1 if args.teacher_prefetch is None else args.teacher_prefetch
@@ -131,6 +187,35 @@ def largest_moment(moments: Moments) -> tuple[str, int]:
     totals = {moment: sum(items.values()) for moment, items in moments.items()}
     moment = max(totals, key=totals.__getitem__)
     return moment, totals[moment]
+
+
+def wire_bytes(args: TrainArguments, footprint: Footprint, plan: Plan) -> Items:
+    """What a rank receives in an optimizer step, by what it is for. A ring takes a gradient around twice, but for
+    a rank's own part; updated weights come from the ranks that have stepped them.
+    """
+    trained, others = gradient_bytes(footprint.student), (plan.n_ranks - 1) / plan.n_ranks
+    items = {"gradients": round(2 * others * trained), "updated weights": round(others * trained)}
+    if plan.placement in ("dedicated", "shared") and footprint.teacher is not None:
+        items["teacher's answers"] = footprint.teacher.answer * args.grad_accumulation_steps
+    return items
+
+
+@dataclass(frozen=True)
+class DiskRoom:
+    """size: bytes of a checkpoint; n_kept: how many the run keeps at most; n_fit: how many the disk has room for."""
+
+    size: int
+    n_kept: int
+    n_fit: int
+
+
+def disk_room(args: TrainArguments, footprint: Footprint) -> DiskRoom:
+    folder = Path(args.output_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    size = checkpoint_bytes(footprint.student)
+    n_kept = most_checkpoints(args, args.max_steps * args.grad_accumulation_steps)
+    return DiskRoom(size, n_kept, shutil.disk_usage(folder).free // size)
 
 
 # --- placements against each other, and what to change -------------------------------------------------------
@@ -185,131 +270,3 @@ def fewest_blocks(
         if changed.fits(box):
             yield f"{RECOMPUTE} --checkpoint_blocks {n_blocks}", changed
             return
-
-
-# --- on the screen -------------------------------------------------------------------------------------------
-
-
-def gpu_table(kind: str, moments: Moments, box: Box) -> str:
-    """What a GPU holds, an item a line, at the largest moment of each phase."""
-    lines = [f"{kind + ', GB':<34}" + "".join(f"{moment:>10}" for moment in moments)]
-    for name in dict.fromkeys(name for items in moments.values() for name in items):
-        sizes = [items.get(name, 0) for items in moments.values()]
-        if any(sizes):
-            lines.append(f"  {name:<32}" + "".join(f"{size / GB:>10.3g}" if size else f"{'-':>10}" for size in sizes))
-    lines.append(f"  {'all':<32}" + "".join(f"{sum(items.values()) / GB:>10.1f}" for items in moments.values()))
-    moment, size = largest_moment(moments)
-    spare = (box.gpu_bytes - size) / GB
-    verdict = f"fits, {spare:.1f} GB to spare" if spare >= 0 else f"does not fit, {-spare:.1f} GB too much"
-    return "\n".join([*lines, f"  {size / GB:.1f} of {box.gpu_bytes / GB:g} GB ({moment}): {verdict}"])
-
-
-def placement_table(plans: list[Plan], box: Box) -> str:
-    titles = ("teacher", "students", "GB at most", "fits", "student, ms", "teacher, ms", "step, ms", "tokens/s")
-    rows = [
-        (
-            plan.placement,
-            f"{plan.n_students}",
-            f"{plan.largest / GB:.1f}",
-            "yes" if plan.fits(box) else "no",
-            *(f"{1000 * s:.3g}" for s in (plan.student_seconds, plan.teacher_seconds, plan.seconds)),
-            f"{plan.tokens_per_second:,.0f}",
-        )
-        for plan in plans
-    ]
-    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in (titles, *rows))
-
-
-def advice(asked: Plan, others: list[Plan], box: Box) -> str:
-    """Which placement to take: the fastest that fits."""
-    plans = [asked, *others]
-    fastest = max(plans, key=lambda plan: plan.tokens_per_second)
-    fitting = [plan for plan in plans if plan.fits(box)]
-    if not fitting:
-        return "Does not fit."
-    best = max(fitting, key=lambda plan: plan.tokens_per_second)
-    text = f"{best.placement} fits"
-    if len(plans) > 1 and fastest is best:
-        text += " and is the fastest"
-    elif fastest is not best:
-        gain = fastest.tokens_per_second / best.tokens_per_second
-        text += f"; {fastest.placement} would be {gain:.2f} times as fast and does not fit"
-    text = text.capitalize()
-    if best is asked:
-        return f"{text}."
-    instead = " and no --teacher_device" if asked.placement == "shared" else ""
-    return f"{text}: give --teacher_placement {best.placement}{instead}."
-
-
-def remedy_table(plan: Plan, changes: list[tuple[str, Plan]], box: Box) -> str:
-    if not changes:
-        return f"{plan.placement}: no single option saves memory; it takes larger GPUs."
-    lines = [f"To make {plan.placement} fit:"]
-    for change, changed in changes:
-        saved = (plan.largest - changed.largest) / GB
-        fits = "fits" if changed.fits(box) else "not enough"
-        lines.append(f"  {change:<50} saves {saved:>5.1f} GB: {fits:<11} {changed.tokens_per_second:>9,.0f} tokens/s")
-    return "\n".join(lines)
-
-
-def report(args: TrainArguments, footprint: Footprint, asked: Plan, others: list[Plan], box: Box) -> str:
-    weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
-    notes = [
-        f"On paper: matrix products and attention at {box.speed / 1e12:g} TFLOP/s, and nothing else that takes time.",
-        "The scan is the plain one. Others may keep more or less for backward.",
-    ]
-    if args.teacher_device == "cpu":
-        notes.append("The teacher's own time on the CPU is not in these figures.")
-    if args.compile:
-        notes.append("What --compile changes is not in these figures.")
-    return "\n\n".join(
-        [
-            f"{args.batch_size} x {args.seq_length} tokens per rank in {args.dtype}; the student has "
-            f"{weights / GB:.1f} GB of weights, {trained / GB:.1f} GB of them trained",
-            *(gpu_table(kind, moments, box) for kind, moments in asked.gpus.items()),
-            placement_table([asked, *others], box),
-            advice(asked, others, box),
-            "\n".join(notes),
-        ]
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Bytes per GPU and time per step of a run, on paper. Takes all options of train_gpus.py, and:",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpus", type=int, default=5, help="GPUs of the node, the teacher's included (default: 5)")
-    parser.add_argument("--gpu_gb", type=float, default=80, help="memory of each in 10^9 bytes (default: 80)")
-    parser.add_argument(
-        "--tflops", type=float, default=790, help="10^12 operations per second of its matrix products (default: 790)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
-    options, rest = parser.parse_known_args(argv)
-    args = parse_train_args(rest)
-    box = Box(options.gpus, options.gpu_gb * GB, options.tflops * 1e12)
-    placement = asked_placement(args, box)
-    if box.n_gpus < (2 if placement == "dedicated" else 1):
-        raise ValueError(f"--gpus {box.n_gpus}: too few; one GPU holds both models with --teacher_placement colocated")
-    if min(box.gpu_bytes, box.speed) <= 0:
-        raise ValueError(f"--gpu_gb {options.gpu_gb} --tflops {options.tflops}: expected numbers above 0")
-
-    footprint = measure_footprint(args)
-    asked = make_plan(args, footprint, box, placement)
-    others = [make_plan(args, footprint, box, name) for name in other_placements(placement) if box.n_gpus > 1]
-    print(report(args, footprint, asked, others, box))
-    too_large = [plan for plan in (asked, *others) if not plan.fits(box)]
-    if too_large:
-        changes = [(change, changed, measure_footprint(changed)) for change, changed in alternatives(args)]
-        for plan in too_large:
-            print("\n" + remedy_table(plan, remedies(box, plan, changes), box))
-    if options.json is not None:
-        rows = [
-            {**dataclasses.asdict(plan), "largest_bytes": plan.largest, "fits": plan.fits(box)}
-            for plan in (asked, *others)
-        ]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(run_entry(main))

@@ -81,6 +81,11 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def was_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "RANK" in os.environ
+
+
 def launched_world_size() -> int:
     """Ranks of the run; known before they have met."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -163,7 +168,7 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
     elif dist.get_debug_level() == dist.DebugLevel.DETAIL:
         logger.warning("TORCH_DISTRIBUTED_DEBUG=DETAIL taken as INFO: with it torch's DDP crashes on gloo groups")
         dist.set_debug_level(dist.DebugLevel.INFO)
-    if "RANK" in os.environ:
+    if was_launched():
         store, own_rank, n_ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

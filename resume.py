@@ -3,6 +3,7 @@
 The quick check of a checkpoint is made before the ranks have met; its large files are hashed by all ranks together.
 """
 
+import itertools
 import logging
 import shutil
 import time
@@ -35,7 +36,7 @@ from checkpoint import (
 from llamba import LlambaForCausalLM
 from ranks import Ranks, is_main_rank
 from run_state import FORMAT
-from utils import lock_dir
+from utils import lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
@@ -96,6 +97,17 @@ def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
             "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
         )
     return lock
+
+
+def keep_options(folder: Path, options: str) -> None:
+    """args.yaml: all options of the run, for people and for --config. Where it says something else, as in a run that
+    goes on with other options, it moves to args.1.yaml, args.2.yaml and so on.
+    """
+    file = folder / "args.yaml"
+    if file.is_file() and file.read_text() != options:
+        n = next(n for n in itertools.count(1) if not (folder / f"args.{n}.yaml").exists())
+        file.rename(folder / f"args.{n}.yaml")
+    write_whole(file, options.encode())
 
 
 def check_shared(args: TrainArguments, ranks: Ranks) -> None:
@@ -181,9 +193,7 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
 
 def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> None:
     """Whether the disk has room for this run's checkpoints: ValueError if not for two, a warning if not for all."""
-    size = checkpoint_bytes(student)
-    n_saves = 2 + (micro_steps // args.save_interval if args.save_interval else 0)
-    n_kept = n_saves if args.save_total_limit is None else min(args.save_total_limit, n_saves) + 1
+    size, n_kept = checkpoint_bytes(student), most_checkpoints(args, micro_steps)
     free = shutil.disk_usage(args.output_dir).free
     facts = f"--output_dir {args.output_dir}: a checkpoint takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
     if free < 2 * size:
@@ -192,3 +202,9 @@ def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: i
         logger.warning(
             "%s, but the run keeps up to %d of them: raise --save_interval or give --save_total_limit", facts, n_kept
         )
+
+
+def most_checkpoints(args: TrainArguments, micro_steps: int) -> int:
+    """On the disk at the same time, while a run takes that many micro steps."""
+    n_saves = 2 + (micro_steps // args.save_interval if args.save_interval else 0)
+    return n_saves if args.save_total_limit is None else min(args.save_total_limit, n_saves) + 1

@@ -58,6 +58,22 @@ class Teacher:
             return self.model.base_model(inputs, use_cache=False).last_hidden_state  # (B, S, D_t)
         return self.model(inputs, use_cache=False).logits[..., : self.vocab].contiguous()  # (B, S, vocab)
 
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """What goes into the first layer and comes out of each: n_layer + 1 tensors (B, S, D_t), none of them normed,
+        where transformers' `output_hidden_states` gives the last one normed.
+        """
+        states: list[Tensor] = []
+        layers = self.model.base_model.layers
+        hooks = [layers[0].register_forward_pre_hook(lambda _module, args: states.append(args[0]))]
+        hooks += [layer.register_forward_hook(lambda _module, _args, output: states.append(output)) for layer in layers]
+        try:
+            self.model.base_model(input_ids.to(self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
+
 
 # --- the three ways to an answer -----------------------------------------------------------------------------
 
@@ -81,6 +97,13 @@ class TeacherLane:
     def submit(self, input_ids: Tensor) -> "PendingSignal":
         """input_ids (B, S) on the CPU, of the same shape on every rank."""
         return PendingSignal(self.worker.submit(lambda: self._exchange(input_ids)).result, self.waits)
+
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """The teacher's, on the student's device; for the rank that runs it. It answers what was asked before first."""
+        device = self.ranks.device
+        return self.worker.submit(
+            lambda: [state.to(device) for state in self.teacher.hidden_states(input_ids)]
+        ).result()
 
     def close(self) -> None:
         self.worker.close()
@@ -135,6 +158,9 @@ class ColocatedTeacher:
 
     def submit(self, input_ids: Tensor) -> "PendingSignal":
         return PendingSignal(lambda: (self.teacher(input_ids), None), self.waits)
+
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        return self.teacher.hidden_states(input_ids)
 
     def close(self) -> None:
         pass

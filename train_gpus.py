@@ -25,6 +25,7 @@ from arguments import TrainArguments, parse_train_args
 from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
 from evaluation import Evaluator, read_material
 from health import SpikeWatch, UpdateHealth, tell_oddities
+from layer_map import LayerMap, check_layer_map
 from llamba import LlambaForCausalLM
 from losses import shared_vocab
 from model_utils import (
@@ -41,11 +42,13 @@ from model_utils import (
     prepare_student,
 )
 from optimizer import LossScale, build_optimizer, build_schedule, update
+from plan_report import print_plan
 from ranks import Ranks, choose_devices, default_prefetch, is_main_rank, launched_world_size, process_groups
-from resume import check_shared, check_space, checkpoints_to_try, choose_checkpoint, prepare_output_dir
+from resume import check_shared, check_space, checkpoints_to_try, choose_checkpoint, keep_options, prepare_output_dir
 from run_log import RunLog, begin_status, ended_before_restart, write_status
 from run_state import Progress, position_to_go_on, random_state, read_progress, restore
 from saver import Saver
+from settings import as_yaml
 from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
 from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
 from training_utils import DTYPES, DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
@@ -65,7 +68,10 @@ class Models(NamedTuple):
 
 def main() -> int:
     args = parse_train_args()
+    options = as_yaml(args)
     setup_logging(args.log_file, is_main_rank())
+    if args.dry_run:
+        return print_plan(args) if is_main_rank() else 0
     if (code := ended_before_restart(Path(args.output_dir))) is not None:
         return code
     with hearing_signals(args.time_limit) as stop:
@@ -81,6 +87,7 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             if is_main_rank():
                 stack.enter_context(prepare_output_dir(args, candidates))
+                keep_options(Path(args.output_dir), options)
                 stop.count_from(begin_status(Path(args.output_dir)))
             ranks = stack.enter_context(process_groups(device))
             return run(args, models, candidates, ranks, teacher_device, stop)
@@ -100,6 +107,7 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     teacher_config, student_config = get_configs(teacher, student)
     check_replacements(student_config, teacher_config, args.layers)
     check_checkpoint_blocks(student_config, args.checkpoint_blocks)
+    check_layer_map(args, student_config, teacher_config)
     tokenizer = get_tokenizer("--teacher_model", teacher)
     check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
     if not runs_teacher:
@@ -241,6 +249,7 @@ def distil(
     loss_scale = LossScale(**start.loss_scale) if start.loss_scale else LossScale.for_dtype(DTYPES[args.dtype])
     meter, spikes = Meter(ranks.device), SpikeWatch()
     health = UpdateHealth(args, model.module.student, optimizer, ranks)
+    layer_map = LayerMap(args, model.module.student, lane, ranks.is_main)
     model.train()
     settle_buckets(model, args, ranks.device)
     progress = dataclasses.replace(progress, loss_chunk_tokens=model.module.chunk_tokens)
@@ -280,6 +289,7 @@ def distil(
             row = metrics_row(progress, means, lr, grad_norm, tokens_per_step, stopwatch.lap())
             if health.is_due(progress.step):
                 row["update_health"] = health.report()
+            layer_map.add_to(row, batch)
             evaluator.add_to(row, total_steps)
             log.write(row)
             if saver.is_due(progress):

@@ -2,10 +2,11 @@
 takes the means of what the module returns over micro steps and ranks.
 """
 
+import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -116,6 +117,22 @@ class Meter:
 
     def clear(self) -> None:
         self.seen.clear()
+
+
+@contextlib.contextmanager
+def undisturbed(student: LlambaForCausalLM, compiled: bool) -> Iterator[None]:
+    """A look at the student in training: without dropout and gradients, and not compiled anew for that; afterwards it
+    is as it was.
+    """
+    student.eval()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        student.train()
 
 
 def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:

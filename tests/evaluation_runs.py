@@ -18,7 +18,7 @@ TINY = ROOT / "presets" / "tiny"
 TEXT = dict(eval_dataset_name=TINY / "text" / "english.txt", eval_windows=7)  # four batches, the last not full
 QUESTIONS = dict(eval_mmlu_dir=TINY / "mmlu", eval_mmlu_limit=3)
 BASE = dict(max_steps=6, teacher_prefetch=1)
-EVALUATED = dict(**BASE, eval_interval=2, **TEXT, **QUESTIONS)
+EVALUATED = dict(**BASE, eval_interval=2, layer_map_interval=2, **TEXT, **QUESTIONS)
 STREAM = dict(no_dataset_streaming=False, shuffle_buffer=10)
 AT_REST = dict(max_steps=1, max_lr=0, min_lr=0, save_interval=0, **TEXT)  # its weights stay as they were
 

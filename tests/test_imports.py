@@ -15,7 +15,7 @@ LEVELS = (
     {"settings"},
     {"arguments"},
     {"utils", "bad_rows"},
-    {"rows", "run_log"},
+    {"rows", "run_log", "speed"},
     {"packing"},  # data's lower halves; model_files is model_utils's
     {"sources", "streaming", "model_files"},
     {"batches"},
@@ -24,9 +24,10 @@ LEVELS = (
     {"ranks", "optimizer", "training_utils", "checkpoint", "held_out", "scoring"},
     {"mmlu", "retrieval"},
     {"teacher", "run_state", "results"},
-    {"resume", "saver", "health", "evaluation", "eval_pieces", "eval_report"},
+    {"resume", "saver", "health", "evaluation", "layer_map", "eval_pieces", "eval_report"},
     {"footprint", "eval_plan"},
     {"plan"},
+    {"plan_report"},
     {"train_gpus", "eval_mmlu_hybrid"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,97 @@
+"""How well a run uses its GPUs, in each row of metrics.jsonl: `mfu`, the share of the GPUs' operations per second that
+the student's model itself takes, and `memory_gb`, the most memory since the row before.
+"""
+
+import re
+import resource
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from arguments import TrainArguments
+from llamba import DiscreteMamba2, LlambaForCausalLM
+
+# 10^12 dense operations per second in bfloat16 and float16 with sums in float32, by words of the name that
+# torch.cuda.get_device_name gives; the first that fits counts. From the vendors' data sheets and, for GeForce cards,
+# NVIDIA's architecture whitepapers; where a sheet gives the rate with sparsity alone, its half.
+PEAKS: tuple[tuple[str, float], ...] = (
+    *(("GB200", 2500.0), ("B300", 2250.0), ("B200", 2250.0), ("B100", 1750.0)),
+    *(("H200 NVL", 835.5), ("H200", 989.4), ("GH200", 989.4), ("H20", 148.0)),
+    *(("H100 NVL", 835.5), ("H100 PCIE", 756.5), ("H100", 989.4), ("H800 PCIE", 756.5), ("H800", 989.4)),
+    *(("A100", 312.0), ("A800", 312.0), ("A40", 149.7), ("A30", 165.0), ("A10", 125.0)),
+    *(("L40S", 362.1), ("L40", 181.1), ("L4", 121.0)),
+    *(("RTX 6000 ADA", 364.2), ("RTX A6000", 154.8), ("RTX A5000", 111.1)),
+    *(("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 3090 TI", 80.0), ("RTX 3090", 71.0)),
+    *(("V100 PCIE", 112.0), ("V100", 125.0), ("V100S", 130.0), ("T4", 65.0)),
+    *(("MI325X", 1307.4), ("MI300X", 1307.4)),
+)
+WITHOUT_BFLOAT16 = ("V100", "V100S", "T4")
+OTHER_CARDS = {"MIG", "LAPTOP", "MAX", "MOBILE", "TI", "SUPER", "D"}  # with such a word in its name it is another one
+
+
+def peak_operations(device_name: str, dtype: torch.dtype) -> float | None:
+    """Operations per second of one GPU, or None where they are not known, as for float32."""
+    words = set(re.split(r"[\s-]+", device_name.upper()))
+    for name, tera in PEAKS:
+        card = set(name.split())
+        if card <= words and not (words - card) & OTHER_CARDS:
+            has_dtype = dtype == torch.float16 or (dtype == torch.bfloat16 and not card & set(WITHOUT_BFLOAT16))
+            return tera * 1e12 if has_dtype else None
+    return None
+
+
+def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> float:
+    """Multiplications and additions of matrix products, forward and backward, for a token of a window of `seq_len`.
+    What is computed twice counts once. A backward product for weights is needed where they are trained, one for inputs
+    where anything that was before them is.
+    """
+    backbone, total = student.backbone, 0.0
+    trains = any(parameter.requires_grad for parameter in backbone.embedding.parameters())
+    for stage in (*backbone.layers, student.lm_head):
+        trains = trains or any(parameter.requires_grad for parameter in stage.parameters())
+        for module in stage.modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight
+                total += 2 * weight.numel() * (1 + trains + weight.requires_grad)
+            else:  # both factors of these products come from the inputs
+                total += _mixing_operations(module, seq_len) * (1 + 2 * trains)
+    return total
+
+
+def _mixing_operations(module: nn.Module, seq_len: int) -> float:
+    """Of what lets tokens see one another, for one token, forward; 0 for modules that do not."""
+    if isinstance(module, LlamaAttention):  # scores and values, over the tokens that one sees on average
+        heads = module.config.num_attention_heads
+        return 4 * heads * module.head_dim * (seq_len + 1) / 2
+    if isinstance(module, DiscreteMamba2):  # the scan in chunks: steps 1, 2 and 4 of llamba/ssd.py
+        chunk = min(module.chunk_size, seq_len)
+        inner = module.n_v_heads * module.headdim
+        return 2 * (chunk * (module.n_qk_heads * module.d_state + inner) + 2 * inner * module.d_state)
+    return 0.0
+
+
+class Gauges:
+    """What `mfu` and `memory_gb` are read from. A row has no `mfu` where the peak of the GPUs is not known."""
+
+    def __init__(self, args: TrainArguments, student: LlambaForCausalLM, device: torch.device, n_students: int) -> None:
+        """device: of this rank's student."""
+        self.device = device
+        peak = None if args.tflops is None else args.tflops * 1e12
+        if peak is None and device.type == "cuda":
+            peak = peak_operations(torch.cuda.get_device_name(device), student.dtype)
+        self.full_speed = None  # tokens per second of all students, if they did nothing but these operations
+        if peak is not None:
+            self.full_speed = n_students * peak / student_operations_per_token(student, args.seq_length)
+
+    def read(self, tokens_per_s: float) -> dict[str, float]:
+        """memory_gb, in 10^9 bytes, is this process's: on a GPU the most that tensors took since it was last read, on
+        a CPU the most that the process ever had.
+        """
+        figures = {} if self.full_speed is None else {"mfu": tokens_per_s / self.full_speed}
+        if self.device.type == "cuda":
+            figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return figures
