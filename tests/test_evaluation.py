@@ -55,7 +55,7 @@ def evaluations(stage, name):
 
 
 def training_rows(stage, name):
-    return [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows(stage / name)]
+    return [{k: v for k, v in row.items() if not k.startswith(("eval/", "layer_map"))} for row in rows(stage / name)]
 
 
 # --- an evaluation and the run -------------------------------------------------------------------------------
@@ -63,10 +63,11 @@ def training_rows(stage, name):
 
 @pytest.mark.parametrize("lane", ["", "stream-"])
 def test_an_evaluation_leaves_the_run_as_it_was(stage, lane):
-    """With dropout and a batch asked ahead: weights, optimizer, random state and figures, bit for bit."""
+    """With dropout and a batch asked ahead, and with maps of the layers too: weights, optimizer, random state and figures, bit for bit."""
     assert tensors(stage / f"{lane}with" / "checkpoint-6") == tensors(stage / f"{lane}without" / "checkpoint-6")
     assert training_rows(stage, f"{lane}with") == training_rows(stage, f"{lane}without")
     assert evaluations(stage, f"{lane}with").keys() == {2, 4, 6} and not evaluations(stage, f"{lane}without")
+    assert [row["step"] for row in rows(stage / f"{lane}with") if "layer_map" in row] == [2, 4, 6]
     places = [sorted((stage / f"{lane}{name}" / "checkpoint-6").glob("data-*")) for name in ("with", "without")]
     assert [file.read_text() for file in places[0]] == [file.read_text() for file in places[1]] != []
 

@@ -34,11 +34,10 @@ from footprint import (
 )
 from llamba import LlambaConfig, LlambaForCausalLM
 from optimizer import build_optimizer, parameter_groups
-from plan import Box, Plan, asked_placement, largest_moment, make_plan, student_moments
+from plan import largest_moment, student_moments
 from ranks import choose_devices, process_groups
 
 ROOT = Path(__file__).parents[1]
-PRODUCTION = ["--freeze_mlp", "--freeze_replaced_layers"]
 VOCAB = {"wide": 8192, "narrow": 16384}
 STEPS = 3  # the first makes the optimizer's state, and DDP's final buckets are first written in the second
 
@@ -323,129 +322,6 @@ def test_a_hybrid_checkpoint_is_planned_as_the_run_that_made_it(folder, tmp_path
         )
     )
     assert (again.weights, again.backward, again.operations) == (made.weights, made.backward, made.operations)
-
-
-# --- placements and advice -----------------------------------------------------------------------------------
-
-
-BOX = Box(n_gpus=5, gpu_bytes=80e9, speed=790e12)
-
-
-@pytest.mark.parametrize(
-    "text,placement",
-    [
-        ("", "dedicated"),
-        ("--teacher_device cuda:4", "dedicated"),
-        ("--teacher_device cuda:0", "shared"),
-        ("--teacher_device cpu", "none"),
-        ("--kl_weight 0", "none"),
-        ("--teacher_placement colocated", "colocated"),
-    ],
-)
-def test_the_options_say_where_the_teacher_sits(text, placement):
-    assert asked_placement(parse_train_args(text.split()), BOX) == placement
-
-
-def test_step_times_of_the_placements(folder):
-    args = parse_train_args(options(folder, "wide", "--seq_length 40"))
-    footprint = measure_footprint(args)
-    student, teacher = sum(footprint.operations.values()) / BOX.speed, footprint.teacher.operations / BOX.speed
-    seconds = {name: make_plan(args, footprint, BOX, name).seconds for name in ("dedicated", "colocated", "shared")}
-    assert seconds == pytest.approx(
-        {"dedicated": max(student, 4 * teacher), "colocated": student + teacher, "shared": student + 5 * teacher}
-    )
-    args.teacher_prefetch = 0
-    assert make_plan(args, footprint, BOX, "dedicated").seconds == pytest.approx(student + 4 * teacher)
-
-
-def test_memory_of_the_placements(folder):
-    args = parse_train_args(options(folder, "wide", "--seq_length 40"))
-    footprint = measure_footprint(args)
-    dedicated, colocated, shared = (
-        make_plan(args, footprint, BOX, name).gpus for name in ("dedicated", "colocated", "shared")
-    )
-    teacher = footprint.teacher.weights
-    assert list(dedicated) == ["student GPU", "teacher GPU"]
-    assert dedicated["teacher GPU"]["forward"]["teacher's weights"] == teacher
-    assert "teacher's weights" not in dedicated["student GPU"]["forward"]
-    assert dedicated["student GPU"]["forward"]["teacher's head"] == 4 * 8192 * 256
-    assert colocated["every GPU"]["forward"]["teacher's weights"] == teacher
-    assert "teacher's head" not in colocated["every GPU"]["forward"]
-    assert shared["student GPU"]["forward"]["teacher's head"] == 4 * 8192 * 256
-    both = shared["GPU of student and teacher"]["backward"]
-    assert (both["teacher's weights"], both["teacher's head"]) == (teacher, 0)
-
-
-def made_up(placement, gb, tokens_per_second):
-    return Plan(placement, 4, {"student GPU": {"forward": {"all": int(gb * 1e9)}}}, 0.1, 0.1, 0.1, tokens_per_second)
-
-
-@pytest.mark.parametrize(
-    "asked,other,advice",
-    [
-        ((60, 100), (70, 150), "Colocated fits and is the fastest: give --teacher_placement colocated."),
-        ((60, 200), (70, 150), "Dedicated fits and is the fastest."),
-        ((60, 100), (90, 150), "Dedicated fits; colocated would be 1.50 times as fast and does not fit."),
-        ((90, 100), (70, 50), "Colocated fits; dedicated would be 2.00 times as fast and does not fit: give "
-                              "--teacher_placement colocated."),
-        ((90, 100), (95, 150), "Does not fit."),
-    ],
-)  # fmt: skip
-def test_the_fastest_that_fits_is_advised(asked, other, advice):
-    assert plan.advice(made_up("dedicated", *asked), [made_up("colocated", *other)], BOX) == advice
-
-
-def test_advice_names_the_option_that_is_in_the_way():
-    advice = plan.advice(made_up("shared", 60, 100), [made_up("colocated", 70, 150)], BOX)
-    assert advice.endswith("give --teacher_placement colocated and no --teacher_device.")
-
-
-def test_the_production_command_is_planned_without_models_or_network(tmp_path):
-    file = tmp_path / "plan.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "memory_plan.py"), *PRODUCTION, "--json", str(file)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    dedicated, colocated = json.loads(file.read_text())
-    forward = dedicated["gpus"]["student GPU"]["forward"]
-    assert forward["weights, trained"] == forward["gradients"] == 2 * 2_934_887_296
-    assert sum(size for name, size in forward.items() if name.startswith("weights")) == 2 * 8_739_836_800
-    assert dedicated["gpus"]["teacher GPU"]["forward"]["teacher's weights"] == 2 * 8_030_261_248
-    assert (dedicated["n_students"], colocated["n_students"]) == (4, 5)
-    assert dedicated["fits"]
-    assert f"{dedicated['largest_bytes'] / 1e9:.1f} of 80 GB" in run.stdout
-
-
-def test_what_does_not_fit_comes_with_what_to_change(folder, capsys):
-    text = "--batch_size 4 --seq_length 256"
-    box = Box(2, 0, 1e12)
-    kept, recomputed = (
-        make_plan(args, measure_footprint(args), box, "dedicated").largest
-        for args in (parse_train_args(options(folder, "wide", t)) for t in (text, f"{text} --gradient_checkpointing"))
-    )
-    text += f" --gpus 2 --gpu_gb {(kept + recomputed) / 2e9}"
-    plan.main(options(folder, "wide", text))
-    printed = capsys.readouterr().out
-    assert "does not fit, " in printed
-    changes = {
-        line.split(" saves ")[0].strip(): line.split(":")[1].split()[0]
-        for line in printed[printed.index("To make dedicated fit:") :].splitlines()
-        if " saves " in line
-    }
-    assert "--freeze_mlp" in changes
-    assert changes["--gradient_checkpointing"] == "fits"
-    fewest = next(change for change in changes if "--checkpoint_blocks" in change)
-    assert changes[fewest] == "fits"
-    plan.main(options(folder, "wide", f"{text} {fewest}"))
-    assert ": fits, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "text,flag", [("--gpus 1", "--gpus 1"), ("--gpu_gb -1", "--gpu_gb -1"), ("--no_such 1", "such")]
-)
-def test_mistakes_are_named(text, flag):
-    with pytest.raises(ValueError, match=flag):
-        plan.main(text.split())
 
 
 if __name__ == "__main__":

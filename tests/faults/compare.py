@@ -18,7 +18,8 @@ def rows(output_dir: Path) -> list[dict]:
 
 def _figures(row: dict) -> dict:
     evaluated = {f"eval/{name}": value for name, value in row.get("eval", {}).items() if name != "seconds"}
-    return {name: row[name] for name in FIGURES} | evaluated
+    layer_map = {"layer_map": row["layer_map"]} if "layer_map" in row else {}
+    return {name: row[name] for name in FIGURES} | evaluated | layer_map
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:
