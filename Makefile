@@ -6,7 +6,7 @@ DEMO := runs/demo
 BENCH := runs/bench
 BENCH_OPTIONS ?=
 
-.PHONY: setup setup-dev setup-bench demo test test-bench faults lint bench
+.PHONY: setup setup-dev setup-bench setup-cuda demo test test-bench faults lint bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -28,6 +28,14 @@ setup-bench: .venv/installed-bench
 	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements-bench.txt
 	$(BIN)/pip install --quiet --no-compile lm-eval==0.4.13
 	touch $@
+
+# Kernels for NVIDIA GPUs; requirements-cuda.txt tells what they are and what happens without. The second needs nvcc.
+setup-cuda: .venv/installed
+	$(BIN)/pip install --quiet setuptools==80.9.0 wheel==0.45.1 ninja packaging
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/pip install --no-deps --no-build-isolation $$(grep -E '^(mamba-ssm|einops)==' requirements-cuda.txt)
+	CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+		$(BIN)/pip install --no-deps --no-build-isolation $$(grep -E '^causal-conv1d==' requirements-cuda.txt)
 
 # Two students and their teacher, tiny, on whatever this machine has; then all four models' scores. A demo run
 # before this one is moved aside, not overwritten.

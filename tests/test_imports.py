@@ -28,8 +28,10 @@ LEVELS = (
     {"footprint", "eval_plan"},
     {"plan"},
     {"plan_report"},
-    {"train_gpus", "eval_mmlu_hybrid"},
+    {"checkup", "reporting"},
+    {"train_gpus", "eval_mmlu_hybrid", "doctor", "report"},
 )
+PACKAGES = ("llamba", "checkup", "reporting")
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Where less is allowed than the level allows.
 ALLOWED: dict[str, set[str]] = {
@@ -46,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "optimizer": {"arguments"},
     "teacher": {name for name in LEVEL_OF if LEVEL_OF[name] < LEVEL_OF["ranks"]} | {"ranks"},
 }
-KNOW_RANKS = {"ranks", "training_utils", "teacher", "data", "stream_loader", "lifeline"}
+KNOW_RANKS = {"ranks", "training_utils", "teacher", "data", "stream_loader", "lifeline", "checkup"}
 TYPE_OF_THE_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"  # to name it is not to talk to ranks
 OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "fla"}
 DOTTED_NAME = re.compile(r"\w+(\.\w+)*")
@@ -54,7 +56,7 @@ DOTTED_NAME = re.compile(r"\w+(\.\w+)*")
 
 def project_sources():
     """Module name -> source of everything that the entries are made of."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "llamba").rglob("*.py")]
+    files = [*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))]
     return {".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text() for file in files}
 
 
@@ -99,7 +101,7 @@ def violations(sources):
             found.append(f"{name}: has no place in LEVELS")
             continue
         targets = {target.split(".")[0] for target in imported(tree)}
-        project = (targets & set(LEVEL_OF)) - ({"llamba"} if module == "llamba" else set())
+        project = (targets & set(LEVEL_OF)) - {module}
         found += [f"{name}: imports {target}" for target in sorted(project) if not is_below(module, target)]
         if climbs_out(tree, name.count(".")):
             found.append(f"{name}: imports from above its package")
