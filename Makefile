@@ -6,7 +6,7 @@ DEMO := runs/demo
 BENCH := runs/bench
 BENCH_OPTIONS ?=
 
-.PHONY: setup setup-dev setup-bench setup-cuda demo test test-bench faults lint bench
+.PHONY: setup setup-dev setup-bench setup-cuda demo test test-bench test-pythons faults lint bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -57,6 +57,10 @@ faults: .venv/installed-dev
 # What `make test` leaves out for its length: every benchmark at its smallest, from end to end.
 test-bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
+
+# The whole installation and a short run on every Python from 3.10 on that is here: gigabytes, and minutes for each.
+test-pythons:
+	$(PYTHON) tests/pythons.py $(VERSIONS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

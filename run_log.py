@@ -1,19 +1,21 @@
-"""What a run tells of itself: each optimizer step as a row of metrics.jsonl, a line of the log and a point in Weights &
-Biases, and in status.json how the run stands.
+"""What a run tells of itself: each optimizer step as a row of metrics.jsonl, which goes to the log and to whatever else
+shows it (a bar, Weights & Biases, TensorBoard); warnings in warnings.jsonl; and in status.json how the run stands.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import os
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from arguments import TrainArguments
+from progress import LOGGERS, Eta, ProgressBar, format_duration, format_speed, has_terminal
+from speed import Gauges
+from tracking import Tracker, start_trackers
 from utils import finite
 
 logger = logging.getLogger("train")
@@ -22,34 +24,85 @@ EVALUATED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures o
 
 
 class RunLog:
-    """Where the rows of optimizer steps go: `metrics.jsonl`, appended and flushed so that a run that dies keeps its
-    lines; the log, every `log_interval` steps; W&B if asked for. Only the main rank writes.
-    """
+    """Where the rows of optimizer steps go: to `metrics.jsonl`, and to what shows them. Only the main rank writes."""
 
-    def __init__(self, args: TrainArguments, start: int, is_main: bool) -> None:
-        """start: the micro step from which the run goes on."""
-        folder = Path(args.output_dir)
-        self.log_interval = args.log_interval
-        if is_main:
-            _set_aside_rows_after(folder / "metrics.jsonl", start)
-        self.file = (folder / "metrics.jsonl").open("ab", buffering=0) if is_main else None
-        self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
-        self.told = False  # that it did not
-        self.wandb_run = _start_wandb(args, folder) if is_main and args.wandb else None
+    def __init__(
+        self,
+        args: TrainArguments,
+        start: int,
+        is_main: bool,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+        gauges: Gauges | None = None,
+    ) -> None:
+        """start: the micro step from which the run goes on; step: its optimizer step, of `total_steps`.
+        gauges: what they show goes into the rows.
+        """
+        self.folder, self.gauges = Path(args.output_dir), gauges
+        self.file: MetricsFile | None = None
+        self.watchers: list[Tracker] = []
+        if not is_main:
+            return
+        self.file = MetricsFile(self.folder / "metrics.jsonl", start)
+        trackers = start_trackers(args, self.file.rows(), step) if args.wandb or args.tensorboard else []
+        eta = Eta(total_steps)
+        self.watchers.append(LogLines(args.log_interval, eta))
+        if total_steps is not None and has_terminal():
+            self.watchers.append(ProgressBar(step, total_steps, eta))
+        self.watchers += trackers
 
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
+        if self.gauges is not None:
+            row = row | self.gauges.read(row["tokens_per_s"])
+        self.file.write(row)
+        for watcher in self.watchers.copy():
+            self._try(watcher, watcher.write, row)
+
+    def _try(self, watcher: Tracker, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:  # whatever it is: training is more important than who looks on
+            self.watchers.remove(watcher)
+            logger.warning("%s: %s: %s; nothing more goes there", watcher.name, type(error).__name__, error)
+
+    def flush_to_disk(self) -> None:
+        """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""
+        if self.file is not None:
+            self.file.flush_to_disk()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if self.file is None:
+            return
+        self.file.close()
+        status = read_status(self.folder).get("status", "running")
+        for watcher in self.watchers.copy():
+            self._try(watcher, watcher.close, status if error_type is None else "failed", error_type is not None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`, appended and flushed so that a run that dies keeps its lines."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        """start: the micro step after which the rows that are there are taken again."""
+        _set_aside_rows_after(path, start)
+        self.path = path
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
+        self.told = False  # that it did not
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def write(self, row: dict[str, Any]) -> None:
         self._append(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
-        if row["step"] % self.log_interval == 0 or row["step"] == 1:
-            logger.info(format_metrics(row))
-        if "eval" in row:
-            logger.info(format_evaluation(row))
-        if self.wandb_run:
-            self.wandb_run.log(row)
 
     def _append(self, line: bytes) -> None:
-        assert self.file is not None
         self.unwritten += line
         try:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -62,25 +115,13 @@ class RunLog:
             self.told = True
 
     def flush_to_disk(self) -> None:
-        """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""
-        if self.file is not None:
-            with contextlib.suppress(OSError):  # told where the rows, or the checkpoint, are written
-                os.fsync(self.file.fileno())
+        with contextlib.suppress(OSError):  # told where the rows, or the checkpoint, are written
+            os.fsync(self.file.fileno())
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if self.file:
-            if self.unwritten:
-                self._append(b"")
-            self.file.close()
-        if self.wandb_run:
-            code = 0 if error_type is None else 1
-            finish = threading.Thread(target=self.wandb_run.finish, kwargs={"exit_code": code}, daemon=True)
-            finish.start()
-            # After an error the other ranks wait to hear of it, and without its network W&B may not come back.
-            finish.join(timeout=None if error_type is None else 10.0)
+    def close(self) -> None:
+        if self.unwritten:
+            self._append(b"")
+        self.file.close()
 
 
 def _set_aside_rows_after(path: Path, micro_step: int) -> None:
@@ -110,35 +151,77 @@ def _micro_step_of(line: str) -> float:
         return math.inf
 
 
-def _start_wandb(args: TrainArguments, folder: Path):
-    """A W&B run; offline and disabled modes need no network."""
-    import wandb  # takes a second, and only some runs want it
-
-    run = wandb.init(
-        project=args.wandb_project,
-        name=args.wandb_run_name,
-        entity=args.wandb_entity,
-        mode=args.wandb_mode or ("offline" if args.local_files_only else None),
-        dir=str(folder),
-        config=dataclasses.asdict(args),
-    )
-    run.define_metric("*", step_metric="step")
-    return run
+# --- the log -------------------------------------------------------------------------------------------------
 
 
-def format_metrics(row: dict[str, Any]) -> str:
+class LogLines:
+    """A line for the first step, for every `interval`th, and for evaluations."""
+
+    name = "the log"
+
+    def __init__(self, interval: int, eta: Eta) -> None:
+        self.interval, self.eta = interval, eta
+
+    def write(self, row: dict[str, Any]) -> None:
+        left = self.eta.seconds(row["step"])
+        if row["step"] % self.interval == 0 or row["step"] == 1:
+            logger.info(format_metrics(row, left))
+        if "eval" in row:
+            logger.info(format_evaluation(row))
+
+    def close(self, status: str, failed: bool) -> None:
+        pass
+
+
+def format_metrics(row: dict[str, Any], seconds_left: float | None = None) -> str:
     """The line of one optimizer step, as it stands in the log."""
-    return (
+    line = (
         f"micro_step {row['micro_step']} (opt {row['step']}) | loss {row['loss']:.4f} | kl {row['kl']:.4f} | "
         f"ce {row['ce']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f} | "
         f"teacher wait {row['teacher_wait_s']:.2f}s"
     )
+    left = [] if seconds_left is None else [f"eta {format_duration(seconds_left)}"]
+    return " | ".join([line, *format_speed(row), *left])
 
 
 def format_evaluation(row: dict[str, Any]) -> str:
     """The line of the evaluation after an optimizer step; without a teacher it has no KL and no agreement."""
     figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
     return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
+
+
+@contextlib.contextmanager
+def keeping_warnings(folder: Path, rank: int) -> Iterator[None]:
+    """Warnings, and what is worse, go to warnings.jsonl as well, with their time; all ranks may share the file."""
+    handler = _WarningsFile(folder / "warnings.jsonl", rank)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for log in loggers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.removeHandler(handler)
+
+
+class _WarningsFile(logging.Handler):
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self.path, self.rank = path, rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = json.dumps({"time": record.created, "rank": self.rank, "text": self.format(record)}) + "\n"
+        with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:  # it stands in the log, too
+            file.write(line.encode())  # one write to the end of the file: lines of several ranks do not mix
+
+
+# --- how the run stands --------------------------------------------------------------------------------------
+
+
+def read_status(output_dir: Path) -> dict[str, Any]:
+    """status.json; nothing where there is none."""
+    path = output_dir / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
@@ -156,8 +239,8 @@ def begin_status(output_dir: Path) -> float:
     launched the run, in seconds since the epoch: its restarts keep that time.
     """
     launched = time.time()
-    if _restarts() and (output_dir / "status.json").is_file():
-        launched = json.loads((output_dir / "status.json").read_text()).get("launched", launched)
+    if _restarts():
+        launched = read_status(output_dir).get("launched", launched)
     write_status(output_dir, "running", 0, launched=launched)
     return launched
 
@@ -170,10 +253,8 @@ def ended_before_restart(output_dir: Path) -> int | None:
     """The exit code of the workers that torchrun has restarted, if they had stopped for good: under --max-restarts
     torchrun takes every code but 0 for a failure and starts the workers again.
     """
-    if not _restarts() or not (output_dir / "status.json").is_file():
-        return None
-    status = json.loads((output_dir / "status.json").read_text())
-    if status["status"] not in ("stopped", "diverged"):
+    status = read_status(output_dir) if _restarts() else {}
+    if status.get("status") not in ("stopped", "diverged"):
         return None
     logger.warning("not started again: %s", status["text"])
     return status["exit_code"]

@@ -44,7 +44,7 @@ def peak_operations(device_name: str, dtype: torch.dtype) -> float | None:
 def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> float:
     """Multiplications and additions of matrix products, forward and backward, for a token of a window of `seq_len`.
     What is computed twice counts once. A backward product for weights is needed where they are trained, one for inputs
-    where anything that was before them is.
+    where anything in their layer or before it is.
     """
     backbone, total = student.backbone, 0.0
     trains = any(parameter.requires_grad for parameter in backbone.embedding.parameters())

@@ -45,12 +45,14 @@ from optimizer import LossScale, build_optimizer, build_schedule, update
 from plan_report import print_plan
 from ranks import Ranks, choose_devices, default_prefetch, is_main_rank, launched_world_size, process_groups
 from resume import check_shared, check_space, checkpoints_to_try, choose_checkpoint, keep_options, prepare_output_dir
-from run_log import RunLog, begin_status, ended_before_restart, write_status
+from run_log import RunLog, begin_status, ended_before_restart, keeping_warnings, write_status
 from run_state import Progress, position_to_go_on, random_state, read_progress, restore
 from saver import Saver
 from settings import as_yaml
+from speed import Gauges
 from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
 from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
+from tracking import check_trackers
 from training_utils import DTYPES, DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
 from utils import Stopwatch, TimedIterator, check_compiler, describe_environment, run_entry, setup_logging
 
@@ -82,6 +84,8 @@ def main() -> int:
             args.teacher_prefetch = default_prefetch(teacher_device)
         if args.compile:
             check_compiler(device.type)
+        if is_main_rank():
+            check_trackers(args)
         candidates = checkpoints_to_try(args, launched_world_size())
         models = check_models(args, candidates[0] if candidates else None)
         with contextlib.ExitStack() as stack:
@@ -90,6 +94,7 @@ def main() -> int:
                 keep_options(Path(args.output_dir), options)
                 stop.count_from(begin_status(Path(args.output_dir)))
             ranks = stack.enter_context(process_groups(device))
+            stack.enter_context(keeping_warnings(Path(args.output_dir), ranks.rank))
             return run(args, models, candidates, ranks, teacher_device, stop)
 
 
@@ -166,7 +171,9 @@ def run(
     saved = -1 if checkpoint is None and progress.micro_step == 0 else progress.micro_step
     saver = Saver(args, student, optimizer, models.tokenizer, ranks, saved)
     evaluator = Evaluator(args, material, models.tokenizer, ranks, model.module, lane, stop)
-    with RunLog(args, progress.micro_step, ranks.is_main) as log, stop.deferring():
+    gauges = Gauges(args, student, ranks.device, ranks.world_size)
+    log = RunLog(args, progress.micro_step, ranks.is_main, step=progress.step, total_steps=total_steps, gauges=gauges)
+    with log, stop.deferring():
         code = distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, log, saver, evaluator, stop)
     lane.close()
     return code

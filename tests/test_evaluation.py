@@ -63,7 +63,9 @@ def training_rows(stage, name):
 
 @pytest.mark.parametrize("lane", ["", "stream-"])
 def test_an_evaluation_leaves_the_run_as_it_was(stage, lane):
-    """With dropout and a batch asked ahead, and with maps of the layers too: weights, optimizer, random state and figures, bit for bit."""
+    """With dropout and a batch asked ahead, and with maps of the layers too: weights, optimizer, random state and
+    figures, bit for bit.
+    """
     assert tensors(stage / f"{lane}with" / "checkpoint-6") == tensors(stage / f"{lane}without" / "checkpoint-6")
     assert training_rows(stage, f"{lane}with") == training_rows(stage, f"{lane}without")
     assert evaluations(stage, f"{lane}with").keys() == {2, 4, 6} and not evaluations(stage, f"{lane}without")

@@ -1,19 +1,18 @@
-"""What a run tells of itself: its rows whatever becomes of the disk or the run, Weights & Biases without a network, and
+"""What a run tells of itself: its rows whatever becomes of the disk or the run, lines of the log, warnings.jsonl and
 status.json.
 """
 
 import errno
 import json
+import logging
 import os
-import socket
-import sys
+import time
 
 import pytest
-import wandb
 
 import run_log
 from arguments import parse_train_args
-from run_log import RunLog, ended_before_restart, format_metrics, write_status
+from run_log import RunLog, ended_before_restart, format_metrics, keeping_warnings, write_status
 from utils import setup_logging
 
 
@@ -134,7 +133,7 @@ def test_rows_that_a_full_disk_does_not_take_are_kept(tmp_path, capsys, room):
     """In order, whole, and none twice; one warning tells it."""
     setup_logging(None, is_main=True)
     with RunLog(options(tmp_path, "--log_interval", "100"), 0, is_main=True) as log:
-        log.file = disk = FullDisk(log.file, room)
+        log.file.file = disk = FullDisk(log.file.file, room)
         for step in range(1, 7):
             log.write(row(step))
             log.flush_to_disk()
@@ -154,7 +153,7 @@ def test_rows_that_a_full_disk_does_not_take_are_kept(tmp_path, capsys, room):
 
 def test_a_disk_that_stays_full_does_not_end_the_run(tmp_path):
     with RunLog(options(tmp_path), 0, is_main=True) as log:
-        log.file = disk = FullDisk(log.file, 0)
+        log.file.file = disk = FullDisk(log.file.file, 0)
         log.write(row(1))
     assert disk.closed and (tmp_path / "metrics.jsonl").read_bytes() == b""
 
@@ -181,88 +180,81 @@ def test_the_line_of_a_step():
         "micro_step 6 (opt 3) | loss 1.2346 | kl 1.2500 | ce 2.3750 | lr 9.87e-06 | grad 12.35 | "
         "tok/s 12,346 | teacher wait 0.02s"
     )
+    more = " | mfu 41.2% | mem 51.2 GB | eta 2d 03:10"
+    assert format_metrics(row(3, mfu=0.4123, memory_gb=51.23), 184200) == format_metrics(row(3)) + more
+    assert format_metrics(row(3, memory_gb=51.23)) == format_metrics(row(3)) + " | mem 51.2 GB"  # a GPU nobody knows
 
 
-# --- Weights & Biases ----------------------------------------------------------------------------------------
+def test_what_the_gauges_show_is_in_the_rows(tmp_path):
+    class Gauges:
+        def read(self, tokens_per_s):
+            return {"mfu": tokens_per_s / 1e6, "memory_gb": 2.5}
+
+    with RunLog(options(tmp_path), 0, is_main=True, gauges=Gauges()) as log:
+        log.write(given := row(1))
+    assert rows_of(tmp_path) == [row(1, mfu=0.0123456, memory_gb=2.5)] and given == row(1)
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """No socket of this process leaves the machine, and W&B's own process finds nobody but our ear. Returns it: a
-    listening socket that nobody should call.
-    """
-    connect = socket.socket.connect
-
-    def refuse(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
-            "127.0.0.1",
-            "::1",
-            "localhost",
-        ):
-            raise AssertionError(f"a connection to {address}")
-        return connect(self, address)
-
-    with socket.create_server(("127.0.0.1", 0)) as ear:
-        ear.setblocking(False)
-        monkeypatch.setattr(socket.socket, "connect", refuse)
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{ear.getsockname()[1]}")
-        monkeypatch.setenv("WANDB_SILENT", "true")
-        for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
-            monkeypatch.delenv(name, raising=False)
-        yield ear
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandb_without_a_network(tmp_path, no_network, mode):
-    args = options(tmp_path, "--wandb", "--local_files_only", "--wandb_run_name", "mine")
-    args.wandb_mode = None if mode == "offline" else mode  # offline follows from --local_files_only
-    with RunLog(args, 0, is_main=True) as log:
+def test_a_line_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):
+    """Such as one to a terminal that is gone."""
+    setup_logging(None, is_main=True)
+    monkeypatch.setattr(run_log, "format_metrics", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+    with RunLog(options(tmp_path), 0, is_main=True) as log:
         log.write(row(1))
         log.write(row(2))
     assert rows_of(tmp_path) == [row(1), row(2)]
-    wandb.teardown()  # as at the end of a process: W&B's own one writes what it still holds
-    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == (1 if mode == "offline" else 0)
-    if files:
-        content = files[0].read_bytes()
-        assert b"llamba-distill" in content and b"mine" in content
-        assert b"grad_norm" in content and b"seq_length" in content  # rows, and the run's options
-    with pytest.raises(BlockingIOError):
-        no_network.accept()
+    assert capsys.readouterr().err.count("the log: OSError: [Errno 5] gone; nothing more goes there") == 1
 
 
-def test_without_wandb_it_is_not_even_imported(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with RunLog(options(tmp_path), 0, is_main=True) as log:
-        log.write(row(1))
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+# --- warnings.jsonl ------------------------------------------------------------------------------------------
 
 
-class Finished:
-    """A W&B run that remembers how it ended."""
-
-    exit_code = None
-
-    def finish(self, exit_code):
-        self.exit_code = exit_code
+def warnings_of(folder):
+    return [json.loads(line) for line in (folder / "warnings.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("error,exit_code", [(None, 0), (KeyboardInterrupt, 1)])
-def test_wandb_is_told_how_the_run_ended(tmp_path, monkeypatch, error, exit_code):
-    run = Finished()
-    monkeypatch.setattr(run_log, "_start_wandb", lambda args, folder: run)
+def test_warnings_are_kept(tmp_path, capsys):
+    setup_logging(None, is_main=True)
+    handlers = logging.getLogger("train").handlers.copy()
+    before = time.time()
+    with keeping_warnings(tmp_path, rank=3):
+        logging.getLogger("train").info("all is well")
+        logging.getLogger("train").warning("step %d:\nlook", 7)
+        try:
+            raise KeyError("gone")
+        except KeyError:
+            logging.getLogger("llamba").exception("it broke")
+    logging.getLogger("train").warning("too late")
+    first, second = warnings_of(tmp_path)
+    assert first == {"time": pytest.approx(before, abs=60), "rank": 3, "text": "step 7:\nlook"}
+    assert second["text"].startswith("it broke\nTraceback") and "KeyError: 'gone'" in second["text"]
+    assert logging.getLogger("train").handlers == handlers
+    assert "[train] all is well" in capsys.readouterr().err  # the log has them as before
 
-    def work():
-        with RunLog(options(tmp_path, "--wandb"), 0, is_main=True):
-            if error:
-                raise error
 
-    if error:
-        with pytest.raises(error):
-            work()
-    else:
-        work()
-    assert run.exit_code == exit_code
+def test_ranks_share_the_file(tmp_path):
+    """Two processes write at the same time, and no line is torn or lost."""
+    children = []
+    for rank in (0, 1):
+        if not (process := os.fork()):
+            with keeping_warnings(tmp_path, rank):
+                for n in range(200):
+                    logging.getLogger("train").warning("%d %s", n, "x" * 500)
+            os._exit(0)
+        children.append(process)
+    assert [os.waitpid(process, 0)[1] for process in children] == [0, 0]
+    lines = warnings_of(tmp_path)
+    for rank in (0, 1):
+        assert [int(line["text"].split()[0]) for line in lines if line["rank"] == rank] == list(range(200))
+
+
+@pytest.mark.parametrize("place", ["absent", "/dev/full"])
+def test_warnings_that_cannot_be_kept_end_no_run(tmp_path, place, capsys):
+    setup_logging(None, is_main=True)
+    (tmp_path / "warnings.jsonl").symlink_to("/dev/full")
+    with keeping_warnings(tmp_path / "absent" if place == "absent" else tmp_path, rank=0):
+        logging.getLogger("train").warning("take care")
+    assert capsys.readouterr().err == "[train] take care\n"
 
 
 # --- status.json ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ MOMENTS = {
     "in the forward pass": (training_utils.DistillationModel, "forward"),
     "in an update": (optimizer.MasterWeightAdamW, "step"),
     "in an evaluation": (evaluation, "held_out_sums"),
-    "writing metrics": (run_log.RunLog, "_append"),
+    "writing metrics": (run_log.MetricsFile, "_append"),
     "copying to the host": (saver, "copy_to_host"),
     "before a rank's part": (saver, "write_part"),
     "writing tensors": (checkpoint, "save_file"),

@@ -1,0 +1,60 @@
+"""One page of one or several training runs: how they stand, charts, layers against the teacher, scores, options and
+warnings. Several runs are laid over each other.
+
+    python report.py runs/llamba-8b
+    python report.py runs/first runs/second --output comparison.html
+
+The page is a single file that needs no network. Its charts lie beside it as PNG too, named after it. Runs may be going
+on, or have died.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from reporting.charts import draw
+from reporting.data import read_runs
+from reporting.page import make_page
+from reporting.series import charts_of, span_of
+from utils import run_entry, write_whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="One page, and PNGs, of one or several training runs.", allow_abbrev=False
+    )
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="--output_dir of a training run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="HTML file to write or replace (default: report/index.html in RUN_DIR; for several, "
+        "report/comparison/index.html in the first)",
+    )
+    args = parser.parse_args()
+    print(write_report(args.run_dirs, args.output))
+
+
+def write_report(run_dirs: list[Path], output: Path | None) -> Path:
+    """Makes all before any of it is written, and returns where the page is. Raises ValueError."""
+    runs = read_runs(run_dirs)
+    if output is None:
+        output = runs[0].folder / "report" / ("index.html" if len(runs) == 1 else "comparison/index.html")
+    if output.suffix not in (".html", ".htm"):
+        raise ValueError(f"--output {output}: expected an HTML file; name one that ends in .html")
+    drawings, names, span = charts_of(runs), [run.name for run in runs], span_of(runs)
+    contents = {
+        output.with_name(f"{output.stem}-{drawing.key}.png"): draw(drawing, names, span, "png") for drawing in drawings
+    }
+    page = make_page(runs, drawings, [draw(drawing, names, span, "svg") for drawing in drawings])
+    contents[output] = page.encode(errors="replace")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            write_whole(path, content)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); name another file") from error
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))

@@ -1,0 +1,204 @@
+"""The rows of metrics.jsonl as charts: a run in Weights & Biases, online or to be sent later, and TensorBoard's files.
+Both have one history of a run, however often it is stopped and goes on: no optimizer step is missing and none is there
+twice.
+
+An online run is continued under its id, which <output_dir>/wandb_id keeps; W&B has rows up to some step, and gets those
+after it. An offline run cannot be continued: W&B writes a new directory each time, and `wandb sync` of a run that was
+not begun with `resume` replaces what the server has under its id. So the newest directory gets the whole history, and
+older ones go to wandb/earlier.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import TimeoutError
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from arguments import TrainArguments
+from utils import BackgroundThread, finite
+
+Row = dict[str, Any]
+
+COUNTERS = ("step", "micro_step", "tokens")
+OF_SPEED = ("tokens_per_s", "step_time_s", "teacher_wait_s", "data_wait_s", "mfu", "memory_gb")
+# What of a chart stands in W&B's table of runs, besides its last value.
+BEST = {
+    "min": ["train/loss", "train/ce", "train/kl", "eval/loss", "eval/ce", "eval/kl", "eval/perplexity"],
+    "max": ["eval/agreement", "eval/mmlu", "speed/mfu", "speed/memory_gb"],
+}
+REPLACED = ("offline", "dryrun", "disabled")  # modes whose runs no server continues
+
+
+class Tracker(Protocol):
+    """Takes a run's rows. Whatever it raises, training goes on without it."""
+
+    name: str
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self, status: str, failed: bool) -> None: ...
+
+
+def flat(row: Row) -> dict[str, float]:
+    """Charts' names -> numbers of a row: `train/loss`, `speed/mfu`, `eval/kl`, `layer_map/own/00`. What is not a finite
+    number is left out.
+    """
+    groups: Row = {"train": {}, "speed": {}}
+    for name, value in finite(row).items():
+        if isinstance(value, dict) or name in COUNTERS:
+            groups[name] = value
+        else:
+            groups["speed" if name in OF_SPEED else "train"][name] = value
+    return dict(_leaves("", groups))
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, list):
+        value = {f"{index:02d}": inner for index, inner in enumerate(value)}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}/{key}" if name else key, inner)
+    elif isinstance(value, (int, float)):
+        yield name, value
+
+
+def check_trackers(args: TrainArguments) -> None:
+    """Whether --tensorboard and --wandb can be had, before anything that takes long. Raises ValueError."""
+    for wanted, flag, package in ((args.tensorboard, "--tensorboard", "tensorboard"), (args.wandb, "--wandb", "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag}: the package {package} is not installed; pip install {package}, or leave it out")
+    if not args.wandb or _wandb_mode(args) in REPLACED:
+        return
+    import wandb  # takes a second, and only some runs want it
+
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        raise _no_wandb(error) from error
+
+
+def start_trackers(args: TrainArguments, kept: list[Row], step: int) -> list[Tracker]:
+    """kept: the rows up to `step`, from which the run goes on. Raises ValueError."""
+    folder = Path(args.output_dir)
+    trackers: list[Tracker] = []
+    if args.wandb:
+        trackers.append(WandbRun(args, kept, goes_on=step > 0 or (folder / "checkpoint-0").is_dir()))
+    if args.tensorboard:
+        trackers.append(TensorBoard(folder / "tensorboard", kept, step))
+    return trackers
+
+
+# --- Weights & Biases ----------------------------------------------------------------------------------------
+
+
+class WandbRun:
+    name = "W&B"
+
+    def __init__(self, args: TrainArguments, kept: list[Row], goes_on: bool) -> None:
+        """goes_on: or else a run that was in this directory before is another one."""
+        self.run = _start_wandb(args, goes_on)
+        self.next_step = self.run.starting_step  # W&B has those before it
+        self.thread = BackgroundThread("wandb")  # a long history that is told again must not hold up training
+        self.told = self.thread.submit(lambda: None)
+        self.last: Row = {}
+        self.best: Row = {}
+        for row in kept:
+            self.write(row)
+
+    def write(self, row: Row) -> None:
+        self.last = row
+        loss = finite(row.get("eval", {}).get("loss"))
+        if loss is not None and (not self.best or loss <= self.best["eval"]["loss"]):
+            self.best = row
+        if row["step"] >= self.next_step:
+            if self.told.done():
+                self.told.result()  # raises what went wrong
+            self.told = self.thread.submit(partial(self.run.log, flat(row), step=row["step"], commit=True))
+
+    def close(self, status: str, failed: bool) -> None:
+        end = self.thread.submit(partial(self._end, status, failed))
+        # After an error the other ranks wait to hear of it, and without its network W&B may not come back.
+        with contextlib.suppress(TimeoutError):
+            end.result(timeout=10.0 if failed else None)
+
+    def _end(self, status: str, failed: bool) -> None:
+        self.run.summary.update({"status": status, "final_loss": finite(self.last.get("loss"))})
+        if self.best:
+            self.run.summary.update({"best_eval_loss": self.best["eval"]["loss"], "best_eval_step": self.best["step"]})
+        self.run.finish(exit_code=int(failed))
+
+
+def _start_wandb(args: TrainArguments, goes_on: bool):
+    import wandb
+
+    mode, folder = _wandb_mode(args), Path(args.output_dir)
+    remembered = folder / "wandb_id"
+    goes_on = goes_on and remembered.is_file()
+    run_id = remembered.read_text().strip() if goes_on else secrets.token_hex(4)
+    for earlier in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+        (folder / "wandb" / "earlier").mkdir(exist_ok=True)
+        earlier.rename(folder / "wandb" / "earlier" / earlier.name)
+    try:
+        run = wandb.init(
+            project=args.wandb_project,
+            name=args.wandb_run_name,
+            entity=args.wandb_entity,
+            mode=mode,
+            dir=str(folder),
+            config=dataclasses.asdict(args),
+            id=run_id,
+            resume=None if mode in REPLACED else "allow",
+        )
+    except wandb.Error as error:
+        raise _no_wandb(error, remembered if goes_on else None) from error
+    if not run.disabled:
+        remembered.write_text(run_id + "\n")
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    for kind, names in BEST.items():
+        for name in names:
+            run.define_metric(name, step_metric="step", summary=f"{kind},last")
+    return run
+
+
+def _wandb_mode(args: TrainArguments) -> Any:
+    if args.wandb_mode or args.local_files_only:
+        return args.wandb_mode or "offline"
+    import wandb
+
+    return wandb.setup().settings.mode  # by WANDB_MODE, or as `wandb offline` has left it
+
+
+def _no_wandb(error: Exception, remembered: Path | None = None) -> ValueError:
+    remedy = "see to the network and `wandb login`, or give --wandb_mode offline and send the run later"
+    if remembered is not None:
+        remedy += f"; without {remembered} it would be a new run"
+    return ValueError(f"--wandb: W&B does not start ({error}); {remedy}")
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, kept: list[Row], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package, and slow to import
+
+        has_kept_rows = folder.is_dir()
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # what was there of later steps is taken again
+        if not has_kept_rows:
+            for row in kept:
+                self.write(row)
+
+    def write(self, row: Row) -> None:
+        charts = flat(row)
+        for name in charts.keys() - {"step"}:
+            self.writer.add_scalar(name, charts[name], row["step"])
+
+    def close(self, status: str, failed: bool) -> None:
+        self.writer.close()
