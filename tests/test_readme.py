@@ -21,6 +21,7 @@ SCRIPTS: dict[str, tuple[type, Callable, str]] = {
     "train_gpus.py": (TrainArguments, parse_train_args, "train"),
     "eval_mmlu_hybrid.py": (EvalArguments, parse_eval_args, "eval"),
 }
+WRITTEN_BY_A_RUN = str(ROOT / "configs" / "production.yaml")  # what stands in for the args.yaml of one
 PRODUCTION = (
     "torchrun --standalone --nproc_per_node=4 --master_port=29543 train_gpus.py "
     "--dtype bfloat16 --layers 14 16 17 30 --batch_size 2 --ce_weight 1.0 --kl_weight 0.1 --epochs 1 "
@@ -129,6 +130,7 @@ def command_problems(text):
         if not given:
             found.append(f"no command runs {script}")
         for argv in given:
+            argv = [word.replace("DIR/args.yaml", WRITTEN_BY_A_RUN) for word in argv]
             try:
                 parse(argv)
             except ValueError as error:
@@ -146,8 +148,9 @@ def command_problems(text):
 
 def option_problems(text):
     """Options named in sentences: `--layers`, `--no_freeze_mlp`, `--teacher_device cuda:0`."""
-    known = option_names("train_gpus.py") | option_names("eval_mmlu_hybrid.py") | OF_TORCHRUN
-    known |= set(re.findall(r'add_argument\("(--\w+)"', (ROOT / "benchmarks" / "harness.py").read_text()))
+    known = option_names("train_gpus.py") | option_names("eval_mmlu_hybrid.py") | OF_TORCHRUN | {"--help"}
+    for file in ("benchmarks/harness.py", "doctor.py", "report.py"):
+        known |= set(re.findall(r'add_argument\("(--\w+)"', (ROOT / file).read_text()))
     known |= {name.replace("--", "--no_") for name in known}
     named = re.findall(r"--[\w-]+", " ".join(inline_code(text)))
     return [f"{name} is no option" for name in named if name not in known]
@@ -227,7 +230,7 @@ def test_both_languages_say_the_same():
         (command_problems, "--node_rank=0", "--rank=0", "torchrun --rank is not known"),
         (option_problems, "`--wandb_mode offline`", "`--wandb_modus offline`", "--wandb_modus is no option"),
         (file_problems, "`llamba/kernels.py`", "`llamba/kernel.py`", "llamba/kernel.py is not there"),
-        (file_problems, "`arguments.py`", "`options.py`", "options.py is not there"),
+        (file_problems, "`requirements-cuda.txt`", "`requirements-gpu.txt`", "requirements-gpu.txt is not there"),
         (target_problems, "make demo\n", "make demonstration\n", "make demonstration is no target"),
         (target_problems, "make lint", "make setup", "make lint is not named"),
         (link_problems, "](#", "](#not-", "is no heading"),
