@@ -75,7 +75,7 @@ def defined_in(node):
 @functools.cache
 def known_options():
     """Of both scripts, and of every program here that has a parser of its own."""
-    known = {name for script in SCRIPTS for name in option_names(script)} | LAUNCHER
+    known = {name for script in SCRIPTS for name in option_names(script)} | LAUNCHER | {"--help"}
     for file in ROOT.glob("[!.]*/**/*.py"):
         known |= options_of_parsers(file)
     for file in ROOT.glob("*.py"):
