@@ -145,7 +145,7 @@ def describe(drawing: Drawing, runs: Sequence[Run]) -> str:
         layers, n = drawing.layers.error.shape
         last = drawing.layers.error[:, -1]
         worst = f"; at the end layer {np.nanargmax(last)} is furthest off" if np.isfinite(last).any() else ""
-        return f"Heat map: {drawing.title}, {drawing.unit} of {layers} layers at {n} steps{worst}."
+        return f"Heat map: {drawing.title} ({drawing.unit}), {layers} layers at {n} steps{worst}."
     lines = [
         f"{runs[i].name} {_course(found)}" for i, found in drawing.series.items() if np.isfinite(found.value).any()
     ]

@@ -126,6 +126,7 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
     high, positive = errors.max(), errors[errors > 0]
     scale = (max(positive.min(), high / 1000), high) if is_log(positive) else (0.0, high)
     titles = {"own": "Each layer alone", "stream": "All layers up to this one"}
+    units = {"own": "error by what the teacher's layer adds", "stream": "distance by the teacher's length"}
     for i, run in enumerate(runs):
         layers = run.options.get("layers")
         marked = [layer for layer in layers if isinstance(layer, int)] if isinstance(layers, list) else []
@@ -136,7 +137,7 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
                     key, title = f"{key}-{i}", f"{title}: {run.name}"
                 note = "Triangles: layers taken over from the teacher." if marked else ""
                 found = run.layer_maps[kind]
-                yield HeatMap("Layers against the teacher", key, title, "relative error", found, marked, scale, note)
+                yield HeatMap("Layers against the teacher", key, title, units[kind], found, marked, scale, note)
 
 
 # Long series
