@@ -44,7 +44,7 @@ def machine_text(args: TrainArguments, box: Box) -> str:
     n_visible = torch.cuda.device_count()
     nodes = "" if box.n_nodes == 1 else f"{box.n_nodes} nodes, each with "
     text = f"Planned for {nodes}{box.n_gpus} GPU(s) of {box.gpu_bytes / GB:.3g} GB"
-    if n_visible == 0:
+    if n_visible == 0 and None in (args.gpus, args.gpu_gb, args.tflops):
         text += ". None is visible here: name yours with --gpus, --gpu_gb, --tflops"
     elif args.gpus is None and args.gpu_gb is None:
         text += f": {torch.cuda.get_device_name(0)}"
@@ -57,11 +57,12 @@ def seats(plan: Plan, args: TrainArguments, box: Box) -> str:
         "dedicated": f"runs the teacher on cuda:{box.n_gpus - 1}",
         "shared": f"runs the teacher on {args.teacher_device}",
         "none": "runs the teacher on the CPU" if args.kl_weight > 0 else "",
-        "colocated": "each runs a teacher beside its student",
+        "colocated": "a teacher beside its student",
     }[plan.placement]
+    students = range(plan.n_students)
     idle = range(plan.n_students, box.n_gpus - (1 if plan.placement == "dedicated" else 0))
     rows = [("process", "student on", "besides")]
-    rows += [(f"rank {i}", f"cuda:{i}", teacher if i == 0 else "") for i in range(plan.n_students)]
+    rows += [(f"rank {i}", f"cuda:{i}", teacher if i == 0 or plan.placement == "colocated" else "") for i in students]
     lines = [f"{rank:<10}{place:<12}{besides}".rstrip() for rank, place, besides in rows]
     if idle:
         lines.append(f"cuda:{', cuda:'.join(map(str, idle))}: not used")

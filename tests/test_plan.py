@@ -185,6 +185,8 @@ def test_the_seats_are_those_of_the_readme():
     lines = [line.split(maxsplit=3) for line in seats(made, train(""), BOX).splitlines()]
     assert lines[1] == ["rank", "0", "cuda:0", "runs the teacher on cuda:4"]
     assert lines[4] == ["rank", "3", "cuda:3"] and len(lines) == 5
+    beside = Plan("colocated", 5, 5, {}, 0.1, 0.1, 0.1, 100)
+    assert seats(beside, train(""), BOX).count("a teacher beside its student") == 5
     few = Plan("dedicated", 2, 2, {}, 0.1, 0.1, 0.1, 100)
     assert seats(few, train(""), BOX).endswith("cuda:2, cuda:3: not used")
 
@@ -252,11 +254,11 @@ def test_room_on_the_disk(folder, tmp_path, monkeypatch):
 
 
 def test_the_production_command_is_planned_without_models_or_network(tmp_path):
-    """By its own entry, on a machine without GPUs, as its own torchrun would start it."""
+    """By its own entry, on a machine without GPUs, in the first of the four ranks that its own torchrun would start."""
     file = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    command += [str(ROOT / "train_gpus.py"), *PRODUCTION.split("train_gpus.py ")[1].split()]
+    command = [sys.executable, str(ROOT / "train_gpus.py"), *PRODUCTION.split("train_gpus.py ")[1].split()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     run = subprocess.run(
         [*command, "--dry_run", "--plan_json", str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -274,7 +276,7 @@ def test_the_production_command_is_planned_without_models_or_network(tmp_path):
 
 
 def test_what_does_not_fit_comes_with_what_to_change(folder, capsys):
-    text = "--batch_size 4 --seq_length 256"
+    text = "--batch_size 4 --seq_length 96"
     box = Box(2, 0, 1e12)
     kept, recomputed = (
         make_plan(args, measure_footprint(args), box, "dedicated").largest
