@@ -37,13 +37,15 @@ setup-cuda: .venv/installed
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 		$(BIN)/pip install --no-deps --no-build-isolation $$(grep -E '^causal-conv1d==' requirements-cuda.txt)
 
-# Two students and their teacher, tiny, on whatever this machine has; then all four models' scores. A demo run
-# before this one is moved aside, not overwritten.
+# Two students and their teacher, tiny, on whatever this machine has; then all four models' scores, and a report. A demo
+# run before this one is moved aside, not overwritten.
 demo: .venv/installed
 	if [ -e $(DEMO) ]; then mv $(DEMO) $(DEMO)-$$(date +%Y%m%d-%H%M%S); fi
-	$(BIN)/torchrun --standalone --nproc_per_node=2 train_gpus.py --preset tiny --output_dir $(DEMO)
+	$(BIN)/torchrun --standalone --nproc_per_node=2 train_gpus.py --preset tiny --layer_map_interval 25 \
+		--output_dir $(DEMO)
 	$(BIN)/python eval_mmlu_hybrid.py --preset tiny --which student hybrid hybrid_ft teacher \
 		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json
+	$(BIN)/python report.py $(DEMO)
 
 # Tensors here are tiny and many tests start several processes: more threads would only get in each other's way. Two
 # tests at a time, as most of a test of a script is waiting: for imports, ranks, a disk.

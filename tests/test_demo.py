@@ -57,6 +57,7 @@ def test_the_demo_teaches_the_hybrid_to_look_things_up(demo):
     assert scores["teacher"] >= 0.90
     assert scores["student"] <= 0.45
     assert scores["hybrid_ft"] >= 0.85
+    assert "hybrid_ft" in (folder / "report" / "index.html").read_text()
     for name in ("teacher", "student", "hybrid", "hybrid_ft"):
         assert name in stdout
 

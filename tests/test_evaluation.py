@@ -95,6 +95,7 @@ def test_a_signal_ends_an_evaluation_and_the_run(stage):
     assert by_sigterm["codes"] == [75, 75] and "stopped by SIGTERM at step 4 of 6" in by_sigterm["log"]
     assert later["codes"] == [0, 0] and "complete: 6 of 6" in later["log"]  # the signal came after the last step
     assert evaluations(stage, "stopped").keys() == {2}
+    assert "stopped by SIGTERM at step 4" in (stage / "stopped" / "warnings.jsonl").read_text()
     assert tensors(stage / "stopped" / "checkpoint-6") == tensors(stage / "without" / "checkpoint-6")
     assert training_rows(stage, "stopped") == training_rows(stage, "without")
 

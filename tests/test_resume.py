@@ -14,7 +14,7 @@ import resume
 from arguments import parse_train_args
 from checkpoint import STATE_FILE, checkpoint_bytes
 from health import SpikeWatch
-from resume import check_same_run, check_space
+from resume import check_same_run, check_space, keep_options
 from tests.tiny import tiny_student
 
 Usage = namedtuple("Usage", "total used free")
@@ -104,3 +104,10 @@ def test_a_loss_stands_out_only_of_enough_others_and_by_much():
     assert sum(watch.is_spike(loss) for loss in usual) == 0
     assert watch.is_spike(3.5) and watch.is_spike(3.5)  # one does not hide the next
     assert not watch.is_spike(0.5)  # below is no trouble
+
+
+def test_options_of_earlier_starts_are_kept(tmp_path):
+    for options in ("seed: 0\n", "seed: 0\n", "seed: 1\n", "seed: 2\n"):
+        keep_options(tmp_path, options)
+    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert found == {"args.yaml": "seed: 2\n", "args.1.yaml": "seed: 0\n", "args.2.yaml": "seed: 1\n"}
