@@ -1,13 +1,10 @@
 """Evaluations on real processes: undisturbed, on two ranks, killed, stopped and gone on with. test_eval_resume.py looks
-at what they leave. Played by a process of its own, which forks its ranks before any thread has computed anything:
-
-    python -m tests.eval_runs FOLDER
+at what they leave.
 """
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import eval_mmlu_hybrid
@@ -54,8 +51,7 @@ def disturbed(folder: Path, n_ranks: int) -> list[dict]:
     ]
 
 
-def main() -> None:
-    root = Path(sys.argv[1])
+def play(root: Path) -> None:
     for name in ("straight", "two", "disturbed1", "disturbed2"):
         (root / name).mkdir()
     facts = {
@@ -65,7 +61,3 @@ def main() -> None:
         "disturbed2": disturbed(root / "disturbed2", 2),
     }
     (root / "facts.json").write_text(json.dumps(facts))
-
-
-if __name__ == "__main__":
-    main()

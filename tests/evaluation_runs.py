@@ -1,7 +1,4 @@
-"""Runs that evaluate, and the same runs without, on forked ranks; what they leave is for tests/test_evaluation.py.
-
-python -m tests.evaluation_runs FOLDER
-"""
+"""Runs that evaluate, and the same runs without, on forked ranks; what they leave is for tests/test_evaluation.py."""
 
 import signal
 import sys
@@ -57,7 +54,3 @@ def play(folder: Path) -> None:
 
 def change_argument(flag: str, value: str) -> None:
     sys.argv[sys.argv.index(flag) + 1] = value
-
-
-if __name__ == "__main__":
-    play(Path(sys.argv[1]))

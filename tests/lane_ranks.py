@@ -1,7 +1,6 @@
-"""Run by tests/test_teacher.py under torchrun: ranks ask a stand-in teacher through the real lane while their main
-threads are busy with collectives of another group, as DDP is. Exit code 0 if every rank got its own answers.
-
-    torchrun ... tests/lane_ranks.py PREFETCH BATCHES FAILS_AT
+"""The ranks of tests/test_teacher.py: they ask a stand-in teacher through the real lane while their main threads are
+busy with collectives of another group, as DDP is. `main` ends without an error if every rank got its own answers. Its
+arguments: PREFETCH BATCHES FAILS_AT.
 """
 
 import sys
@@ -41,6 +40,7 @@ def expected(input_ids):
 
 def main():
     prefetch, n_batches, fails_at = (int(word) for word in sys.argv[1:])
+    dist.set_debug_level_from_env()  # as torch does when it is imported
     dist.set_debug_level = lambda level: None  # without DDP, the groups can be checked as TORCH_DISTRIBUTED_DEBUG says
     with process_groups(torch.device("cpu")) as ranks:
         batches = [Batch.from_windows(torch.full((2, 4), 10 * i + ranks.rank)) for i in range(n_batches)]
@@ -57,7 +57,3 @@ def main():
             assert signal.dtype == torch.bfloat16 and torch.equal(signal, expected(batch.input_ids)), ranks.rank
         assert i == n_batches - 1
         lane.close()
-
-
-if __name__ == "__main__":
-    main()

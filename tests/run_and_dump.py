@@ -1,6 +1,6 @@
-"""Runs train_gpus.py's main as torchrun would, and keeps every rank's final weights: `<output_dir>/rank-<r>.pt`.
-Started by torchrun from tests/test_train_script.py. In the environment, FAIL_ON_RANK has that rank fail when it takes
-the batch of micro step FAIL_AT_MICRO_STEP.
+"""train_gpus.py's main that also keeps every rank's final weights: `<output_dir>/rank-<r>.pt`. For
+tests/test_train_script.py, which starts it by torchrun or in forks. In the environment, FAIL_ON_RANK has that rank fail
+when it takes the batch of micro step FAIL_AT_MICRO_STEP.
 """
 
 import os
@@ -30,5 +30,10 @@ def distil_and_dump(args, batches, total_steps, progress, model, optimizer, lane
     return code
 
 
-train_gpus.distil = distil_and_dump
-sys.exit(run_entry(train_gpus.main))
+def main():
+    train_gpus.distil = distil_and_dump
+    return train_gpus.main()
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,7 @@ from checkpoint import (
 )
 from llamba import LlambaForCausalLM
 from model_utils import apply_replacements, freeze_student_mlps, locate_model
+from tests import fresh
 from tests.tiny import tiny_student, tiny_teacher, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -297,45 +298,34 @@ def test_each_try_has_a_folder_of_its_own_that_nobody_sees(tmp_path, attempt):
     assert len({partial_dir(tmp_path, 7, n) for n in range(20)}) == 20
 
 
-KILLED_SAVE = """
-import os, signal, sys
-from pathlib import Path
-from tests.test_checkpoint import make_tokenizer, save
-from tests.tiny import tiny_student
+def kill_saves(folder):
+    """Saves over and over, each time in a process that dies at another flush; returns the first that none came to."""
+    student, tokenizer = tiny_student(), make_tokenizer()
+    save(folder, student, tokenizer, 1, world_size=2)
+    flush, calls = os.fsync, []
+    for n in range(2, 100):
+        kill_at = n - 1
+        child = os.fork()
+        if not child:
 
-folder = Path(sys.argv[1])
-student, tokenizer = tiny_student(), make_tokenizer()
-save(folder, student, tokenizer, 1, world_size=2)
-flush, calls = os.fsync, []
+            def flush_or_die(descriptor, kill_at=kill_at):
+                calls.append(descriptor)
+                if len(calls) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                flush(descriptor)
 
-def flush_or_die(descriptor):
-    calls.append(descriptor)
-    if len(calls) == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(descriptor)
-
-os.fsync = flush_or_die
-for n in range(2, 100):  # each save in a process of its own, that dies at another flush
-    calls.clear()
-    kill_at = n - 1
-    child = os.fork()
-    if not child:
-        save(folder, student, tokenizer, n, world_size=2)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        print(kill_at, flush=True)
-        os._exit(os.waitstatus_to_exitcode(status))
-"""
+            os.fsync = flush_or_die
+            save(folder, student, tokenizer, n, world_size=2)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert status == 0
+            return kill_at
 
 
 def test_a_process_that_is_killed_while_saving(tmp_path, hybrid, tokenizer):
     """With kill -9 at every flush of a save, one after the other."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED_SAVE, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    last = int(result.stdout)  # the flush that a whole save does not come to
+    last = fresh.call(kill_saves, tmp_path)  # the flush that a whole save does not come to
     n_files = len(contents(tmp_path / "checkpoint-1"))
     assert last == n_files + 3 + 1 + 1 + 1  # files, lists of sums, the folder, the rename; and one more
     # Who dies at the last flush has renamed already; everybody else has left nothing that looks like a checkpoint.

@@ -1,18 +1,15 @@
 """data.py: every lane and every number of ranks sees the documents' own windows, once; bad input is named."""
 
+import ctypes
 import dataclasses
 import gzip
 import hashlib
 import json
 import logging
-import os
 import pickle
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -26,6 +23,7 @@ import data
 import packing
 from arguments import TrainArguments
 from data import build_dataloader
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 SEQ = 8
@@ -437,28 +435,6 @@ def test_cache_directory_can_be_chosen(tmp_path: Path):
     assert len(list((tmp_path / "elsewhere" / "packed").glob("*"))) == 1 and not packed_dirs(tmp_path)
 
 
-PROCESS = """
-    import os, sys, time
-    from pathlib import Path
-    import datasets
-    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-    import packing
-    from test_data import loader, options, windows_of
-    tmp_path = Path({tmp_path!r})
-    datasets.config.HF_DATASETS_CACHE = tmp_path / "hf"
-"""
-
-
-def start(tmp_path: Path, body: str) -> subprocess.Popen:
-    code = textwrap.dedent(PROCESS).format(root=str(ROOT), tmp_path=str(tmp_path)) + textwrap.dedent(body)
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -466,38 +442,50 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def build_and_hang(cache: Path, path: Path) -> None:
+    """In the sixth batch of texts."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    encode, batches = packing.Encoder.__call__, iter(range(10**9))
+    packing.Encoder.__call__ = lambda *a: encode(*a) if next(batches) < 5 else time.sleep(600)
+    packing.text_batches.__defaults__ = (16, 1 << 22)
+    loader(options(path))
+
+
+def wait_for_the_build(cache: Path, path: Path) -> list:
+    datasets.config.HF_DATASETS_CACHE = cache
+    print("ready", flush=True)
+    return windows_of(loader(options(path), rank=1, world_size=2))
+
+
 def test_a_killed_build_is_not_served_and_a_waiting_rank_gets_the_next_one(tmp_path: Path):
     documents = random_documents(8, 300)
-    path = write_jsonl(tmp_path / "a.jsonl", documents)
-    builder = start(
-        tmp_path,
-        f"""
-        encode, batches = packing.Encoder.__call__, iter(range(10**9))
-        packing.Encoder.__call__ = lambda *a: encode(*a) if next(batches) < 5 else time.sleep(600)
-        packing.text_batches.__defaults__ = (16, 1 << 22)
-        loader(options({str(path)!r}))
-        """,
-    )
-    waiter = start(
-        tmp_path,
-        f"""
-        print("ready", flush=True)
-        print(windows_of(loader(options({str(path)!r}), rank=1, world_size=2)), flush=True)
-        """,
-    )
-    try:
+    work = tmp_path / "hf", write_jsonl(tmp_path / "a.jsonl", documents)
+    with fresh.started(build_and_hang, *work) as builder, fresh.started(wait_for_the_build, *work) as waiter:
         wait_until(lambda: any(file.stat().st_size for file in tmp_path.glob("hf/packed/*/tokens.bin")))
-        assert waiter.stdout.readline() == "ready\n"
-        builder.send_signal(signal.SIGKILL)
-        assert builder.wait() == -signal.SIGKILL
+        wait_until(lambda: waiter.written() == "ready\n")
+        builder.process.kill()
+        builder.process.join()
+        assert builder.process.exitcode == -signal.SIGKILL
         time.sleep(1)
-        assert waiter.poll() is None
-        ranks = [windows_of(loader(options(path), rank, 2)) for rank in range(2)]
-        assert waiter.communicate(timeout=60)[0] == f"{ranks[1]}\n"
+        assert waiter.process.is_alive()
+        ranks = [windows_of(loader(options(work[1]), rank, 2)) for rank in range(2)]
+        assert waiter.result(timeout=60) == ranks[1]
         assert len(ranks[0] + ranks[1]) == len(expected_windows(documents)) // 4 * 4
-    finally:
-        builder.kill()
-        waiter.kill()
+
+
+def read_two_shares(folder: Path, path: Path, rank: int) -> list:
+    """Numbers of batches of three passes, and whether a share that fills no batch is an error."""
+    datasets.config.HF_DATASETS_CACHE = folder / "hf"
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    args = options(path, dataset_streaming=True)
+    batches = loader(args, rank, 2, control_group=dist.group.WORLD)
+    counts = [len(list(batches)), len(list(batches))]
+    packing.text_batches.__defaults__ = (3, 1 << 22)  # so that ranks need more text at different steps
+    counts.append(len(list(batches)))
+    with pytest.raises(ValueError, match="too small"):
+        list(loader(dataclasses.replace(args, batch_size=50), rank, 2, control_group=dist.group.WORLD))
+    dist.destroy_process_group()
+    return counts
 
 
 def test_streaming_ranks_whose_shares_differ_stop_together(tmp_path: Path):
@@ -506,36 +494,24 @@ def test_streaming_ranks_whose_shares_differ_stop_together(tmp_path: Path):
     args = options(path, dataset_streaming=True)
     alone = [len(list(loader(args, rank, 2))) for rank in range(2)]
     assert alone[0] < alone[1] - 5
-    ranks = [
-        start(
-            tmp_path,
-            f"""
-            import torch.distributed as dist
-            dist.init_process_group("gloo", "file://{tmp_path}/store", rank={rank}, world_size=2)
-            args = options({str(path)!r}, dataset_streaming=True)
-            batches = loader(args, {rank}, 2, control_group=dist.group.WORLD)
-            print(len(list(batches)), len(list(batches)))
-            packing.text_batches.__defaults__ = (3, 1 << 22)  # so that ranks need more text at different steps
-            print(len(list(batches)))
-            args = options({str(path)!r}, dataset_streaming=True, batch_size=50)
-            try:
-                list(loader(args, {rank}, 2, control_group=dist.group.WORLD))
-            except ValueError as error:
-                print("too small" in str(error), flush=True)
-            dist.destroy_process_group()
-            held = iter(loader(options({str(path)!r}, dataset_streaming=True)))
-            next(held)  # and never closed: the process must end all the same
-            """,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            assert rank.communicate(timeout=60)[0] == f"{alone[0]} {alone[0]}\n{alone[0]}\nTrue\n"
-            assert rank.returncode == 0
-    finally:
-        for rank in ranks:
-            rank.kill()
+    work = [(read_two_shares, tmp_path, path, rank) for rank in range(2)]
+    with fresh.started(*work[0]) as first, fresh.started(*work[1]) as second:
+        assert first.result(timeout=60) == second.result(timeout=60) == [alone[0]] * 3
+
+
+HELD: list = []
+
+
+def hold_a_stream(path: Path) -> None:
+    HELD.append(iter(loader(options(path, dataset_streaming=True))))
+    next(HELD[0])
+    ctypes.pythonapi.Py_Exit(0)  # an interpreter's way to end, which a fork does not take by itself
+
+
+def test_a_process_that_never_closes_a_stream_ends(tmp_path: Path):
+    with fresh.started(hold_a_stream, write_jsonl(tmp_path / "a.jsonl", ["ab" * 50] * 40)) as holder:
+        holder.process.join(timeout=60)
+        assert holder.process.exitcode == 0, holder.written()
 
 
 # ---- kinds of data

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from arguments import parse_eval_args
 from eval_pieces import Piece, share_out
 from eval_plan import check
 from partial_results import PartialResults, kept_in, partial_folder
+from tests import eval_runs, fresh
 from tests.eval_runs import OPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +36,7 @@ def results(output: Path) -> dict:
 def played(tmp_path_factory) -> Path:
     """The folder with what all evaluations of tests/eval_runs.py have left."""
     folder = tmp_path_factory.mktemp("runs")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.eval_runs", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    fresh.call(eval_runs.play, folder)
     return folder
 
 

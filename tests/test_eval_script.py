@@ -25,6 +25,7 @@ from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from losses import compute_distill_loss
 from model_utils import apply_replacements
 from ranks import process_groups
+from tests import fresh
 from tests.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -404,22 +405,18 @@ def test_a_hybrid_is_no_student_to_make_a_hybrid_of(options):
     assert check(parse_eval_args(command_line(options | {"which": ["student"]}))).models == ["student"]
 
 
-def run_script(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "eval_mmlu_hybrid.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
-
-
 def test_the_script_ends_with_one_clear_error(options, tmp_path):
     del options["ckpt"]
-    result = run_script(*command_line(options), cwd=tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "eval_mmlu_hybrid.py"), *command_line(options)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert "hybrid_ft: needs --ckpt" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(not (TINY / "preset.json").is_file(), reason="presets/tiny has no preset.json yet")
-def test_the_script_on_the_tiny_preset(tmp_path):
+def test_the_whole_evaluation_on_the_tiny_preset(tmp_path):
     args = parse_eval_args(["--preset", "tiny"])
     student = AutoModelForCausalLM.from_pretrained(args.student_model)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model)
@@ -429,12 +426,12 @@ def test_the_script_on_the_tiny_preset(tmp_path):
     output = tmp_path / "eval.json"
     words = "--preset tiny --which all --device cpu --dtype float32 --num_fewshot 1 --limit 5 --local_files_only"
     files = ["--ckpt", str(tmp_path / "ckpt"), "--output", str(output)]
-    result = run_script(*words.split(), *files, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    code, printed = fresh.script([*words.split(), *files], entry.main)
+    assert code == 0, printed
     report = json.loads(output.read_text())
     assert report["n"] == 20
     assert report["models"]["hybrid_ft"]["config"]["layers"] == sorted(args.layers)
     scored = report["models"]
     assert scored["hybrid_ft"]["predictions"] == scored["hybrid"]["predictions"]  # a step-0 checkpoint
     assert report["teacher"] > 0.5  # chance is 0.25, and the teacher knows these questions
-    assert f"{report['teacher']:.4f}" in result.stdout
+    assert f"{report['teacher']:.4f}" in printed

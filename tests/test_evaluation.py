@@ -4,9 +4,6 @@ it would be without. The real runs are played by tests/evaluation_runs.py.
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,9 +20,9 @@ from ranks import process_groups
 from run_log import RunLog, format_evaluation
 from stopping import StopRequest
 from teacher import NoTeacher
+from tests import evaluation_runs, fresh
 from tests.evaluation_runs import TINY
 from tests.faults.compare import differences, rows, tensors
-from tests.faults.launch import ROOT
 from tests.tiny import tiny_student
 from training_utils import DistillationModel
 
@@ -36,10 +33,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(TINY / "teacher")
 def stage(tmp_path_factory):
     """The folder of all runs, played by one process."""
     folder = tmp_path_factory.mktemp("evaluation")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.evaluation_runs", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-5000:]
+    fresh.call(evaluation_runs.play, folder)
     return folder
 
 

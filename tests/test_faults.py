@@ -3,36 +3,26 @@ tests/faults/kills.py is the campaign of `kill -9`; `make faults` runs it at ful
 """
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import fresh
+from tests.faults import scenarios
 from tests.faults.compare import differences, rows, tensors
 from tests.faults.damage import damage_checkpoints, damage_texts
+from tests.faults.kills import run_campaign
 
-ROOT = Path(__file__).parents[1]
 RESULT_OF_SIGNAL = 75
-
-
-def python(module, *argv, timeout=280):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", module, *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     """All scenarios are played by one process, which imports everything once; returns their folder."""
     folder = tmp_path_factory.mktemp("faults")
-    python("tests.faults.scenarios", folder)
+    fresh.call(scenarios.play, folder)
     return folder
 
 
@@ -49,8 +39,8 @@ def facts(stage):
 
 
 @pytest.mark.parametrize("lane,kills", [("cached", 8), ("stream", 5)])
-def test_a_run_killed_again_and_again_is_the_run_that_was_left_alone(lane, kills):
-    result = json.loads(python("tests.faults.kills", "--lane", lane, "--kills", kills, timeout=290))
+def test_a_run_killed_again_and_again_is_the_run_that_was_left_alone(tmp_path, lane, kills):
+    result = fresh.call(run_campaign, tmp_path, lane, 2, kills, 0)
     assert result["kills"] == kills
     assert result["runs"] >= 1
     assert result["differences"] == []

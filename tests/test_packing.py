@@ -5,9 +5,6 @@ import logging
 import os
 import pickle
 import random
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import packing
@@ -30,6 +28,7 @@ from packing import (
     write_token_file,
 )
 from rows import RowCounts, only_texts
+from tests import fresh
 
 EOS = "<|endoftext|>"
 WORDS = ["the", "cat", " sat", "\n", "naïve", "日本", "  ", "42", EOS, "🙂", "x" * 40, "\t", "don't", "."]
@@ -122,35 +121,28 @@ def test_a_tokenizer_held_to_one_core_is_mentioned(monkeypatch: pytest.MonkeyPat
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["TOKENIZERS_PARALLELISM=False"]
 
 
-RUN_TIMES = """
-    import os, sys, threading
-    from pathlib import Path
-    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-    from torch.utils.data import DataLoader
-    from test_packing import random_documents, write
+def run_times() -> dict[str, int]:
+    """Of all threads of this process, in ns."""
+    tasks = Path("/proc/self/task")
+    return {task: int((tasks / task / "schedstat").read_text().split()[0]) for task in os.listdir(tasks)}
 
-    def run_times():  # of all threads, in ns
-        return {{task: int(Path("/proc/self/task", task, "schedstat").read_text().split()[0])
-                for task in os.listdir("/proc/self/task")}}
 
+def busy_threads(folder: Path) -> int:
+    """Threads not of Python that have had a part in the packing of a file."""
     documents = random_documents(0, 20_000)
-    write(Path({tmp_path!r}, "first"), documents[:100])
+    write(folder / "first", documents[:100])
     list(DataLoader(range(4), num_workers=1))  # its worker is forked, behind the tokenizer's back
     before = run_times()
-    write(Path({tmp_path!r}, "second"), documents)
-    ours = {{str(thread.native_id) for thread in threading.enumerate()}}
+    write(folder / "second", documents)
+    ours = {str(thread.native_id) for thread in threading.enumerate()}
     spent = [time - before.get(task, 0) for task, time in run_times().items() if task not in ours]
-    print(sum(time > 0.05 * sum(spent) for time in spent))
-"""
+    return sum(time > 0.05 * sum(spent) for time in spent)
 
 
 def test_packing_keeps_the_tokenizers_threads_beside_forked_workers(tmp_path: Path):
     """In a forked process the tokenizer has one thread, and says nothing of it. Packing has to stay out of those."""
-    code = textwrap.dedent(RUN_TIMES).format(root=str(Path(__file__).parents[1]), tmp_path=str(tmp_path))
-    settings = {"RAYON_NUM_THREADS": "3", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) >= 2  # of three, should a busy machine let one of them sleep
+    # of three, should a busy machine let one of them sleep
+    assert fresh.call(busy_threads, tmp_path, RAYON_NUM_THREADS="3") >= 2
 
 
 def test_tokenizer_errors():

@@ -4,10 +4,8 @@ disk, and the advice at its end. That its bytes are those of real runs is in tes
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ from footprint import gradient_bytes, measure_footprint
 from plan import Box, Plan, asked_placement, disk_room, find_box, make_plan, wire_bytes
 from plan_report import advice, disk_advice, duration, print_plan, run_table, seats
 from speed import peak_operations
+from tests import fresh
 from tests.test_memory_plan import folder, options
 from tests.test_readme import PRODUCTION
 
@@ -253,16 +252,20 @@ def test_room_on_the_disk(folder, tmp_path, monkeypatch):
 # --- whole plans ---------------------------------------------------------------------------------------------
 
 
-def test_the_production_command_is_planned_without_models_or_network(tmp_path):
-    """By its own entry, on a machine without GPUs, in the first of the four ranks that its own torchrun would start."""
+def without_network(rank):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was touched")
+
+    socket.socket.connect = socket.getaddrinfo = refuse
+
+
+def test_the_production_command_is_planned_without_models_or_network(tmp_path, monkeypatch):
+    """By its own entry, on a machine without GPUs, by ranks as its own torchrun would start them."""
     file = tmp_path / "plan.json"
-    command = [sys.executable, str(ROOT / "train_gpus.py"), *PRODUCTION.split("train_gpus.py ")[1].split()]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
-    run = subprocess.run(
-        [*command, "--dry_run", "--plan_json", str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(tmp_path)
+    argv = [*PRODUCTION.split("train_gpus.py ")[1].split(), "--dry_run", "--plan_json", str(file)]
+    codes, printed = fresh.ranks(argv, 4, arm=without_network, CUDA_VISIBLE_DEVICES="")
+    assert codes == [0] * 4, printed
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]  # it leaves nothing else
     dedicated, colocated = json.loads(file.read_text())
     forward = dedicated["gpus"]["student GPU"]["forward"]
@@ -271,8 +274,8 @@ def test_the_production_command_is_planned_without_models_or_network(tmp_path):
     assert dedicated["gpus"]["teacher GPU"]["forward"]["teacher's weights"] == 2 * 8_030_261_248
     assert (dedicated["n_students"], colocated["n_students"]) == (4, 5)
     assert dedicated["fits"]
-    assert f"{dedicated['largest_bytes'] / 1e9:.1f} of 80 GB" in run.stdout
-    assert run.stdout.count("rank 0") == 1 and "819,200,000 in 100,000 steps" in run.stdout
+    assert f"{dedicated['largest_bytes'] / 1e9:.1f} of 80 GB" in printed
+    assert printed.count("rank 0") == 1 and "819,200,000 in 100,000 steps" in printed
 
 
 def test_what_does_not_fit_comes_with_what_to_change(folder, capsys):

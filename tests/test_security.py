@@ -8,16 +8,16 @@ import pickle
 import resource
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import train_gpus
 from llamba.configuration import MOST_LAYERS
 from model_utils import get_configs, get_student_model, get_teacher_model, get_tokenizer, locate_model
+from tests import fresh
 from tests.tiny import tiny_student, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -403,17 +403,11 @@ def test_a_run_writes_no_secret_anywhere(tmp_path):
     folder = tmp_path / "out"
     options = f"--preset tiny --output_dir {folder} --max_steps 2 --log_interval 1 --save_interval 2"
     options += " --wandb --wandb_mode offline"
-    run = subprocess.run(
-        [sys.executable, "train_gpus.py", *options.split()],
-        cwd=ROOT,
-        env={**os.environ, **secrets, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path / "home")},
-        capture_output=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    code, printed = fresh.script(options.split(), train_gpus.main, **secrets, HOME=str(tmp_path / "home"))
+    assert code == 0, printed[-3000:]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     written = {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
     assert any(".wandb" in name for name in written) and any("checkpoint-2" in name for name in written)
-    for place, content in {**written, "stdout": run.stdout, "stderr": run.stderr}.items():
+    for place, content in {**written, "what is printed": printed.encode()}.items():
         for name, secret in secrets.items():
             assert secret.encode() not in content, f"{name} is in {place}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import streaming
 from bad_rows import tolerant_stream
 from packing import text_batches
 from streaming import WAITS_S, StreamState, TextStream, is_connection_trouble
+from tests import fresh
 
 N_FILES, N_ROWS = 4, 900
 ROWS = [f"row {i:04d} of naïve 日本 text" if i % 50 else (None if i % 100 else "") for i in range(N_ROWS)]
@@ -67,9 +67,12 @@ def stored(state: StreamState) -> dict:
     return json.loads(json.dumps(state.to_json()))
 
 
-@pytest.mark.parametrize("make", SOURCES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])  # of 4 files: whole files, half of them, every third row
-@pytest.mark.parametrize("shuffle_buffer", [0, 100, 5000])
+# Each source with each number of ranks (of 4 files: whole files, half of them, every third row) and with each buffer,
+# and each number of ranks with each buffer.
+@pytest.mark.parametrize(
+    "make,world_size,shuffle_buffer",
+    [(SOURCES[i], 1 + j, (0, 100, 5000)[(i + j) % 3]) for i in range(3) for j in range(3)],
+)
 def test_a_pass_goes_on_exactly_from_before_every_batch(
     tmp_path: Path, make: Callable, world_size: int, shuffle_buffer: int
 ):
@@ -92,20 +95,14 @@ def test_a_pass_goes_on_exactly_from_before_every_batch(
         assert seen == TEXTS
 
 
-def rest(folder: Path, state: dict, results: multiprocessing.Queue) -> None:
+def rest(folder: Path, state: dict) -> list[list[str]]:
     text_batches.__defaults__ = (60, 1 << 22)
-    results.put([texts for _, texts in stream_of(from_jsonl(folder)).batches(0, state)])
+    return [texts for _, texts in stream_of(from_jsonl(folder)).batches(0, state)]
 
 
-@pytest.mark.timeout(120)
 def test_another_process_goes_on(tmp_path: Path):
     straight = list(stream_of(from_jsonl(tmp_path)).batches(0))
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue = context.Queue()
-    process = context.Process(target=rest, args=(tmp_path, stored(straight[4][0]), results))
-    process.start()
-    assert results.get(timeout=100) == [texts for _, texts in straight[4:]]
-    process.join()
+    assert fresh.call(rest, tmp_path, stored(straight[4][0])) == [texts for _, texts in straight[4:]]
 
 
 def test_the_order_follows_seed_epoch_and_rank_and_repeats(tmp_path: Path):

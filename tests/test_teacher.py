@@ -1,12 +1,8 @@
 """The ways to the teacher's answers: what comes back, who works while whom, and how a failure is told."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +20,11 @@ from teacher import (
     share_head,
     teacher_head,
 )
+from tests import fresh, lane_ranks
 from tests.lane_ranks import StandIn
 from tests.tiny import tiny_teacher, tokens
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -137,24 +133,18 @@ def test_ask_ahead_takes_no_more_batches_than_it_must():
     assert len(list(asked)) == 4
 
 
-def run_ranks(n_ranks, *words, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command += ["tests/lane_ranks.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
-
-
 def test_every_rank_gets_its_own_answers_while_other_collectives_run():
     """Under what users with slow links set; of it gloo knows the blocking wait and the checks of DETAIL."""
     slow = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_ALGO": "Ring", "NCCL_MAX_NCHANNELS": "1"}
-    done = run_ranks(3, 1, 20, 0, TORCH_NCCL_BLOCKING_WAIT="1", TORCH_DISTRIBUTED_DEBUG="DETAIL", **slow)
-    assert done.returncode == 0, done.stderr[-3000:]
+    slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    codes, text = fresh.ranks(["1", "20", "0"], 3, lane_ranks.main, **slow)
+    assert codes == [0, 0, 0], text[-3000:]
 
 
 def test_a_teacher_that_fails_ends_all_ranks_with_its_error():
-    done = run_ranks(2, 1, 1000, 5)
-    assert done.returncode != 0
-    assert "RuntimeError: the stand-in teacher is out of memory" in done.stderr
+    codes, text = fresh.ranks(["1", "1000", "5"], 2, lane_ranks.main)
+    assert codes[0] == 1 and codes[1] != 0
+    assert "RuntimeError: the stand-in teacher is out of memory" in text
 
 
 # --- waiting -------------------------------------------------------------------------------------------------

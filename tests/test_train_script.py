@@ -1,5 +1,5 @@
-"""The real entry under the real torchrun, on random tiny models and real text: what ranks agree on, what a step does,
-what is left on disk, and how bad input ends.
+"""The real entry on real ranks, on random tiny models and real text: what ranks agree on, what a step does, what is
+left on disk, and how bad input ends. Ranks are forks of a fresh process, and torchrun's where it matters that they are.
 """
 
 import json
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_gpus
 from llamba import LlambaForCausalLM
+from tests import fresh, run_and_dump
 from tests.tiny import tiny_student, tiny_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -62,17 +63,24 @@ def options(models, output_dir, **changes):
     return argv
 
 
-def start(torchrun_options, argv, script="tests/run_and_dump.py"):
+def start_torchrun(*torchrun_options, argv, script="tests/run_and_dump.py"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options, script, *argv]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def launch(n_ranks, argv, script="tests/run_and_dump.py"):
+def torchrun(n_ranks, argv, script="tests/run_and_dump.py"):
     """Runs to the end; returns (exit code, standard error)."""
-    process = start(["--standalone", f"--nproc_per_node={n_ranks}"], argv, script)
+    process = start_torchrun("--standalone", f"--nproc_per_node={n_ranks}", argv=argv, script=script)
     _, stderr = process.communicate(timeout=240)
     return process.returncode, stderr
+
+
+def train(n_ranks, argv, main=train_gpus.main):
+    """A run in forks that has to succeed; returns what it wrote."""
+    codes, log = fresh.ranks(argv, n_ranks, main)
+    assert codes == [0] * n_ranks, log[-4000:]
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +92,8 @@ def run(models, tmp_path_factory):
         key = (n_ranks, *sorted(changes.items()))
         if key not in done:
             folder = tmp_path_factory.mktemp("run") / "out"
-            code, stderr = launch(n_ranks, options(models, folder, no_dataset_streaming=True, **changes))
-            assert code == 0, stderr[-4000:]
-            (folder / "stderr.txt").write_text(stderr)
+            log = train(n_ranks, options(models, folder, no_dataset_streaming=True, **changes), run_and_dump.main)
+            (folder / "log.txt").write_text(log)
             done[key] = folder
         return done[key]
 
@@ -141,7 +148,7 @@ def test_two_nodes_equal_two_ranks_of_one(run, models, tmp_path):
         port = probe.getsockname()[1]
     argv = options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN)
     common = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [start([*common, f"--node_rank={rank}"], argv) for rank in (0, 1)]
+    nodes = [start_torchrun(*common, f"--node_rank={rank}", argv=argv) for rank in (0, 1)]
     ends = [node.communicate(timeout=240)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], ends
     one_node = run(2, **FROZEN)
@@ -276,7 +283,7 @@ def test_checkpoints_metrics_and_log(run):
     assert rows[-1]["tokens"] == 6 * 2 * 2 * 32
     names = {"step", "micro_step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"}
     assert names | {"teacher_wait_s", "data_wait_s"} <= rows[0].keys()
-    log = (folder / "stderr.txt").read_text()
+    log = (folder / "log.txt").read_text()
     assert "[train] micro_step 6 (opt 6) | loss " in log
     assert log.count("[train] micro_step 2 ") == 1  # one rank speaks
     assert "replaced layers" in log
@@ -288,7 +295,7 @@ def test_the_environment_of_slow_links_changes_nothing(run, models, tmp_path, mo
     slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     for name, value in slow.items():
         monkeypatch.setenv(name, value)
-    code, stderr = launch(2, options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN))
+    code, stderr = torchrun(2, options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN))
     assert code == 0, stderr[-3000:]
     assert [row["loss"] for row in metrics(tmp_path / "out")] == [row["loss"] for row in metrics(run(2, **FROZEN))]
     assert "NCCL_P2P_DISABLE=1" in stderr and "DETAIL taken as INFO" in stderr
@@ -298,15 +305,13 @@ def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
     """A run that goes on from a checkpoint's weights: counters and schedule at their place, the hybrid as it was."""
     first = tmp_path / "first"
     changes = dict(shuffle_buffer=20, max_steps=4, save_interval=2, decay_ratio=0.5, wandb=True)
-    code, stderr = launch(1, options(models, first, **changes), "train_gpus.py")
-    assert code == 0, stderr[-3000:]
+    train(1, options(models, first, **changes))
     assert list((first / "wandb").glob("offline-run-*"))
 
     second = tmp_path / "second"
     argv = options(models, second, **{**changes, "wandb": None}, resume_step=2)
     argv[argv.index("--student_model") + 1] = str(first / "checkpoint-2")
-    code, stderr = launch(1, argv, "train_gpus.py")
-    assert code == 0, stderr[-3000:]
+    train(1, argv)
     rows, expected = metrics(second), metrics(first)[2:]
     assert [(r["step"], r["micro_step"], r["lr"]) for r in rows] == [
         (r["step"], r["micro_step"], r["lr"]) for r in expected
@@ -364,26 +369,31 @@ def test_streaming_that_ends_on_a_save_or_within_an_accumulation(models, tmp_pat
     for accumulate, save_interval in ((1, 1), (3, 0)):
         folder = tmp_path / f"out-{accumulate}"
         changes = dict(grad_accumulation_steps=accumulate, save_interval=save_interval, max_steps=1000, batch_size=1)
-        code, stderr = launch(1, options(models, folder, dataset_name=text, **changes), "train_gpus.py")
-        assert code == 0, stderr[-3000:]
+        log = train(1, options(models, folder, dataset_name=text, **changes))
         last = metrics(folder)[-1]["micro_step"]
         assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == last
-        assert "before the learning rate had decayed" in stderr
+        assert "before the learning rate had decayed" in log
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_ends_the_others_and_tells_why(models, tmp_path, monkeypatch, rank):
+@pytest.mark.parametrize("rank,under_torchrun", [(0, False), (1, True)])
+def test_a_rank_that_fails_ends_the_others_and_tells_why(models, tmp_path, monkeypatch, rank, under_torchrun):
     """The others wait in a collective meanwhile, whichever rank it is."""
     monkeypatch.setenv("FAIL_ON_RANK", str(rank))
     monkeypatch.setenv("FAIL_AT_MICRO_STEP", "4")
     folder = tmp_path / "out"
+    argv = options(models, folder, no_dataset_streaming=True)
     began = time.monotonic()
-    code, stderr = launch(2, options(models, folder, no_dataset_streaming=True))
-    assert code not in (0, 75) and time.monotonic() - began < 120
+    if under_torchrun:
+        code, text = torchrun(2, argv)
+        assert code not in (0, 75)
+    else:
+        codes, text = fresh.ranks(argv, 2, run_and_dump.main)
+        assert codes == [1, 1]
+    assert time.monotonic() - began < 120
     cause = f"rank {rank} failed: OSError: the disk of rank {rank} is gone"
-    assert stderr.count(f"this run ends because {cause}") == 1  # the other rank's word
-    assert stderr.count("OSError: the disk of rank") == 2  # and the traceback of the one that failed
-    assert "Traceback" in stderr and "take_a_batch_or_fail" in stderr
+    assert text.count(f"this run ends because {cause}") == 1  # the other rank's word
+    assert text.count("OSError: the disk of rank") == 2  # and the traceback of the one that failed
+    assert "Traceback" in text and "take_a_batch_or_fail" in text
     assert (folder / "checkpoint-0").is_dir() and not (folder / "checkpoint-6").exists()
     assert not any((folder / f"rank-{n}.pt").exists() for n in (0, 1))
     assert json.loads((folder / "status.json").read_text())["status"] == "running"  # nobody has said otherwise
@@ -403,7 +413,7 @@ def test_an_output_directory_with_results_is_left_alone(models, tmp_path, monkey
 
 
 def test_under_torchrun_one_rank_reports_and_the_exit_code_is_not_zero(models, tmp_path):
-    code, stderr = launch(2, options(models, tmp_path, layers="1 9"), "train_gpus.py")
+    code, stderr = torchrun(2, options(models, tmp_path, layers="1 9"), "train_gpus.py")
     assert code != 0
     assert stderr.count("error: --layers 1 9") == 1
     assert 'train_gpus.py", line' not in stderr  # no traceback of ours

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -333,15 +333,15 @@ def scenarios() -> dict[str, Callable[[Scene], None]]:
     return {name: f for name, f in here.items() if takes_scene(f)}
 
 
-def play(folder: Path, names: list[str]) -> Iterator[Scene]:
+def play(folder: Path, *names: str) -> None:
+    """These scenarios, or all."""
     make_models(folder)
-    for name in names:
+    for name in names or scenarios():
         scene = Scene(folder, name)
         scenarios()[name](scene)
         scene.keep()
-        yield scene
+        print(name, [fact["codes"] for fact in scene.facts], flush=True)
 
 
 if __name__ == "__main__":
-    for played in play(Path(sys.argv[1]), sys.argv[2:] or list(scenarios())):
-        print(played.name, [fact["codes"] for fact in played.facts], flush=True)
+    play(Path(sys.argv[1]), *sys.argv[2:])
