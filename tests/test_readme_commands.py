@@ -15,11 +15,18 @@ from pathlib import Path
 
 import pytest
 
+import doctor
+import eval_mmlu_hybrid
+import report
+import train_gpus
+from tests import fresh
 from tests.test_readme import ENGLISH, ROOT, commands, read
 
 TINY = ROOT / "presets" / "tiny"
 COMMANDS = list(commands(read(ENGLISH)))
 BIN = Path(sys.executable).parent
+
+MAINS = {module.__name__ + ".py": module.main for module in (train_gpus, eval_mmlu_hybrid, doctor, report)}
 
 # Appended, and so before what the command says of the same.
 TRAIN = "--preset tiny --layers 1 2 3 --dtype float32 --max_steps 2 --seq_length 32 --batch_size 1 --save_interval 0"
@@ -73,9 +80,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+def environment_of(folder):
+    ours = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+    return ours | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
 def start(line, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, **environment_of(folder)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(line, cwd=folder, env=environment, **pipes)
 
@@ -84,6 +100,18 @@ def told(process, code=0):
     """What a command printed; it has to end with that exit code."""
     printed, _ = process.communicate(timeout=280)
     assert process.returncode == code, printed[-5000:]
+    return printed
+
+
+def forked(command, folder):
+    """The same of an entry of ours, in a fork of a process that has imported everything; torchrun's one rank too."""
+    (i,) = (i for i, word in enumerate(command) if Path(word).name in MAINS)
+    main, environment = MAINS[Path(command[i]).name], environment_of(folder)
+    if "torchrun" in command:
+        (code,), printed = fresh.ranks(command[i + 1 :], 1, main, **environment)
+    else:
+        code, printed = fresh.script(command[i + 1 :], main, **environment)
+    assert code == 0, printed[-5000:]
     return printed
 
 
@@ -109,20 +137,23 @@ def test_every_reason_is_needed():
 
 
 @pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i])[:60])
-def test_a_command_of_the_readme(folder, index):
+def test_a_command_of_the_readme(folder, index, monkeypatch):
     words = COMMANDS[index]
     if reason := why_not(words):
         pytest.skip(reason)
-    if words[:2] == ["python", "-c"]:
+    if words[1] in ("-c", "-m"):  # what is exported and loaded must need nothing of this process
         assert told(start(words, folder)).strip()
         return
     command = small(words, index)
+    monkeypatch.chdir(folder)
     if "--nnodes=2" in command:
         two_nodes(command, folder)
     elif any("bench_gpu" in word for word in command):
         assert "GPU" in told(start(command, folder), code=2)
     else:
-        printed = told(start(command, folder))
+        printed = (
+            told(start(command, folder)) if "nohup" in command or command[0] == "tail" else forked(command, folder)
+        )
         if "--dry_run" in words:
             assert "rank 0" in printed and "fits" in printed
         elif any("train_gpus.py" in word for word in words):
