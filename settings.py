@@ -29,7 +29,7 @@ def option_values(cls: Any, section: str, description: str, argv: list[str] | No
     """
     first = _named_first(argv)
     content = {} if first.config is None else read_config_file(first.config)
-    preset = preset_values(first.preset or content.get("preset", cls.preset), cls, section)
+    preset = preset_values(first.preset or str(content.get("preset", cls.preset)), cls, section)
     parser = make_parser(cls, description, preset)
     on_line = vars(parser.parse_args(argv))  # only what it names
     in_file = _parsed(first.config, content, parser, cls)
@@ -85,7 +85,7 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML where an option that stands twice is a mistake, and not the last one's."""
 
     def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)} stands twice")
         return super().construct_mapping(node, deep)
@@ -115,7 +115,8 @@ def _parsed(file: str | None, content: dict[str, Any], parser: argparse.Argument
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists those that there are"
             raise ValueError(f"--config {file}: there is no option {name!r}; {hint}")
-        if value == [] or (value is None and types.NoneType in typing.get_args(types_of[name])):
+        kinds = {typing.get_origin(types_of[name]), *typing.get_args(types_of[name])}
+        if (value == [] and list in kinds) or (value is None and types.NoneType in kinds):
             values[name] = value
         else:
             words += _as_words(f"--config {file}: {name}: {value!r}", name, value, types_of[name] is bool)

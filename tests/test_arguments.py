@@ -349,6 +349,8 @@ def test_values_of_a_file(tmp_path, text, option, value):
         ("dtype: int8", "invalid choice: 'int8'"),
         ("max_lr: null", "max_lr: None: expected a value"),
         ("max_lr: {a: 1}", "expected a value"),
+        ("max_lr: []", "--max_lr: expected one argument"),
+        ("? [a]\n: b", "cannot be read"),
         ("max_lr: true", "expected a value"),
         ("wandb: sometimes", "wandb: 'sometimes': expected true or false"),
         ("freeze_mlp: 1", "expected true or false"),
@@ -358,6 +360,10 @@ def test_mistakes_in_a_file(tmp_path, text, problem):
     line = config(tmp_path, text)
     message = train_error(line)
     assert message.startswith(line) and problem in message
+
+
+def test_a_preset_that_is_no_name(tmp_path):
+    assert "--preset 5: expected one of" in train_error(config(tmp_path, "preset: 5"))
 
 
 def test_a_file_that_is_not_there():
