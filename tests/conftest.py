@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 # From half a minute up. Of two that test side by side, none shall be left alone with one of these at the end.
 SLOW_FILES = [
-    *["test_train_script.py", "test_demo.py", "test_faults.py", "test_memory_plan.py", "test_restarts.py"],
-    *["test_lm_eval.py", "test_evaluation.py", "test_model_utils.py", "test_eval_resume.py", "test_export.py"],
+    *["test_demo.py", "test_faults.py", "test_train_script.py", "test_memory_plan.py", "test_restarts.py"],
+    *["test_plan.py", "test_evaluation.py", "test_lm_eval.py", "test_model_utils.py", "test_harness.py"],
+    *["test_eval_resume.py", "test_export.py", "test_fused_loss.py"],
 ]
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

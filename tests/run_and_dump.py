@@ -1,8 +1,9 @@
 """train_gpus.py's main that also keeps every rank's final weights: `<output_dir>/rank-<r>.pt`. For
 tests/test_train_script.py, which starts it by torchrun or in forks. In the environment, FAIL_ON_RANK has that rank fail
-when it takes the batch of micro step FAIL_AT_MICRO_STEP.
+when it takes the batch of micro step FAIL_AT_MICRO_STEP, and COMPILE_BACKEND is torch.compile's backend.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def distil_and_dump(args, batches, total_steps, progress, model, optimizer, lane
 
 
 def main():
+    if "COMPILE_BACKEND" in os.environ:
+        torch.compile = functools.partial(torch.compile, backend=os.environ["COMPILE_BACKEND"])
     train_gpus.distil = distil_and_dump
     return train_gpus.main()
 

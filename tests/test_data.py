@@ -155,11 +155,12 @@ def test_a_micro_step_may_end_one_epoch_and_begin_another(tmp_path: Path):
 def test_a_batch_names_its_windows(tmp_path: Path):
     """In the cached lane by their numbers in the token file."""
     documents = random_documents(4, 60)
+    expected = expected_windows(documents)
     for workers in (0, 1):
         args = options(write_jsonl(tmp_path / "a.jsonl", documents), dataset_workers=workers)
         loader(args)  # makes the file
         batches = list(loader(args, rank=1, world_size=2))
-        assert windows_of(batches) == [expected_windows(documents)[i] for i in ids_of(batches)]
+        assert windows_of(batches) == [expected[i] for i in ids_of(batches)]
         assert [batch.position.windows for batch in batches] == [4 * (k + 1) for k in range(len(batches))]
 
 

@@ -1,13 +1,11 @@
 """The plan against runs: `train_gpus.distil` on small models in fresh processes, whose resident memory at its peak has
-to be what the plan says within 15%. Started by torchrun, this file is such a process.
+to be what the plan says within 15%. `child` is such a process.
 
-Resident memory tells what tensors take only if the heap gives every block back at once: see HEAP.
+Resident memory tells what tensors take only if the heap gives every block back at once: see `let_go_at_once`.
 """
 
 import ctypes
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,8 +34,8 @@ from llamba import LlambaConfig, LlambaForCausalLM
 from optimizer import build_optimizer, parameter_groups
 from plan import largest_moment, student_moments
 from ranks import choose_devices, process_groups
+from tests import fresh
 
-ROOT = Path(__file__).parents[1]
 VOCAB = {"wide": 8192, "narrow": 16384}
 STEPS = 3  # the first makes the optimizer's state, and DDP's final buckets are first written in the second
 
@@ -47,7 +45,6 @@ BFLOAT16 = "--dtype bfloat16 --batch_size 1 --seq_length 256"
 CASES = {
     1: [
         ("wide", FLOAT32),
-        ("wide", f"{FLOAT32} --gradient_checkpointing"),
         ("wide", f"{FLOAT32} --gradient_checkpointing --checkpoint_blocks 2"),
         ("wide", f"{FLOAT32} --freeze_mlp --freeze_replaced_layers"),
         ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
@@ -58,11 +55,10 @@ CASES = {
     2: [
         ("wide", FLOAT32),
         ("wide", f"{FLOAT32} --teacher_placement colocated"),
-        ("narrow", BFLOAT16),
         ("narrow", f"{BFLOAT16} --gradient_checkpointing"),
     ],
 }
-HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
 
 
 def options(folder, size, text):
@@ -160,6 +156,11 @@ def measured_run(argv, vocab, ranks):
     return measured.found
 
 
+def let_go_at_once(rank):
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(MMAP_THRESHOLD, 65536) and libc.mallopt(TRIM_THRESHOLD, 0)
+
+
 def child():
     folder = Path(sys.argv[1])
     device, _ = choose_devices(None, "dedicated", runs_teacher=True)
@@ -178,14 +179,8 @@ def child():
 def measured(request, folder):
     """Number of ranks, and for every rank what it found in each case."""
     n_ranks = request.param
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    run = subprocess.run(
-        [*command, str(Path(__file__)), str(folder)],
-        env={**os.environ, **HEAP, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    codes, text = fresh.ranks([str(folder)], n_ranks, child, let_go_at_once)
+    assert codes == [0] * n_ranks, text[-4000:]
     files = [folder / f"rank-{rank}-of-{n_ranks}.json" for rank in range(n_ranks)]
     return n_ranks, [json.loads(file.read_text()) for file in files]
 
@@ -322,7 +317,3 @@ def test_a_hybrid_checkpoint_is_planned_as_the_run_that_made_it(folder, tmp_path
         )
     )
     assert (again.weights, again.backward, again.operations) == (made.weights, made.backward, made.operations)
-
-
-if __name__ == "__main__":
-    child()

@@ -76,9 +76,9 @@ def torchrun(n_ranks, argv, script="tests/run_and_dump.py"):
     return process.returncode, stderr
 
 
-def train(n_ranks, argv, main=train_gpus.main):
+def train(n_ranks, argv, main=train_gpus.main, **environment):
     """A run in forks that has to succeed; returns what it wrote."""
-    codes, log = fresh.ranks(argv, n_ranks, main)
+    codes, log = fresh.ranks(argv, n_ranks, main, **environment)
     assert codes == [0] * n_ranks, log[-4000:]
     return log
 
@@ -254,17 +254,31 @@ def test_without_kl_no_teacher_runs(run):
     assert metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)  # the layers came all the same
 
 
+def losses(folder):
+    return [row["loss"] for row in metrics(folder)]
+
+
+@pytest.mark.parametrize("more", [{}, {"checkpoint_blocks": 2, "loss_chunk_tokens": 10}])
+def test_ways_to_save_memory_change_no_loss(run, more):
+    other = run(2, gradient_checkpointing=True, **more, **FROZEN)
+    assert losses(other) == pytest.approx(losses(run(2, **FROZEN)), rel=1e-5)
+
+
 @pytest.mark.parametrize(
-    "n_ranks,changes",
-    [
-        (2, {"gradient_checkpointing": True}),
-        (2, {"gradient_checkpointing": True, "checkpoint_blocks": 2, "loss_chunk_tokens": 10}),
-        (1, {"batch_size": 4, "compile": True}),
-    ],
+    "backend,layers", [("aot_eager", "1"), ("inductor", "0 1"), pytest.param("inductor", "1", marks=pytest.mark.bench)]
 )
-def test_ways_to_save_memory_or_time_change_no_loss(run, n_ranks, changes):
-    plain, other = metrics(run(2, **FROZEN)), metrics(run(n_ranks, **changes, **FROZEN))
-    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
+def test_compiled_blocks_change_no_loss(run, models, tmp_path, backend, layers):
+    """The C++ of one mixer, forward and backward, is a minute of a compiler's work, in `make test-bench`; here its
+    graphs alone are made, and the compiler works for attention and the loss.
+    """
+    if not (short := models / "short").exists():
+        tiny_teacher(vocab_size=1030, num_hidden_layers=2).save_pretrained(short / "teacher")
+        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(short / "teacher")
+        tiny_student(vocab_size=1024, n_layer=2).save_pretrained(short / "student")
+    changes = dict(teacher_model=short / "teacher", student_model=short / "student", layers=layers, **FROZEN)
+    argv = options(models, tmp_path / "out", no_dataset_streaming=True, compile=True, **changes)
+    train(1, argv, run_and_dump.main, COMPILE_BACKEND=backend)
+    assert losses(tmp_path / "out") == pytest.approx(losses(run(1, **changes)), rel=1e-5)
 
 
 # --- what is left on disk ------------------------------------------------------------------------------------

@@ -1,0 +1,22 @@
+"""train_gpus.py under a torchrun that restarts it: rank 1 fails at its sixth micro step; once all are restarted, rank
+0 is told to stop.
+"""
+
+import os
+import signal
+import sys
+
+import train_gpus
+from tests.faults.scenarios import at_micro_step, fail, signal_self
+from utils import run_entry
+
+TROUBLES = {
+    ("1", "0"): (6, fail(RuntimeError("fails once"))),
+    ("0", "1"): (2, signal_self(signal.SIGTERM)),
+}
+
+if __name__ == "__main__":
+    trouble = TROUBLES.get((os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    if trouble is not None:
+        at_micro_step(*trouble)
+    sys.exit(run_entry(train_gpus.main))
