@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from arguments import TrainArguments, parse_train_args
 from data import Batch
+from layer_map import check_layer_map
 from llamba import LlambaConfig, LlambaForCausalLM
 from losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab
 from model_utils import (
@@ -134,6 +135,7 @@ def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausal
     teacher_config, student_config = find_configs(args)
     check_replacements(student_config, teacher_config, args.layers)
     check_checkpoint_blocks(student_config, args.checkpoint_blocks)
+    check_layer_map(args, student_config, teacher_config)
     AttentionInterface.register("on_meta", attention_on_meta)
     settings = {"dtype": DTYPES[args.dtype], "attn_implementation": "on_meta"}
     with torch.device("meta"):

@@ -44,13 +44,18 @@ class LayerMap:
         """Into the row of an optimizer step, if it is time to; from the beginning of `batch`'s first window."""
         if not self.interval or row["step"] % self.interval:
             return
-        assert not isinstance(self.lane, NoTeacher)
-        input_ids = batch.input_ids[:1, :MOST_TOKENS]  # (1, S')
-        with undisturbed(self.student, self.compiled):
-            states = self.lane.hidden_states(input_ids)
-            row["layer_map"] = layer_map(self.student, input_ids, states)
+        try:
+            row["layer_map"] = self._map(batch.input_ids[:1, :MOST_TOKENS])
+            logger.info(format_map(row))
+        except Exception as error:  # whatever it is, memory that is short among it: the run is more important
+            self.interval = 0
+            logger.warning("layer map: %s: %s; no more are made", type(error).__name__, error)
         self.lane.waits.take()  # no waiting of training
-        logger.info(format_map(row))
+
+    def _map(self, input_ids: Tensor) -> dict[str, list[float]]:
+        assert not isinstance(self.lane, NoTeacher)
+        with undisturbed(self.student, self.compiled):
+            return layer_map(self.student, input_ids, self.lane.hidden_states(input_ids))
 
 
 def layer_map(student: LlambaForCausalLM, input_ids: Tensor, states: list[Tensor]) -> dict[str, list[float]]:

@@ -5,18 +5,14 @@ plan_report.py prints it.
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from arguments import TrainArguments
-from checkpoint import checkpoint_bytes
 from footprint import Footprint, Items, gradient_bytes, measure_footprint, optimizer_bytes
 from ranks import launched_world_size, local_world_size, was_launched
-from resume import most_checkpoints
 from speed import peak_operations
 from training_utils import DTYPES
 
@@ -114,14 +110,20 @@ def gpus_needed(args: TrainArguments, n_students: int) -> int:
 
 
 def asked_placement(args: TrainArguments, box: Box) -> str:
-    """Besides `colocated`, and `dedicated` on a GPU of its own: `shared`, one teacher on a student's GPU, and `none`,
-    no teacher on any.
+    """Besides `colocated`, and `dedicated` on a GPU without a student: `shared`, one teacher on a student's GPU, and
+    `none`, no teacher on any.
     """
     if args.kl_weight == 0 or args.teacher_device == "cpu":
         return "none"
-    if args.teacher_device not in (None, f"cuda:{box.n_gpus - 1}"):
-        return "shared"
+    if args.teacher_device is not None:
+        n_students = box.n_students or max(box.n_gpus - 1, 1)
+        return "shared" if teacher_index(args, box) < n_students else "dedicated"
     return args.teacher_placement
+
+
+def teacher_index(args: TrainArguments, box: Box) -> int:
+    """Of the GPU of a node's one teacher."""
+    return box.n_gpus - 1 if args.teacher_device is None else int(args.teacher_device.removeprefix("cuda:") or 0)
 
 
 def make_plan(args: TrainArguments, footprint: Footprint, box: Box, placement: str) -> Plan:
@@ -198,24 +200,6 @@ def wire_bytes(args: TrainArguments, footprint: Footprint, plan: Plan) -> Items:
     if plan.placement in ("dedicated", "shared") and footprint.teacher is not None:
         items["teacher's answers"] = footprint.teacher.answer * args.grad_accumulation_steps
     return items
-
-
-@dataclass(frozen=True)
-class DiskRoom:
-    """size: bytes of a checkpoint; n_kept: how many the run keeps at most; n_fit: how many the disk has room for."""
-
-    size: int
-    n_kept: int
-    n_fit: int
-
-
-def disk_room(args: TrainArguments, footprint: Footprint) -> DiskRoom:
-    folder = Path(args.output_dir).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    size = checkpoint_bytes(footprint.student)
-    n_kept = most_checkpoints(args, args.max_steps * args.grad_accumulation_steps)
-    return DiskRoom(size, n_kept, shutil.disk_usage(folder).free // size)
 
 
 # --- placements against each other, and what to change -------------------------------------------------------

@@ -6,6 +6,7 @@ Who sits where, what each GPU holds, how long it takes and what it leaves on the
 and what to change if it does not. GB are 10^9 bytes.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,19 +22,21 @@ from plan import (
     GB,
     REACHED,
     Box,
-    DiskRoom,
     Moments,
     Plan,
     alternatives,
     asked_placement,
-    disk_room,
     find_box,
     largest_moment,
     make_plan,
     other_placements,
     remedies,
+    teacher_index,
     wire_bytes,
 )
+from resume import DiskRoom, disk_room
+from speed import peak_operations
+from training_utils import DTYPES
 
 SLOW_LINK = 5 * GB  # bytes per second, of the order that copies through the host's memory reach
 
@@ -44,8 +47,9 @@ def machine_text(args: TrainArguments, box: Box) -> str:
     n_visible = torch.cuda.device_count()
     nodes = "" if box.n_nodes == 1 else f"{box.n_nodes} nodes, each with "
     text = f"Planned for {nodes}{box.n_gpus} GPU(s) of {box.gpu_bytes / GB:.3g} GB"
-    if n_visible == 0 and None in (args.gpus, args.gpu_gb, args.tflops):
-        text += ". None is visible here: name yours with --gpus, --gpu_gb, --tflops"
+    missing = [f"--{name}" for name in ("gpus", "gpu_gb", "tflops") if vars(args)[name] is None]
+    if n_visible == 0 and missing:
+        text += f". None is visible here: name yours with {', '.join(missing)}"
     elif args.gpus is None and args.gpu_gb is None:
         text += f": {torch.cuda.get_device_name(0)}"
     return text + "."
@@ -54,18 +58,20 @@ def machine_text(args: TrainArguments, box: Box) -> str:
 def seats(plan: Plan, args: TrainArguments, box: Box) -> str:
     """Which process of a node has which GPU."""
     teacher = {
-        "dedicated": f"runs the teacher on cuda:{box.n_gpus - 1}",
+        "dedicated": f"runs the teacher on cuda:{teacher_index(args, box)}",
         "shared": f"runs the teacher on {args.teacher_device}",
         "none": "runs the teacher on the CPU" if args.kl_weight > 0 else "",
         "colocated": "a teacher beside its student",
     }[plan.placement]
     students = range(plan.n_students)
-    idle = range(plan.n_students, box.n_gpus - (1 if plan.placement == "dedicated" else 0))
+    idle = set(range(plan.n_students, box.n_gpus))
+    if plan.placement == "dedicated":
+        idle.discard(teacher_index(args, box))
     rows = [("process", "student on", "besides")]
     rows += [(f"rank {i}", f"cuda:{i}", teacher if i == 0 or plan.placement == "colocated" else "") for i in students]
     lines = [f"{rank:<10}{place:<12}{besides}".rstrip() for rank, place, besides in rows]
     if idle:
-        lines.append(f"cuda:{', cuda:'.join(map(str, idle))}: not used")
+        lines.append(f"cuda:{', cuda:'.join(map(str, sorted(idle)))}: not used")
     return "\n".join(lines)
 
 
@@ -101,6 +107,8 @@ def placement_table(plans: list[Plan], box: Box) -> str:
 
 def advice(asked: Plan, others: list[Plan], box: Box) -> str:
     """Which placement to take: the fastest that fits."""
+    if asked.placement == "none" and asked.fits(box):
+        return "Fits."
     plans = [asked, *others]
     fastest = max(plans, key=lambda plan: plan.tokens_per_second)
     fitting = [plan for plan in plans if plan.fits(box)]
@@ -155,17 +163,17 @@ def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: Disk
 
 
 def disk_lines(args: TrainArguments, room: DiskRoom) -> list[tuple[str, str]]:
-    kept = f"{room.n_kept}, {room.n_kept * room.size / GB:,.0f} GB; the disk has room for {room.n_fit}"
+    kept = f"{room.n_most}, {room.n_most * room.size / GB:,.0f} GB; the disk has room for {room.n_fit}"
     return [("a checkpoint, GB", f"{room.size / GB:.3g}"), ("checkpoints on the disk, at most", kept)]
 
 
 def disk_advice(args: TrainArguments, room: DiskRoom) -> str:
     """Empty where there is room for all."""
     free = f"The disk of --output_dir {args.output_dir} has room for {room.n_fit} checkpoint(s)"
-    if room.n_fit < 2:
+    if not room.is_enough:
         return f"{free}: the run would not start; choose another, or make room."
-    if room.n_fit < room.n_kept:
-        return f"{free} of {room.n_kept}: give --save_total_limit {room.n_fit - 1}, or raise --save_interval."
+    if room.n_fit < room.n_most:
+        return f"{free} of {room.n_most}: give --save_total_limit {room.n_fit - 1}, or raise --save_interval."
     return ""
 
 
@@ -174,8 +182,11 @@ def measured_speed(args: TrainArguments) -> float | None:
     file = Path(args.output_dir) / "metrics.jsonl"
     if not file.is_file():
         return None
-    rows = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return statistics.median(row["tokens_per_s"] for row in rows) if rows else None
+    speeds = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash has spoilt
+            speeds.append(float(json.loads(line)["tokens_per_s"]))
+    return statistics.median(speeds) if speeds else None
 
 
 def duration(seconds: float) -> str:
@@ -187,6 +198,11 @@ def duration(seconds: float) -> str:
     return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def knows_peak(args: TrainArguments) -> bool:
+    name = torch.cuda.get_device_name(0) if torch.cuda.device_count() else "H100"
+    return peak_operations(name, DTYPES[args.dtype]) is not None
+
+
 def paper(args: TrainArguments, box: Box) -> str:
     notes = [
         f"On paper: matrix products and attention at {box.speed / 1e12:.0f} TFLOP/s, {REACHED:.0%} of the peak, and "
@@ -195,6 +211,8 @@ def paper(args: TrainArguments, box: Box) -> str:
     ]
     if args.teacher_device == "cpu":
         notes.append("The teacher's own time on the CPU is not in these figures.")
+    if args.tflops is None and not knows_peak(args):
+        notes.append("How fast these GPUs are is not known: an H100's bfloat16 is taken. Give --tflops.")
     if args.compile:
         notes.append("What --compile changes is not in these figures.")
     return "\n".join(notes)
@@ -206,11 +224,13 @@ def paper(args: TrainArguments, box: Box) -> str:
 def print_plan(args: TrainArguments) -> int:
     """Returns the exit code. Raises ValueError, as a run would, where models and options do not go together."""
     logging.getLogger("llamba").setLevel(logging.WARNING)  # kernels for tensors without memory are nobody's concern
+    if args.plan_json is not None and not Path(args.plan_json).absolute().parent.is_dir():
+        raise ValueError(f"--plan_json {args.plan_json}: its folder is not there; make it, or name another")
     box = find_box(args)
     footprint = measure_footprint(args)
     asked = make_plan(args, footprint, box, asked_placement(args, box))
     others = [make_plan(args, footprint, box, name) for name in other_placements(asked.placement) if box.n_gpus > 1]
-    room = disk_room(args, footprint)
+    room = disk_room(args, footprint.student, args.max_steps * args.grad_accumulation_steps)
     weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
     parts = [
         machine_text(args, box),

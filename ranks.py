@@ -76,9 +76,14 @@ class Ranks:
         return self.rank - self.local_rank
 
 
+def launched_rank() -> int:
+    """Known before the ranks have met."""
+    return int(os.environ.get("RANK", 0))
+
+
 def is_main_rank() -> bool:
-    """Whether this is the rank that speaks for all; known before the ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the rank that speaks for all."""
+    return launched_rank() == 0
 
 
 def was_launched() -> bool:

@@ -3,10 +3,13 @@
 The quick check of a checkpoint is made before the ranks have met; its large files are hashed by all ranks together.
 """
 
+import contextlib
 import itertools
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -191,20 +194,59 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
             logger.warning("goes on with --%s %s where it had %s", name, value, before[name])
 
 
+@dataclass(frozen=True)
+class DiskRoom:
+    """For checkpoints of a run. size: bytes of one; n_here: how many are there; n_most: how many there will be at a
+    time, at most; n_fit: how many there can be.
+    """
+
+    size: int
+    n_here: int
+    n_most: int
+    n_fit: int
+
+    @property
+    def is_enough(self) -> bool:
+        """To go on: a new one is written before an old one is deleted, and the first of a run is never the last."""
+        return self.n_fit - self.n_here >= (1 if self.n_here else 2)
+
+
+def disk_room(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> DiskRoom:
+    """For a run that has that many micro steps to go. --output_dir need not be there yet."""
+    folder = Path(args.output_dir).absolute()
+    n_here = len(find_checkpoints(folder)) if folder.is_dir() else 0
+    n_new = -(-micro_steps // args.save_interval) if args.save_interval else 1
+    n_most = (n_here or 1) + n_new  # a run that begins saves its student as it is
+    if args.save_total_limit is not None:
+        n_most = min(n_most, args.save_total_limit + 1)
+    while not folder.is_dir():
+        folder = folder.parent
+    size = checkpoint_bytes(student)
+    return DiskRoom(size, n_here, n_most, n_here + shutil.disk_usage(folder).free // size)
+
+
 def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> None:
-    """Whether the disk has room for this run's checkpoints: ValueError if not for two, a warning if not for all."""
-    size, n_kept = checkpoint_bytes(student), most_checkpoints(args, micro_steps)
-    free = shutil.disk_usage(args.output_dir).free
-    facts = f"--output_dir {args.output_dir}: a checkpoint takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-    if free < 2 * size:
-        raise ValueError(f"{facts}, expected room for two at least; make room or choose another disk")
-    if free < n_kept * size:
+    """Whether the disk has room for this run's checkpoints: ValueError if it cannot go on, a warning if not for all."""
+    room = disk_room(args, student, micro_steps)
+    facts = (
+        f"--output_dir {args.output_dir}: a checkpoint takes {room.size / 1e9:.1f} GB, {room.n_here} are there and the "
+        f"disk has room for {room.n_fit - room.n_here} more"
+    )
+    if not room.is_enough:
+        least = "one more" if room.n_here else "two"
+        raise ValueError(f"{facts}, expected room for {least} at least; make room or choose another disk")
+    if room.n_fit < room.n_most:
         logger.warning(
-            "%s, but the run keeps up to %d of them: raise --save_interval or give --save_total_limit", facts, n_kept
+            "%s, but the run keeps up to %d: raise --save_interval or give --save_total_limit", facts, room.n_most
         )
 
 
-def most_checkpoints(args: TrainArguments, micro_steps: int) -> int:
-    """On the disk at the same time, while a run takes that many micro steps."""
-    n_saves = 2 + (micro_steps // args.save_interval if args.save_interval else 0)
-    return n_saves if args.save_total_limit is None else min(args.save_total_limit, n_saves) + 1
+@contextlib.contextmanager
+def writing_to(args: TrainArguments) -> Iterator[None]:
+    """What cannot be written into --output_dir before training is one line: ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {args.output_dir}: cannot be written ({error.strerror}); make room or choose another disk"
+        ) from error

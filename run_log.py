@@ -191,37 +191,57 @@ def format_evaluation(row: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def keeping_warnings(folder: Path, rank: int) -> Iterator[None]:
+def keeping_warnings(rank: int) -> "Iterator[WarningsFile]":
     """Warnings, and what is worse, go to warnings.jsonl as well, with their time; all ranks may share the file."""
-    handler = _WarningsFile(folder / "warnings.jsonl", rank)
+    handler = WarningsFile(rank)
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for log in loggers:
         log.addHandler(handler)
     try:
-        yield
+        yield handler
     finally:
         for log in loggers:
             log.removeHandler(handler)
 
 
-class _WarningsFile(logging.Handler):
-    def __init__(self, path: Path, rank: int) -> None:
+class WarningsFile(logging.Handler):
+    """Keeps what comes before `write_to` has said where to."""
+
+    def __init__(self, rank: int) -> None:
         super().__init__(logging.WARNING)
-        self.path, self.rank = path, rank
+        self.rank, self.early = rank, b""
+        self.path: Path | None = None
+
+    def write_to(self, folder: Path) -> None:
+        self.path = folder / "warnings.jsonl"
+        self._append(self.early)
+        self.early = b""
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = json.dumps({"time": record.created, "rank": self.rank, "text": self.format(record)}) + "\n"
-        with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:  # it stands in the log, too
-            file.write(line.encode())  # one write to the end of the file: lines of several ranks do not mix
+        entry = {"time": record.created, "rank": self.rank, "text": self.format(record)}
+        line = json.dumps(entry).encode() + b"\n"
+        if self.path is None:
+            self.early += line
+        else:
+            self._append(line)
+
+    def _append(self, lines: bytes) -> None:
+        """In one write to the end of the file: lines of several ranks do not mix."""
+        assert self.path is not None
+        if lines:
+            with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:  # the log has them, too
+                file.write(lines)
 
 
 # --- how the run stands --------------------------------------------------------------------------------------
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
-    """status.json; nothing where there is none."""
-    path = output_dir / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """status.json; nothing where there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((output_dir / "status.json").read_text())
+        return status if isinstance(status, dict) else {}
+    return {}
 
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
@@ -243,6 +263,16 @@ def begin_status(output_dir: Path) -> float:
         launched = read_status(output_dir).get("launched", launched)
     write_status(output_dir, "running", 0, launched=launched)
     return launched
+
+
+@contextlib.contextmanager
+def telling_refusal(output_dir: Path) -> Iterator[None]:
+    """A run that its input ends, with a ValueError, was refused: status.json must not say that it is running."""
+    try:
+        yield
+    except ValueError as error:
+        write_status(output_dir, "refused", 2, text=str(error))
+        raise
 
 
 def _restarts() -> int:

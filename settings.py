@@ -82,13 +82,19 @@ def preset_values(name: str, cls: type, section: str) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML where an option that stands twice is a mistake, and not the last one's."""
+    """YAML where an option that stands twice is a mistake, and not the last one's, and where a number is what is
+    written, such as 007 in a name: what it means, the option's own type says.
+    """
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)} stands twice")
         return super().construct_mapping(node, deep)
+
+
+for _kind in ("int", "float", "timestamp"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", lambda loader, node: node.value)
 
 
 def read_config_file(file: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ not begun with `resume` replaces what the server has under its id. So the newest
 older ones go to wandb/earlier.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
+import logging
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError
@@ -21,7 +21,10 @@ from typing import Any, Protocol
 from arguments import TrainArguments
 from utils import BackgroundThread, finite
 
+logger = logging.getLogger("train")
+
 Row = dict[str, Any]
+PATIENCE_S, PATIENCE_AFTER_ERROR_S = 330.0, 10.0  # for W&B at the end, a little more than it is told to have
 
 COUNTERS = ("step", "micro_step", "tokens")
 OF_SPEED = ("tokens_per_s", "step_time_s", "teacher_wait_s", "data_wait_s", "mfu", "memory_gb")
@@ -71,7 +74,7 @@ def check_trackers(args: TrainArguments) -> None:
     for wanted, flag, package in ((args.tensorboard, "--tensorboard", "tensorboard"), (args.wandb, "--wandb", "wandb")):
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"{flag}: the package {package} is not installed; pip install {package}, or leave it out")
-    if not args.wandb or _wandb_mode(args) in REPLACED:
+    if not args.wandb or wandb_mode(args) in REPLACED:
         return
     import wandb  # takes a second, and only some runs want it
 
@@ -103,7 +106,7 @@ class WandbRun:
         self.run = _start_wandb(args, goes_on)
         self.next_step = self.run.starting_step  # W&B has those before it
         self.thread = BackgroundThread("wandb")  # a long history that is told again must not hold up training
-        self.told = self.thread.submit(lambda: None)
+        self.error: Exception | None = None  # the first, of what was told in the thread
         self.last: Row = {}
         self.best: Row = {}
         for row in kept:
@@ -114,16 +117,25 @@ class WandbRun:
         loss = finite(row.get("eval", {}).get("loss"))
         if loss is not None and (not self.best or loss <= self.best["eval"]["loss"]):
             self.best = row
+        if self.error is not None:
+            raise self.error
         if row["step"] >= self.next_step:
-            if self.told.done():
-                self.told.result()  # raises what went wrong
-            self.told = self.thread.submit(partial(self.run.log, flat(row), step=row["step"], commit=True))
+            self.thread.submit(partial(self._log, flat(row), row["step"]))
+
+    def _log(self, charts: dict[str, float], step: int) -> None:
+        if self.error is None:
+            try:
+                self.run.log(charts, step=step, commit=True)
+            except Exception as error:  # raised where the next row is written
+                self.error = error
 
     def close(self, status: str, failed: bool) -> None:
         end = self.thread.submit(partial(self._end, status, failed))
-        # After an error the other ranks wait to hear of it, and without its network W&B may not come back.
-        with contextlib.suppress(TimeoutError):
-            end.result(timeout=10.0 if failed else None)
+        # The other ranks wait, after an error to hear of it, and without its network W&B may not come back.
+        try:
+            end.result(timeout=PATIENCE_AFTER_ERROR_S if failed else PATIENCE_S)
+        except TimeoutError:
+            logger.warning("W&B has not taken all of the run; send the rest with `wandb sync`")
 
     def _end(self, status: str, failed: bool) -> None:
         self.run.summary.update({"status": status, "final_loss": finite(self.last.get("loss"))})
@@ -135,7 +147,7 @@ class WandbRun:
 def _start_wandb(args: TrainArguments, goes_on: bool):
     import wandb
 
-    mode, folder = _wandb_mode(args), Path(args.output_dir)
+    mode, folder = wandb_mode(args), Path(args.output_dir)
     remembered = folder / "wandb_id"
     goes_on = goes_on and remembered.is_file()
     run_id = remembered.read_text().strip() if goes_on else secrets.token_hex(4)
@@ -152,6 +164,7 @@ def _start_wandb(args: TrainArguments, goes_on: bool):
             config=dataclasses.asdict(args),
             id=run_id,
             resume=None if mode in REPLACED else "allow",
+            settings=wandb.Settings(finish_timeout=300),
         )
     except wandb.Error as error:
         raise _no_wandb(error, remembered if goes_on else None) from error
@@ -165,7 +178,7 @@ def _start_wandb(args: TrainArguments, goes_on: bool):
     return run
 
 
-def _wandb_mode(args: TrainArguments) -> Any:
+def wandb_mode(args: TrainArguments) -> Any:
     if args.wandb_mode or args.local_files_only:
         return args.wandb_mode or "offline"
     import wandb

@@ -43,9 +43,32 @@ from model_utils import (
 )
 from optimizer import LossScale, build_optimizer, build_schedule, update
 from plan_report import print_plan
-from ranks import Ranks, choose_devices, default_prefetch, is_main_rank, launched_world_size, process_groups
-from resume import check_shared, check_space, checkpoints_to_try, choose_checkpoint, keep_options, prepare_output_dir
-from run_log import RunLog, begin_status, ended_before_restart, keeping_warnings, write_status
+from ranks import (
+    Ranks,
+    choose_devices,
+    default_prefetch,
+    is_main_rank,
+    launched_rank,
+    launched_world_size,
+    process_groups,
+)
+from resume import (
+    check_shared,
+    check_space,
+    checkpoints_to_try,
+    choose_checkpoint,
+    keep_options,
+    prepare_output_dir,
+    writing_to,
+)
+from run_log import (
+    RunLog,
+    begin_status,
+    ended_before_restart,
+    keeping_warnings,
+    telling_refusal,
+    write_status,
+)
 from run_state import Progress, position_to_go_on, random_state, read_progress, restore
 from saver import Saver
 from settings import as_yaml
@@ -70,13 +93,13 @@ class Models(NamedTuple):
 
 def main() -> int:
     args = parse_train_args()
-    options = as_yaml(args)
+    options = f"# {launched_world_size()} rank(s), started in {Path.cwd()}\n\n{as_yaml(args)}"
     setup_logging(args.log_file, is_main_rank())
     if args.dry_run:
         return print_plan(args) if is_main_rank() else 0
     if (code := ended_before_restart(Path(args.output_dir))) is not None:
         return code
-    with hearing_signals(args.time_limit) as stop:
+    with hearing_signals(args.time_limit) as stop, keeping_warnings(launched_rank()) as warnings:
         device, teacher_device = choose_devices(
             args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
         )
@@ -90,12 +113,13 @@ def main() -> int:
         models = check_models(args, candidates[0] if candidates else None)
         with contextlib.ExitStack() as stack:
             if is_main_rank():
-                stack.enter_context(prepare_output_dir(args, candidates))
-                keep_options(Path(args.output_dir), options)
-                stop.count_from(begin_status(Path(args.output_dir)))
+                with writing_to(args):
+                    stack.enter_context(prepare_output_dir(args, candidates))
+                    stop.count_from(begin_status(Path(args.output_dir)))
+                stack.enter_context(telling_refusal(Path(args.output_dir)))
             ranks = stack.enter_context(process_groups(device))
-            stack.enter_context(keeping_warnings(Path(args.output_dir), ranks.rank))
-            return run(args, models, candidates, ranks, teacher_device, stop)
+            warnings.write_to(Path(args.output_dir))
+            return run(args, models, candidates, ranks, teacher_device, stop, options)
 
 
 def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
@@ -128,8 +152,9 @@ def run(
     ranks: Ranks,
     teacher_device: torch.device,
     stop: StopRequest,
+    options: str,
 ) -> int:
-    """Returns the exit code."""
+    """options: what args.yaml shall say. Returns the exit code."""
     torch.manual_seed(args.seed)
     logger.info(describe_environment())
     check_shared(args, ranks)
@@ -168,6 +193,8 @@ def run(
     # 3. and 4. Learn from text and teacher, log, save.
     if ranks.is_main:
         check_space(args, student, (total_steps - progress.step) * args.grad_accumulation_steps)
+        with writing_to(args):
+            keep_options(Path(args.output_dir), options)
     saved = -1 if checkpoint is None and progress.micro_step == 0 else progress.micro_step
     saver = Saver(args, student, optimizer, models.tokenizer, ranks, saved)
     evaluator = Evaluator(args, material, models.tokenizer, ranks, model.module, lane, stop)

@@ -322,7 +322,9 @@ def test_a_file_lies_over_the_preset_and_under_the_command_line(tmp_path):
     [
         ("dataset_subset: null", "dataset_subset", None),
         ("dataset_subset: ~", "dataset_subset", None),
-        ("wandb_run_name: 7", "wandb_run_name", "7"),
+        ("wandb_run_name: 007", "wandb_run_name", "007"),
+        ("dataset_revision: 2024-01-01", "dataset_revision", "2024-01-01"),
+        ("max_steps: 1_000", "max_steps", 1000),
         ("layers: 3", "layers", [3]),
         ("layers: [-1]", "layers", []),
         ("layers: []", "layers", []),

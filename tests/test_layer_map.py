@@ -102,6 +102,20 @@ def test_a_map_goes_into_its_row_and_leaves_the_student_in_training(models, capl
     assert row == {"step": 5}
 
 
+def test_a_map_that_cannot_be_made_ends_no_run(models, caplog, monkeypatch):
+    student, teacher = models
+    student.train()
+    monkeypatch.setattr("layer_map.logger.propagate", True)
+    monkeypatch.setattr(teacher, "hidden_states", lambda input_ids: 1 / 0)
+    maps = LayerMap(parse_train_args(["--layer_map_interval", "1"]), student, ColocatedTeacher(teacher, CPU), True)
+    for step in (1, 2):
+        row = {"step": step}
+        maps.add_to(row, Batch.from_windows(tokens()))
+        assert row == {"step": step}
+    assert caplog.text.count("layer map: ZeroDivisionError: division by zero; no more are made") == 1
+    assert student.training
+
+
 def test_the_line_names_the_layers_that_stray_most():
     row = {"step": 7, "layer_map": {"own": [0.5, float("nan"), 0.25, 2.0, 0.1], "stream": [1, 2, 3, 4, 0.75]}}
     assert format_map(row) == (

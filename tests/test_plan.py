@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import plan
+import resume
 from arguments import parse_train_args
 from footprint import gradient_bytes, measure_footprint
-from plan import Box, Plan, asked_placement, disk_room, find_box, make_plan, wire_bytes
-from plan_report import advice, disk_advice, duration, print_plan, run_table, seats
+from plan import Box, Plan, asked_placement, find_box, make_plan, wire_bytes
+from plan_report import advice, disk_advice, duration, machine_text, paper, print_plan, run_table, seats
+from resume import disk_room
 from speed import peak_operations
 from tests import fresh
 from tests.test_memory_plan import folder, options
@@ -113,6 +114,7 @@ BOX = Box(n_gpus=5, gpu_bytes=80e9, speed=790e12)
         ("", "dedicated"),
         ("--teacher_device cuda:4", "dedicated"),
         ("--teacher_device cuda:0", "shared"),
+        ("--teacher_device cuda:3", "shared"),
         ("--teacher_device cpu", "none"),
         ("--kl_weight 0", "none"),
         ("--teacher_placement colocated", "colocated"),
@@ -171,6 +173,50 @@ def test_the_fastest_that_fits_is_advised(asked, other, expected):
     assert advice(made_up("dedicated", *asked), [made_up("colocated", *other)], BOX) == expected
 
 
+def test_a_teacher_on_a_named_gpu_shares_it_if_a_student_is_there():
+    """By the students that torchrun has started, if it has."""
+    args = train("--teacher_device cuda:1")
+    for box, placement in (
+        (Box(2, 80e9, 1e12), "dedicated"),
+        (Box(2, 80e9, 1e12, n_students=2), "shared"),
+        (Box(5, 80e9, 1e12, n_students=1), "dedicated"),
+        (Box(1, 80e9, 1e12), "dedicated"),
+    ):
+        assert asked_placement(args, box) == placement
+    assert asked_placement(train("--teacher_device cuda:0"), Box(1, 80e9, 1e12)) == "shared"
+    made = Plan("dedicated", 1, 1, {}, 0.1, 0.1, 0.1, 100)
+    assert "runs the teacher on cuda:1" in seats(made, args, Box(5, 80e9, 1e12, n_students=1))
+    assert seats(made, args, Box(5, 80e9, 1e12, n_students=1)).endswith("cuda:2, cuda:3, cuda:4: not used")
+
+
+def test_without_a_teacher_on_a_gpu_there_is_one_placement():
+    assert advice(made_up("none", 60, 100), [], BOX) == "Fits."
+    assert advice(made_up("none", 90, 100), [], BOX) == "Does not fit."
+
+
+@pytest.mark.parametrize("text,told", [("", False), ("--dtype float32", True), ("--dtype float32 --tflops 100", False)])
+def test_a_peak_that_is_not_known_is_told(visible, text, told):
+    assert ("Give --tflops" in paper(train(text), BOX)) == told
+    visible(("A card of tomorrow", 1e12))
+    assert ("Give --tflops" in paper(train(text), BOX)) == ("--tflops" not in text)
+
+
+def test_what_is_not_known_is_asked_for(visible, capsys):
+    assert machine_text(train("--dry_run --gpus 3"), BOX).endswith("name yours with --gpu_gb, --tflops.")
+    assert machine_text(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 9"), BOX).endswith("of 80 GB.")
+
+
+def test_a_plan_that_cannot_be_written_is_told_first():
+    with pytest.raises(ValueError, match="--plan_json /absent/x.json: its folder is not there"):
+        print_plan(train("--dry_run --plan_json /absent/x.json"))
+
+
+def test_layers_that_cannot_be_compared_are_told_by_a_plan(folder):
+    argv = [*options(folder, "wide", "--layer_map_interval 5"), "--teacher_model", str(folder / "narrow" / "teacher")]
+    with pytest.raises(ValueError, match="--layer_map_interval 5|--layers"):
+        measure_footprint(parse_train_args(argv))
+
+
 def test_advice_names_the_option_that_is_in_the_way():
     text = advice(made_up("shared", 60, 100), [made_up("colocated", 70, 150)], BOX)
     assert text.endswith("give --teacher_placement colocated and no --teacher_device.")
@@ -207,17 +253,17 @@ def test_what_a_rank_receives(folder):
 
 
 def test_tokens_and_time(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     text = f"--seq_length 40 --batch_size 2 --grad_accumulation_steps 3 --max_steps 1000 --output_dir {tmp_path}"
     args = train(" ".join(options(folder, "wide", text + " --save_interval 0")))
     footprint = measure_footprint(args)
     made = make_plan(args, footprint, BOX, "dedicated")
-    shown = run_table(args, footprint, made, disk_room(args, footprint))
+    shown = run_table(args, footprint, made, disk_room(args, footprint.student, 3000))
     assert f"{3 * 4 * 2 * 40:,}" in shown and "960,000 in 1,000 steps" in shown
     assert "as measured" not in shown
     rows = [{"tokens_per_s": speed} for speed in (1.0, 200.0, 1000.0)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"tokens_p')
-    shown = run_table(args, footprint, made, disk_room(args, footprint))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\0\n{}\n" + '{"tokens_p')
+    shown = run_table(args, footprint, made, disk_room(args, footprint.student, 3000))
     assert f"1 h 20 min at the 200 tokens/s of {tmp_path}" in shown
 
 
@@ -239,13 +285,13 @@ def test_room_on_the_disk(folder, tmp_path, monkeypatch):
 
     def advised(n_checkpoints):
         usage = SimpleNamespace(free=int(n_checkpoints * size))
-        monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: usage if folder == tmp_path else None)
-        room = disk_room(args, footprint)
-        assert (room.size, room.n_kept, room.n_fit) == (size, 7, int(n_checkpoints))
+        monkeypatch.setattr(resume.shutil, "disk_usage", lambda folder: usage if folder == tmp_path else None)
+        room = disk_room(args, footprint.student, 10)
+        assert (room.size, room.n_here, room.n_most, room.n_fit) == (size, 0, 6, int(n_checkpoints))
         return disk_advice(args, room)
 
     assert advised(7.5) == ""
-    assert "room for 4 checkpoint(s) of 7: give --save_total_limit 3" in advised(4.5)
+    assert "room for 4 checkpoint(s) of 6: give --save_total_limit 3" in advised(4.5)
     assert "room for 1 checkpoint(s): the run would not start" in advised(1.9)
 
 

@@ -3,6 +3,7 @@ run does is in test_faults.py.
 """
 
 import dataclasses
+import errno
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ import resume
 from arguments import parse_train_args
 from checkpoint import STATE_FILE, checkpoint_bytes
 from health import SpikeWatch
-from resume import check_same_run, check_space, keep_options
+from resume import check_same_run, check_space, keep_options, writing_to
 from tests.tiny import tiny_student
 
 Usage = namedtuple("Usage", "total used free")
@@ -46,9 +47,10 @@ def test_a_run_needs_room_for_two_checkpoints(disk, n, argv):
 @pytest.mark.parametrize(
     "n,argv,warned",
     [
-        (11.9, ("--save_interval", "10"), "up to 12 of them"),  # the first, ten, and the last
-        (12, ("--save_interval", "10"), None),
-        (3.9, ("--save_interval", "10", "--save_total_limit", "3"), "up to 4 of them"),
+        (10.9, ("--save_interval", "10"), "up to 11"),  # the first, and ten
+        (11, ("--save_interval", "10"), None),
+        (11.9, ("--save_interval", "9"), "up to 13"),  # the last, too
+        (3.9, ("--save_interval", "10", "--save_total_limit", "3"), "up to 4"),
         (4, ("--save_interval", "10", "--save_total_limit", "3"), None),
         (2, ("--save_interval", "0"), None),
     ],
@@ -57,6 +59,26 @@ def test_too_little_room_for_all_is_told(disk, caplog, monkeypatch, n, argv, war
     monkeypatch.setattr(resume.logger, "propagate", True)
     check_space(args(*argv), disk(n), 100)
     assert (warned in caplog.text and "--save_total_limit" in caplog.text) if warned else caplog.text == ""
+
+
+def test_a_run_that_goes_on_needs_room_for_one_more(disk, tmp_path, caplog, monkeypatch):
+    """Those that it keeps are there already."""
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    argv = ("--output_dir", str(tmp_path), "--save_interval", "10", "--save_total_limit", "3")
+    for step in (10, 20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    check_space(args(*argv), disk(1.2), 100)
+    assert caplog.text == ""
+    with pytest.raises(
+        ValueError, match="3 are there and the disk has room for 0 more, expected room for one more at least"
+    ):
+        check_space(args(*argv), disk(0.9), 100)
+
+
+def test_what_cannot_be_written_before_training_is_one_line(tmp_path):
+    message = f"--output_dir {tmp_path}: cannot be written \\(No space left on device\\)"
+    with pytest.raises(ValueError, match=message), writing_to(args("--output_dir", str(tmp_path))):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture

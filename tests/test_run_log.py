@@ -12,7 +12,15 @@ import pytest
 
 import run_log
 from arguments import parse_train_args
-from run_log import RunLog, ended_before_restart, format_metrics, keeping_warnings, write_status
+from run_log import (
+    RunLog,
+    ended_before_restart,
+    format_metrics,
+    keeping_warnings,
+    read_status,
+    telling_refusal,
+    write_status,
+)
 from utils import setup_logging
 
 
@@ -217,7 +225,8 @@ def test_warnings_are_kept(tmp_path, capsys):
     setup_logging(None, is_main=True)
     handlers = logging.getLogger("train").handlers.copy()
     before = time.time()
-    with keeping_warnings(tmp_path, rank=3):
+    with keeping_warnings(rank=3) as warnings:
+        warnings.write_to(tmp_path)
         logging.getLogger("train").info("all is well")
         logging.getLogger("train").warning("step %d:\nlook", 7)
         try:
@@ -237,7 +246,8 @@ def test_ranks_share_the_file(tmp_path):
     children = []
     for rank in (0, 1):
         if not (process := os.fork()):
-            with keeping_warnings(tmp_path, rank):
+            with keeping_warnings(rank) as warnings:
+                warnings.write_to(tmp_path)
                 for n in range(200):
                     logging.getLogger("train").warning("%d %s", n, "x" * 500)
             os._exit(0)
@@ -248,11 +258,20 @@ def test_ranks_share_the_file(tmp_path):
         assert [int(line["text"].split()[0]) for line in lines if line["rank"] == rank] == list(range(200))
 
 
+def test_warnings_that_come_early_are_kept_until_it_is_known_where(tmp_path):
+    with keeping_warnings(rank=0) as warnings:
+        logging.getLogger("train").warning("goes on with another --kl_weight")
+        warnings.write_to(tmp_path)
+        logging.getLogger("train").warning("later")
+    assert [line["text"] for line in warnings_of(tmp_path)] == ["goes on with another --kl_weight", "later"]
+
+
 @pytest.mark.parametrize("place", ["absent", "/dev/full"])
 def test_warnings_that_cannot_be_kept_end_no_run(tmp_path, place, capsys):
     setup_logging(None, is_main=True)
     (tmp_path / "warnings.jsonl").symlink_to("/dev/full")
-    with keeping_warnings(tmp_path / "absent" if place == "absent" else tmp_path, rank=0):
+    with keeping_warnings(rank=0) as warnings:
+        warnings.write_to(tmp_path / "absent" if place == "absent" else tmp_path)
         logging.getLogger("train").warning("take care")
     assert capsys.readouterr().err == "[train] take care\n"
 
@@ -267,6 +286,20 @@ def test_the_status_of_a_run(tmp_path):
     expected = {"status": "stopped", "exit_code": 75, "micro_step": 8, "text": "stopped by SIGTERM"}
     assert json.loads((tmp_path / "status.json").read_text()) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_run_that_its_input_ends_is_not_running(tmp_path):
+    write_status(tmp_path, "running", 0)
+    with pytest.raises(ValueError), telling_refusal(tmp_path):
+        raise ValueError("--eval_dataset_name nope: not there")
+    expected = {"status": "refused", "exit_code": 2, "text": "--eval_dataset_name nope: not there"}
+    assert read_status(tmp_path) == expected
+
+
+def test_a_status_that_is_damaged_says_nothing(tmp_path):
+    for text in ("{", "[]", ""):
+        (tmp_path / "status.json").write_text(text)
+        assert read_status(tmp_path) == {}
 
 
 def test_a_status_that_cannot_be_written_is_told_and_no_more(tmp_path, capsys):

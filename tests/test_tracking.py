@@ -267,6 +267,20 @@ def test_a_wandb_that_does_not_come_back_holds_up_no_failing_run(tmp_path, playe
     never.set()
 
 
+def test_nor_a_run_that_is_complete(tmp_path, played, monkeypatch, capsys):
+    runs, calls = played
+    runs.append(Run(0))
+    never = threading.Event()
+    runs[0].finish = lambda exit_code: never.wait(60)
+    monkeypatch.setattr("tracking.PATIENCE_S", 0.1)
+    setup_logging(None, is_main=True)
+    with RunLog(options(tmp_path, "--wandb"), 0, is_main=True) as log:
+        log.write(row(1))
+    assert "W&B has not taken all of the run; send the rest with `wandb sync`" in capsys.readouterr().err
+    assert calls[0]["settings"].finish_timeout < 330
+    never.set()
+
+
 def test_online_without_a_login_is_told_before_training(tmp_path, no_network, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # nobody to ask
     args = options(tmp_path, "--wandb", "--wandb_mode", "online")
@@ -293,11 +307,18 @@ def test_a_run_that_wandb_refuses_to_go_on_with_names_the_file_of_its_id(tmp_pat
 def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, capsys):
     runs, _ = played
     runs.append(Run(0))
-    runs[0].log = lambda *_, **__: (_ for _ in ()).throw(ConnectionResetError("W&B's process is gone"))
+
+    def break_once(charts, step, commit):
+        if step == 1:
+            raise ConnectionResetError("W&B's process is gone")
+
+    runs[0].log = break_once
     setup_logging(None, is_main=True)
     with RunLog(options(tmp_path, "--wandb", "--log_interval", "100"), 0, is_main=True) as log:
+        thread = log.watchers[-1].thread
         log.write(row(1))
-        log.watchers[-1].told.exception(timeout=60)
+        log.watchers[-1].write(row(2))  # before anybody has looked what became of the first
+        thread.submit(lambda: None).result(timeout=60)
         log.write(row(2))
         log.write(row(3))
     assert len(rows_on_disk(tmp_path)) == 3
