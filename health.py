@@ -4,6 +4,7 @@ import logging
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,10 @@ class UpdateHealth:
         if self.interval:
             self._remember()
 
-    def is_due(self, step: int) -> bool:
-        return self.interval > 0 and step % self.interval == 0
+    def add_to(self, row: dict[str, Any]) -> None:
+        """Into the row of an optimizer step, if it is time to."""
+        if self.interval > 0 and row["step"] % self.interval == 0:
+            row["update_health"] = self.report()
 
     def report(self) -> dict[str, float]:
         """Part -> share of the sampled weights that moved, of those that ever had a gradient (rows of the embedding

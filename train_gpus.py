@@ -321,8 +321,7 @@ def distil(
             tell_oddities(progress.step, means["loss"], grad_norm, outcome, spikes, meter, ranks.rank)
             meter.clear()
             row = metrics_row(progress, means, lr, grad_norm, tokens_per_step, stopwatch.lap())
-            if health.is_due(progress.step):
-                row["update_health"] = health.report()
+            health.add_to(row)
             layer_map.add_to(row, batch)
             evaluator.add_to(row, total_steps)
             log.write(row)
