@@ -4,8 +4,8 @@ models, tokenizer, data, disk, loss. Takes the options of train_gpus.py besides 
     python doctor.py --local_files_only --no_dataset_streaming --output_dir DIR
 
 Each line says ok, warning or failure, what was looked at and what was found; the next, what to do. The exit code is 1
-if anything failed. Nothing is downloaded, nothing is left on the disk but lock files of `datasets`, and of models none
-is loaded but a small teacher.
+if anything failed. Nothing is downloaded, nothing is left on the disk but lock files of `datasets` and logs of W&B, and
+of models none is loaded but a small teacher.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def all_checks() -> dict[str, Check]:
     """By name, the cheap ones first. Imported here: the packages they need have been looked for before."""
-    from checkup import links, machine, models, storage
+    from checkup import links, loss, machine, models, storage, text
 
     return {
         "optional packages": check_optional_packages,
@@ -50,6 +50,7 @@ def all_checks() -> dict[str, Check]:
         "--compile": machine.check_compile,
         "--tensorboard": storage.check_tensorboard,
         "--wandb": storage.check_wandb,
+        "--log_file": storage.check_log_file,
         "--output_dir": storage.check_output_dir,
         "--resume": models.check_resume,
         "models": models.check_models,
@@ -58,11 +59,11 @@ def all_checks() -> dict[str, Check]:
         "special tokens": models.check_special_tokens,
         "disk": storage.check_disk,
         "host memory": storage.check_host_memory,
-        "data": storage.check_data,
-        "held-out data": storage.check_held_out_data,
-        "packed data": storage.check_room_for_packed_data,
-        "loss": models.check_loss,
-        "loss of equal models": models.check_equal_models,
+        "data": text.check_data,
+        "held-out data": text.check_held_out_data,
+        "packed data": text.check_room_for_packed_data,
+        "loss": loss.check_loss,
+        "loss of equal models": loss.check_equal_models,
         "kernels": machine.check_kernels,
         "links": links.check_links,
         "collectives": links.check_collectives,
@@ -114,6 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     options, rest = parser.parse_known_args(argv)
 
+    if options.json is not None and (problem := cannot_write(options.json)):
+        print(f"error: --json {options.json}: cannot be written ({problem}); name another file", file=sys.stderr)
+        return 2
     findings = []
     for finding in first_findings():
         show(finding)
@@ -130,6 +134,15 @@ def main(argv: list[str] | None = None) -> int:
         return end(findings, options.json)
 
     return run_entry(rest_of_main)
+
+
+def cannot_write(file: Path) -> str | None:
+    """Why not, found out before it takes minutes to have something to write."""
+    try:
+        with file.open("a"):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def end(findings: list[Finding], file: Path | None) -> int:

@@ -49,8 +49,8 @@ class Finding:
 
     @classmethod
     def of_error(cls, status: str, name: str, message: str) -> Finding:
-        """Of a message in the way of this project: what is wrong; what to do."""
-        found, separator, remedy = " ".join(message.split()).rpartition("; ")
+        """Of a message in the way of this project: what is wrong; what to do. A name is not told twice."""
+        found, separator, remedy = " ".join(message.removeprefix(f"{name}: ").split()).rpartition("; ")
         return cls(status, name, found, remedy) if separator else cls(status, name, remedy)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from checkup.basics import FAILURE, OK, WARNING, Case, Finding
 from llamba import LlambaConfig
 from llamba.kernels import Kernels, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
-from ranks import choose_devices
+from ranks import choose_devices, default_prefetch
 from training_utils import DTYPES
 from utils import check_compiler
 
@@ -60,6 +61,22 @@ def launched_as(n_ranks: int) -> Iterator[None]:
         os.environ.pop("LOCAL_WORLD_SIZE")
         if before is not None:
             os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+class Devices(NamedTuple):
+    """Of rank 0's student and of its teacher, and the batches that a teacher there works ahead by default."""
+
+    student: torch.device
+    teacher: torch.device
+    prefetch: int
+
+
+def devices(case: Case) -> Devices:
+    """Raises ValueError, as a run would, if GPUs are short."""
+    args = case.args
+    with launched_as(default_nproc(case)):
+        student, teacher = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
+        return Devices(student, teacher, default_prefetch(teacher))
 
 
 def run_device() -> torch.device:
@@ -167,8 +184,7 @@ def kernel_problem(device: torch.device) -> str | None:
 def check_ranks(case: Case) -> Iterator[Finding]:
     n_ranks = default_nproc(case)
     args = case.args
-    with launched_as(n_ranks):
-        student, teacher = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
+    student, teacher, _ = devices(case)
     where = "students on the CPU" if student.type == "cpu" else f"students on cuda:0 to cuda:{n_ranks - 1}"
     if args.kl_weight > 0:
         where += f", teacher {'beside each' if args.teacher_placement == 'colocated' else f'on {teacher}'}"

@@ -6,6 +6,7 @@ leaves it, and is then left out.
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ FIELDS = (
     *("teacher_wait_s", "data_wait_s", "skipped_updates", "mfu", "memory_gb"),
 )
 MAPS = ("own", "stream")
+HELD_OUT = {"perplexity": "perplexity", "kl": "KL", "agreement": "agreement"}
 
 
 class Series(NamedTuple):
@@ -41,6 +43,16 @@ class Score(NamedTuple):
     stderr: float
     n: int
     step: float | None  # of the run's checkpoint that was scored
+
+
+class Measure(NamedTuple):
+    """Anything else that such a file tells of a model."""
+
+    file: str
+    model: str
+    name: str
+    value: float
+    step: float | None
 
 
 class Warned(NamedTuple):
@@ -69,6 +81,7 @@ class Run:
     options: dict[str, Any]  # none where they are not recorded
     warnings: list[Warned]
     scores: list[Score]
+    measures: list[Measure]
 
     def series(self, field: str) -> Series:
         return Series(self.step, self.columns[field])
@@ -100,6 +113,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(f"RUN_DIR {folder}: metrics.jsonl has no row yet; come back after the first optimizer step")
     step = np.array([row["step"] for row in rows], dtype=float)
     columns = {field: np.array([number(row.get(field)) for row in rows]) for field in FIELDS}
+    step_at = dict(zip(columns["micro_step"], step, strict=True))
     abandoned = folder / "metrics.abandoned.jsonl"
     return Run(
         folder=folder,
@@ -115,7 +129,8 @@ def read_run(folder: Path, name: str) -> Run:
         status=_dict_in(folder / "status.json"),
         options=read_options(folder),
         warnings=read_warnings(folder / "warnings.jsonl"),
-        scores=read_scores(folder, dict(zip(columns["micro_step"], step, strict=True))),
+        scores=read_scores(folder, step_at),
+        measures=read_measures(folder, step_at),
     )
 
 
@@ -137,9 +152,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> float:
-    """NaN for null, for infinity and for what is no number."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+    """NaN for null, for infinity, for what is no number and for what is too large for one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _inner_series(rows: list[dict[str, Any]], field: str) -> dict[str, Series]:
@@ -209,19 +228,43 @@ def read_warnings(file: Path) -> list[Warned]:
 def read_scores(folder: Path, step_at: dict[float, float]) -> list[Score]:
     """Of all results of evaluations in the directory. step_at: optimizer step by micro step."""
     found = []
+    for file, model, result in _results_in(folder):
+        if not math.isnan(acc := number(result.get("acc"))):
+            n, step = result.get("n"), _step_of_checkpoint(result.get("config"), folder, step_at)
+            found.append(Score(file, model, acc, number(result.get("stderr")), n if isinstance(n, int) else 0, step))
+    return found
+
+
+def read_measures(folder: Path, step_at: dict[float, float]) -> list[Measure]:
+    found = []
+    for file, model, result in _results_in(folder):
+        step = _step_of_checkpoint(result.get("config"), folder, step_at)
+        named = ((name, number(value)) for name, value in _measures(result))
+        found += [Measure(file, model, name, value, step) for name, value in named if not math.isnan(value)]
+    return found
+
+
+def _measures(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of each task the first of its metrics, which the task's authors name first."""
+    for key, name in HELD_OUT.items():
+        yield f"held-out {name}", _dict(result.get("held_out")).get(key)
+    cells = result.get("retrieval")
+    for cell in map(_dict, cells if isinstance(cells, list) else []):
+        yield f"retrieval, {cell.get('length')} tokens, {cell.get('pairs')} pairs", cell.get("acc")
+    for outcome in map(_dict, _dict(result.get("tasks")).values()):
+        for task, figures in _dict(outcome.get("results")).items():
+            for metric, value in list(_dict(figures).items())[:1]:
+                yield f"{task}, {metric.removesuffix(',none')}", value
+
+
+def _results_in(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """File name, model and what was measured."""
     for file in sorted(folder.glob("*.json")):
         content = _dict_in(file)
         config = content.get("config")
         single = {str(config.get("which")): content} if isinstance(config, dict) else {}
         results = content["models"] if isinstance(content.get("models"), dict) else single
-        for model, result in results.items():
-            if isinstance(result, dict) and not math.isnan(acc := number(result.get("acc"))):
-                step = _step_of_checkpoint(result.get("config"), folder, step_at)
-                n = result.get("n")
-                found.append(
-                    Score(file.name, model, acc, number(result.get("stderr")), n if isinstance(n, int) else 0, step)
-                )
-    return found
+        yield from ((file.name, model, result) for model, result in results.items() if isinstance(result, dict))
 
 
 def _step_of_checkpoint(config: Any, folder: Path, step_at: dict[float, float]) -> float | None:
@@ -241,4 +284,8 @@ def _dict_in(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return _dict(content)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -13,7 +13,7 @@ from reporting.charts import colour_of, dash_of
 from reporting.data import Run, Score, Series
 from reporting.series import Drawing, HeatMap, smoothing_width
 from reporting.style import CSS
-from reporting.tables import facts_of, option_tables, score_table, summary_table, warning_table
+from reporting.tables import facts_of, measure_table, option_tables, score_table, summary_table, warning_table
 
 
 def make_page(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> str:
@@ -24,7 +24,7 @@ def make_page(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequen
         *(_note(text) for run in runs for text in _remarks(run)),
         _section("Summary", _summary(runs)),
         *_charts(runs, drawings, pictures),
-        _section("Scores", _table(score_table(runs))),
+        _section("Scores", _table(score_table(runs)) + _table(measure_table(runs))),
         _section("Options", _options(runs)),
         _section("Warnings", _table(warning_table(runs), "texts")),
         "<footer>Made by report.py from metrics.jsonl and what stands beside it.</footer>",

@@ -91,7 +91,10 @@ def _duration(seconds: float) -> str:
 def _moment(seconds: float) -> str:
     if not math.isfinite(seconds):
         return NONE
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):  # of no year that there is
+        return NONE
 
 
 # Tables, the first row of each its head; empty where there is nothing to tell
@@ -112,6 +115,15 @@ def score_table(runs: Sequence[Run]) -> Table:
             error = "" if math.isnan(score.stderr) else f" ± {score.stderr:.4f}"
             step = _figure(math.nan if score.step is None else score.step, "{:,.0f}")
             table.append([run.name, score.model, f"{score.acc:.4f}{error}", f"{score.n:,}", step, score.file])
+    return _for_so_many(runs, table)
+
+
+def measure_table(runs: Sequence[Run]) -> Table:
+    table = [["run", "model", "measure", "value", "step", "file"]]
+    for run in runs:
+        for found in run.measures:
+            step = _figure(math.nan if found.step is None else found.step, "{:,.0f}")
+            table.append([run.name, found.model, found.name, f"{found.value:.4f}", step, found.file])
     return _for_so_many(runs, table)
 
 

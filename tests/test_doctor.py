@@ -1,38 +1,29 @@
-"""Every check of doctor.py on what is right and on what is spoilt, GPUs played; and the whole program on the tiny
-preset, as a process.
+"""doctor.py as a whole, on the tiny preset, and what it says of packages and machines, GPUs played. For what it says of
+a run see tests/test_doctor_runs.py.
 """
 
 import ast
-import dataclasses
-import errno
 import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import datasets
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import checkup.all_reduce
 import checkup.basics
 import checkup.links
 import checkup.machine
-import checkup.models
-import checkup.storage
 import doctor
 from arguments import parse_train_args
 from checkup.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt, run_check
 from llamba import LlambaConfig
 from llamba.kernels import Kernels, causal_conv, plain_scan
-from losses import fused_distill_loss
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -58,31 +49,16 @@ def the_bad_one(findings, status=FAILURE):
     return bad
 
 
-@pytest.fixture
-def copy_of(tmp_path):
-    """A copy of a model of the tiny preset, to be spoilt."""
-
-    def make(role):
-        return Path(shutil.copytree(TINY / role, tmp_path / role))
-
-    return make
-
-
-def change_json(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 # --- the whole program ---------------------------------------------------------------------------------------
 
 
-def test_the_tiny_preset_is_well(tmp_path):
+def test_the_tiny_preset_is_well(tmp_path, capsys):
     options = ["--preset", "tiny", "--output_dir", str(tmp_path / "new" / "run"), "--eval_interval", "5"]
-    command = [sys.executable, "doctor.py", *options, "--collectives", "--json", str(tmp_path / "findings.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code = doctor.main([*options, "--collectives", "--json", str(tmp_path / "findings.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0, lines
     findings = [Finding(**row) for row in json.loads((tmp_path / "findings.json").read_text())]
     assert not [finding for finding in findings if finding.status == FAILURE]
-    lines = done.stdout.splitlines()
     for finding in findings:
         assert f"{finding.status:<8} {finding.name}: {finding.found}" in lines
     names = " ".join(finding.name for finding in findings)
@@ -112,6 +88,20 @@ def test_a_wrong_option_is_told_as_training_tells_it(capsys, monkeypatch):
     assert "--batch_size 0: expected at least 1" in capsys.readouterr().err
     assert doctor.main(["--preset", "tiny", "--nproc_per_node", "0"]) == 2
     assert "--nproc_per_node 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_a_python_without_packages_is_told():
+    command = [sys.executable, "-S", "doctor.py", "--preset", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "do not load: yaml (no module yaml)" in done.stdout and "Nothing else can be looked at" in done.stdout
+
+
+def test_where_the_findings_shall_go_is_looked_at_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "first_findings", lambda: pytest.fail("was looked at"))
+    assert doctor.main(["--preset", "tiny", "--json", str(tmp_path / "none" / "d.json")]) == 2
+    error = f"error: --json {tmp_path}/none/d.json: cannot be written (No such file or directory); name another file"
+    assert capsys.readouterr().err == error + "\n"
 
 
 def test_what_does_not_load_is_all_there_is_to_tell(capsys, monkeypatch):
@@ -413,351 +403,3 @@ def test_a_slow_all_reduce_on_gpus(gpus, monkeypatch):
     monkeypatch.setattr(checkup.links, "all_reduce_rate", lambda *_: 1.0)
     assert "slow" in the_bad_one(found(checkup.links.check_collectives, collectives=True), WARNING).found
     assert found(checkup.links.check_collectives) == []
-
-
-# --- models --------------------------------------------------------------------------------------------------
-
-
-def test_a_shard_is_missing(copy_of):
-    folder = copy_of("student")
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    index = {"metadata": {"total_size": 1}, "weight_map": shards}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    bad = the_bad_one(found(checkup.models.check_models, "--student_model", folder))
-    assert "model-00002-of-00002.safetensors" in bad.found and bad.remedy == "copy them again"
-
-
-def test_names_of_the_hub_that_are_not_here(monkeypatch, tmp_path):
-    monkeypatch.setattr("model_utils.snapshot_download", lambda *_, **__: raise_(OSError("not cached")))
-    teacher, student = found(checkup.models.check_models, preset="llamba-8b")
-    assert statuses([teacher, student]) == [WARNING, WARNING]
-    assert "download it (16 GB)" in teacher.found and "(17 GB)" in student.found
-    assert teacher.remedy.startswith("hf download meta-llama/Llama-3.1-8B-Instruct")
-    findings = found(checkup.models.check_models, "--local_files_only", preset="llamba-8b")
-    assert statuses(findings) == [FAILURE, FAILURE]
-
-
-def raise_(error):
-    raise error
-
-
-def test_a_student_that_is_none(copy_of):
-    bad = the_bad_one(found(checkup.models.check_models, "--student_model", copy_of("teacher")))
-    assert "model_type 'llama'" in bad.found
-
-
-def test_models_that_do_not_go_together(copy_of):
-    bad = the_bad_one(found(checkup.models.check_configs, "--layers", 1, 9))
-    assert "[9] out of range" in bad.found
-    bad = the_bad_one(found(checkup.storage.check_disk, "--layers", 1, 9), WARNING)
-    assert bad.found == "not looked at: teacher and student do not go together, see above"
-    bad = the_bad_one(found(checkup.models.check_configs, "--gradient_checkpointing", "--checkpoint_blocks", 9))
-    assert "--checkpoint_blocks 9" in bad.found
-    (well,) = found(checkup.models.check_configs)
-    assert well.status == OK and "[1, 2, 3]" in well.found
-
-
-def test_a_checkpoint_that_is_none(tmp_path):
-    assert "starts at 0" in found(checkup.models.check_resume, "--resume", "auto", "--output_dir", tmp_path)[0].found
-    (tmp_path / "checkpoint-5").mkdir()
-    findings = found(checkup.models.check_resume, "--resume", "auto", "--output_dir", tmp_path)
-    assert findings[0].status == FAILURE and "no good checkpoint" in findings[0].found
-    (tmp_path / "checkpoint-5" / "training_state.json").write_text("{}")
-    both = case("--resume", "auto", "--output_dir", tmp_path)
-    told = [run_check("name", check, both) for check in (checkup.models.check_resume, checkup.models.check_models)]
-    assert statuses(told[0]) == [FAILURE, WARNING] and statuses(told[1]) == [OK, OK], "a bad checkpoint is told once"
-
-
-# --- tokens --------------------------------------------------------------------------------------------------
-
-
-def test_a_vocabulary_that_is_too_small(copy_of):
-    folder = copy_of("student")
-    change_json(folder / "config.json", vocab_size=1000)
-    findings = found(checkup.models.check_tokens, "--student_model", folder)
-    bad = the_bad_one(findings)
-    assert "--student_model has a vocabulary of 1000" in bad.found and "24 token(s) beyond it" in bad.found
-    assert any("1000 entries are shared; the loss leaves out the others" in finding.found for finding in findings)
-
-
-def test_a_student_with_other_tokens(copy_of):
-    folder = copy_of("student")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    change = {"model": {**tokenizer["model"], "vocab": {**vocab, "q": vocab["Q"], "Q": vocab["q"]}}}
-    change_json(folder / "tokenizer.json", **change)
-    bad = the_bad_one(found(checkup.models.check_tokens, "--student_model", folder))
-    assert bad.name == "student's tokenizer" and "2 of its tokens, such as 'Q', have other ids" in bad.found
-    fewer_merges = {**tokenizer["model"], "merges": tokenizer["model"]["merges"][:100]}
-    change_json(folder / "tokenizer.json", model=fewer_merges)
-    bad = the_bad_one(found(checkup.models.check_tokens, "--student_model", folder))
-    assert bad.name == "student's tokenizer" and "cuts a probe into other tokens" in bad.found
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    findings = found(checkup.models.check_tokens, "--student_model", folder)
-    assert set(statuses(findings)) == {OK} and "none of its own" in findings[-1].found
-
-
-def test_a_tokenizer_without_an_end(copy_of):
-    folder = copy_of("teacher")
-    change_json(folder / "tokenizer_config.json", eos_token=None)
-    assert "has no eos_token" in the_bad_one(found(checkup.models.check_tokens, "--teacher_model", folder)).found
-
-
-def test_special_tokens_of_another_model(copy_of):
-    teacher, student = copy_of("teacher"), copy_of("student")
-    change_json(teacher / "config.json", bos_token_id=5)
-    bad = the_bad_one(found(checkup.models.check_special_tokens, "--teacher_model", teacher))
-    assert bad.name == "teacher's bos_token_id" and bad.found == "5 in config.json, 0 in the tokenizer"
-    change_json(student / "config.json", eos_token_id=7)
-    bad = the_bad_one(found(checkup.models.check_special_tokens, "--student_model", student), WARNING)
-    assert bad.name == "student's eos_token_id"
-    change_json(student / "config.json", bos_token_id=None, eos_token_id=[3, 0])
-    findings = found(checkup.models.check_special_tokens, "--student_model", student)
-    assert set(statuses(findings)) == {OK}
-
-
-def test_the_probe_has_every_script():
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "teacher")
-    assert tokenizer.decode(tokenizer(checkup.models.PROBE)["input_ids"]) == checkup.models.PROBE
-    assert all(part in checkup.models.PROBE for part in ("fox", "def f(x)", "模型", "🚀", "1234567890"))
-
-
-# --- the loss ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signal,dtype", [("hidden", "float32"), ("logits", "float32"), ("hidden", "bfloat16")])
-def test_equal_models_have_no_loss(signal, dtype):
-    options = ("--teacher_signal", signal, "--dtype", dtype, "--temperature", 2)
-    for check in (checkup.models.check_loss, checkup.models.check_equal_models):
-        (finding,) = found(check, *options)
-        assert finding.status == OK, finding
-
-
-def test_a_loss_that_sees_a_difference(monkeypatch):
-    def warmer(hidden, head, bias, signal, *rest):
-        return fused_distill_loss(hidden, head, bias, signal * 1.05, *rest)
-
-    def other_label(hidden, head, bias, signal, signal_head, labels, *rest):
-        return fused_distill_loss(hidden, head, bias, signal, signal_head, labels.roll(1), *rest)
-
-    for spoilt_loss in (warmer, other_label):
-        monkeypatch.setattr(checkup.models, "fused_distill_loss", spoilt_loss)
-        bad = the_bad_one(found(checkup.models.check_loss))
-        assert "expected a KL below" in bad.found and bad.remedy
-
-
-def test_a_layer_that_is_not_the_teachers(monkeypatch):
-    def forgetful(student, teacher, layers):
-        doctor_models_apply(student, teacher, layers)
-        with torch.no_grad():
-            student.backbone.layers[2].mlp.down_proj.weight *= 1.1
-
-    doctor_models_apply = checkup.models.apply_replacements
-    monkeypatch.setattr(checkup.models, "apply_replacements", forgetful)
-    assert "whole models" in the_bad_one(found(checkup.models.check_equal_models)).name
-
-
-def test_a_large_teacher_is_not_loaded(monkeypatch):
-    monkeypatch.setattr(checkup.models, "SMALL_MODEL", 1000)
-    monkeypatch.setattr(checkup.models, "get_teacher_model", lambda *_: pytest.fail("was loaded"))
-    (finding,) = found(checkup.models.check_equal_models)
-    assert finding.status == OK and "only the loss" in finding.found
-
-
-# --- data ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def rows(path, *texts):
-    path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
-    return path
-
-
-@pytest.mark.parametrize("streaming", ["--dataset_streaming", "--no_dataset_streaming"])
-def test_text_that_can_be_read(tmp_path, datasets_cache, streaming):
-    file = rows(tmp_path / "text.jsonl", "abcd", "", "abcdef")
-    finding, empty = found(checkup.storage.check_data, "--dataset_name", file, streaming)
-    assert finding.status == OK and "2 of the first 3 rows have text, of 5 characters" in finding.found
-    assert empty.status == WARNING and "skipped 1 of 3 rows" in empty.found
-
-
-@pytest.mark.parametrize(
-    "options,word",
-    [
-        (("--dataset_text_field", "content"), "no such column"),
-        (("--dataset_text_field", "n"), "expected text"),
-        (("--dataset_split", "test"), "no such split"),
-        (("--dataset_split", "train[:50%]", "--dataset_streaming"), "--dataset_split"),
-    ],
-)
-def test_text_that_cannot_be_read(tmp_path, datasets_cache, options, word):
-    file = rows(tmp_path / "text.jsonl", "abcd")
-    options = ("--dataset_name", file, "--no_dataset_streaming", *options)
-    assert word in the_bad_one(found(checkup.storage.check_data, *options)).found
-
-
-def test_data_that_is_not_there(tmp_path, datasets_cache):
-    bad = the_bad_one(found(checkup.storage.check_data, "--dataset_name", tmp_path / "none.jsonl"))
-    assert "no such file" in bad.found
-    empty = rows(tmp_path / "empty.jsonl", "", "")
-    bad = next(f for f in found(checkup.storage.check_data, "--dataset_name", empty) if f.status == FAILURE)
-    assert "none of the first 2 rows has text" in bad.found
-    hub = ("--dataset_name", "someone/something", "--dataset_subset", "part")
-    bad = the_bad_one(found(checkup.storage.check_data, *hub, "--local_files_only"))
-    assert "load_dataset('someone/something', 'part', split='train')" in bad.remedy
-    online = dataclasses.replace(case(*hub).args, local_files_only=False)
-    bad = the_bad_one(run_check("data", checkup.storage.check_data, Case(online)), WARNING)
-    assert "not on this disk" in bad.found
-
-
-def test_a_data_set_of_the_hub_that_was_prepared_before(tmp_path, datasets_cache):
-    """As `load_dataset` leaves it in its cache."""
-    folder = tmp_path / "cache" / "someone___something" / "default" / "0.0.0" / ("0" * 40)
-    folder.mkdir(parents=True)
-    info = {"splits": {"train": {"name": "train", "num_bytes": 999, "num_examples": 30, "dataset_name": "something"}}}
-    info |= {"dataset_size": 999, "version": "0.0.0", "config_name": "default", "dataset_name": "something"}
-    table = datasets.Dataset.from_dict({"text": ["abcd"] * 30})
-    info["features"] = {"text": {"dtype": "string", "_type": "Value"}}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    with datasets.arrow_writer.ArrowWriter(path=str(folder / "something-train.arrow"), features=table.features) as w:
-        w.write_table(table.data.table)
-        w.finalize()
-    for more in (("--no_dataset_streaming", "--dataset_split", "train[:50%]"), ("--dataset_streaming",)):
-        options = ("--dataset_name", "someone/something", "--local_files_only", *more)
-        (finding,) = found(checkup.storage.check_data, *options)
-        assert finding.status == OK and "16 of the first 16 rows" in finding.found
-    options = ("--dataset_name", "someone/something", "--no_dataset_streaming")
-    (finding,) = found(checkup.storage.check_room_for_packed_data, *options)
-    assert finding.status == OK and "about 2e-06 GB" in finding.found, "its rows are there already: 3e-06 with them"
-
-
-def test_of_a_part_of_a_split_the_first_rows_are_read(tmp_path, datasets_cache):
-    file = rows(tmp_path / "text.jsonl", *["abcd"] * 40)
-    options = ("--dataset_name", file, "--no_dataset_streaming", "--dataset_split", "train[:50%]")
-    assert statuses(found(checkup.storage.check_data, *options)) == [OK]
-    assert not list((tmp_path / "cache").rglob("*.arrow")), "no table is made"
-
-
-def test_held_out_text_is_looked_at_too(tmp_path, datasets_cache):
-    assert found(checkup.storage.check_held_out_data) == []
-    options = ("--eval_interval", 5, "--eval_dataset_name", tmp_path / "none.jsonl")
-    assert "--eval_dataset_name" in the_bad_one(found(checkup.storage.check_held_out_data, *options)).found
-    options = ("--eval_interval", 5, "--eval_mmlu_dir", tmp_path)
-    assert "--eval_mmlu_dir" in the_bad_one(found(checkup.storage.check_held_out_data, *options)).found
-    options = ("--eval_interval", 5, "--eval_mmlu_dir", TINY / "mmlu")
-    assert statuses(found(checkup.storage.check_held_out_data, *options)) == [OK, OK]
-
-
-def full_disk(free):
-    return lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
-
-
-def test_room_for_packed_data(tmp_path, monkeypatch):
-    options = ("--dataset_cache_dir", tmp_path / "packed")
-    assert statuses(found(checkup.storage.check_room_for_packed_data, *options)) == [OK]
-    assert found(checkup.storage.check_room_for_packed_data, "--dataset_streaming") == []
-    monkeypatch.setattr(shutil, "disk_usage", full_disk(1_000_000))
-    bad = the_bad_one(found(checkup.storage.check_room_for_packed_data, *options), WARNING)
-    assert "about 0.0029 GB" in bad.found and "--dataset_cache_dir" in bad.remedy
-    bad = the_bad_one(found(checkup.storage.check_room_for_packed_data, "--dataset_text_field", "n"), WARNING)
-    assert "the data cannot be read" in bad.found
-    (tmp_path / "packed").write_text("")
-    assert "cannot be written" in the_bad_one(found(checkup.storage.check_room_for_packed_data, *options)).found
-
-
-# --- checkpoints and memory ----------------------------------------------------------------------------------
-
-
-def test_an_output_dir_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    bad = the_bad_one(found(checkup.storage.check_output_dir, "--output_dir", tmp_path / "file" / "run"))
-    assert f"{tmp_path / 'file'} cannot be written" in bad.found
-
-    def read_only(**_):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    bad = the_bad_one(found(checkup.storage.check_output_dir, "--output_dir", tmp_path / "run"))
-    assert "Read-only file system" in bad.found
-
-
-def test_an_output_dir_that_holds_another_run(tmp_path):
-    (tmp_path / "checkpoint-5").mkdir()
-    options = ("--output_dir", tmp_path)
-    assert "--resume auto" in the_bad_one(found(checkup.storage.check_output_dir, *options)).remedy
-    for more in (("--resume", "auto"), ("--resume_step", 5)):
-        assert statuses(found(checkup.storage.check_output_dir, *options, *more)) == [OK]
-
-
-def test_a_full_disk(tmp_path, monkeypatch):
-    options = ("--output_dir", tmp_path / "run", "--save_total_limit", 1)
-    assert statuses(found(checkup.storage.check_disk, *options)) == [OK]
-    monkeypatch.setattr(shutil, "disk_usage", full_disk(20_000_000))
-    assert "expected room for two" in the_bad_one(found(checkup.storage.check_disk, *options)).found
-    monkeypatch.setattr(shutil, "disk_usage", full_disk(30_000_000))
-    options = ("--output_dir", tmp_path / "run", "--max_steps", 100000)
-    assert "--save_total_limit" in the_bad_one(found(checkup.storage.check_disk, *options), WARNING).found
-    assert not (tmp_path / "run").exists()
-
-
-def test_little_host_memory(tmp_path, monkeypatch):
-    assert statuses(found(checkup.storage.check_host_memory)) == [OK]
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(checkup.storage, "MEMORY_LIMIT", limit)
-    limit.write_text("max\n")
-    assert statuses(found(checkup.storage.check_host_memory)) == [OK]
-    limit.write_text("25000000\n")
-    assert "--no_background_save" in the_bad_one(found(checkup.storage.check_host_memory), WARNING).remedy
-    assert statuses(found(checkup.storage.check_host_memory, "--no_background_save")) == [OK]
-    assert "a machine with more" in the_bad_one(found(checkup.storage.check_host_memory, nproc=8), WARNING).remedy
-
-
-# --- charts --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def nobody(tmp_path, monkeypatch):
-    """Someone without any login or setting of W&B."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    return tmp_path / "netrc"
-
-
-def online(monkeypatch, check=checkup.storage.check_wandb):
-    return run_check("W&B", check, Case(dataclasses.replace(case("--wandb").args, local_files_only=False)))
-
-
-def test_wandb_without_login_or_network(nobody, monkeypatch):
-    connections = []
-
-    def connect(address, timeout):
-        connections.append(address)
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(socket, "create_connection", connect)
-    assert found(checkup.storage.check_wandb) == []
-    assert "offline" in found(checkup.storage.check_wandb, "--wandb")[0].found  # the preset touches no network
-    bad = the_bad_one(online(monkeypatch))
-    assert "without a login for api.wandb.ai" in bad.found and "wandb login" in bad.remedy and not connections
-    nobody.write_text("machine api.wandb.ai login user password not-a-key\n")
-    bad = the_bad_one(online(monkeypatch), WARNING)
-    assert "cannot be reached" in bad.found and bad.remedy == "--wandb_mode offline"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert "login for wandb.example.org" in the_bad_one(online(monkeypatch)).found
-    monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: socket.socket())
-    assert statuses(online(monkeypatch)) == [OK]
-
-
-def test_charts_without_their_packages(nobody, monkeypatch):
-    assert found(checkup.storage.check_tensorboard, "--tensorboard") == []
-    monkeypatch.setattr(checkup.storage.importlib.util, "find_spec", lambda _: None)
-    assert "not installed" in the_bad_one(found(checkup.storage.check_wandb, "--wandb")).found
-    assert "not installed" in the_bad_one(found(checkup.storage.check_tensorboard, "--tensorboard")).found

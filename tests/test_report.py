@@ -23,7 +23,7 @@ from reporting.charts import COLOURS, INK, LINES, colour_of, dash_of, draw
 from reporting.data import Series, distinct_names, read_options, read_run, read_runs, read_scores, read_warnings
 from reporting.page import make_page
 from reporting.series import charts_of, is_log, smooth, smoothing_width, span_of, thin
-from reporting.tables import facts_of, option_tables, score_table, summary_table, warning_table
+from reporting.tables import facts_of, measure_table, option_tables, score_table, summary_table, warning_table
 from utils import run_entry
 
 NASTY = "<script>document.title='hit'</script>"
@@ -209,6 +209,39 @@ def test_scores_of_checkpoints_of_this_run_have_their_step(tmp_path):
         "other.json": None,
         "unknown.json": None,
     }
+
+
+def test_measures_beside_mmlu_have_rows_too(tmp_path):
+    figures = {"acc,none": 0.6, "acc_stderr,none": 0.1, "acc_norm,none": 0.7}
+    found = {
+        "held_out": {"ce": 3.0, "kl": 0.5, "agreement": None, "perplexity": 20.0, "tokens": 99},
+        "retrieval": [{"length": 64, "pairs": 4, "n": 2, "acc": 0.5}, {"length": 128}, 7],
+        "tasks": {"arc": {"results": {"arc_easy": figures, "bad": 3, "none": {}}}, "broken": []},
+    }
+    damaged = {"held_out": [], "retrieval": {}, "tasks": {"arc": {"results": None}}, "config": {"which": "student"}}
+    config = {"which": "hybrid_ft", "ckpt": "/x/run/checkpoint-2"}
+    run = build(tmp_path / "run", [row_of(1)], beyond={**found, "config": config}, damaged=damaged)
+    assert score_table(read_runs([run])) == []
+    assert measure_table(read_runs([run])) == [
+        ["model", "measure", "value", "step", "file"],
+        ["hybrid_ft", "held-out perplexity", "20.0000", "1", "beyond.json"],
+        ["hybrid_ft", "held-out KL", "0.5000", "1", "beyond.json"],
+        ["hybrid_ft", "retrieval, 64 tokens, 4 pairs", "0.5000", "1", "beyond.json"],
+        ["hybrid_ft", "arc_easy, acc", "0.6000", "1", "beyond.json"],
+    ]
+    assert "<td>held-out KL</td>" in make_page(read_runs([run]), [], [])
+
+
+def test_numbers_out_of_all_bounds_are_left_out(tmp_path):
+    rows = [row_of(1), row_of(2, loss=10**400, eval={"ce": 10**400}, layer_map={"own": [10**400, 1.0]})]
+    run = build(tmp_path / "run", rows, json.dumps({"step": 10**400}) + "\n", score=result("student", 10**400))
+    (run / "status.json").write_text(json.dumps({"status": "running", "launched": 1e20}))
+    warned = [{"time": time, "rank": 0, "text": "warned"} for time in (1e300, 10**400)]
+    (run / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in warned))
+    (found,) = read_runs([run])
+    assert np.isnan(found.columns["loss"]).tolist() == [False, True] and found.damaged == 1 and found.scores == []
+    assert "Started" not in facts_of(found) and warning_table([found])[1][3:] == ["–", "–"]
+    assert write_report([run], None).is_file()
 
 
 def test_names_are_told_apart_by_as_little_as_it_takes():
