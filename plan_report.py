@@ -57,12 +57,12 @@ def machine_text(args: TrainArguments, box: Box) -> str:
 
 def seats(plan: Plan, args: TrainArguments, box: Box) -> str:
     """Which process of a node has which GPU."""
-    teacher = {
-        "dedicated": f"runs the teacher on cuda:{teacher_index(args, box)}",
-        "shared": f"runs the teacher on {args.teacher_device}",
-        "none": "runs the teacher on the CPU" if args.kl_weight > 0 else "",
-        "colocated": "a teacher beside its student",
-    }[plan.placement]
+    teacher = ""
+    if plan.placement == "colocated":
+        teacher = "a teacher beside its student"
+    elif args.kl_weight > 0:
+        place = "the CPU" if plan.placement == "none" else f"cuda:{teacher_index(args, box)}"
+        teacher = f"runs the teacher on {place}"
     students = range(plan.n_students)
     idle = set(range(plan.n_students, box.n_gpus))
     if plan.placement == "dedicated":

@@ -1,5 +1,6 @@
 """packing.py: ids, windows and files are exactly what the documents say, whatever happens to the builder."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -123,8 +124,11 @@ def test_a_tokenizer_held_to_one_core_is_mentioned(monkeypatch: pytest.MonkeyPat
 
 def run_times() -> dict[str, int]:
     """Of all threads of this process, in ns."""
-    tasks = Path("/proc/self/task")
-    return {task: int((tasks / task / "schedstat").read_text().split()[0]) for task in os.listdir(tasks)}
+    times = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # one may have ended meanwhile
+            times[task.name] = int((task / "schedstat").read_text().split()[0])
+    return times
 
 
 def busy_threads(folder: Path) -> int:

@@ -232,6 +232,9 @@ def test_the_seats_are_those_of_the_readme():
     assert lines[4] == ["rank", "3", "cuda:3"] and len(lines) == 5
     beside = Plan("colocated", 5, 5, {}, 0.1, 0.1, 0.1, 100)
     assert seats(beside, train(""), BOX).count("a teacher beside its student") == 5
+    none = Plan("none", 5, 5, {}, 0.1, 0.1, 0.1, 100)
+    assert "rank 0    cuda:0      runs the teacher on the CPU\n" in seats(none, train("--teacher_device cpu"), BOX)
+    assert "teacher" not in seats(none, train("--kl_weight 0"), BOX)
     few = Plan("dedicated", 2, 2, {}, 0.1, 0.1, 0.1, 100)
     assert seats(few, train(""), BOX).endswith("cuda:2, cuda:3: not used")
 
