@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(cls: type, description: str, preset: dict[str, Any]) -> argparse.ArgumentParser:
     """A dataclass's options as flags, in their groups. What the command line does not name is not in its result.
-    preset: the values of the usual preset, which the help shows.
+    preset: the values of the preset that is named, or of the usual one, which the help shows as defaults.
     """
     parser = _Parser(
         usage="%(prog)s [option ...]",

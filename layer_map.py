@@ -67,10 +67,10 @@ def layer_map(student: LlambaForCausalLM, input_ids: Tensor, states: list[Tensor
     layer that does as the teacher's does, 1 one that errs by as much as doing nothing would.
     Means over tokens.
     """
-    outputs = states[1:]
-    updates = [after - before for before, after in zip(states, outputs, strict=False)]
+    inputs, outputs = states[:-1], states[1:]
+    updates = [after - before for before, after in zip(inputs, outputs, strict=True)]
     stream = _errors(student, input_ids, outputs, outputs)
-    own = _errors(student, input_ids, outputs, updates, inputs=states)
+    own = _errors(student, input_ids, outputs, updates, inputs)
     return {"stream": stream, "own": own}
 
 

@@ -123,7 +123,7 @@ def asked_placement(args: TrainArguments, box: Box) -> str:
 
 def teacher_index(args: TrainArguments, box: Box) -> int:
     """Of the GPU of a node's one teacher."""
-    return box.n_gpus - 1 if args.teacher_device is None else int(args.teacher_device.removeprefix("cuda:") or 0)
+    return box.n_gpus - 1 if args.teacher_device is None else int(args.teacher_device.removeprefix("cuda:"))
 
 
 def make_plan(args: TrainArguments, footprint: Footprint, box: Box, placement: str) -> Plan:

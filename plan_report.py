@@ -37,6 +37,7 @@ from plan import (
 from resume import DiskRoom, disk_room
 from speed import peak_operations
 from training_utils import DTYPES
+from utils import format_duration
 
 SLOW_LINK = 5 * GB  # bytes per second, of the order that copies through the host's memory reach
 
@@ -148,11 +149,11 @@ def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: Disk
     lines = [
         ("tokens per optimizer step", f"{tokens:,}"),
         ("tokens in all, at most", f"{tokens * args.max_steps:,} in {args.max_steps:,} steps"),
-        ("time, on paper", f"{duration(seconds * args.max_steps)} at {tokens / seconds:,.0f} tokens/s"),
+        ("time, on paper", f"{format_duration(seconds * args.max_steps)} at {tokens / seconds:,.0f} tokens/s"),
     ]
     if (measured := measured_speed(args)) is not None:
-        text = f"{duration(tokens * args.max_steps / measured)} at the {measured:,.0f} tokens/s of {args.output_dir}"
-        lines.append(("time, as measured", text))
+        time = format_duration(tokens * args.max_steps / measured)
+        lines.append(("time, as measured", f"{time} at the {measured:,.0f} tokens/s of {args.output_dir}"))
     if plan.n_ranks > 1:
         items = ", ".join(f"{name} {size / GB:.2g}" for name, size in wire.items() if size)
         lines.append(("a rank receives per step, GB", f"{sum(wire.values()) / GB:.2g}: {items}"))
@@ -187,15 +188,6 @@ def measured_speed(args: TrainArguments) -> float | None:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash has spoilt
             speeds.append(float(json.loads(line)["tokens_per_s"]))
     return statistics.median(speeds) if speeds else None
-
-
-def duration(seconds: float) -> str:
-    """As 5 d 3 h, 3 h 20 min, 20 min, 12 s."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
-    return f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def knows_peak(args: TrainArguments) -> bool:

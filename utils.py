@@ -147,6 +147,16 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def format_duration(seconds: float) -> str:
+    """Such as 90 s, 100 min, 12 h 34 min, 3 d 2 h: for what is read once; progress.py has a clock's form."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 class BackgroundThread:
     """One thread that does its jobs in order. It ends with the process: a job that hangs because another rank died
     must not keep this process alive.

@@ -107,11 +107,12 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(table: Table, kind: str = "") -> str:
-    lines = [
-        "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for row, tag in zip(table, ["th", *["td"] * len(table)], strict=False)
-    ]
+    lines = [_row(row, "td" if i else "th") for i, row in enumerate(table)]
     return f'<div class="scroll"><table class="{kind}">\n' + "\n".join(lines) + "\n</table></div>" if table else ""
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 # Charts

@@ -14,6 +14,7 @@ from eval_report import Table
 from reporting.data import Run, number
 from reporting.series import share_of_time, smooth
 from settings import preset_values
+from utils import format_duration
 
 MOST_WARNINGS = 50  # of a run
 NONE = "–"
@@ -35,7 +36,7 @@ def facts_of(run: Run) -> dict[str, str]:
     a_step = _median(np.diff(columns["tokens"]) / np.diff(run.step))
     found["Tokens"] += _figure(a_step, " ({:,.0f} a step)") if math.isfinite(a_step) else ""
     time = np.nansum(columns["step_time_s"])
-    found["Time of steps"] = _duration(time) if time else NONE
+    found["Time of steps"] = format_duration(time) if time else NONE
     for field, label in {"loss": "Loss", "ce": "CE", "kl": "KL"}.items():
         curve = smooth(run.series(field))
         if np.isfinite(curve.value).any():
@@ -77,15 +78,6 @@ def _median(values: NDArray) -> float:
 
 def _figure(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else NONE
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _moment(seconds: float) -> str:

@@ -408,3 +408,18 @@ def test_a_timed_iterator_counts_the_waiting_alone(monkeypatch):
         seen.append(item)
         now[0] += 5.0
     assert seen == ["a", "b"] and items.take() == 6.0 and items.take() == 0
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [
+        (0.5, "0.5 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (5400, "90 min"),
+        (7500, "2 h 05 min"),
+        (86400 * 3 + 3600 * 5, "3 d 5 h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert utils.format_duration(seconds) == text
