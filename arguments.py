@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from command_line import auto_or_int, option
-from settings import option_values
+from inputs.command_line import auto_or_int, option
+from inputs.options import option_values
 
 # What a run that goes on from its checkpoint has to keep: with another value it would be another run.
 KEPT_BY_A_RUN = (

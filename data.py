@@ -24,8 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from batches import MAKE_IT_FIT, Batch, CachedPosition
-from packing import (
+from text.batch import MAKE_IT_FIT, Batch, CachedPosition
+from text.rows import check_text_field, only_texts, rows_of
+from text.sources import cache_root, describe, explain_fault, network_forbidden, open_source, open_stream, open_table
+from text.stream import TextStream
+from text.stream_loader import StreamingLoader
+from text.token_file import (
     Encoder,
     PackedTextDataset,
     check_tokenizer,
@@ -33,10 +37,6 @@ from packing import (
     wait_for_token_file,
     write_token_file,
 )
-from rows import check_text_field, only_texts, rows_of
-from sources import cache_root, describe, explain_fault, network_forbidden, open_source, open_stream, open_table
-from stream_loader import StreamingLoader
-from streaming import TextStream
 
 __all__ = [
     "Batch",

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkup.basics import (
+from preflight.checks.basics import (
     FAILURE,
     OK,
     WARNING,
@@ -34,12 +34,12 @@ from checkup.basics import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from checkup.basics import Check
+    from preflight.checks.basics import Check
 
 
 def all_checks() -> dict[str, Check]:
     """By name, the cheap ones first. Imported here: the packages they need have been looked for before."""
-    from checkup import links, loss, machine, models, storage, text
+    from preflight.checks import links, loss, machine, models, storage, text
 
     return {
         "optional packages": check_optional_packages,

@@ -24,16 +24,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import mmlu
 from arguments import EvalArguments, parse_eval_args
-from eval_pieces import Piece, assemble, pieces_of, share_out
-from eval_plan import Plan, check, check_agreement
-from eval_report import write_report
-from held_out import HeldOutText
+from evaluation import mmlu
+from evaluation.checks import Plan, check, check_agreement
+from evaluation.held_out import HeldOutText
+from evaluation.partial_results import PartialResults, kept_in, partial_folder
+from evaluation.pieces import Piece, assemble, pieces_of, share_out
+from evaluation.report import write_report
+from evaluation.scoring import Scorer
 from model_utils import apply_replacements, get_student_model, get_teacher_model
-from partial_results import PartialResults, kept_in, partial_folder
-from ranks import Ranks, is_main_rank, process_groups
-from scoring import Scorer
+from processes.ranks import Ranks, is_main_rank, process_groups
 from utils import run_entry, setup_logging
 
 logger = logging.getLogger("train")

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from arguments import TrainArguments
+from inputs.model_files import check_weight_files, one_line, read_config
 from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
-from model_files import check_weight_files, one_line, read_config
 
 
 def get_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:

@@ -12,10 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from reporting.charts import draw
-from reporting.data import read_runs
-from reporting.page import make_page
-from reporting.series import charts_of, span_of
+from report_page.charts import draw
+from report_page.page import make_page
+from report_page.run_data import read_runs
+from report_page.series import charts_of, span_of
 from utils import run_entry, write_whole
 
 

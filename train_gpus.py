@@ -22,12 +22,23 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments, parse_train_args
+from checkpointing.resume import (
+    check_shared,
+    check_space,
+    checkpoints_to_try,
+    choose_checkpoint,
+    keep_options,
+    prepare_output_dir,
+    writing_to,
+)
+from checkpointing.saver import Saver
+from checkpointing.state import Progress, position_to_go_on, random_state, read_progress, restore
 from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
-from evaluation import Evaluator, read_material
-from health import SpikeWatch, UpdateHealth, tell_oddities
-from layer_map import LayerMap, check_layer_map
+from distillation.adamw import LossScale, build_optimizer, build_schedule, update
+from distillation.losses import shared_vocab
+from distillation.teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
+from inputs.options import as_yaml
 from llamba import LlambaForCausalLM
-from losses import shared_vocab
 from model_utils import (
     adopt_special_tokens,
     apply_replacements,
@@ -41,9 +52,22 @@ from model_utils import (
     parameter_table,
     prepare_student,
 )
-from optimizer import LossScale, build_optimizer, build_schedule, update
-from plan_report import print_plan
-from ranks import (
+from monitoring.evaluator import Evaluator, read_material
+from monitoring.health import SpikeWatch, UpdateHealth, tell_oddities
+from monitoring.layer_map import LayerMap, check_layer_map
+from monitoring.run_log import (
+    RunLog,
+    begin_status,
+    ended_before_restart,
+    keeping_warnings,
+    telling_refusal,
+    write_status,
+)
+from monitoring.speed import Gauges
+from monitoring.trackers import check_trackers
+from preflight.plan_report import print_plan
+from processes.exits import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
+from processes.ranks import (
     Ranks,
     choose_devices,
     default_prefetch,
@@ -52,30 +76,6 @@ from ranks import (
     launched_world_size,
     process_groups,
 )
-from resume import (
-    check_shared,
-    check_space,
-    checkpoints_to_try,
-    choose_checkpoint,
-    keep_options,
-    prepare_output_dir,
-    writing_to,
-)
-from run_log import (
-    RunLog,
-    begin_status,
-    ended_before_restart,
-    keeping_warnings,
-    telling_refusal,
-    write_status,
-)
-from run_state import Progress, position_to_go_on, random_state, read_progress, restore
-from saver import Saver
-from settings import as_yaml
-from speed import Gauges
-from stopping import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
-from teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
-from tracking import check_trackers
 from training_utils import DTYPES, DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
 from utils import Stopwatch, TimedIterator, check_compiler, describe_environment, run_entry, setup_logging
 

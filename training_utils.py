@@ -15,9 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arguments import TrainArguments
 from data import Batch
+from distillation.losses import choose_chunk_tokens, fused_distill_loss, mask_unknown_labels
+from distillation.losses import (
+    compute_distill_loss as compute_distill_loss,  # users of the original layout look for it here
+)
 from llamba import LlambaForCausalLM
-from losses import choose_chunk_tokens, fused_distill_loss, mask_unknown_labels
-from losses import compute_distill_loss as compute_distill_loss  # users of the original layout look for it here
 from utils import can_compile
 
 logger = logging.getLogger("train")

@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 import torch
 import transformers
 
-from stopping import EXIT_STOPPED, Interrupted, hearing_signals
+from processes.exits import EXIT_STOPPED, Interrupted, hearing_signals
 
 logger = logging.getLogger("train")
 

@@ -11,14 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpus
 from arguments import TrainArguments
+from checkpointing.saver import Saver
+from checkpointing.state import Progress
 from data import Batch
-from evaluation import Evaluator
-from optimizer import build_optimizer
-from ranks import Ranks
-from run_state import Progress
-from saver import Saver
-from stopping import StopRequest
-from teacher import Lane
+from distillation.adamw import build_optimizer
+from distillation.teacher import Lane
+from monitoring.evaluator import Evaluator
+from processes.exits import StopRequest
+from processes.ranks import Ranks
 
 
 class NoSaver(Saver):

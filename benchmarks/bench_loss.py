@@ -110,7 +110,7 @@ def make_inputs(case: str) -> Inputs:
 
 
 def plain(inputs: Inputs, compiled: bool = False) -> Loss:
-    from losses import compute_distill_loss
+    from distillation.losses import compute_distill_loss
 
     loss_function = compiled_form(compute_distill_loss) if compiled else compute_distill_loss
     labels, loss_mask = inputs.labels[None], inputs.loss_mask()[None]  # (1, N)
@@ -123,7 +123,7 @@ def plain(inputs: Inputs, compiled: bool = False) -> Loss:
 
 
 def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
-    from losses import fused_distill_loss
+    from distillation.losses import fused_distill_loss
     from training_utils import compiles_loss
 
     if compiled is None:
@@ -255,7 +255,7 @@ CANDIDATES: dict[str, Callable[[Inputs], Loss]] = {
 
 def reference(case: str, folder: str) -> Row:
     """Write loss, gradients and the teacher's entropy in float64: the plain form on a few tokens at a time."""
-    from losses import compute_distill_loss
+    from distillation.losses import compute_distill_loss
 
     inputs = make_inputs(case)
     tensors = (inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head)

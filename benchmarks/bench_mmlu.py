@@ -30,7 +30,7 @@ MAX_LENGTH = 4096
 
 
 def make_questions(n_questions: int) -> list[Any]:
-    from mmlu import Example, Subject, build_questions
+    from evaluation.mmlu import Example, Subject, build_questions
 
     words = (ROOT / "presets" / "tiny" / "text" / "english.txt").read_text().split()
     dice = random.Random(0)
@@ -79,8 +79,8 @@ def load(case: str) -> tuple[Any, Any, torch.device]:
 
 def answer_ours(model: Any, tokenizer: Any, device: torch.device, questions: list[Any]) -> tuple[list[Any], int]:
     """Four log-likelihoods for each question, and the tokens that it took."""
-    import mmlu
-    from scoring import Scorer
+    from evaluation import mmlu
+    from evaluation.scoring import Scorer
 
     scorer = Scorer(model, tokenizer, device, None, MAX_LENGTH)
     predictions = mmlu.answer(scorer, questions)

@@ -25,13 +25,13 @@ def run(case: str, candidate: str, _: int) -> dict:
     from transformers import AutoTokenizer
 
     from arguments import parse_train_args
+    from checkpointing.saver import Saver
+    from checkpointing.state import Progress, random_state
     from data import Batch
+    from distillation.adamw import LossScale, build_optimizer, update
+    from inputs.options import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
-    from optimizer import LossScale, build_optimizer, update
-    from ranks import process_groups
-    from run_state import Progress, random_state
-    from saver import Saver
-    from settings import PRESETS
+    from processes.ranks import process_groups
     from training_utils import DistillationModel, wrap_ddp
 
     d_model, n_layer, vocab = CASES[case]

@@ -128,7 +128,7 @@ def measure_case(case: str, candidates: list[str], rounds: int) -> list[Row]:
 
 def run(case: str, candidates: list[str], rounds: int) -> Row:
     """All ranks, started as torchrun would; their figures are alike, the first rank's are taken."""
-    import teacher  # noqa: F401  (here, once: the ranks are forked)
+    from distillation import teacher  # noqa: F401  (here, once: the ranks are forked)
 
     ranks = Case.parse(case, BASELINE).ranks
     launch = LaunchConfig(
@@ -139,7 +139,7 @@ def run(case: str, candidates: list[str], rounds: int) -> Row:
 
 def run_rank(name: str, candidates: list[str], rounds: int) -> dict[str, Row]:
     """Figures of each candidate, one for every round."""
-    from ranks import process_groups
+    from processes.ranks import process_groups
 
     figures: dict[str, Row] = {candidate: {"seconds": [], "peak_bytes": []} for candidate in candidates}
     with process_groups(torch.device("cpu")) as ranks:
@@ -227,7 +227,7 @@ def lane(case: Case, answers: Tensor | None, ranks: Any) -> Iterator[Ask]:
     """The project's own, with a teacher that only looks up what to answer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from teacher import Teacher, TeacherLane
+    from distillation.teacher import Teacher, TeacherLane
 
     class StandIn(Teacher):
         def __call__(self, input_ids: Tensor) -> Tensor:

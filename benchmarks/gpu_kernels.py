@@ -14,10 +14,10 @@ from gpu_measure import Job, Work, compare, matmul_rate, relative_error, timed
 from harness import NotInstalled, describe_machine, need
 from torch import Tensor
 
+from distillation.losses import compute_distill_loss, fused_distill_loss
 from llamba import LlambaConfig
 from llamba.kernels import Conv, Scan, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
-from losses import compute_distill_loss, fused_distill_loss
 from training_utils import compiles_loss
 from utils import can_compile
 

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 import train_gpus
 from arguments import TrainArguments, parse_train_args
 from data import Batch
+from distillation.adamw import MasterWeightAdamW
+from distillation.losses import shared_vocab
+from inputs.options import PRESETS
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
-from losses import shared_vocab
 from model_utils import apply_replacements, freeze_student_layers, freeze_student_mlps
-from optimizer import MasterWeightAdamW
-from ranks import Ranks, choose_devices, process_groups
-from settings import PRESETS
+from processes.ranks import Ranks, choose_devices, process_groups
 from training_utils import DTYPES, DistillationModel, wrap_ddp
 
 RANKS = 4  # that share the optimizer's state

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from arguments import TrainArguments
 from data import Batch
-from losses import compute_distill_loss
+from distillation.losses import compute_distill_loss
 
 
 def train(

@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from arguments import TrainArguments, parse_train_args
 from data import Batch
+from distillation.teacher import open_lane
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import prepare_student
-from ranks import Ranks, process_groups
-from run_log import RunLog
-from teacher import open_lane
+from monitoring.run_log import RunLog
+from processes.ranks import Ranks, process_groups
 from training_utils import DistillationModel, wrap_ddp
 
 

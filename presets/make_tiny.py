@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-import mmlu
-import results
+from evaluation import mmlu, statistics
 from llamba import DiscreteMamba2, LlambaConfig, LlambaForCausalLM
 from presets import tiny_text as text
 from presets.tiny_teacher import ENGLISH, VOCABULARY, make_teacher
@@ -154,7 +153,9 @@ def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     parts that would be made from it are not.
     """
     questions = mmlu.build_questions(mmlu.load_mmlu(out / "mmlu"), num_fewshot=0)
-    accuracy = results.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, torch.device("cpu"), 1024))["acc"]
+    accuracy = statistics.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, torch.device("cpu"), 1024))[
+        "acc"
+    ]
     print(f"teacher: {accuracy:.3f} of {len(questions)} questions")
     if accuracy < LEAST_ACCURACY:
         save(teacher, out / "teacher.rejected")

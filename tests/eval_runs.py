@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import eval_mmlu_hybrid
-from partial_results import PartialResults, partial_folder
+from evaluation.partial_results import PartialResults, partial_folder
 from tests.faults.launch import Launch
 from tests.faults.traps import trap
 

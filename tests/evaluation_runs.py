@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import evaluation
+from monitoring import evaluator
 from tests.faults.launch import ROOT, make_models
 from tests.faults.scenarios import Scene, on_rank, signal_self
 from tests.faults.traps import killing_at, trap
@@ -41,13 +41,13 @@ def play(folder: Path) -> None:
 
     killed = Scene(folder, "killed")
     killed.run(arm=killing_at("in an evaluation", 3, rank=1), **EVALUATED)
-    killed.run(arm=lambda rank: trap(evaluation, "held_out_sums", 1, lambda: time.sleep(2)), resume="auto", **EVALUATED)
+    killed.run(arm=lambda rank: trap(evaluator, "held_out_sums", 1, lambda: time.sleep(2)), resume="auto", **EVALUATED)
     killed.keep()
 
     stopped = Scene(folder, "stopped")
     for rank, function, n, number in ((1, "held_out_sums", 3, signal.SIGTERM), (0, "answer", 1, signal.SIGUSR1)):
         act = signal_self(number)
-        arm = on_rank(rank, lambda function=function, n=n, act=act: trap(evaluation, function, n, act))
+        arm = on_rank(rank, lambda function=function, n=n, act=act: trap(evaluator, function, n, act))
         stopped.run(arm=arm, resume="auto", **EVALUATED)
     stopped.keep()
 

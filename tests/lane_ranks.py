@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from data import Batch
-from ranks import process_groups
-from teacher import TeacherLane, ask_ahead
+from distillation.teacher import TeacherLane, ask_ahead
+from processes.ranks import process_groups
 
 WIDTH = 5
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import arguments
-import settings
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
+from inputs import options
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(path.parent.name for path in settings.PRESETS.glob("*/preset.json"))
+SHIPPED = sorted(path.parent.name for path in options.PRESETS.glob("*/preset.json"))
 PRODUCTION = (
     "--dtype bfloat16 --layers 14 16 17 30 --batch_size 2 --ce_weight 1.0 --kl_weight 0.1 --epochs 1 "
     "--max_steps 100000 --seq_length 1024 --freeze_mlp --freeze_replaced_layers --no_dataset_streaming "
@@ -28,7 +28,7 @@ PRODUCTION = (
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """Writes a preset of a test's own, in the place of those that are shipped."""
-    monkeypatch.setattr(settings, "PRESETS", tmp_path)
+    monkeypatch.setattr(options, "PRESETS", tmp_path)
 
     def write(name="mine", common=None, train=None, evaluation=None):
         basics = {"teacher_model": "T", "student_model": "S", "layers": [1], "dtype": "float32"}
@@ -395,9 +395,9 @@ def test_evaluations_of_a_file_can_be_turned_off(tmp_path):
 @pytest.mark.parametrize("line", [PRODUCTION, "--preset tiny --eval_interval 5 --max_lr 3e-4", "--layers -1"])
 def test_what_a_run_writes_down_repeats_it(tmp_path, line):
     args = train(line)
-    again = train(config(tmp_path, settings.as_yaml(args)))
+    again = train(config(tmp_path, options.as_yaml(args)))
     assert {**vars(again), "config": None} == vars(args)
-    assert train(config(tmp_path, settings.as_yaml(args)) + " --seed 5").seed == 5
+    assert train(config(tmp_path, options.as_yaml(args)) + " --seed 5").seed == 5
 
 
 def test_layers_in_a_file_count_as_given(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from losses import compute_distill_loss
+from distillation.losses import compute_distill_loss
 
 ROOT = Path(__file__).parents[1]
 CASE = "V=300 N=130 float32"

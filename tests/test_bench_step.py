@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import Batch
-from losses import compute_distill_loss
+from distillation.losses import compute_distill_loss
 
 pytestmark = pytest.mark.bench
 ROOT = Path(__file__).parents[1]

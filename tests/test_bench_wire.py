@@ -65,7 +65,7 @@ def answers_got():
 def answers_of_rank():
     import bench_wire
 
-    from ranks import process_groups
+    from processes.ranks import process_groups
 
     got = {}
     with process_groups(torch.device("cpu")) as ranks:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import checkpoint
-from checkpoint import (
+from checkpointing import files
+from checkpointing.files import (
     SMALL,
     STATE_FILE,
     SUMS_FILE,
@@ -229,11 +229,11 @@ def fail(*args, **kwargs):
 
 
 STAGES = {
-    "before the weights": (checkpoint, "save_file"),
-    "before the sums of a part": (checkpoint, "sha256"),
+    "before the weights": (files, "save_file"),
+    "before the sums of a part": (files, "sha256"),
     "before the tokenizer": (PreTrainedTokenizerFast, "save_pretrained"),
     "before the state": (Path, "write_text"),
-    "before a flush": (checkpoint, "flush_to_disk"),
+    "before a flush": (files, "flush_to_disk"),
     "before the rename": (Path, "rename"),
 }
 
@@ -256,7 +256,7 @@ def test_all_is_flushed_before_the_rename_and_the_rename_after_it(tmp_path, hybr
     """A machine that loses power must not find the name without the content."""
     events = []
     rename = Path.rename
-    monkeypatch.setattr(checkpoint, "flush_to_disk", lambda path: events.append(path.name))
+    monkeypatch.setattr(files, "flush_to_disk", lambda path: events.append(path.name))
     monkeypatch.setattr(Path, "rename", lambda own, target: events.append("rename") or rename(own, target))
     path = save(tmp_path, hybrid, tokenizer, world_size=2)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
@@ -389,7 +389,7 @@ def saved(request, tmp_path_factory, hybrid, tokenizer):
 def test_damage_to_any_file_is_found_and_named(saved, monkeypatch, small, damage):
     """Large files are not hashed by the quick check, which finds all the same when they are missing or cut short."""
     path, others = saved
-    monkeypatch.setattr(checkpoint, "SMALL", small)
+    monkeypatch.setattr(files, "SMALL", small)
     assert problem_of(path) is None
     damaged = []
     for name, content in contents(path).items():
@@ -489,7 +489,7 @@ def numbered(tmp_path):
 
 
 def steps(folder):
-    return [checkpoint.step_of(path) for path in find_checkpoints(folder)]
+    return [files.step_of(path) for path in find_checkpoints(folder)]
 
 
 def test_the_newest_is_the_first(numbered):

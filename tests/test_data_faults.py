@@ -17,11 +17,11 @@ import pytest
 from test_packing import EOS, plain_ids, small_tokenizer
 
 from arguments import TrainArguments
-from bad_rows import BadRow, first_bad_row, rows_of_file
-from packing import Encoder, PackedTextDataset, write_token_file
-from rows import only_texts, rows_of
-from sources import describe, explain_fault, open_source, open_stream, open_table
-from streaming import TextStream
+from text.rows import only_texts, rows_of
+from text.sources import describe, explain_fault, open_source, open_stream, open_table
+from text.stream import TextStream
+from text.token_file import Encoder, PackedTextDataset, write_token_file
+from text.tolerant_reader import BadRow, first_bad_row, rows_of_file
 
 GOOD = [f"document {i:03d} " + "naïve 日本 " * (i % 7) for i in range(400)]
 BOTH_LANES = pytest.mark.parametrize("streaming", [False, True])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from arguments import parse_train_args
 from data import build_dataloader
-from losses import compute_distill_loss
+from distillation.losses import compute_distill_loss
 from model_utils import get_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,25 @@ TEXTS = [
     *("CONTRIBUTING.md", "CHANGELOG.md", ".github/PULL_REQUEST_TEMPLATE.md"),
 ]
 FORMS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
-FOLDERS = ("presets", "llamba", "tests", "benchmarks", "docs", "configs", "checkup", "reporting", ".github", ".ci")
+FOLDERS = (
+    "checkpointing",
+    "distillation",
+    "evaluation",
+    "inputs",
+    "llamba",
+    "monitoring",
+    "preflight",
+    "processes",
+    "report_page",
+    "text",
+    "presets",
+    "tests",
+    "benchmarks",
+    "docs",
+    "configs",
+    ".github",
+    ".ci",
+)
 OURS = re.compile(rf"[\w-]+\.(py|toml)|requirements[\w-]*\.txt|({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*")
 LAUNCHER = OF_TORCHRUN | {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
 FIELDS_OF_A_FORM = {"textarea", "input", "dropdown", "checkboxes", "markdown"}

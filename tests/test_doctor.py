@@ -15,15 +15,15 @@ import psutil
 import pytest
 import torch
 
-import checkup.all_reduce
-import checkup.basics
-import checkup.links
-import checkup.machine
 import doctor
+import preflight.checks.all_reduce
+import preflight.checks.basics
+import preflight.checks.links
+import preflight.checks.machine
 from arguments import parse_train_args
-from checkup.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt, run_check
 from llamba import LlambaConfig
 from llamba.kernels import Kernels, causal_conv, plain_scan
+from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt, run_check
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -150,10 +150,10 @@ def test_what_a_check_cannot_see_and_what_it_logs_are_warnings():
 
 
 def test_an_old_python_can_read_the_first_checks(monkeypatch):
-    for module in (doctor, checkup.basics):
+    for module in (doctor, preflight.checks.basics):
         ast.parse(Path(module.__file__).read_text(), feature_version=(3, 8))
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    (finding,) = checkup.basics.check_python()
+    (finding,) = preflight.checks.basics.check_python()
     assert finding.status == FAILURE and "expected 3.10 or newer" in finding.found and "PYTHON=" in finding.remedy
 
 
@@ -161,38 +161,38 @@ def test_packages_are_held_to_the_requirements(tmp_path, monkeypatch):
     file = tmp_path / "requirements.txt"
     lines = ["# a comment", "", "-r other.txt", "torch==99.0", "numpy>=1.0", "no-such-thing==1.0", "wandb==0.31.0"]
     file.write_text("\n".join([*lines, 'never==1.0; python_version < "3"']))
-    version = checkup.basics.metadata.version
+    version = preflight.checks.basics.metadata.version
 
     def without_wandb(name):
         return version("no-such-thing" if name == "wandb" else name)
 
-    monkeypatch.setattr(checkup.basics.metadata, "version", without_wandb)
-    torch_, numpy_, missing, wandb_ = checkup.basics.check_packages(file)
+    monkeypatch.setattr(preflight.checks.basics.metadata, "version", without_wandb)
+    torch_, numpy_, missing, wandb_ = preflight.checks.basics.check_packages(file)
     assert torch_.status == WARNING and "tested with 99.0" in torch_.found and 'install "torch==99.0"' in torch_.remedy
     assert numpy_.status == OK
     assert missing.status == FAILURE and 'install "no-such-thing==1.0"' in missing.remedy
     assert wandb_.status == WARNING and "needed for --wandb" in wandb_.found
-    monkeypatch.setitem(checkup.basics.OLDEST, "torch", "98.0")
-    assert next(checkup.basics.check_packages(file)).status == FAILURE
+    monkeypatch.setitem(preflight.checks.basics.OLDEST, "torch", "98.0")
+    assert next(preflight.checks.basics.check_packages(file)).status == FAILURE
 
 
 def test_a_local_build_of_the_tested_version_is_that_version(tmp_path, monkeypatch):
     (tmp_path / "requirements.txt").write_text("torch==2.13.0")
-    monkeypatch.setattr(checkup.basics.metadata, "version", lambda _: "2.13.0+cu130")
-    assert statuses(checkup.basics.check_packages(tmp_path / "requirements.txt")) == [OK]
+    monkeypatch.setattr(preflight.checks.basics.metadata, "version", lambda _: "2.13.0+cu130")
+    assert statuses(preflight.checks.basics.check_packages(tmp_path / "requirements.txt")) == [OK]
 
 
 def test_a_package_that_does_not_load(tmp_path, monkeypatch):
     (tmp_path / "broken_package.py").write_text("raise OSError('libcudart.so: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
-    (finding,) = checkup.basics.check_imports(("json", "broken_package", "not_there_1"))
+    (finding,) = preflight.checks.basics.check_imports(("json", "broken_package", "not_there_1"))
     assert finding.status == FAILURE
     assert "broken_package (OSError: libcudart.so: cannot open); not_there_1 (no module not_there_1)" in finding.found
-    assert list(checkup.basics.check_imports(("json",))) == []
+    assert list(preflight.checks.basics.check_imports(("json",))) == []
 
 
 def test_optional_packages_are_never_wrong():
-    findings = found(checkup.basics.check_optional_packages)
+    findings = found(preflight.checks.basics.check_optional_packages)
     assert set(statuses(findings)) == {OK} and "not needed" in findings[-1].found
 
 
@@ -201,9 +201,9 @@ def test_optional_packages_are_never_wrong():
 
 @pytest.fixture
 def clean_environment(monkeypatch):
-    for name, *_ in checkup.machine.COSTLY:
+    for name, *_ in preflight.checks.machine.COSTLY:
         monkeypatch.delenv(name, raising=False)
-    for name in (*checkup.machine.ALLOCATOR, "OMP_NUM_THREADS"):
+    for name in (*preflight.checks.machine.ALLOCATOR, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -216,51 +216,57 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(80e9)))
-        monkeypatch.setattr(checkup.machine, "kernel_problem", lambda _: problem)
+        monkeypatch.setattr(preflight.checks.machine, "kernel_problem", lambda _: problem)
 
     return become
 
 
-@pytest.mark.parametrize("name,values", [(name, values) for name, values, _ in checkup.machine.COSTLY])
+@pytest.mark.parametrize("name,values", [(name, values) for name, values, _ in preflight.checks.machine.COSTLY])
 def test_settings_that_cost_speed(clean_environment, monkeypatch, name, values):
-    assert statuses(found(checkup.machine.check_environment)) == [OK]
+    assert statuses(found(preflight.checks.machine.check_environment)) == [OK]
     for value in values.split():
         monkeypatch.setenv(name, value)
-        bad = the_bad_one(found(checkup.machine.check_environment), WARNING)
+        bad = the_bad_one(found(preflight.checks.machine.check_environment), WARNING)
         assert bad.name == f"{name}={value}" and f"unset {name}" in bad.remedy
     monkeypatch.setenv(name, "unheard-of")
-    assert statuses(found(checkup.machine.check_environment)) == [OK]
+    assert statuses(found(preflight.checks.machine.check_environment)) == [OK]
 
 
 def test_settings_of_the_allocator_and_of_threads(clean_environment, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert "OMP_NUM_THREADS=4" in the_bad_one(found(checkup.machine.check_environment, nproc=2), WARNING).remedy
+    assert (
+        "OMP_NUM_THREADS=4" in the_bad_one(found(preflight.checks.machine.check_environment, nproc=2), WARNING).remedy
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert "OMP_NUM_THREADS=4" in the_bad_one(found(checkup.machine.check_environment, nproc=2), WARNING).remedy
+    assert (
+        "OMP_NUM_THREADS=4" in the_bad_one(found(preflight.checks.machine.check_environment, nproc=2), WARNING).remedy
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert statuses(found(checkup.machine.check_environment, nproc=2)) == [OK]
+    assert statuses(found(preflight.checks.machine.check_environment, nproc=2)) == [OK]
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
-    assert "expandable_segments" in the_bad_one(found(checkup.machine.check_environment, nproc=2), WARNING).remedy
+    assert (
+        "expandable_segments" in the_bad_one(found(preflight.checks.machine.check_environment, nproc=2), WARNING).remedy
+    )
 
 
 def test_little_shared_memory(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(64_000_000, 0, 64_000_000))
-    assert statuses(found(checkup.machine.check_shared_memory)) == [OK]
-    bad = the_bad_one(found(checkup.machine.check_shared_memory, "--dataset_workers", 2), WARNING)
+    assert statuses(found(preflight.checks.machine.check_shared_memory)) == [OK]
+    bad = the_bad_one(found(preflight.checks.machine.check_shared_memory, "--dataset_workers", 2), WARNING)
     assert "64 MB" in bad.found and "--ipc=host" in bad.remedy
 
 
 def test_gpus_that_torch_does_not_see(monkeypatch, gpus):
     gpus(0)
-    assert statuses(found(checkup.machine.check_gpus)) == [OK]
-    monkeypatch.setattr(checkup.machine, "has_driver", lambda: True)
+    assert statuses(found(preflight.checks.machine.check_gpus)) == [OK]
+    monkeypatch.setattr(preflight.checks.machine, "has_driver", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "--index-url" in the_bad_one(found(checkup.machine.check_gpus), WARNING).remedy
+    assert "--index-url" in the_bad_one(found(preflight.checks.machine.check_gpus), WARNING).remedy
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "unset CUDA_VISIBLE_DEVICES" in the_bad_one(found(checkup.machine.check_gpus), WARNING).remedy
+    assert "unset CUDA_VISIBLE_DEVICES" in the_bad_one(found(preflight.checks.machine.check_gpus), WARNING).remedy
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "nvidia-smi" in the_bad_one(found(checkup.machine.check_gpus), WARNING).remedy
+    assert "nvidia-smi" in the_bad_one(found(preflight.checks.machine.check_gpus), WARNING).remedy
 
 
 @pytest.mark.parametrize(
@@ -275,26 +281,26 @@ def test_gpus_that_torch_does_not_see(monkeypatch, gpus):
 )
 def test_gpus_that_are_not_as_they_should_be(gpus, machine, options, status, word):
     gpus(1, **machine)
-    (finding,) = found(checkup.machine.check_gpus, *options)
+    (finding,) = found(preflight.checks.machine.check_gpus, *options)
     assert finding.status == status and word in finding.found and bool(finding.remedy) == (status != OK)
 
 
 def test_gpus_for_all_ranks(gpus, no_torchrun):
     gpus(5)
-    (well,) = found(checkup.machine.check_ranks)
+    (well,) = found(preflight.checks.machine.check_ranks)
     assert well.name == "--nproc_per_node 4" and "cuda:0 to cuda:3, teacher on cuda:4" in well.found
-    assert "needs 6 visible GPUs" in the_bad_one(found(checkup.machine.check_ranks, nproc=5)).found
-    (well,) = found(checkup.machine.check_ranks, "--teacher_placement", "colocated")
+    assert "needs 6 visible GPUs" in the_bad_one(found(preflight.checks.machine.check_ranks, nproc=5)).found
+    (well,) = found(preflight.checks.machine.check_ranks, "--teacher_placement", "colocated")
     assert well.name == "--nproc_per_node 5" and "beside each" in well.found
     assert "LOCAL_WORLD_SIZE" not in os.environ
     gpus(1)
-    assert "--teacher_placement colocated" in the_bad_one(found(checkup.machine.check_ranks)).remedy
+    assert "--teacher_placement colocated" in the_bad_one(found(preflight.checks.machine.check_ranks)).remedy
 
 
 def test_a_compiler_is_looked_for_only_if_asked(monkeypatch):
-    assert found(checkup.machine.check_compile) == []
+    assert found(preflight.checks.machine.check_compile) == []
     monkeypatch.setattr("utils.can_compile", lambda _: False)
-    assert "C++ compiler" in the_bad_one(found(checkup.machine.check_compile, "--compile")).found
+    assert "C++ compiler" in the_bad_one(found(preflight.checks.machine.check_compile, "--compile")).found
 
 
 # --- kernels -------------------------------------------------------------------------------------------------
@@ -337,7 +343,7 @@ def same(form, *inputs):
 @pytest.mark.parametrize("scan", [same, mixed_heads, slow_decay, no_gradient_of_B, no_number])
 def test_a_spoilt_scan_is_seen(scan, dtype):
     kernels = Kernels("mamba-ssm", spoilt(plain_scan, scan), "plain PyTorch", causal_conv)
-    finding, conv = checkup.machine.compare_kernels(kernels, CPU, dtype, tiny_config())
+    finding, conv = preflight.checks.machine.compare_kernels(kernels, CPU, dtype, tiny_config())
     assert finding.name == f"scan, {str(dtype)[6:]}" and conv.status == WARNING and "causal-conv1d" in conv.remedy
     assert finding.status == (OK if scan is same else FAILURE), finding
     assert bool(finding.remedy) == (scan is not same)
@@ -347,7 +353,7 @@ def test_a_spoilt_scan_is_seen(scan, dtype):
 @pytest.mark.parametrize("conv", [same, late])
 def test_a_spoilt_convolution_is_seen(conv, dtype):
     kernels = Kernels("plain PyTorch", plain_scan, "causal-conv1d", spoilt(causal_conv, conv))
-    scan, finding = checkup.machine.compare_kernels(kernels, CPU, dtype, tiny_config())
+    scan, finding = preflight.checks.machine.compare_kernels(kernels, CPU, dtype, tiny_config())
     assert finding.status == (OK if conv is same else FAILURE), finding
     assert scan.status == WARNING and "mamba-ssm" in scan.remedy
 
@@ -355,11 +361,13 @@ def test_a_spoilt_convolution_is_seen(conv, dtype):
 def test_a_kernel_of_a_real_size_is_within_its_tolerance():
     kernels = Kernels("mamba-ssm", plain_scan, "causal-conv1d", causal_conv)
     small = LlambaConfig(d_model=512, ssm_cfg={"n_v_heads": 4, "n_qk_heads": 4})  # with the published head's width
-    assert statuses(checkup.machine.compare_kernels(kernels, CPU, torch.bfloat16, small)) == [OK, OK]
+    assert statuses(preflight.checks.machine.compare_kernels(kernels, CPU, torch.bfloat16, small)) == [OK, OK]
 
 
 def test_kernels_of_a_cpu_are_plain():
-    assert [finding.found for finding in found(checkup.machine.check_kernels)] == ["plain PyTorch, as always on a CPU"]
+    assert [finding.found for finding in found(preflight.checks.machine.check_kernels)] == [
+        "plain PyTorch, as always on a CPU"
+    ]
 
 
 # --- links ---------------------------------------------------------------------------------------------------
@@ -367,19 +375,19 @@ def test_kernels_of_a_cpu_are_plain():
 
 def test_slow_links_are_named():
     one, other = torch.device("cuda:0"), torch.device("cuda:1")
-    assert checkup.links.judge_links("links", {(one, other): 20.0, (other, one): 30.0}).status == OK
-    slow = checkup.links.judge_links("links", {(one, other): 20.0, (other, None): 3.0})
+    assert preflight.checks.links.judge_links("links", {(one, other): 20.0, (other, one): 30.0}).status == OK
+    slow = preflight.checks.links.judge_links("links", {(one, other): 20.0, (other, None): 3.0})
     assert slow.status == WARNING and "3.0 GB/s (cuda:1 to host) to 20.0 GB/s" in slow.found
     assert "--teacher_signal hidden" in slow.remedy
-    assert statuses(found(checkup.links.check_links)) == [OK]
+    assert statuses(found(preflight.checks.links.check_links)) == [OK]
 
 
 def test_every_pair_of_gpus_is_measured(gpus, monkeypatch):
     gpus(3)
     measured = []
-    monkeypatch.setattr(checkup.links, "copy_rate", lambda *ends: measured.append(ends) or 30.0)
+    monkeypatch.setattr(preflight.checks.links, "copy_rate", lambda *ends: measured.append(ends) or 30.0)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} == {0, 1})
-    host, pairs = found(checkup.links.check_links)
+    host, pairs = found(preflight.checks.links.check_links)
     assert len(set(measured)) == 6 + 6 and pairs.name == "links between GPUs (2 of 6 direct)"
     assert statuses([host, pairs]) == [OK, OK]
 
@@ -387,7 +395,7 @@ def test_every_pair_of_gpus_is_measured(gpus, monkeypatch):
 def test_processes_that_do_not_meet_are_ended():
     before = set(psutil.Process().children())
     with pytest.raises(ValueError, match="2 processes have not met .*; .*/etc/hosts"):
-        checkup.all_reduce.all_reduce_rate(2, 2**10, on_gpus=False, patience_s=0)
+        preflight.checks.all_reduce.all_reduce_rate(2, 2**10, on_gpus=False, patience_s=0)
     assert {process for process in psutil.Process().children() if is_worker(process)} <= before
 
 
@@ -400,6 +408,6 @@ def is_worker(process):
 
 def test_a_slow_all_reduce_on_gpus(gpus, monkeypatch):
     gpus(3)
-    monkeypatch.setattr(checkup.links, "all_reduce_rate", lambda *_: 1.0)
-    assert "slow" in the_bad_one(found(checkup.links.check_collectives, collectives=True), WARNING).found
-    assert found(checkup.links.check_collectives) == []
+    monkeypatch.setattr(preflight.checks.links, "all_reduce_rate", lambda *_: 1.0)
+    assert "slow" in the_bad_one(found(preflight.checks.links.check_collectives, collectives=True), WARNING).found
+    assert found(preflight.checks.links.check_collectives) == []

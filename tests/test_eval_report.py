@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-import eval_report
-from eval_pieces import assemble
-from eval_report import (
+import evaluation.report
+from evaluation.pieces import assemble
+from evaluation.report import (
     aligned,
     arrange,
     as_markdown,
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_is_one_error(results, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(eval_report, "write_whole", full)
+    monkeypatch.setattr(evaluation.report, "write_whole", full)
     with pytest.raises(ValueError, match="--output .*eval.json: cannot be written .No space left.*--resume"):
         write_report(results, tmp_path / "eval.json")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import partial_results
 from arguments import parse_eval_args
-from eval_pieces import Piece, share_out
-from eval_plan import check
-from partial_results import PartialResults, kept_in, partial_folder
+from evaluation import partial_results
+from evaluation.checks import check
+from evaluation.partial_results import PartialResults, kept_in, partial_folder
+from evaluation.pieces import Piece, share_out
 from tests import eval_runs, fresh
 from tests.eval_runs import OPTIONS
 

@@ -13,18 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eval_mmlu_hybrid as entry
-import eval_pieces
-import eval_plan
-import mmlu
-import results
 from arguments import parse_eval_args
-from eval_pieces import Piece
-from eval_plan import check
-from held_out import TextSource, read_windows
+from distillation.losses import compute_distill_loss
+from evaluation import checks, mmlu, pieces, statistics
+from evaluation.checks import check
+from evaluation.held_out import TextSource, read_windows
+from evaluation.pieces import Piece
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
-from losses import compute_distill_loss
 from model_utils import apply_replacements
-from ranks import process_groups
+from processes.ranks import process_groups
 from tests import fresh
 from tests.tiny import tiny_teacher
 
@@ -139,7 +136,7 @@ def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys
             assert (got["subject"], got["index"]) == (question.subject, question.index)
             assert (got["answer"], got["prediction"]) == (question.answer, wanted.prediction)
             assert got["log_likelihoods"] == pytest.approx(wanted.log_likelihoods, abs=1e-4)
-        counts = results.aggregate(expected)
+        counts = statistics.aggregate(expected)
         assert {key: result[key] for key in counts} == counts
         assert report[name] == counts["acc"]
     likelihoods = [str(report["models"][name]["predictions"][0]["log_likelihoods"]) for name in WHICH]
@@ -218,8 +215,8 @@ def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch
         asked.append((name, model.config.model_type, *settings))
         return {"results": {name: {"acc,none": 0.5}}, "n_shot": {name: 3}, "n_samples": {}, "versions": {}}
 
-    monkeypatch.setattr(eval_pieces, "run_task", stand_in)
-    monkeypatch.setattr(eval_plan, "check_tasks", lambda names, local_files_only: None)
+    monkeypatch.setattr(pieces, "run_task", stand_in)
+    monkeypatch.setattr(checks, "check_tasks", lambda names, local_files_only: None)
     output = tmp_path / "eval.json"
     more = {"tasks": ["arc_easy,gsm8k"], "tasks_num_fewshot": ["3"], "which": ["student", "teacher"]}
     evaluate({**options, **more, "output": [str(output)]})
@@ -373,7 +370,7 @@ def test_ranks_that_see_different_questions_are_told(options):
     for limit in ("3", "2"):
         plan = check(parse_eval_args(command_line({**options, "limit": [limit]})))
         with pytest.raises(ValueError, match="the ranks have not found the same"):
-            eval_plan.check_agreement(plan, Ranks())
+            checks.check_agreement(plan, Ranks())
     assert seen[0] != seen[1]
 
 

@@ -9,17 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import evaluation
 from arguments import parse_train_args
-from evaluation import Evaluator, Material, held_out_source, share_of_windows
-from held_out import read_windows
+from distillation.losses import compute_distill_loss
+from distillation.teacher import NoTeacher
+from evaluation.held_out import read_windows
+from evaluation.mmlu import build_questions, load_mmlu, score
 from llamba import LlambaForCausalLM
-from losses import compute_distill_loss
-from mmlu import build_questions, load_mmlu, score
-from ranks import process_groups
-from run_log import RunLog, format_evaluation
-from stopping import StopRequest
-from teacher import NoTeacher
+from monitoring.evaluator import Evaluator, Material, held_out_source, read_material, share_of_windows
+from monitoring.run_log import RunLog, format_evaluation
+from processes.exits import StopRequest
+from processes.ranks import process_groups
 from tests import evaluation_runs, fresh
 from tests.evaluation_runs import TINY
 from tests.faults.compare import differences, rows, tensors
@@ -182,7 +181,7 @@ def evaluator(alone):
     student = tiny_student(vocab_size=1024)
     student.lm_head.weight.data.fill_(float("nan"))
     model = DistillationModel(student.train(), None, 1024, args, chunk_tokens=64)
-    material = evaluation.read_material(args, TOKENIZER, alone)
+    material = read_material(args, TOKENIZER, alone)
     return Evaluator(args, material, TOKENIZER, alone, model, NoTeacher(alone.device), StopRequest(None))
 
 
@@ -208,12 +207,12 @@ def test_when_an_evaluation_is_due(evaluator):
 
 def test_a_run_without_evaluations_reads_nothing(alone):
     args = parse_train_args(["--preset", "tiny"])
-    assert args.eval_interval == 0 and evaluation.read_material(args, TOKENIZER, alone) is None
+    assert args.eval_interval == 0 and read_material(args, TOKENIZER, alone) is None
 
 
 def test_the_tiny_preset_has_text_to_evaluate_on(alone):
     args = arguments()
-    material = evaluation.read_material(args, TOKENIZER, alone)
+    material = read_material(args, TOKENIZER, alone)
     assert isinstance(material, Material) and material.windows.shape == (64, 257) and not material.subjects
     assert held_out_source(args).name.endswith("heldout.jsonl")
 
@@ -231,7 +230,7 @@ def test_the_tiny_preset_has_text_to_evaluate_on(alone):
 def test_mistakes_name_the_options_of_evaluation(alone, more, words):
     args = arguments(*more)
     with pytest.raises(ValueError) as error:
-        evaluation.read_material(args, TOKENIZER, alone)
+        read_material(args, TOKENIZER, alone)
     for word in words:
         assert word in str(error.value)
 

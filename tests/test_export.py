@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arguments import parse_train_args
-from checkpoint import deal_weights, partial_dir, publish, write_common, write_part
+from checkpointing.files import deal_weights, partial_dir, publish, write_common, write_part
 from llamba import LlambaForCausalLM, card, export
 from llamba.export import main
 from model_utils import apply_replacements, get_configs, get_student_model, get_tokenizer, locate_model

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import losses
-from losses import choose_chunk_tokens, compute_distill_loss, fused_distill_loss
+from distillation import losses
+from distillation.losses import choose_chunk_tokens, compute_distill_loss, fused_distill_loss
 
 WEIGHTS = (0.7, 0.3)  # of CE and KL
 

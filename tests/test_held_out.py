@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import held_out
-from held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
-from losses import compute_distill_loss
-from packing import Encoder
+from distillation.losses import compute_distill_loss
+from evaluation import held_out
+from evaluation.held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
 from tests.faults.launch import ROOT
+from text.token_file import Encoder
 
 TINY = ROOT / "presets" / "tiny"
 TEXT = TINY / "text" / "heldout.jsonl"

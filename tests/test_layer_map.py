@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from arguments import parse_train_args
-from batches import Batch
-from layer_map import MOST_TOKENS, LayerMap, check_layer_map, format_map, layer_map
+from distillation.teacher import ColocatedTeacher, Teacher
 from model_utils import apply_replacements
-from teacher import ColocatedTeacher, Teacher
+from monitoring.layer_map import MOST_TOKENS, LayerMap, check_layer_map, format_map, layer_map
 from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
+from text.batch import Batch
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_a_student_that_is_the_teacher_strays_nowhere(models):
 def test_a_map_goes_into_its_row_and_leaves_the_student_in_training(models, caplog, monkeypatch):
     student, teacher = models
     student.train()
-    monkeypatch.setattr("layer_map.logger.propagate", True)
+    monkeypatch.setattr("monitoring.layer_map.logger.propagate", True)
     args = parse_train_args(["--layer_map_interval", "5"])
     maps = LayerMap(args, student, ColocatedTeacher(teacher, CPU), is_main=True)
     batch = Batch.from_windows(tokens(batch=3, length=MOST_TOKENS // 4))
@@ -105,7 +105,7 @@ def test_a_map_goes_into_its_row_and_leaves_the_student_in_training(models, capl
 def test_a_map_that_cannot_be_made_ends_no_run(models, caplog, monkeypatch):
     student, teacher = models
     student.train()
-    monkeypatch.setattr("layer_map.logger.propagate", True)
+    monkeypatch.setattr("monitoring.layer_map.logger.propagate", True)
     monkeypatch.setattr(teacher, "hidden_states", lambda input_ids: 1 / 0)
     maps = LayerMap(parse_train_args(["--layer_map_interval", "1"]), student, ColocatedTeacher(teacher, CPU), True)
     for step in (1, 2):

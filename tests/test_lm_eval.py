@@ -18,12 +18,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-import mmlu
-from lm_eval_tasks import PIN, check_tasks, run_task, task_manager
-from mmlu import GROUP_OF, Example, Subject
+from evaluation import mmlu
+from evaluation.lm_eval_tasks import PIN, check_tasks, run_task, task_manager
+from evaluation.mmlu import GROUP_OF, Example, Subject
+from evaluation.statistics import aggregate
+from inputs.options import PRESETS
 from model_utils import apply_replacements
-from results import aggregate
-from settings import PRESETS
 from tests.byte_tokenizers import TOKENIZERS
 from tests.mmlu_data import write_snapshot
 from tests.tiny import tiny_student, tiny_teacher

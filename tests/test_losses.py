@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from losses import compute_distill_loss, mask_unknown_labels, shared_vocab
+from distillation.losses import compute_distill_loss, mask_unknown_labels, shared_vocab
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden vectors are not at {GOLDEN}")

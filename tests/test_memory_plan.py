@@ -16,12 +16,14 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import plan
 import train_gpus
 from arguments import parse_train_args
 from benchmarks.bare_run import train_steps
 from data import Batch
-from footprint import (
+from distillation.adamw import build_optimizer, parameter_groups
+from llamba import LlambaConfig, LlambaForCausalLM
+from preflight import plan
+from preflight.footprint import (
     LiveMemory,
     build_models,
     gradient_bytes,
@@ -30,10 +32,8 @@ from footprint import (
     shards,
     weights_by_fate,
 )
-from llamba import LlambaConfig, LlambaForCausalLM
-from optimizer import build_optimizer, parameter_groups
-from plan import largest_moment, student_moments
-from ranks import choose_devices, process_groups
+from preflight.plan import largest_moment, student_moments
+from processes.ranks import choose_devices, process_groups
 from tests import fresh
 
 VOCAB = {"wide": 8192, "narrow": 16384}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import mmlu
-from mmlu import GROUP_OF, Example, Question, Subject
+from evaluation import mmlu
+from evaluation.mmlu import GROUP_OF, Example, Question, Subject
 from tests.byte_tokenizers import TOKENIZERS
 from tests.mmlu_data import GEOGRAPHY, LOGIC, write_mmlu
 from tests.tiny import tiny_teacher

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import mmlu_files
-from mmlu_files import load_mmlu
+from evaluation import mmlu_files
+from evaluation.mmlu_files import load_mmlu
 from tests.mmlu_data import GEOGRAPHY, LOGIC, write_mmlu, write_parquet, write_snapshot
 
 

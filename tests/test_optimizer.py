@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from arguments import parse_train_args
-from optimizer import (
+from distillation.adamw import (
     LossScale,
     MasterWeightAdamW,
     build_optimizer,
@@ -20,7 +20,7 @@ from optimizer import (
     parameter_groups,
     update,
 )
-from ranks import process_groups
+from processes.ranks import process_groups
 from tests.tiny import tiny_student
 from tests.two_ranks import on_two_ranks
 from training_utils import Meter

@@ -18,8 +18,10 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-import packing
-from packing import (
+from tests import fresh
+from text import token_file
+from text.rows import RowCounts, only_texts
+from text.token_file import (
     Encoder,
     PackedTextDataset,
     blocks,
@@ -28,8 +30,6 @@ from packing import (
     text_batches,
     write_token_file,
 )
-from rows import RowCounts, only_texts
-from tests import fresh
 
 EOS = "<|endoftext|>"
 WORDS = ["the", "cat", " sat", "\n", "naïve", "日本", "  ", "42", EOS, "🙂", "x" * 40, "\t", "don't", "."]
@@ -210,7 +210,7 @@ def test_blocks_are_consecutive_and_full(seed: int):
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_joined_are_the_documents_joined(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
     small_batches = functools.partial(text_batches, max_rows=7)
-    monkeypatch.setattr(packing, "text_batches", small_batches)  # many batches: their order counts
+    monkeypatch.setattr(token_file, "text_batches", small_batches)  # many batches: their order counts
     documents = random_documents(seed, n=60)
     write(tmp_path / "packed", documents)
     expected = plain_ids(documents)
@@ -262,7 +262,7 @@ def test_what_killed_builders_left_is_removed_but_not_the_work_of_a_live_one(tmp
     for name in ("dead", "live"):
         (tmp_path / f"packed.partial-{name}").mkdir()
         (tmp_path / f"packed.partial-{name}" / "tokens.bin").write_bytes(b"12")
-    long_ago = time.time() - packing.ABANDONED_AFTER_S - 60
+    long_ago = time.time() - token_file.ABANDONED_AFTER_S - 60
     for path in (tmp_path / "packed.partial-dead", tmp_path / "packed.partial-dead" / "tokens.bin"):
         os.utime(path, (long_ago, long_ago))
     os.utime(tmp_path / "packed.partial-live", (long_ago, long_ago))  # only its file is being written

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import resume
 from arguments import parse_train_args
-from footprint import gradient_bytes, measure_footprint
-from plan import Box, Plan, asked_placement, find_box, make_plan, wire_bytes
-from plan_report import advice, disk_advice, machine_text, paper, print_plan, run_table, seats
-from resume import disk_room
-from speed import peak_operations
+from checkpointing import resume
+from checkpointing.resume import disk_room
+from monitoring.speed import peak_operations
+from preflight.footprint import gradient_bytes, measure_footprint
+from preflight.plan import Box, Plan, asked_placement, find_box, make_plan, wire_bytes
+from preflight.plan_report import advice, disk_advice, machine_text, paper, print_plan, run_table, seats
 from tests import fresh
 from tests.test_memory_plan import folder, options
 from tests.test_readme import PRODUCTION

@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-import mmlu
-import results
+from evaluation import mmlu, statistics
 from llamba import LlambaForCausalLM
 from presets import make_tiny, tiny_text
 from presets.tiny_teacher import Windows, orthogonal, stages, teacher_config, with_layers
@@ -46,7 +45,7 @@ def documents(name: str) -> list[str]:
 def accuracy(model, tokenizer, num_fewshot: int) -> float:
     questions = mmlu.build_questions(mmlu.load_mmlu(TINY / "mmlu"), num_fewshot, limit=30)
     predictions = mmlu.score(model, tokenizer, questions, batch_size=30, device=torch.device("cpu"), max_length=None)
-    return results.aggregate(predictions)["acc"]
+    return statistics.aggregate(predictions)["acc"]
 
 
 @pytest.mark.parametrize("sample", ["", " A", "a\n\nb", "tab\tand  spaces ", "é “quotes” 漢字 🙂", "\x00\x7f"])

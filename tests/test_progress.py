@@ -13,8 +13,8 @@ import termios
 import pytest
 
 from arguments import parse_train_args
-from progress import Eta, format_duration
-from run_log import RunLog
+from monitoring.progress_bar import Eta, format_duration
+from monitoring.run_log import RunLog
 from utils import setup_logging
 
 STATIC = {"kl": 1.25, "ce": 2.375, "lr": 1e-5, "grad_norm": 0.5, "tokens": 64, "step_time_s": 0.1}

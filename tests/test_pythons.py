@@ -28,7 +28,21 @@ def test_this_python_is_found():
 
 
 def test_sources_compile(python, tmp_path):
-    folders = ["llamba", "checkup", "reporting", "benchmarks", "tests", "presets"]
+    folders = [
+        "checkpointing",
+        "distillation",
+        "evaluation",
+        "inputs",
+        "llamba",
+        "monitoring",
+        "preflight",
+        "processes",
+        "report_page",
+        "text",
+        "benchmarks",
+        "tests",
+        "presets",
+    ]
     command = [python, "-m", "compileall", "-q", "-f", *map(str, ROOT.glob("*.py")), *folders]
     run = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}, capture_output=True, text=True

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import (
+from processes.ranks import (
     Ranks,
     choose_device,
     choose_devices,

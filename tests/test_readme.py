@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
-from settings import PRESETS
+from inputs.options import PRESETS
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"

@@ -19,11 +19,11 @@ import yaml
 
 import report
 from report import write_report
-from reporting.charts import COLOURS, INK, LINES, colour_of, dash_of, draw
-from reporting.data import Series, distinct_names, read_options, read_run, read_runs, read_scores, read_warnings
-from reporting.page import make_page
-from reporting.series import charts_of, is_log, smooth, smoothing_width, span_of, thin
-from reporting.tables import facts_of, measure_table, option_tables, score_table, summary_table, warning_table
+from report_page.charts import COLOURS, INK, LINES, colour_of, dash_of, draw
+from report_page.page import make_page
+from report_page.run_data import Series, distinct_names, read_options, read_run, read_runs, read_scores, read_warnings
+from report_page.series import charts_of, is_log, smooth, smoothing_width, span_of, thin
+from report_page.tables import facts_of, measure_table, option_tables, score_table, summary_table, warning_table
 from utils import run_entry
 
 NASTY = "<script>document.title='hit'</script>"

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from mmlu import Prediction
-from results import aggregate, compare, mcnemar, paired_interval
+from evaluation.mmlu import Prediction
+from evaluation.statistics import aggregate, compare, mcnemar, paired_interval
 
 
 def predictions_of(subject: str, pairs: list[str]) -> list[Prediction]:

@@ -11,11 +11,11 @@ from collections import namedtuple
 
 import pytest
 
-import resume
 from arguments import parse_train_args
-from checkpoint import STATE_FILE, checkpoint_bytes
-from health import SpikeWatch
-from resume import check_same_run, check_space, keep_options, writing_to
+from checkpointing import resume
+from checkpointing.files import STATE_FILE, checkpoint_bytes
+from checkpointing.resume import check_same_run, check_space, keep_options, writing_to
+from monitoring.health import SpikeWatch
 from tests.tiny import tiny_student
 
 Usage = namedtuple("Usage", "total used free")

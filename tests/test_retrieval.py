@@ -5,8 +5,8 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from retrieval import FILLERS, build_contexts, probe
-from settings import PRESETS
+from evaluation.retrieval import FILLERS, build_contexts, probe
+from inputs.options import PRESETS
 
 TINY = PRESETS / "tiny" / "teacher"
 

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-import run_log
 from arguments import parse_train_args
-from run_log import (
+from monitoring import run_log
+from monitoring.run_log import (
     RunLog,
     ended_before_restart,
     format_metrics,

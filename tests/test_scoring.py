@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-import scoring
+from evaluation import scoring
+from evaluation.scoring import Request, Scorer
 from llamba import SharedPrefix
 from model_utils import apply_replacements
-from scoring import Request, Scorer
 from tests.byte_tokenizers import TOKENIZERS, byte_tokenizer
 from tests.tiny import tiny_student, tiny_teacher
 

@@ -10,10 +10,10 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from arguments import parse_train_args
-from footprint import measure_footprint
+from inputs.options import PRESETS
 from llamba import DiscreteMamba2
-from settings import PRESETS
-from speed import Gauges, _mixing_operations, peak_operations, student_operations_per_token
+from monitoring.speed import Gauges, _mixing_operations, peak_operations, student_operations_per_token
+from preflight.footprint import measure_footprint
 from tests.tiny import tiny_student
 
 FROZEN = ["--freeze_mlp", "--freeze_replaced_layers"]

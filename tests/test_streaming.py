@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-import streaming
-from bad_rows import tolerant_stream
-from packing import text_batches
-from streaming import WAITS_S, StreamState, TextStream, is_connection_trouble
 from tests import fresh
+from text import stream
+from text.stream import WAITS_S, StreamState, TextStream, is_connection_trouble
+from text.token_file import text_batches
+from text.tolerant_reader import tolerant_stream
 
 N_FILES, N_ROWS = 4, 900
 ROWS = [f"row {i:04d} of naïve 日本 text" if i % 50 else (None if i % 100 else "") for i in range(N_ROWS)]
@@ -286,9 +286,9 @@ def caused_by(cause: Exception) -> Exception:
         (TimeoutError(), True),
         (OSError(113, "No route to host"), True),
         (OSError(5, "Input/output error"), True),
-        (streaming.socket.gaierror(-3, "Temporary failure in name resolution"), True),
-        (streaming.ssl.SSLError("record layer failure"), True),
-        (streaming.http.client.IncompleteRead(b""), True),
+        (stream.socket.gaierror(-3, "Temporary failure in name resolution"), True),
+        (stream.ssl.SSLError("record layer failure"), True),
+        (stream.http.client.IncompleteRead(b""), True),
         (hub_error(503), True),
         (hub_error(429), True),
         (of_module("aiohttp.client_exceptions"), True),
@@ -299,7 +299,7 @@ def caused_by(cause: Exception) -> Exception:
         (FileNotFoundError(2, "gone"), False),
         (PermissionError(13, "denied"), False),
         (OSError("Corrupt snappy compressed data."), False),
-        (streaming.http.client.HTTPException.__base__("plain"), False),
+        (stream.http.client.HTTPException.__base__("plain"), False),
         (pa.ArrowInvalid("JSON parse error"), False),
         (caused_by(pa.ArrowInvalid("JSON parse error")), False),
         (EOFError("Compressed file ended"), False),

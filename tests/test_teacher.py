@@ -9,8 +9,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from data import Batch
-from ranks import process_groups
-from teacher import (
+from distillation.teacher import (
     ColocatedTeacher,
     NoTeacher,
     Teacher,
@@ -20,6 +19,7 @@ from teacher import (
     share_head,
     teacher_head,
 )
+from processes.ranks import process_groups
 from tests import fresh, lane_ranks
 from tests.lane_ranks import StandIn
 from tests.tiny import tiny_teacher, tokens

@@ -15,10 +15,10 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-import tracking
 from arguments import parse_train_args
-from run_log import RunLog, write_status
-from tracking import check_trackers, flat
+from monitoring import trackers
+from monitoring.run_log import RunLog, write_status
+from monitoring.trackers import check_trackers, flat
 from utils import setup_logging
 
 
@@ -337,8 +337,8 @@ def test_without_wandb_and_tensorboard_neither_is_imported(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_a_package_that_is_not_there_is_told_before_training(tmp_path, monkeypatch, package):
-    real = tracking.importlib.util.find_spec
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    real = trackers.importlib.util.find_spec
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(ValueError, match=f"--{package}: .*pip install {package}"):
         check_trackers(options(tmp_path, f"--{package}", "--local_files_only"))
 

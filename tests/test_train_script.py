@@ -194,7 +194,7 @@ def test_the_first_loss_is_the_reference_loss(run, models):
     """The logged figures against a plain single-process computation on the same windows."""
     import arguments
     from data import build_dataloader
-    from losses import compute_distill_loss
+    from distillation.losses import compute_distill_loss
 
     folder = run(2, **FROZEN)
     argv = options(models, folder, no_dataset_streaming=True, **FROZEN)

@@ -9,8 +9,8 @@ import torch
 
 from arguments import parse_train_args
 from data import Batch
-from losses import compute_distill_loss
-from ranks import process_groups
+from distillation.losses import compute_distill_loss
+from processes.ranks import process_groups
 from tests.tiny import tiny_student, tiny_teacher, tokens
 from tests.two_ranks import on_two_ranks
 from training_utils import DistillationModel, Meter, settle_buckets, to_device, wrap_ddp

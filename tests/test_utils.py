@@ -19,8 +19,8 @@ import transformers
 
 import utils
 from arguments import parse_train_args
-from resume import prepare_output_dir
-from stopping import SIGNALS, Interrupted
+from checkpointing.resume import prepare_output_dir
+from processes.exits import SIGNALS, Interrupted
 from utils import (
     BackgroundThread,
     Stopwatch,

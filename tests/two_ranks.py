@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.multiprocessing as mp
 
-from ranks import Ranks, process_groups
+from processes.ranks import Ranks, process_groups
 
 
 def on_two_ranks(work: Callable[[Ranks], dict], folder: Path) -> list[dict]:

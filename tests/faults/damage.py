@@ -13,10 +13,10 @@ from pathlib import Path
 import datasets
 
 from arguments import parse_train_args
-from checkpoint import hash_check, quick_check, read_sums
-from rows import only_texts, rows_of
-from sources import explain_fault, open_source, open_stream, open_table
+from checkpointing.files import hash_check, quick_check, read_sums
 from tests.faults.launch import TEXT, Launch, make_models, options
+from text.rows import only_texts, rows_of
+from text.sources import explain_fault, open_source, open_stream, open_table
 
 
 def flip_a_bit(file: Path, dice: random.Random) -> None:

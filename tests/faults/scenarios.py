@@ -15,15 +15,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import packing
-import resume
-import saver
-import teacher
 import train_gpus
 import training_utils
+from checkpointing import files, resume, saver
+from distillation import teacher
 from tests.faults.launch import Launch, make_models, options
 from tests.faults.traps import trap
+from text import token_file
 
 FORWARD = (training_utils.DistillationModel, "forward")
 SETTLING = 2  # forward passes before the first micro step
@@ -96,7 +94,9 @@ def _wrap_by_name() -> None:
 
 def signal_while_tokenising(scene: Scene) -> None:
     cache = scene.folder / "stopped-cache"
-    scene.run(arm=on_rank(0, lambda: trap(packing.Encoder, "__call__", 1, wait_for_a_signal)), dataset_cache_dir=cache)
+    scene.run(
+        arm=on_rank(0, lambda: trap(token_file.Encoder, "__call__", 1, wait_for_a_signal)), dataset_cache_dir=cache
+    )
     scene.run(dataset_cache_dir=cache, max_steps=1)
 
 
@@ -290,7 +290,7 @@ def bad_checkpoints(scene: Scene) -> None:
     model.write_bytes(content)
 
     def all_are_large(rank: int) -> None:
-        checkpoint.SMALL = resume.SMALL = 0
+        files.SMALL = resume.SMALL = 0
 
     scene.run(arm=all_are_large, resume="auto", max_steps=12)
     for file in scene.output.glob("checkpoint-*/training_state.json"):

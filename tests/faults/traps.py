@@ -9,24 +9,22 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import evaluation
-import optimizer
-import run_log
-import saver
 import training_utils
+from checkpointing import files, saver
+from distillation import adamw
+from monitoring import evaluator, run_log
 
 # The moment's name -> object and attribute whose call is the moment.
 MOMENTS = {
     "in the forward pass": (training_utils.DistillationModel, "forward"),
-    "in an update": (optimizer.MasterWeightAdamW, "step"),
-    "in an evaluation": (evaluation, "held_out_sums"),
+    "in an update": (adamw.MasterWeightAdamW, "step"),
+    "in an evaluation": (evaluator, "held_out_sums"),
     "writing metrics": (run_log.MetricsFile, "_append"),
     "copying to the host": (saver, "copy_to_host"),
     "before a rank's part": (saver, "write_part"),
-    "writing tensors": (checkpoint, "save_file"),
-    "flushing a file": (checkpoint, "flush_to_disk"),
-    "hashing a file": (checkpoint, "sha256"),
+    "writing tensors": (files, "save_file"),
+    "flushing a file": (files, "flush_to_disk"),
+    "hashing a file": (files, "sha256"),
     "before the publishing": (saver, "publish"),
     "at the rename": (Path, "rename"),
     "after the rename": (saver, "point_latest_to"),

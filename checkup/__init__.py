@@ -1,1 +1,0 @@
-"""The checks of doctor.py, from cheap to dear."""

@@ -1,0 +1,289 @@
+"""How students get the teacher's answers. `submit` asks for a batch, `result` waits for its answer, and a lane counts
+the waiting. On a device of its own the teacher works while the students do, through the first rank of each node;
+colocated, every rank runs a teacher on its own device.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data import Batch
+from llamba import LlambaForCausalLM
+from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
+from processes.ranks import Ranks
+from utils import BackgroundThread
+
+# An answer, and the event after which it may be read: None where there is nothing to wait for.
+Answer = tuple[Tensor, "torch.cuda.Event | None"]
+
+
+def ask_ahead(batches: Iterable[Batch], lane: "Lane", prefetch: int) -> Iterator[tuple[Batch, "PendingSignal"]]:
+    """Batches with the answers to them, each asked for `prefetch` batches before it is handed out."""
+    asked: deque[tuple[Batch, PendingSignal]] = deque()
+    for batch in batches:
+        asked.append((batch, lane.submit(batch.input_ids)))
+        if len(asked) > prefetch:
+            yield asked.popleft()
+    yield from asked
+
+
+class Teacher:
+    """The frozen model as a function of input_ids (B, S): its last hidden states (B, S, D_t) after its last norm for
+    the signal "hidden", its logits (B, S, vocab) for "logits".
+
+    model: its weights where it runs, else its meta skeleton, which still tells what an answer looks like.
+    vocab: columns of the logits, the entries that both vocabularies have.
+    """
+
+    def __init__(self, model: PreTrainedModel, signal: str, vocab: int) -> None:
+        self.model, self.signal, self.vocab = model, signal, vocab
+        self.width = model.config.hidden_size if signal == "hidden" else vocab
+        runs_here = model.device.type != "meta"
+        if signal == "hidden" and runs_here and logits_beyond_head(model, with_bias=False) > MOST_BEYOND_HEAD:
+            raise ValueError(
+                f"--teacher_signal hidden: the logits of this {model.config.model_type!r} teacher are not its last "
+                "hidden states times its head (a bias, scale or cap comes after); use --teacher_signal logits"
+            )
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        inputs = input_ids.to(self.model.device, non_blocking=True)  # (B, S)
+        if self.signal == "hidden":
+            return self.model.base_model(inputs, use_cache=False).last_hidden_state  # (B, S, D_t)
+        return self.model(inputs, use_cache=False).logits[..., : self.vocab].contiguous()  # (B, S, vocab)
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """What goes into the first layer and comes out of each: n_layer + 1 tensors (B, S, D_t), none of them normed,
+        where transformers' `output_hidden_states` gives the last one normed.
+        """
+        states: list[Tensor] = []
+        layers = self.model.base_model.layers
+        hooks = [layers[0].register_forward_pre_hook(lambda _module, args: states.append(args[0]))]
+        hooks += [layer.register_forward_hook(lambda _module, _args, output: states.append(output)) for layer in layers]
+        try:
+            self.model.base_model(input_ids.to(self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
+
+
+# --- the three ways to an answer -----------------------------------------------------------------------------
+
+
+class TeacherLane:
+    """To the node's one teacher. A thread of each rank does what is asked in order: the first rank receives the
+    others' inputs, runs the teacher for one rank after another, and sends each its answer.
+
+    The traffic goes over gloo and pinned memory, by its own connections: it needs no agreement with the students'
+    NCCL collectives about who comes first, and settings that make those block the caller do not reach it. On GPUs
+    the teacher and the copies have streams of their own, and only this thread waits for them.
+    """
+
+    def __init__(self, teacher: Teacher, ranks: Ranks) -> None:
+        self.teacher, self.ranks = teacher, ranks
+        self.waits = WaitClock(ranks.device)
+        self.worker = BackgroundThread("teacher-lane")
+        devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
+        self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+
+    def submit(self, input_ids: Tensor) -> "PendingSignal":
+        """input_ids (B, S) on the CPU, of the same shape on every rank."""
+        return PendingSignal(self.worker.submit(lambda: self._exchange(input_ids)).result, self.waits)
+
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """The teacher's, on the student's device; for the rank that runs it. It answers what was asked before first."""
+        device = self.ranks.device
+        return self.worker.submit(
+            lambda: [state.to(device) for state in self.teacher.hidden_states(input_ids)]
+        ).result()
+
+    def close(self) -> None:
+        self.worker.close()
+
+    @torch.no_grad()
+    def _exchange(self, input_ids: Tensor) -> Answer:
+        device = self.ranks.device
+        with contextlib.ExitStack() as stack:
+            for stream in reversed(self.streams.values()):  # the last one's device, the student's, becomes current
+                stack.enter_context(torch.cuda.stream(stream))
+            answer = self._answer_all(input_ids) if self.ranks.owns_teacher else self._ask(input_ids)
+            answer = answer.to(device, non_blocking=True)
+            return answer, _event_after_current_work(device)
+
+    def _answer_all(self, input_ids: Tensor) -> Tensor:
+        """Answers all ranks of the node, and returns this rank's own answer."""
+        first, group = self.ranks.teacher_rank, self.ranks.node
+        others = range(first + 1, first + self.ranks.local_world_size)
+        asked = [torch.empty_like(input_ids) for _ in others]  # (B, S) each
+        arrivals = [dist.irecv(ids, src=rank, group=group) for ids, rank in zip(asked, others, strict=True)]
+        copies = []
+        for ids, arrival in zip(asked, arrivals, strict=True):
+            assert arrival is not None  # only ranks outside the group get none
+            arrival.wait()
+            copies.append(_start_copy_to_host(self.teacher(ids)))
+        own = self.teacher(input_ids)  # last: what the others wait for travels meanwhile
+        for (answer, copied), rank in zip(copies, others, strict=True):
+            if copied is not None:
+                copied.synchronize()
+            dist.send(answer, dst=rank, group=group)
+        return own
+
+    def _ask(self, input_ids: Tensor) -> Tensor:
+        first, group = self.ranks.teacher_rank, self.ranks.node
+        dist.send(input_ids, dst=first, group=group)
+        answer = torch.empty(
+            *input_ids.shape,
+            self.teacher.width,
+            dtype=self.teacher.model.dtype,
+            pin_memory=self.ranks.device.type == "cuda",
+        )  # (B, S, width)
+        dist.recv(answer, src=first, group=group)
+        return answer
+
+
+class ColocatedTeacher:
+    """To this rank's own teacher, on the student's device: no traffic, and nothing to gain from asking early."""
+
+    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+        self.teacher = teacher
+        self.waits = WaitClock(device)
+
+    def submit(self, input_ids: Tensor) -> "PendingSignal":
+        return PendingSignal(lambda: (self.teacher(input_ids), None), self.waits)
+
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        return self.teacher.hidden_states(input_ids)
+
+    def close(self) -> None:
+        pass
+
+
+class NoTeacher:
+    """Where the loss has no KL."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = WaitClock(device)
+
+    def submit(self, input_ids: Tensor) -> "PendingSignal":
+        return PendingSignal(None, self.waits)
+
+    def close(self) -> None:
+        pass
+
+
+Lane = TeacherLane | ColocatedTeacher | NoTeacher
+
+
+class PendingSignal:
+    """An answer under way."""
+
+    def __init__(self, collect: Callable[[], Answer] | None, waits: "WaitClock") -> None:
+        self.collect, self.waits = collect, waits
+
+    def result(self) -> Tensor | None:
+        """(B, S, width) on the rank's device, ready for its current stream; None without a teacher. Raises what the
+        teacher raised.
+        """
+        if self.collect is None:
+            return None
+        with self.waits.counting():
+            signal, ready = self.collect()
+            if ready is not None:
+                stream = torch.cuda.current_stream(signal.device)
+                stream.wait_event(ready)
+                signal.record_stream(stream)
+        return signal
+
+
+class WaitClock:
+    """Seconds that a device's work stood still for the teacher. On a GPU they are counted where they pass: between
+    the end of what the GPU had to do before and the moment when it can go on. The host never waits for the count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(torch.cuda.current_stream(self.device))
+            yield
+            end.record(torch.cuda.current_stream(self.device))
+            self.spans.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Seconds since the last take. On a GPU, call it after something else has waited for the step's end."""
+        for begin, end in self.spans:
+            end.synchronize()
+            self.seconds += begin.elapsed_time(end) / 1000
+        taken, self.seconds = self.seconds, 0.0
+        self.spans.clear()
+        return taken
+
+
+def _start_copy_to_host(answer: Tensor) -> Answer:
+    """The answer in pinned memory, and the event after which it is there."""
+    if answer.device.type == "cpu":
+        return answer, None
+    host = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
+    host.copy_(answer, non_blocking=True)
+    return host, _event_after_current_work(answer.device)
+
+
+def _event_after_current_work(device: torch.device) -> "torch.cuda.Event | None":
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+# --- before the first batch ----------------------------------------------------------------------------------
+
+
+def open_lane(
+    teacher: PreTrainedModel, signal: str, placement: str, vocab: int, ranks: Ranks
+) -> tuple[Tensor | None, Lane]:
+    """The teacher's head (vocab, D_t) on this rank's device, or None if logits are what it sends; and the way to its
+    answers. teacher: its weights where it runs, its meta skeleton elsewhere.
+    """
+    answers = Teacher(teacher, signal, vocab)
+    head = None
+    if placement == "colocated":
+        if signal == "hidden":
+            head = teacher_head(teacher, vocab)
+        return head, ColocatedTeacher(answers, ranks.device)
+    if signal == "hidden":
+        head = share_head(teacher, vocab, ranks)
+    return head, TeacherLane(answers, ranks)
+
+
+def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
+    """Fills the replaced layers of every rank from rank 0, the one that read the teacher's weights for them."""
+    for index in layers:
+        for parameter in student.backbone.layers[index].parameters():
+            dist.broadcast(parameter.data, src=0)
+
+
+def teacher_head(teacher: PreTrainedModel, vocab: int) -> Tensor:
+    """The first `vocab` rows of the teacher's output weight, (vocab, D_t)."""
+    return teacher.get_output_embeddings().weight.detach()[:vocab]
+
+
+def share_head(teacher: PreTrainedModel, vocab: int, ranks: Ranks) -> Tensor:
+    """`teacher_head` on every rank's own device, from the rank that runs the node's teacher."""
+    head = teacher_head(teacher, vocab)
+    copy = head.cpu() if ranks.owns_teacher else torch.empty_like(head, device="cpu")
+    dist.broadcast(copy, src=ranks.teacher_rank, group=ranks.node)
+    return copy.to(ranks.device)

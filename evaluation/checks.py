@@ -1,0 +1,239 @@
+"""What an evaluation checks before it reads any weights: options, models, data and outputs, all problems in one error.
+What is left of them is the `Plan`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from arguments import EvalArguments
+from evaluation import mmlu
+from evaluation.held_out import TextSource, read_windows
+from evaluation.lm_eval_tasks import check_tasks
+from evaluation.partial_results import check_partial, is_interrupted
+from evaluation.report import output_files
+from inputs.model_files import read_config
+from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
+from processes.ranks import Ranks, choose_device
+from text.token_file import check_tokenizer
+
+MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
+HELD_OUT_FLAGS = {
+    "--dataset_name": "--held_out",
+    "--dataset_subset": "--held_out_subset",
+    "--dataset_split": "--held_out_split",
+    "--dataset_text_field": "--held_out_text_field",
+}
+
+
+class Source(NamedTuple):
+    """Where a model comes from: a directory or the hub, its config there, and which layers are the teacher's (None for
+    the teacher).
+    """
+
+    path: str
+    config: PretrainedConfig
+    layers: list[int] | None
+
+
+@dataclass
+class Plan:
+    """What the checks have found."""
+
+    sources: dict[str, Source]  # by model: those to be measured, and the teacher
+    models: list[str]  # to be measured
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    questions: list[mmlu.Question]  # none with --no_mmlu
+    windows: Tensor | None  # (n, S + 1) of held-out text
+    max_length: int
+    settings: dict[str, Any]  # what the results depend on
+
+
+def check(args: EvalArguments) -> Plan:
+    """Reads everything but weights. Raises one ValueError that lists all problems."""
+    problems: list[str] = []
+
+    def attempt(function: Callable, *inputs: Any) -> Any:
+        try:
+            return function(*inputs)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    models = [name for name in MODELS if name in args.which or "all" in args.which]
+    teacher, tokenizer, max_length = attempt(_find_teacher, args) or (None, None, 0)
+    trained = attempt(_find_checkpoint, args, tokenizer) if "hybrid_ft" in models else None
+    student = attempt(_find_student, args, tokenizer) if {"student", "hybrid"} & set(models) else None
+    sources: dict[str, Any] = {"teacher": teacher, "student": student, "hybrid_ft": trained}
+    if "hybrid" in models and teacher and student:
+        sources["hybrid"] = attempt(_plan_hybrid, args, student, teacher, trained)
+    questions = (attempt(_read_questions, args) or []) if args.mmlu else []
+    windows = attempt(_read_held_out, args, tokenizer, max_length) if args.held_out and tokenizer else None
+    if args.tasks:
+        attempt(check_tasks, args.tasks, args.local_files_only)
+    device = attempt(choose_device, args.device)
+    attempt(_check_output, args)
+    if not problems:
+        sources = {name: sources[name] for name in dict.fromkeys(["teacher", *models])}
+        settings = settings_of(args, sources, questions, windows, max_length)
+        if args.output is not None:
+            attempt(check_partial, Path(args.output), settings, models, args.resume, args.overwrite)
+    if problems:
+        raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
+    return Plan(sources, models, device, tokenizer, questions, windows, max_length, settings)
+
+
+def _find_teacher(args: EvalArguments) -> tuple[Source, PreTrainedTokenizerBase, int]:
+    """With its tokenizer and the tokens of a prompt at most, which are there for all models."""
+    path = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
+    config = read_config("--teacher_model", args.teacher_model, path)
+    tokenizer = get_tokenizer("--teacher_model", path)
+    check_tokenizer(tokenizer, "--teacher_model", config.vocab_size)
+    context = config.to_dict().get("max_position_embeddings")
+    if context is None and args.max_length is None:
+        raise ValueError(
+            f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not tell how long "
+            "its context is; give it"
+        )
+    return Source(path, config, None), tokenizer, args.max_length or context
+
+
+def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+    path = locate_model("--student_model", args.student_model, args.local_files_only)
+    config = read_llamba_config("--student_model", args.student_model, path)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, "--student_model", config.vocab_size)
+    return Source(path, config, config.attention_layers)
+
+
+def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+    if args.ckpt is None:
+        raise ValueError(
+            "--which hybrid_ft: needs --ckpt, a checkpoint directory of a training run; give it, "
+            "or leave hybrid_ft (and all) out of --which"
+        )
+    if not Path(args.ckpt).is_dir():
+        raise ValueError(f"--ckpt {args.ckpt}: not a directory; expected a checkpoint of a training run")
+    # A link such as `latest` may point elsewhere by the time the weights are read.
+    path = os.path.realpath(locate_model("--ckpt", args.ckpt, local_files_only=True))
+    config = read_llamba_config("--ckpt", args.ckpt, path)
+    if args.layers_given and sorted(args.layers) != config.attention_layers:
+        raise ValueError(
+            f"--layers {' '.join(map(str, args.layers)) or '-1'}: --ckpt {args.ckpt} was trained with layers "
+            f"{config.attention_layers}; leave --layers out, or give the checkpoint that has yours"
+        )
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, "--ckpt", config.vocab_size)
+    return Source(path, config, config.attention_layers)
+
+
+def _plan_hybrid(args: EvalArguments, student: Source, teacher: Source, trained: Source | None) -> Source:
+    """Beside a trained hybrid the untrained one has the same layers, so that training is all that they differ by."""
+    if student.layers:
+        raise ValueError(
+            f"--which hybrid: --student_model {args.student_model} has layers {student.layers} of a "
+            "teacher already; give the student that it was made from, or score it as student or as --ckpt"
+        )
+    layers = sorted(args.layers)
+    if not args.layers_given and trained is not None and trained.layers is not None:
+        layers = trained.layers
+    check_replacements(student.config, teacher.config, layers)
+    return Source(student.path, student.config, layers)
+
+
+def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
+    subjects = mmlu.load_mmlu(args.mmlu_dir, args.subjects, args.local_files_only)
+    return mmlu.build_questions(subjects, args.num_fewshot, args.limit)
+
+
+def _read_held_out(args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+    assert args.held_out is not None
+    if args.held_out_seq_length > max_length:
+        raise ValueError(
+            f"--held_out_seq_length {args.held_out_seq_length}: expected at most {max_length}, the "
+            "teacher's context or --max_length"
+        )
+    source = TextSource(
+        name=args.held_out,
+        subset=args.held_out_subset,
+        split=args.held_out_split,
+        text_field=args.held_out_text_field,
+        local_files_only=args.local_files_only,
+        flags=HELD_OUT_FLAGS,
+    )
+    return read_windows(source, tokenizer, args.held_out_windows, args.held_out_seq_length)
+
+
+def _check_output(args: EvalArguments) -> None:
+    if args.output is None:
+        return
+    if Path(args.output).suffix in (".md", ".png") or not Path(args.output).name:
+        raise ValueError(
+            f"--output {args.output}: expected the name of a JSON file; its report gets .md, its chart .png"
+        )
+    may_replace = args.overwrite or (args.resume and is_interrupted(Path(args.output)))
+    for path in output_files(Path(args.output)):
+        try:
+            if path.is_dir():
+                raise ValueError(f"--output {args.output}: {path} is a directory; expected the name of a JSON file")
+            if path.exists() and not may_replace:
+                raise ValueError(f"--output {args.output}: {path} exists already; give another name, or --overwrite")
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+        except OSError as error:
+            raise ValueError(f"--output {args.output}: cannot be written ({error.strerror}); give another") from error
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"--output {args.output}: cannot write below {folder}; give a folder that is yours")
+
+
+def settings_of(
+    args: EvalArguments,
+    sources: dict[str, Source],
+    questions: list[mmlu.Question],
+    windows: Tensor | None,
+    max_length: int,
+) -> dict[str, Any]:
+    """What another evaluation needs to have in common with this one for its pieces to stand in for this one's."""
+    names = ["dtype"]
+    settings: dict[str, Any] = {"--max_length": max_length}
+    if args.mmlu:
+        names += ["limit", "num_fewshot", "subjects", "mmlu_dir"]
+        settings["the questions of MMLU"] = mmlu.fingerprint(questions)
+    if windows is not None:
+        names += [name for name in vars(args) if name.startswith("held_out")]
+        settings["the held-out text"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    if args.retrieval:
+        names += ["seed", "retrieval_questions"]
+    if args.tasks:
+        names += ["limit", "tasks_num_fewshot"]
+    settings |= {f"--{name}": getattr(args, name) for name in names}
+    return settings | {name: _identity(source) for name, source in sources.items()}
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """Where a model is, and the sizes and times of its files: a checkpoint that was written anew is another model."""
+    if not Path(source.path).is_dir():
+        return {"path": source.path, "layers": source.layers}
+    stats = [(file.name, file.stat()) for file in sorted(Path(source.path).iterdir()) if file.is_file()]
+    files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return {"path": os.path.realpath(source.path), "layers": source.layers, "files": files}
+
+
+def check_agreement(plan: Plan, ranks: Ranks) -> None:
+    """Each rank has looked for itself, and each node may have files of its own. Raises ValueError."""
+    models = {name: [entry[:2] for entry in model.get("files", [])] for name, model in _models(plan.settings)}
+    texts = {name: value for name, value in plan.settings.items() if not isinstance(value, dict)}
+    if not ranks.all_have(json.dumps([models, texts]).encode()):
+        raise ValueError("the ranks have not found the same models, questions and options; give all of them the same")
+
+
+def _models(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, value) for name, value in settings.items() if isinstance(value, dict)]

@@ -1,0 +1,126 @@
+"""The work of an evaluation in pieces, to be shared out over ranks and done in any order: a subject of MMLU, a size of
+the retrieval probe, some windows of held-out text, a task of lm-evaluation-harness. What the pieces of one model give,
+`assemble` puts together.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from arguments import EvalArguments
+from evaluation import mmlu, retrieval
+from evaluation.held_out import WINDOWS_AT_ONCE, HeldOutSums, HeldOutText
+from evaluation.lm_eval_tasks import run_task
+from evaluation.scoring import Scorer
+from evaluation.statistics import aggregate
+
+CHARACTERS_PER_TOKEN = 4  # about: what pieces cost is compared in characters
+TASK_COST = 1_000_000  # of a task, of which nothing is known beforehand
+
+
+@dataclass(frozen=True)
+class Piece:
+    name: str  # "<kind>-<what>", fit for a file's name
+    cost: int  # beside the other pieces'
+    measure: Callable[[Scorer], Any]  # of the scorer's model; what it gives is JSON
+    window: int | None = None  # of held-out text, the first that it is about
+
+
+def pieces_of(
+    args: EvalArguments, questions: list[mmlu.Question], held_out: HeldOutText | None, max_length: int
+) -> list[Piece]:
+    pieces = []
+    for subject in dict.fromkeys(question.subject for question in questions):
+        pieces.append(_mmlu_piece(subject, [question for question in questions if question.subject == subject]))
+    if held_out is not None:
+        pieces += [_held_out_piece(held_out, start) for start in range(0, len(held_out.windows), WINDOWS_AT_ONCE)]
+    for length in args.retrieval_lengths if args.retrieval else []:
+        for n_pairs in args.retrieval_pairs:
+            pieces.append(_retrieval_piece(args, length, n_pairs, max_length))
+    return [*pieces, *(_task_piece(name, args, max_length) for name in args.tasks)]
+
+
+def share_out(pieces: list[Piece], rank: int, world_size: int) -> list[Piece]:
+    """This rank's pieces, in their order. They are dealt out the most costly first, each to who has least."""
+    loads, own = [0] * world_size, set()
+    for piece in sorted(pieces, key=lambda piece: -piece.cost):
+        taker = loads.index(min(loads))
+        loads[taker] += piece.cost
+        if taker == rank:
+            own.add(piece.name)
+    return [piece for piece in pieces if piece.name in own]
+
+
+def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """One model's results, from those of its pieces by name, with its config among them."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, part in found.items():
+        kind, what = name.split("-", 1)
+        kinds.setdefault(kind, {})[what] = part
+    result: dict[str, Any] = {}
+    predictions = []
+    if "mmlu" in kinds:
+        parts = kinds["mmlu"].values()
+        predictions = [mmlu.Prediction(**prediction) for part in parts for prediction in part["predictions"]]
+        result |= aggregate(predictions)
+        result["tokens"] = {key: sum(part["tokens"][key] for part in parts) for key in ("run", "plain")}
+    if "held_out" in kinds:
+        sums = [HeldOutSums(torch.tensor(values, dtype=torch.float64), True) for values in kinds["held_out"].values()]
+        result["held_out"] = sum(sums[1:], start=sums[0]).means()
+    if "retrieval" in kinds:
+        result["retrieval"] = list(kinds["retrieval"].values())
+    if "task" in kinds:
+        result["tasks"] = kinds["task"]
+    result["config"] = config
+    if predictions:
+        result["predictions"] = [dataclasses.asdict(prediction) for prediction in predictions]
+    return result
+
+
+def _mmlu_piece(subject: str, questions: list[mmlu.Question]) -> Piece:
+    def measure(scorer: Scorer) -> dict[str, Any]:
+        before = (scorer.tokens_run, scorer.tokens_plain)
+        predictions = mmlu.answer(scorer, questions)
+        tokens = {"run": scorer.tokens_run - before[0], "plain": scorer.tokens_plain - before[1]}
+        return {"predictions": [dataclasses.asdict(prediction) for prediction in predictions], "tokens": tokens}
+
+    prompts = [question.prompt for question in questions]
+    shared = len(os.path.commonprefix(prompts))
+    return Piece(f"mmlu-{subject}", shared + sum(len(prompt) - shared for prompt in prompts), measure)
+
+
+def _held_out_piece(held_out: HeldOutText, start: int) -> Piece:
+    def measure(scorer: Scorer) -> list[float]:
+        return held_out.compare(scorer.model, start).values.tolist()
+
+    cost = 2 * WINDOWS_AT_ONCE * held_out.windows.shape[1] * CHARACTERS_PER_TOKEN
+    return Piece(f"held_out-{start}", cost, measure, window=start)
+
+
+def _retrieval_piece(args: EvalArguments, length: int, n_pairs: int, max_length: int) -> Piece:
+    def measure(scorer: Scorer) -> dict[str, Any]:
+        n_questions = args.retrieval_questions if length <= max_length else 0  # beyond it the context would be cut
+        return retrieval.probe(scorer, length, n_pairs, n_questions, args.seed)
+
+    n_contexts = -(-args.retrieval_questions // retrieval.QUESTIONS_PER_CONTEXT)
+    return Piece(f"retrieval-{length}x{n_pairs}", n_contexts * length * CHARACTERS_PER_TOKEN, measure)
+
+
+def _task_piece(name: str, args: EvalArguments, max_length: int) -> Piece:
+    def measure(scorer: Scorer) -> dict[str, Any]:
+        return run_task(
+            name,
+            scorer.model,
+            scorer.tokenizer,
+            args.batch_size,
+            max_length,
+            args.tasks_num_fewshot,
+            args.limit,
+            args.local_files_only,
+        )
+
+    return Piece(f"task-{name}", TASK_COST, measure)

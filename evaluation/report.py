@@ -1,0 +1,243 @@
+"""What an evaluation shows: tables on the screen and, with --output, everything as JSON, a report in Markdown and a bar
+chart. Scores stand beside what they were measured with, and models beside one another: of every two, how much the later
+one differs from the earlier, with an interval and a p.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from evaluation.mmlu import Prediction
+from evaluation.statistics import compare
+from utils import finite, write_whole
+
+CHANCE = 0.25
+Table = list[list[str]]  # rows of cells, the first one its head
+
+
+def write_report(results: dict[str, dict], output: Path | None) -> None:
+    """results: by model, as `eval_pieces.assemble` gives them, with a `config`. Files first: a screen can go away."""
+    differences = compare_all(results)
+    if output is not None:
+        write_files(results, differences, output)
+    for section in sections(results, differences, ("groups",)):
+        print("\n".join(["", *filter(None, (section.title, section.note)), aligned(section.table)]), flush=True)
+
+
+def write_files(results: dict[str, dict], differences: list[dict[str, Any]], output: Path) -> None:
+    """All is made before any of it is written, and the JSON comes last: it tells that all is there."""
+    of_json, of_report, of_chart = output_files(output)
+    contents = {of_report: markdown(sections(results, differences, ("groups", "subjects"))).encode() + b"\n"}
+    if "acc" in next(iter(results.values())):
+        contents[of_chart] = draw_chart(results)
+    text = json.dumps(finite(arrange(results, differences)), indent=1, allow_nan=False)
+    contents[of_json] = text.encode() + b"\n"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            write_whole(path, content)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); make room, and --resume") from error
+
+
+def output_files(output: Path) -> tuple[Path, Path, Path]:
+    """JSON, report and chart."""
+    stem = output.with_suffix("") if output.suffix == ".json" else output
+    return output, stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.png")
+
+
+def compare_all(results: dict[str, dict]) -> list[dict[str, Any]]:
+    """Of every two models that answered MMLU's questions: `of`, `to`, and what `results.compare` tells."""
+    answers = {
+        name: [Prediction(**prediction) for prediction in result["predictions"]]
+        for name, result in results.items()
+        if "predictions" in result
+    }
+    return [{"of": b, "to": a, **compare(answers[a], answers[b])} for a, b in combinations(answers, 2)]
+
+
+def arrange(results: dict[str, dict], differences: list[dict[str, Any]]) -> dict[str, Any]:
+    """One model's result as it is; of several, each accuracy, `n`, all results under `models`, and the differences."""
+    first = next(iter(results.values()))
+    if len(results) == 1:
+        return first
+    scores = {name: result["acc"] for name, result in results.items()} | {"n": first["n"]} if "acc" in first else {}
+    return {**scores, "models": results, "differences": differences}
+
+
+# Sections
+
+
+class Section(NamedTuple):
+    """A table with what it is of and what it was measured with."""
+
+    title: str
+    note: str
+    table: Table
+
+
+def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts: Sequence[str]) -> list[Section]:
+    """What the screen and the report show. parts: "groups", "subjects", by which differences are told."""
+    first = next(iter(results.values()))
+    config = first["config"]
+    found = [Section("Models", "", model_table(results))]
+    if "acc" in first:
+        limit = f", the first {config['limit']} questions of each" if config["limit"] else ""
+        title = f"MMLU, {config['num_fewshot']}-shot, {len(first['subjects'])} subjects{limit}"
+        note = (
+            f"Prompt: {config['prompt']}. Data: {config['mmlu_dir']}, SHA-256 of the questions "
+            f"{config['questions_sha256'][:16]}. The standard error is that within subjects, as lm-eval pools it."
+        )
+        found.append(Section(title, note, score_table(results)))
+    if differences:
+        note = (
+            "On the same questions: gained are those that the first model has right and the second wrong, lost the "
+            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many "
+            "comparisons there are."
+        )
+        found.append(Section("Differences", note, difference_table(differences, parts)))
+    if "held_out" in first:
+        found.append(Section("Held-out text", options_of(config, "held_out"), held_out_table(results)))
+    if "retrieval" in first:
+        found.append(Section("Retrieval", options_of(config, "retrieval", "seed"), retrieval_table(results)))
+    if "tasks" in first:
+        found.append(Section("Tasks", options_of(config, "tasks", "limit"), task_table(results)))
+    return found
+
+
+def options_of(config: dict[str, Any], *beginnings: str) -> str:
+    """Those options of a model's config that begin so."""
+    return ", ".join(f"{name} {value}" for name, value in config.items() if name.startswith(beginnings))
+
+
+# Tables
+
+
+def model_table(results: dict[str, dict]) -> Table:
+    table = [["model", "from", "teacher's layers", "dtype", "max_length", "versions"]]
+    for name, result in results.items():
+        config = result["config"]
+        source = config["ckpt"] or config["student_model"] or config["teacher_model"]
+        layers = "all" if config["layers"] is None else " ".join(map(str, config["layers"])) or "none"
+        versions = ", ".join(f"{package} {release}" for package, release in config["versions"].items())
+        table.append([name, source, layers, config["dtype"], str(config["max_length"]), versions])
+    return table
+
+
+def score_table(results: dict[str, dict]) -> Table:
+    """Accuracy by subject, group and over all, one column per model."""
+    first = next(iter(results.values()))
+    table = [["subject", "n", *results]]
+    for part in ("subjects", "groups"):
+        for name, counts in first[part].items():
+            cells = (number(result[part][name]["acc"]) for result in results.values())
+            table.append([name, str(counts["n"]), *cells])
+    table.append(["all", str(first["n"]), *(number(result["acc"]) for result in results.values())])
+    return [*table, ["stderr", "", *(number(result["stderr"]) for result in results.values())]]
+
+
+def difference_table(differences: list[dict[str, Any]], parts: Iterable[str]) -> Table:
+    """For each pair, over all and by the names of each part ("groups", "subjects"): difference, interval, p, and what
+    it rests on.
+    """
+    table = [["difference", "of", "n", "diff", "95% interval", "p", "gained", "lost"]]
+    for difference in differences:
+        pair = f"{difference['of']} - {difference['to']}"
+        named = [("all", difference), *(entry for part in parts for entry in difference[part].items())]
+        for name, found in named:
+            interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
+            row = [pair, name, str(found["n"]), f"{found['diff']:+.4f}", interval, f"{found['p']:.3g}"]
+            table.append([*row, str(found["gained"]), str(found["lost"])])
+    return table
+
+
+def held_out_table(results: dict[str, dict]) -> Table:
+    rows = [[name, *(number(value) for value in result["held_out"].values())] for name, result in results.items()]
+    return [["held-out text", *next(iter(results.values()))["held_out"]], *rows]
+
+
+def retrieval_table(results: dict[str, dict]) -> Table:
+    table = [["retrieval: tokens", "pairs", "n", "chance", *results]]
+    for i, cell in enumerate(next(iter(results.values()))["retrieval"]):
+        scores = (number(result["retrieval"][i]["acc"]) for result in results.values())
+        table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), number(cell["chance"]), *scores])
+    return table
+
+
+def task_table(results: dict[str, dict]) -> Table:
+    table = [["task", "shots", "n", "metric", *results]]
+    for asked, outcome in next(iter(results.values()))["tasks"].items():
+        for task, figures in outcome["results"].items():
+            shots, n = outcome["n_shot"].get(task, ""), outcome["n_samples"].get(task, {}).get("effective", "")
+            for metric in figures:
+                scores = (number(result["tasks"][asked]["results"][task][metric]) for result in results.values())
+                table.append([task, str(shots), str(n), metric, *scores])
+    return table
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def aligned(table: Table) -> str:
+    """For the screen: first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = (
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in table
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+# The report
+
+
+def markdown(found: list[Section]) -> str:
+    parts = [part for section in found for part in (f"## {section.title}", section.note, as_markdown(section.table))]
+    return "\n\n".join(["# Evaluation", *filter(None, parts)])
+
+
+def as_markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def draw_chart(results: dict[str, dict]) -> bytes:
+    """A PNG of accuracies with 95% intervals: over all, and by group, or by subject where no group of MMLU's is."""
+    first = next(iter(results.values()))
+    part = "groups" if first["groups"] else "subjects"
+    labels = ["all", *first[part]]
+    width = 0.8 / len(results)
+    figure = Figure(figsize=(max(6.0, 1.4 * len(labels) * len(results) ** 0.5), 4.0), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, result) in enumerate(results.items()):
+        scores = [result, *(result[part][label] for label in labels[1:])]
+        places = [x + (i - (len(results) - 1) / 2) * width for x in range(len(labels))]
+        errors = [1.96 * (score["stderr"] or 0.0) for score in scores]
+        bars = axes.bar(places, [score["acc"] for score in scores], width, yerr=errors, capsize=2, label=name)
+        axes.bar_label(
+            bars, [f"{100 * score['acc']:.1f}" for score in scores], padding=2, fontsize=6 if len(results) > 2 else 8
+        )
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
+    axes.set_xticks(
+        range(len(labels)), [f"{label}\nn = {n}" for label, n in zip(labels, _sizes(first, part), strict=True)]
+    )
+    axes.set_ylim(0, 1.15)  # room for the legend
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_ylabel("accuracy")
+    axes.set_title(f"MMLU, {first['config']['num_fewshot']}-shot")
+    axes.legend(fontsize=8, ncols=len(results) + 1, loc="upper center", frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()
+
+
+def _sizes(result: dict[str, Any], part: str) -> Sequence[int]:
+    return [result["n"], *(score["n"] for score in result[part].values())]

@@ -1,0 +1,196 @@
+"""Evaluation during training: figures on held-out text, and accuracy on some questions of MMLU, of the student as it is
+after an optimizer step. The run goes on as if there had been none: nothing is drawn from its data or its random state,
+and the teacher answers through the same lane, between the batches of training.
+"""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from arguments import TrainArguments
+from distillation.teacher import Lane, ask_ahead
+from evaluation.held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
+from evaluation.mmlu import Question, answer, build_questions, load_mmlu
+from evaluation.scoring import Scorer
+from processes.exits import StopRequest
+from processes.ranks import Ranks
+from text.batch import Batch
+from training_utils import DistillationModel, to_device, undisturbed
+
+logger = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every evaluation of a run is made with."""
+
+    windows: Tensor  # (n, S + 1)
+    subjects: list[list[Question]]  # of MMLU; none if it is not asked for
+
+
+def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Material | None:
+    """The same on all ranks, each of which reads it; None for a run that does not evaluate. Raises ValueError."""
+    if not args.eval_interval:
+        return None
+    subjects: list[list[Question]] = []
+    if args.eval_mmlu_dir is not None:
+        with naming({"--mmlu_dir": "--eval_mmlu_dir"}):
+            # Without examples: a question must not take more tokens than a window of training.
+            subjects = [
+                build_questions([subject], num_fewshot=0, limit=args.eval_mmlu_limit)
+                for subject in load_mmlu(args.eval_mmlu_dir)
+            ]
+    windows = read_windows(held_out_source(args), tokenizer, args.eval_windows, args.seq_length)
+    material = Material(windows, subjects)
+    _check_same_on_all_ranks(material, ranks)
+    return material
+
+
+def _check_same_on_all_ranks(material: Material, ranks: Ranks) -> None:
+    """Nodes may have files of their own, and all ranks have to evaluate as many batches."""
+    if not ranks.all_have(material.windows.numpy().tobytes() + repr(material.subjects).encode()):
+        raise ValueError(
+            "--eval_interval: the held-out text or the questions are not the same on all nodes; expected the same "
+            "files on each"
+        )
+
+
+def held_out_source(args: TrainArguments) -> TextSource:
+    """Errors name the options of training where it is training's data set and they have not been given anew."""
+    name, subset, split = args.held_out_text()
+    is_other = name != args.dataset_name
+    given = {key: getattr(args, f"eval_{key}") for key in ("dataset_name", "dataset_subset", "dataset_split")}
+    return TextSource(
+        name,
+        subset,
+        split,
+        revision=None if is_other else args.dataset_revision,
+        text_field=args.dataset_text_field,
+        skip_bad_rows=args.skip_bad_rows,
+        local_files_only=args.local_files_only,
+        flags={f"--{key}": f"--eval_{key}" for key in given if is_other or given[key] is not None},
+    )
+
+
+def share_of_windows(windows: Tensor, batch_size: int, rank: int, world_size: int) -> list[Batch]:
+    """Batches r, r + W, r + 2W, ... of the windows (n, S + 1). The k-th is the same however many ranks there are; all
+    ranks have as many, and all are full: what is missing is masked.
+    """
+    n_batches = -(-len(windows) // (batch_size * world_size)) * world_size
+    padded = windows.new_zeros(n_batches * batch_size, windows.shape[1])  # (N, S + 1)
+    padded[: len(windows)] = windows
+    is_real = torch.arange(len(padded)) < len(windows)  # (N,)
+    share = []
+    for k in range(rank, n_batches, world_size):
+        rows = slice(k * batch_size, (k + 1) * batch_size)
+        batch = Batch.from_windows(padded[rows])
+        share.append(dataclasses.replace(batch, loss_mask=batch.loss_mask & is_real[rows, None]))
+    return share
+
+
+class Evaluator:
+    """Evaluates a student after every `--eval_interval` optimizer steps and after the last. Its figures do not depend
+    on the number of ranks: sums are kept by batch, and by subject, until all ranks' are there.
+    """
+
+    def __init__(
+        self,
+        args: TrainArguments,
+        material: Material | None,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: Ranks,
+        model: DistillationModel,
+        lane: Lane,
+        stop: StopRequest,
+    ) -> None:
+        self.args, self.tokenizer, self.ranks, self.model = args, tokenizer, ranks, model
+        self.lane, self.stop = lane, stop
+        self.batches: list[Batch] = []
+        self.subjects: list[list[Question]] = []
+        if material is not None:
+            self.batches = share_of_windows(material.windows, args.batch_size, ranks.rank, ranks.world_size)
+            self.subjects = material.subjects
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        interval = self.args.eval_interval
+        return interval > 0 and (step % interval == 0 or step == total_steps)
+
+    def evaluate(self) -> dict[str, float] | None:
+        """The figures, by name, the same on all ranks; what is not finite has no figure. None if the run was asked to
+        stop: it must not be kept from that.
+        """
+        began = time.perf_counter()
+        with undisturbed(self.model.student, self.args.compile):
+            sums = self._sums_of_text()
+            counts = None if sums is None else self._counts_of_mmlu()
+        self.lane.waits.take()  # no waiting of training
+        if sums is None or counts is None:
+            return None
+        figures = sums.figures(self.args.ce_weight, self.args.kl_weight)
+        if self.subjects:
+            right, asked = counts.tolist()
+            figures["mmlu"] = right / asked
+        return {**figures, "seconds": time.perf_counter() - began}
+
+    def add_to(self, row: dict[str, Any], total_steps: int) -> None:
+        """Evaluates, if it is time to, into the row of an optimizer step."""
+        if self.is_due(row["step"], total_steps) and (figures := self.evaluate()) is not None:
+            row["eval"] = figures
+
+    def _sums_of_text(self) -> HeldOutSums | None:
+        model, device, world_size = self.model, self.ranks.device, self.ranks.world_size
+        assert model.chunk_tokens is not None  # settled before the first step
+        by_batch = torch.zeros(len(self.batches) * world_size, 4, dtype=torch.float64)
+        asked_ahead = ask_ahead(self.batches, self.lane, self.args.teacher_prefetch or 0)
+        for i, (batch, asked) in enumerate(asked_ahead):
+            if self._is_asked_to_stop():
+                return None
+            batch, signal = to_device(batch, device), asked.result()  # (B, S, D_t) or (B, S, vocab)
+            hidden = model.student.backbone(batch.input_ids, use_cache=False).last_hidden_state  # (B, S, D)
+            head = model.student.lm_head
+            sums = held_out_sums(
+                hidden,
+                head.weight,
+                head.bias,
+                signal,
+                model.teacher_head,
+                batch.labels,
+                batch.loss_mask,
+                model.vocab,
+                self.args.temperature,
+                model.chunk_tokens,
+            )
+            by_batch[i * world_size + self.ranks.rank] = sums.values
+        return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.kl_weight > 0)
+
+    def _counts_of_mmlu(self) -> Tensor | None:
+        """Right answers and all: (2,). Each rank takes every W-th subject, no more windows and tokens at a time than in
+        training. Log-likelihoods that are not finite do not end the run, which may well recover: they make it NaN.
+        """
+        by_subject = torch.zeros(len(self.subjects), 2, dtype=torch.float64)
+        args, scorer = self.args, None
+        for first in range(0, len(self.subjects), self.ranks.world_size):
+            if self._is_asked_to_stop():
+                return None
+            own = first + self.ranks.rank
+            if own >= len(self.subjects):
+                continue
+            right = float("nan")
+            try:
+                student = self.model.student
+                scorer = scorer or Scorer(student, self.tokenizer, self.ranks.device, args.batch_size, args.seq_length)
+                right = sum(given.prediction == given.answer for given in answer(scorer, self.subjects[own]))
+            except ValueError as error:
+                logger.warning("evaluation: no accuracy on MMLU (%s)", error)
+            by_subject[own] = torch.tensor([right, len(self.subjects[own])])
+        return self.ranks.total(by_subject).sum(dim=0)
+
+    def _is_asked_to_stop(self) -> bool:
+        (code,) = self.ranks.maximum(self.stop.code)
+        return code > 0

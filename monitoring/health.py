@@ -1,0 +1,124 @@
+"""What goes wrong without an error: losses that jump, and weights that do not move although they are trained."""
+
+import logging
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from arguments import TrainArguments
+from checkpointing.state import owned_parameters
+from llamba import LlambaForCausalLM
+from model_utils import parts_of_student
+from processes.ranks import Ranks
+from training_utils import Meter
+
+logger = logging.getLogger("train")
+
+
+class SpikeWatch:
+    """Tells losses that stand out of the last ones: above the median by more than 6 standard deviations, which are
+    taken from the median distance to it, for the spikes themselves must not count.
+    """
+
+    WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=self.WINDOW)
+
+    def is_spike(self, loss: float) -> bool:
+        seen = list(self.losses)
+        self.losses.append(loss)
+        if len(seen) < self.LEAST:
+            return False
+        median = statistics.median(seen)
+        deviation = 1.4826 * statistics.median(abs(value - median) for value in seen)
+        return loss - median > max(self.DEVIATIONS * deviation, 0.05 * abs(median))
+
+
+def tell_oddities(
+    step: int, loss: float, grad_norm: float, outcome: str, spikes: SpikeWatch, meter: Meter, rank: int
+) -> None:
+    """Warns of an update that was skipped and of a loss that jumped, each rank with its own windows."""
+    if outcome == "bad":
+        # Where all losses are finite the gradient is not, and any window may have done it.
+        if suspects := meter.windows(only_bad=not math.isfinite(loss)):
+            text = "step %d skipped: loss %s, gradient norm %s; rank %d had windows %s"
+            logger.warning(text, step, loss, grad_norm, rank, suspects)
+    elif outcome == "stepped" and spikes.is_spike(loss):
+        logger.warning("step %d: loss %.4f stands out; rank %d had windows %s", step, loss, rank, meter.windows())
+
+
+class UpdateHealth:
+    """The share of trained weights that changed since the last report, by part of the model. A sample of each
+    parameter's weights is compared bit by bit, on the rank that keeps its moments: no second copy of the model.
+    """
+
+    SAMPLE = 2048  # weights of a parameter
+    EXPECTED = 0.5  # share that moves at least, between reports, where no update is lost
+
+    def __init__(
+        self, args: TrainArguments, student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer, ranks: Ranks
+    ) -> None:
+        self.interval, self.optimizer, self.ranks = args.health_interval, optimizer, ranks
+        # Masters gather what is too small to move a 16-bit weight yet, so that nothing is lost.
+        self.keeps_masters = args.dtype != "float32" and args.master_weights
+        self.parts = list(parts_of_student(student))
+        part_of = {p: i for i, members in enumerate(parts_of_student(student).values()) for p in members}
+        owned = [parameter for _, parameter in owned_parameters(student, optimizer)]
+        self.owned = [(parameter, part_of[parameter], _places(parameter, self.SAMPLE)) for parameter in owned]
+        self.before: list[Tensor] = []
+        if self.interval:
+            self._remember()
+
+    def add_to(self, row: dict[str, Any]) -> None:
+        """Into the row of an optimizer step, if it is time to."""
+        if self.interval > 0 and row["step"] % self.interval == 0:
+            row["update_health"] = self.report()
+
+    def report(self) -> dict[str, float]:
+        """Part -> share of the sampled weights that moved, of those that ever had a gradient (rows of the embedding
+        for tokens that were not seen have none). The same on all ranks.
+        """
+        counts = torch.zeros(len(self.parts), 2, dtype=torch.float64)
+        for (parameter, part, places), before in zip(self.owned, self.before, strict=True):
+            state = self.optimizer.optim.state.get(parameter, {})
+            if state:
+                trained = state["exp_avg_sq"].view(-1)[places] > 0
+                moved = (parameter.detach().view(-1)[places] != before) & trained
+                counts[part] += torch.tensor([moved.sum().item(), trained.sum().item()], dtype=torch.float64)
+        counts = self.ranks.total(counts)
+        self._remember()
+        shares = {
+            name: round(moved / trained, 4)
+            for name, (moved, trained) in zip(self.parts, counts.tolist(), strict=True)
+            if trained
+        }
+        self._warn(shares)
+        return shares
+
+    def _remember(self) -> None:
+        self.before = [parameter.detach().view(-1)[places].clone() for parameter, _, places in self.owned]
+
+    def _warn(self, shares: dict[str, float]) -> None:
+        if self.keeps_masters or not self.ranks.is_main:
+            return
+        stuck = [f"{100 * share:.1f}% of the {part}" for part, share in shares.items() if share < self.EXPECTED]
+        if stuck:
+            logger.warning(
+                "of the trained weights only %s changed in the last %d steps: updates are too small for the weights' "
+                "dtype and are lost; train with --master_weights, or raise --max_lr",
+                ", ".join(stuck),
+                self.interval,
+            )
+
+
+def _places(parameter: nn.Parameter, n: int) -> Tensor:
+    """Indices of at most n weights, spread over all of a parameter."""
+    size = parameter.numel()
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(size, (min(n, size),), generator=generator).to(parameter.device)

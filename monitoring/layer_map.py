@@ -1,0 +1,115 @@
+"""How far each layer of the student strays from the teacher's, every `--layer_map_interval` optimizer steps: `stream`
+tells how the hidden states drift apart on their way through both models, `own` what each layer does to that by itself.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from arguments import TrainArguments
+from distillation.teacher import Lane, NoTeacher
+from llamba import LlambaConfig, LlambaForCausalLM
+from text.batch import Batch
+from training_utils import undisturbed
+
+logger = logging.getLogger("train")
+
+MOST_TOKENS = 512  # of one window: for an 8B model 33 hidden states take 140 MB on each device
+
+
+def check_layer_map(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Whether the models' layers can be compared one by one. Raises ValueError."""
+    shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
+    if args.layer_map_interval and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--layer_map_interval {args.layer_map_interval}: the student has {shapes[0][0]} layers of width "
+            f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
+            "the option out"
+        )
+
+
+class LayerMap:
+    """Made by the first rank alone, with the teacher that it runs; nothing is drawn or changed."""
+
+    def __init__(self, args: TrainArguments, student: LlambaForCausalLM, lane: Lane, is_main: bool) -> None:
+        self.interval = args.layer_map_interval if is_main else 0
+        self.student, self.lane, self.compiled = student, lane, args.compile
+
+    def add_to(self, row: dict[str, Any], batch: Batch) -> None:
+        """Into the row of an optimizer step, if it is time to; from the beginning of `batch`'s first window."""
+        if not self.interval or row["step"] % self.interval:
+            return
+        try:
+            row["layer_map"] = self._map(batch.input_ids[:1, :MOST_TOKENS])
+            logger.info(format_map(row))
+        except Exception as error:  # whatever it is, memory that is short among it: the run is more important
+            self.interval = 0
+            logger.warning("layer map: %s: %s; no more are made", type(error).__name__, error)
+        self.lane.waits.take()  # no waiting of training
+
+    def _map(self, input_ids: Tensor) -> dict[str, list[float]]:
+        assert not isinstance(self.lane, NoTeacher)
+        with undisturbed(self.student, self.compiled):
+            return layer_map(self.student, input_ids, self.lane.hidden_states(input_ids))
+
+
+def layer_map(student: LlambaForCausalLM, input_ids: Tensor, states: list[Tensor]) -> dict[str, list[float]]:
+    """input_ids (B, S); states: of the teacher, what goes into its first layer and comes out of each, n_layer + 1
+    tensors (B, S, D) on the student's device.
+
+    stream: ||h_s - h_t|| / ||h_t|| after each layer, h_s and h_t being the hidden states of student and teacher.
+    own: of each layer alone, given the teacher's h_t before it: ||f_s(h_t) - f_t(h_t)|| / ||f_t(h_t) - h_t||. 0 is a
+    layer that does as the teacher's does, 1 one that errs by as much as doing nothing would.
+    Means over tokens.
+    """
+    inputs, outputs = states[:-1], states[1:]
+    updates = [after - before for before, after in zip(inputs, outputs, strict=True)]
+    stream = _errors(student, input_ids, outputs, outputs)
+    own = _errors(student, input_ids, outputs, updates, inputs)
+    return {"stream": stream, "own": own}
+
+
+@torch.no_grad()
+def _errors(
+    student: LlambaForCausalLM,
+    input_ids: Tensor,
+    expected: list[Tensor],
+    scales: list[Tensor],
+    inputs: list[Tensor] | None = None,
+) -> list[float]:
+    """Of each layer's output, by the norm of `scales`; the layers are given `inputs`, where there are any."""
+    errors: list[Tensor] = []
+
+    def compare(i: int) -> Callable:
+        def hook(_module, _args, output: Tensor) -> None:
+            wrong = (output.float() - expected[i].float()).norm(dim=-1)  # (B, S)
+            errors.append((wrong / scales[i].float().norm(dim=-1)).mean())
+
+        return hook
+
+    def replace(state: Tensor) -> Callable:
+        return lambda _module, args: (state, *args[1:])
+
+    layers = student.backbone.layers
+    handles = [layer.register_forward_hook(compare(i)) for i, layer in enumerate(layers)]
+    if inputs is not None:
+        handles += [layer.register_forward_pre_hook(replace(inputs[i])) for i, layer in enumerate(layers)]
+    try:
+        student.backbone(input_ids.to(expected[0].device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [round(error, 6) for error in torch.stack(errors).tolist()]
+
+
+def format_map(row: dict[str, Any]) -> str:
+    """The line of a map: the layers that stray most by themselves, and what has become of it at the end."""
+    own, stream = row["layer_map"]["own"], row["layer_map"]["stream"]
+    worst = sorted(range(len(own)), key=lambda i: -own[i] if math.isfinite(own[i]) else -math.inf)[:3]
+    named = ", ".join(f"{i} ({own[i]:.3f})" for i in worst)
+    return f"layer map (opt {row['step']}) | stray most: layers {named} | after the last layer {stream[-1]:.3f}"

@@ -1,0 +1,290 @@
+"""What a run tells of itself: each optimizer step as a row of metrics.jsonl, which goes to the log and to whatever else
+shows it (a bar, Weights & Biases, TensorBoard); warnings in warnings.jsonl; and in status.json how the run stands.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from arguments import TrainArguments
+from monitoring.progress_bar import LOGGERS, Eta, ProgressBar, format_duration, format_speed, has_terminal
+from monitoring.speed import Gauges
+from monitoring.trackers import Tracker, start_trackers
+from utils import finite
+
+logger = logging.getLogger("train")
+
+EVALUATED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures of an evaluation that the log tells
+
+
+class RunLog:
+    """Where the rows of optimizer steps go: to `metrics.jsonl`, and to what shows them. Only the main rank writes."""
+
+    def __init__(
+        self,
+        args: TrainArguments,
+        start: int,
+        is_main: bool,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+        gauges: Gauges | None = None,
+    ) -> None:
+        """start: the micro step from which the run goes on; step: its optimizer step, of `total_steps`.
+        gauges: what they show goes into the rows.
+        """
+        self.folder, self.gauges = Path(args.output_dir), gauges
+        self.file: MetricsFile | None = None
+        self.watchers: list[Tracker] = []
+        if not is_main:
+            return
+        self.file = MetricsFile(self.folder / "metrics.jsonl", start)
+        trackers = start_trackers(args, self.file.rows(), step) if args.wandb or args.tensorboard else []
+        eta = Eta(total_steps)
+        self.watchers.append(LogLines(args.log_interval, eta))
+        if total_steps is not None and has_terminal():
+            self.watchers.append(ProgressBar(step, total_steps, eta))
+        self.watchers += trackers
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        if self.gauges is not None:
+            row = row | self.gauges.read(row["tokens_per_s"])
+        self.file.write(row)
+        for watcher in self.watchers.copy():
+            self._try(watcher, watcher.write, row)
+
+    def _try(self, watcher: Tracker, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:  # whatever it is: training is more important than who looks on
+            self.watchers.remove(watcher)
+            logger.warning("%s: %s: %s; nothing more goes there", watcher.name, type(error).__name__, error)
+
+    def flush_to_disk(self) -> None:
+        """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""
+        if self.file is not None:
+            self.file.flush_to_disk()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if self.file is None:
+            return
+        self.file.close()
+        status = read_status(self.folder).get("status", "running")
+        for watcher in self.watchers.copy():
+            self._try(watcher, watcher.close, status if error_type is None else "failed", error_type is not None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`, appended and flushed so that a run that dies keeps its lines."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        """start: the micro step after which the rows that are there are taken again."""
+        _set_aside_rows_after(path, start)
+        self.path = path
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
+        self.told = False  # that it did not
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._append(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        self.unwritten += line
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.told = False
+        except OSError as error:
+            if not self.told:
+                logger.warning(
+                    "metrics.jsonl cannot be written (%s); its rows are kept until it can be", error.strerror
+                )
+            self.told = True
+
+    def flush_to_disk(self) -> None:
+        with contextlib.suppress(OSError):  # told where the rows, or the checkpoint, are written
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.unwritten:
+            self._append(b"")
+        self.file.close()
+
+
+def _set_aside_rows_after(path: Path, micro_step: int) -> None:
+    """A run that goes on from `micro_step` takes the steps after it again. What stands in `path` of the first time,
+    a last line cut short by a crash included, moves to metrics.abandoned.jsonl, so that a curve drawn from `path`
+    never goes back.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    abandoned: list[str] = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        (kept if _micro_step_of(line) <= micro_step else abandoned).append(line)
+    if abandoned:
+        with path.with_name("metrics.abandoned.jsonl").open("a") as file:
+            file.writelines(abandoned)
+        rewritten = path.with_name(".metrics.jsonl.partial")
+        rewritten.write_text("".join(kept))
+        rewritten.replace(path)
+
+
+def _micro_step_of(line: str) -> float:
+    """Infinity for a line that a crash or a loss of power has spoilt."""
+    try:
+        return json.loads(line)["micro_step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+# --- the log -------------------------------------------------------------------------------------------------
+
+
+class LogLines:
+    """A line for the first step, for every `interval`th, and for evaluations."""
+
+    name = "the log"
+
+    def __init__(self, interval: int, eta: Eta) -> None:
+        self.interval, self.eta = interval, eta
+
+    def write(self, row: dict[str, Any]) -> None:
+        left = self.eta.seconds(row["step"])
+        if row["step"] % self.interval == 0 or row["step"] == 1:
+            logger.info(format_metrics(row, left))
+        if "eval" in row:
+            logger.info(format_evaluation(row))
+
+    def close(self, status: str, failed: bool) -> None:
+        pass
+
+
+def format_metrics(row: dict[str, Any], seconds_left: float | None = None) -> str:
+    """The line of one optimizer step, as it stands in the log."""
+    line = (
+        f"micro_step {row['micro_step']} (opt {row['step']}) | loss {row['loss']:.4f} | kl {row['kl']:.4f} | "
+        f"ce {row['ce']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f} | "
+        f"teacher wait {row['teacher_wait_s']:.2f}s"
+    )
+    left = [] if seconds_left is None else [f"eta {format_duration(seconds_left)}"]
+    return " | ".join([line, *format_speed(row), *left])
+
+
+def format_evaluation(row: dict[str, Any]) -> str:
+    """The line of the evaluation after an optimizer step; without a teacher it has no KL and no agreement."""
+    figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
+    return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
+
+
+@contextlib.contextmanager
+def keeping_warnings(rank: int) -> "Iterator[WarningsFile]":
+    """Warnings, and what is worse, go to warnings.jsonl as well, with their time; all ranks may share the file."""
+    handler = WarningsFile(rank)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for log in loggers:
+        log.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        for log in loggers:
+            log.removeHandler(handler)
+
+
+class WarningsFile(logging.Handler):
+    """Keeps what comes before `write_to` has said where to."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self.rank, self.early = rank, b""
+        self.path: Path | None = None
+
+    def write_to(self, folder: Path) -> None:
+        self.path = folder / "warnings.jsonl"
+        self._append(self.early)
+        self.early = b""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        entry = {"time": record.created, "rank": self.rank, "text": self.format(record)}
+        line = json.dumps(entry).encode() + b"\n"
+        if self.path is None:
+            self.early += line
+        else:
+            self._append(line)
+
+    def _append(self, lines: bytes) -> None:
+        """In one write to the end of the file: lines of several ranks do not mix."""
+        assert self.path is not None
+        if lines:
+            with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:  # the log has them, too
+                file.write(lines)
+
+
+# --- how the run stands --------------------------------------------------------------------------------------
+
+
+def read_status(output_dir: Path) -> dict[str, Any]:
+    """status.json; nothing where there is none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((output_dir / "status.json").read_text())
+        return status if isinstance(status, dict) else {}
+    return {}
+
+
+def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
+    """status.json: how the run stands (running, complete, stopped, diverged) and the exit code that says so."""
+    partial = output_dir / ".status.json.partial"
+    try:
+        partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
+        partial.replace(output_dir / "status.json")
+    except OSError as error:  # the run itself is more important
+        logger.warning("status.json cannot be written (%s)", error.strerror)
+
+
+def begin_status(output_dir: Path) -> float:
+    """status.json says "running" from here on, to the run's death if that is how it ends. Returns when torchrun
+    launched the run, in seconds since the epoch: its restarts keep that time.
+    """
+    launched = time.time()
+    if _restarts():
+        launched = read_status(output_dir).get("launched", launched)
+    write_status(output_dir, "running", 0, launched=launched)
+    return launched
+
+
+@contextlib.contextmanager
+def telling_refusal(output_dir: Path) -> Iterator[None]:
+    """A run that its input ends, with a ValueError, was refused: status.json must not say that it is running."""
+    try:
+        yield
+    except ValueError as error:
+        write_status(output_dir, "refused", 2, text=str(error))
+        raise
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def ended_before_restart(output_dir: Path) -> int | None:
+    """The exit code of the workers that torchrun has restarted, if they had stopped for good: under --max-restarts
+    torchrun takes every code but 0 for a failure and starts the workers again.
+    """
+    status = read_status(output_dir) if _restarts() else {}
+    if status.get("status") not in ("stopped", "diverged"):
+        return None
+    logger.warning("not started again: %s", status["text"])
+    return status["exit_code"]

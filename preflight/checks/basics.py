@@ -1,0 +1,189 @@
+"""What a check of doctor.py says, how checks are run so that none ends the others, and the first of them: Python and
+the packages. Standard library only, and readable to a Python that is too old for all else, so that it can be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from packaging.requirements import Requirement
+
+    from arguments import TrainArguments
+
+    Check = Callable[["Case"], Iterator["Finding"]]
+
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+OLDEST_PYTHON = (3, 10)
+OLDEST = {"torch": "2.11", "transformers": "5.17"}  # that the README promises to work
+# Of what requirements.txt lists, what most runs do without.
+NEEDED_FOR = {"wandb": "--wandb", "tqdm": "evaluations", "matplotlib": "the charts of evaluations"}
+OPTIONAL = {
+    "mamba-ssm": "fast scan on GPUs",
+    "flash-linear-attention": "fast scan on GPUs, where there is no mamba-ssm",
+    "causal-conv1d": "fast convolution on GPUs",
+    "lm-eval": "--tasks of the evaluation",
+    "tensorboard": "--tensorboard",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """status: ok, warning or failure. name: what was looked at. remedy: what to do at once; empty where all is well."""
+
+    status: str
+    name: str
+    found: str
+    remedy: str = ""
+
+    @classmethod
+    def of_error(cls, status: str, name: str, message: str) -> Finding:
+        """Of a message in the way of this project: what is wrong; what to do. A name is not told twice."""
+        found, separator, remedy = " ".join(message.removeprefix(f"{name}: ").split()).rpartition("; ")
+        return cls(status, name, found, remedy) if separator else cls(status, name, remedy)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # so that what is found out for it can be kept in a cache
+class Case:
+    """What is looked at: a run with these options, of this many ranks on this machine (None: as many as it has GPUs
+    for).
+    """
+
+    args: TrainArguments
+    nproc: int | None = None
+    collectives: bool = False
+
+
+class NotLookedAt(Exception):
+    """A check cannot be made for want of something that another check has told of."""
+
+
+def run_check(name: str, check: Check, case: Case) -> list[Finding]:
+    """All that a check finds, and what the project's own loggers warned of meanwhile. Whatever it raises is a finding
+    too.
+    """
+    warned = _Warnings()
+    loggers = [logging.getLogger(name) for name in ("train", "llamba")]
+    for logger in loggers:
+        logger.addHandler(warned)
+    findings: list[Finding] = []
+    try:
+        findings += check(case)
+    except NotLookedAt as error:
+        findings.append(Finding(WARNING, name, f"not looked at: {error}, see above"))
+    except ValueError as error:
+        findings.append(Finding.of_error(FAILURE, name, str(error)))
+    except Exception as error:  # whatever it is, the other checks go on
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        findings.append(Finding(FAILURE, name, text, f"a run would meet this too. It comes from {_where(error)}"))
+    finally:
+        for logger in loggers:
+            logger.removeHandler(warned)
+    return [*findings, *(Finding.of_error(WARNING, name, message) for message in dict.fromkeys(warned.messages))]
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _where(error: Exception) -> str:
+    """File and line that raised it."""
+    traceback = error.__traceback__
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return f"{traceback.tb_frame.f_code.co_filename}, line {traceback.tb_lineno}"
+
+
+# --- Python and packages -------------------------------------------------------------------------------------
+
+
+def check_python() -> Iterator[Finding]:
+    version = platform.python_version()
+    wanted = ".".join(map(str, OLDEST_PYTHON))
+    if sys.version_info < OLDEST_PYTHON:
+        remedy = f"make setup PYTHON=python3.11   (any Python from {wanted} on), then .venv/bin/python doctor.py"
+        yield Finding(FAILURE, "Python", f"{version}, expected {wanted} or newer", remedy)
+    else:
+        yield Finding(OK, "Python", f"{version} in {sys.prefix}")
+
+
+def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
+    """What is installed against what requirements.txt pins for this Python."""
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:
+        return  # what needs it does not load either, which `check_imports` tells
+    lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+    for requirement in [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]:
+        if requirement.marker is None or requirement.marker.evaluate():
+            yield _compare(requirement)
+
+
+def _compare(requirement: Requirement) -> Finding:
+    from packaging.version import Version
+
+    name, tested = requirement.name, str(requirement.specifier).lstrip("=")
+    pip_line = f'python -m pip install "{name}{requirement.specifier}"'
+    try:
+        installed = Version(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        if name in NEEDED_FOR:
+            return Finding(WARNING, name, f"not installed; needed for {NEEDED_FOR[name]}", pip_line)
+        return Finding(FAILURE, name, "not installed", pip_line)
+    oldest = OLDEST.get(name)
+    if oldest is not None and installed < Version(oldest):
+        return Finding(FAILURE, name, f"{installed}, expected {oldest} or newer", pip_line)
+    if not requirement.specifier.contains(installed, prereleases=True):
+        return Finding(WARNING, name, f"{installed}; tested with {tested}", f"if it makes trouble: {pip_line}")
+    return Finding(OK, name, str(installed))
+
+
+def check_imports(
+    names: tuple[str, ...] = ("yaml", "torch", "transformers", "datasets", "accelerate"),
+) -> Iterator[Finding]:
+    """Whether what is installed also loads: nothing else can be looked at without it."""
+    problems: dict[str, list[str]] = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            problems.setdefault(f"no module {error.name}", []).append(name)
+        except Exception as error:  # a library of another build raises nearly anything
+            problems.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", []).append(name)
+    if problems:
+        text = "; ".join(f"{', '.join(names)} ({why})" for why, names in problems.items())
+        yield Finding(FAILURE, "imports", f"do not load: {text}", _install())
+
+
+def _install() -> str:
+    venv = REQUIREMENTS.with_name(".venv")
+    if venv.is_dir() and Path(sys.prefix) != venv:
+        return f"source {venv}/bin/activate, then again: there the packages may be"
+    return "make setup   (or: python -m pip install -r requirements.txt)"
+
+
+def check_optional_packages(case: Case) -> Iterator[Finding]:
+    for name, purpose in OPTIONAL.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "not installed, not needed"
+        yield Finding(OK, name, f"{found} ({purpose})")
+    yield Finding(OK, "cartesia-pytorch", "not needed: llamba/ reads its published weights itself")

@@ -1,0 +1,82 @@
+"""The checks of doctor.py that measure the way between GPUs: copies one at a time, and with --collectives what
+ranks reach together.
+"""
+
+import itertools
+import statistics
+from collections.abc import Iterator
+
+import torch
+
+from preflight.checks.all_reduce import all_reduce_rate
+from preflight.checks.basics import OK, WARNING, Case, Finding
+from preflight.checks.machine import GB, default_nproc
+
+SLOW_LINK = 8.0  # GB/s; PCIe 4.0 with all its lanes does 25
+LINK_BYTES, LINK_COPIES = 256 * 2**20, 5
+
+
+def check_links(case: Case) -> Iterator[Finding]:
+    """Copies between each GPU and the host, and between each two GPUs, one at a time."""
+    n_gpus = torch.cuda.device_count()
+    if n_gpus == 0:
+        yield Finding(OK, "links", "no GPU, nothing to measure")
+        return
+    gpus = [torch.device("cuda", index) for index in range(n_gpus)]
+    rates = {(gpu, None): copy_rate(gpu, None) for gpu in gpus} | {(None, gpu): copy_rate(None, gpu) for gpu in gpus}
+    yield judge_links("links between GPUs and host", rates)
+    pairs = list(itertools.permutations(gpus, 2))
+    if pairs:
+        n_direct = sum(torch.cuda.can_device_access_peer(one.index, other.index) for one, other in pairs)
+        name = f"links between GPUs ({n_direct} of {len(pairs)} direct)"
+        yield judge_links(name, {pair: copy_rate(*pair) for pair in pairs})
+
+
+def judge_links(name: str, rates: dict[tuple, float]) -> Finding:
+    """rates: (from, to), None for the host -> GB/s."""
+    slowest = min(rates, key=rates.__getitem__)
+    way = " to ".join("host" if end is None else str(end) for end in slowest)
+    found = f"{rates[slowest]:.1f} GB/s ({way}) to {max(rates.values()):.1f} GB/s"
+    if rates[slowest] >= SLOW_LINK:
+        return Finding(OK, name, found)
+    remedy = "--teacher_signal hidden (the default), a higher --grad_accumulation_steps, --freeze_mlp: less travels"
+    return Finding(WARNING, name, f"{found}; below {SLOW_LINK:g} GB/s is slow", remedy)
+
+
+def copy_rate(source: torch.device | None, target: torch.device | None) -> float:
+    """GB/s, median of some copies; None is the host's pinned memory."""
+    given, taken = (
+        torch.empty(LINK_BYTES, dtype=torch.uint8, device=place or "cpu", pin_memory=place is None)
+        for place in (source, target)
+    )
+    seconds = []
+    with torch.cuda.device(source or target):  # the copy runs on a stream of that one
+        for _ in range(1 + LINK_COPIES):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            taken.copy_(given, non_blocking=True)
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1000)
+    return LINK_BYTES / statistics.median(seconds[1:]) / GB
+
+
+# --- collectives ---------------------------------------------------------------------------------------------
+
+
+def check_collectives(case: Case) -> Iterator[Finding]:
+    """All-reduces of real processes, as DDP makes them of gradients."""
+    if not case.collectives:
+        return
+    on_gpus = torch.cuda.device_count() > 0
+    n_ranks, n_bytes = max(default_nproc(case), 1 if on_gpus else 2), 2**28 if on_gpus else 2**24
+    name = f"all-reduce among {n_ranks} by {'NCCL' if on_gpus else 'gloo'}"
+    if n_ranks == 1:
+        yield Finding(OK, "collectives", "one rank talks to nobody")
+        return
+    rate = all_reduce_rate(n_ranks, n_bytes, on_gpus)
+    found = f"{n_bytes / 2**20:.0f} MiB at {rate:.2f} GB/s"
+    if on_gpus and rate < SLOW_LINK / 2:
+        yield Finding(WARNING, name, f"{found}, which is slow", "a higher --grad_accumulation_steps, --freeze_mlp")
+    else:
+        yield Finding(OK, name, found)

@@ -1,0 +1,111 @@
+"""The checks of doctor.py that compute: has a student that equals its teacher no loss. Only a small model is read."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from arguments import TrainArguments
+from distillation.losses import fused_distill_loss
+from llamba import LlambaConfig, LlambaForCausalLM
+from model_utils import apply_replacements, get_teacher_model
+from preflight.checks.basics import FAILURE, OK, Case, Finding
+from preflight.checks.machine import run_device
+from preflight.checks.models import PROBE, configs, skeletons, teacher_place, teacher_tokenizer
+from text.token_file import Encoder
+from training_utils import DTYPES, compiles_loss
+
+SMALL_MODEL = 200_000_000  # parameters that take seconds to read
+# What rounding explains. Equal inputs give equal logits in any dtype; two ways to the same logits do not.
+MOST_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+MOST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of CE and hidden states
+EQUAL = "student equal to its teacher ({})"
+
+
+def check_loss(case: Case) -> Iterator[Finding]:
+    """Random hidden states and a head of some size, as student and as teacher."""
+    device, dtype = run_device(), DTYPES[case.args.dtype]
+    hidden, head = torch.randn(64, 256, device=device, dtype=dtype), torch.randn(4096, 256, device=device, dtype=dtype)
+    head /= 8  # logits of deviation 2
+    labels = torch.randint(4096, (64,), device=device)
+    kl, ce = kl_and_ce(case.args, hidden, head, hidden, head, labels)
+    plain_ce = F.cross_entropy(F.linear(hidden.float(), head.float()), labels).item()
+    yield judge("loss alone", dtype, kl, abs(ce / plain_ce - 1), f"CE {ce:.4f}")
+
+
+def kl_and_ce(
+    args: TrainArguments, hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    """As training computes them of hidden states (N, D), (N, D_t) and heads (V, D), (V, D_t); labels (N,)."""
+    vocab, signal = len(teacher_head), teacher
+    signal_head: Tensor | None = teacher_head
+    if args.teacher_signal == "logits":
+        signal, signal_head = F.linear(teacher, teacher_head), None
+    mask, compiled = torch.ones_like(labels, dtype=torch.bool), args.compile or compiles_loss(hidden.device)
+    weights = (args.ce_weight, args.kl_weight, args.temperature)
+    rest = (labels, mask, vocab, *weights, args.loss_chunk_tokens, compiled)
+    _, kl, ce = fused_distill_loss(hidden, head, None, signal, signal_head, *rest)
+    return kl.item(), ce.item()
+
+
+def judge(name: str, dtype: torch.dtype, kl: float, difference: float, more: str) -> Finding:
+    """difference: relative, of what has to be equal beside the KL."""
+    title = EQUAL.format(name)
+    found = f"KL {kl:.2g}, {more}, off by {difference:.1g}"
+    if abs(kl) <= MOST_KL[dtype] and difference <= MOST_DIFFERENCE[dtype]:
+        return Finding(OK, title, found)
+    expected = f"expected a KL below {MOST_KL[dtype]:g} and a difference below {MOST_DIFFERENCE[dtype]:g}"
+    remedy = "do not train on this machine as it is: try --dtype float32, another torch, and without the fast kernels"
+    return Finding(FAILURE, title, f"{found}; {expected}", remedy)
+
+
+def check_equal_models(case: Case) -> Iterator[Finding]:
+    """All of the teacher's layers, its embedding, norm and head in a student's frame: nothing to learn is left."""
+    teacher_config, student_config = configs(case)
+    if case.args.kl_weight == 0:
+        return
+    skeleton, _ = skeletons(case)
+    n_parameters = sum(p.numel() for p in skeleton.parameters())
+    if n_parameters > SMALL_MODEL or teacher_config.model_type != "llama":
+        found = f"not tried with {n_parameters / 1e9:.1f} billion parameters ({teacher_config.model_type})"
+        yield Finding(OK, EQUAL.format("whole models"), found + ", only the loss was")
+        return
+    place = teacher_place(case, needs_weights=True)
+    device, dtype = run_device(), DTYPES[case.args.dtype]
+    teacher = get_teacher_model(place, dtype, device)
+    student = teacher_as_student(teacher, student_config)
+    ids = torch.from_numpy(Encoder(teacher_tokenizer(case))([PROBE]).astype("int64")).to(device)  # (N + 1,)
+    with torch.no_grad():
+        of_teacher = teacher.base_model(ids[None, :-1], use_cache=False).last_hidden_state[0]  # (N, D)
+        of_student = student.backbone(ids[None, :-1], use_cache=False).last_hidden_state[0]
+        head, own_head = teacher.get_output_embeddings().weight, student.lm_head.weight
+        kl, ce = kl_and_ce(case.args, of_student, own_head, of_teacher, head, ids[1:])
+        _, ce_of_teacher = kl_and_ce(case.args, of_teacher, head, of_teacher, head, ids[1:])
+    difference = ((of_student - of_teacher).float().norm() / of_teacher.float().norm()).item()
+    yield judge("whole models", dtype, kl, max(difference, abs(ce / ce_of_teacher - 1)), f"CE {ce:.4f}")
+
+
+def teacher_as_student(teacher: PreTrainedModel, config: LlambaConfig) -> LlambaForCausalLM:
+    """config: of the student, for its mixers, which give way to the teacher's layers."""
+    given = teacher.config
+    config = LlambaConfig(
+        vocab_size=given.vocab_size,
+        pad_vocab_size_multiple=1,
+        d_model=given.hidden_size,
+        n_layer=given.num_hidden_layers,
+        norm_epsilon=given.rms_norm_eps,
+        mlp_cfg=config.mlp_cfg,
+        ssm_cfg=config.ssm_cfg,
+    )
+    student = LlambaForCausalLM._from_config(config, dtype=teacher.dtype, attn_implementation="sdpa")
+    student = student.to(teacher.device).eval().requires_grad_(False)
+    apply_replacements(student, teacher, list(range(config.n_layer)))
+    for own, source in (
+        (student.backbone.embedding, teacher.get_input_embeddings()),
+        (student.backbone.final_layernorm, teacher.base_model.norm),
+        (student.lm_head, teacher.get_output_embeddings()),
+    ):
+        own.load_state_dict(source.state_dict())
+    return student

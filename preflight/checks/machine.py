@@ -1,0 +1,293 @@
+"""The checks of doctor.py that look at the machine: its settings, its GPUs and the kernels for them. How
+many ranks a run has here, and on which device, is told here for all checks.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamba import LlambaConfig
+from llamba.kernels import Kernels, causal_conv, kernels_for
+from llamba.ssd import ssd_chunked
+from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding
+from processes.ranks import choose_devices, default_prefetch
+from training_utils import DTYPES
+from utils import check_compiler
+
+GB = 1e9
+PLAIN = "plain PyTorch"  # what llamba.kernels calls it
+
+# Settings, the values that cost something, and what they cost.
+COSTLY = (
+    (
+        "NCCL_P2P_DISABLE",
+        "1",
+        "GPUs copy to each other through the host; an all-reduce takes several times as long",
+    ),
+    ("NCCL_SHM_DISABLE", "1", "ranks of one box talk through sockets; an all-reduce takes several times as long"),
+    ("NCCL_IB_DISABLE", "1", "nodes talk by TCP and not by InfiniBand; on a single box it costs nothing"),
+    ("NCCL_DEBUG", "INFO TRACE", "NCCL fills the log; TRACE also slows every call"),
+    ("NCCL_LAUNCH_BLOCKING", "1", "every collective is waited for; nothing overlaps with it"),
+    ("TORCH_NCCL_BLOCKING_WAIT", "1", "every collective is waited for; nothing overlaps with it"),
+    ("CUDA_LAUNCH_BLOCKING", "1", "every kernel is waited for: a step takes up to several times as long"),
+    ("TORCH_DISTRIBUTED_DEBUG", "DETAIL", "ranks compare notes before every collective"),
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "every tensor waits for the driver; a step takes many times as long"),
+    ("TOKENIZERS_PARALLELISM", "0 false no off", "the tokenizer takes one core"),
+)
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def default_nproc(case: Case) -> int:
+    n_gpus = torch.cuda.device_count()
+    has_its_own = case.args.kl_weight > 0 and case.args.teacher_placement == "dedicated"
+    return case.nproc or max(1, n_gpus - (has_its_own and case.args.teacher_device is None))
+
+
+@contextmanager
+def launched_as(n_ranks: int) -> Iterator[None]:
+    """As torchrun would start rank 0 of as many."""
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(n_ranks)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_WORLD_SIZE")
+        if before is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+class Devices(NamedTuple):
+    """Of rank 0's student and of its teacher, and the batches that a teacher there works ahead by default."""
+
+    student: torch.device
+    teacher: torch.device
+    prefetch: int
+
+
+def devices(case: Case) -> Devices:
+    """Raises ValueError, as a run would, if GPUs are short."""
+    args = case.args
+    with launched_as(default_nproc(case)):
+        student, teacher = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
+        return Devices(student, teacher, default_prefetch(teacher))
+
+
+def run_device() -> torch.device:
+    """Of rank 0's student."""
+    return torch.device("cuda:0" if torch.cuda.device_count() else "cpu")
+
+
+# --- settings ------------------------------------------------------------------------------------------------
+
+
+def check_environment(case: Case) -> Iterator[Finding]:
+    found = False
+    for name, costly, cost in COSTLY:
+        value = os.environ.get(name, "")
+        if value and value.lower() in costly.lower().split():
+            found = True
+            yield Finding(WARNING, f"{name}={value}", cost, f"unset {name}   (unless this machine needs it)")
+    for name in ALLOCATOR:
+        if "cudaMallocAsync" in os.environ.get(name, "") or "max_split_size_mb" in os.environ.get(name, ""):
+            found = True
+            cost = "memory is handed out in another way than the one that the plan and --loss_chunk_tokens reckon with"
+            yield Finding(WARNING, f"{name}={os.environ[name]}", cost, f"export {name}=expandable_segments:True")
+    n_cores, n_ranks = len(os.sched_getaffinity(0)), default_nproc(case)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if torch.cuda.device_count() == 0:
+        share = max(1, n_cores // n_ranks)
+        if threads.isdecimal() and int(threads) * n_ranks > n_cores:
+            found = True
+            cost = f"{n_ranks} rank(s) on {n_cores} core(s) get in each other's way"
+            yield Finding(WARNING, f"OMP_NUM_THREADS={threads}", cost, f"export OMP_NUM_THREADS={share}")
+        elif not threads and 1 < n_ranks < n_cores:
+            found = True
+            cost = f"torchrun gives each rank one thread, of {n_cores} cores"
+            yield Finding(WARNING, "OMP_NUM_THREADS", f"not set: {cost}", f"export OMP_NUM_THREADS={share}")
+    if not found:
+        yield Finding(OK, "environment", "nothing in it costs speed")
+
+
+def check_shared_memory(case: Case, place: str = "/dev/shm") -> Iterator[Finding]:
+    """Of NCCL between GPUs without a direct way, and of the loader's workers."""
+    size = shutil.disk_usage(place).total
+    needed = torch.cuda.device_count() > 1 or case.args.dataset_workers > 0
+    if needed and size < 1e9:
+        remedy = "start the container with --ipc=host, or --shm-size=8g"
+        yield Finding(WARNING, place, f"{size / 1e6:.0f} MB; NCCL and --dataset_workers may want more", remedy)
+    else:
+        yield Finding(OK, place, f"{size / GB:.1f} GB" + ("" if needed else ", not needed here"))
+
+
+# --- GPUs ----------------------------------------------------------------------------------------------------
+
+
+def has_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def check_gpus(case: Case) -> Iterator[Finding]:
+    n_gpus, cuda = torch.cuda.device_count(), torch.version.cuda
+    if n_gpus == 0 and not has_driver():
+        yield Finding(OK, "GPUs", f"none, and no NVIDIA driver (torch {torch.__version__}): the run is on the CPU")
+    elif n_gpus == 0 and cuda is None:
+        remedy = (
+            "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/CUDA_BUILD   "
+            "(see pytorch.org for CUDA_BUILD)"
+        )
+        found = f"there is an NVIDIA driver, but torch {torch.__version__} is a CPU build"
+        yield Finding(WARNING, "GPUs", found, remedy)
+    elif n_gpus == 0:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = f"there is an NVIDIA driver, but torch (for CUDA {cuda}) sees no GPU"
+        hidden = "unset CUDA_VISIBLE_DEVICES" if visible is not None else f"nvidia-smi: is its CUDA {cuda} or newer?"
+        yield Finding(WARNING, "GPUs", found, f"{hidden}; in a container: docker run --gpus all")
+    for index in range(n_gpus):
+        yield from _look_at_gpu(index, case)
+
+
+def _look_at_gpu(index: int, case: Case) -> Iterator[Finding]:
+    device, name = torch.device("cuda", index), f"cuda:{index}"
+    major, minor = torch.cuda.get_device_capability(device)
+    free, total = torch.cuda.mem_get_info(device)
+    facts = f"{torch.cuda.get_device_name(device)}, {free / GB:.1f} of {total / GB:.1f} GB free"
+    if problem := kernel_problem(device):
+        remedy = f"install a torch that is built for compute capability {major}.{minor}: see pytorch.org"
+        yield Finding(FAILURE, name, f"{facts}; no kernel runs on it: {problem}", remedy)
+        return
+    if free < 0.9 * total:
+        remedy = f"nvidia-smi -i {index}   names the processes; end them, or leave this GPU out of CUDA_VISIBLE_DEVICES"
+        yield Finding(WARNING, name, f"{facts}: something else holds the rest", remedy)
+    elif case.args.dtype == "bfloat16" and major < 8:
+        remedy = "--dtype float16, or GPUs of compute capability 8.0 and newer"
+        yield Finding(WARNING, name, f"{facts}; capability {major}.{minor} has no bfloat16 and imitates it", remedy)
+    else:
+        yield Finding(OK, name, f"{facts}, capability {major}.{minor}, torch for CUDA {torch.version.cuda}")
+
+
+def kernel_problem(device: torch.device) -> str | None:
+    """Of a GPU that is broken, or that this torch is not built for."""
+    try:
+        torch.ones(8, device=device).sum().item()
+        return None
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+
+
+def check_ranks(case: Case) -> Iterator[Finding]:
+    n_ranks = default_nproc(case)
+    args = case.args
+    student, teacher, _ = devices(case)
+    where = "students on the CPU" if student.type == "cpu" else f"students on cuda:0 to cuda:{n_ranks - 1}"
+    if args.kl_weight > 0:
+        where += f", teacher {'beside each' if args.teacher_placement == 'colocated' else f'on {teacher}'}"
+    yield Finding(OK, f"--nproc_per_node {n_ranks}", where)
+
+
+def check_compile(case: Case) -> Iterator[Finding]:
+    if case.args.compile:
+        check_compiler(run_device().type)
+        yield Finding(OK, "--compile", "its compiler is there")
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+
+# How far a kernel may be from the plain form in float32, ||out - truth|| / ||truth||. In bfloat16 a rounding is up to
+# 0.4%; a scan rounds its inputs, scores, states and results, and the gradient of a decay sums up differences of such
+# numbers: 1% is usual. In float32 Triton multiplies in TF32, a rounding of up to 0.05%. What mixes up heads, chunks or
+# tokens is off by some 100%.
+TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.01}
+
+
+def check_kernels(case: Case) -> Iterator[Finding]:
+    device = run_device()
+    if device.type == "cpu":
+        yield Finding(OK, "kernels", "plain PyTorch, as always on a CPU")
+        return
+    own = DTYPES[case.args.dtype]
+    for dtype in dict.fromkeys((own, torch.bfloat16, torch.float32)):
+        for finding in compare_kernels(kernels_for(device.type, dtype), device, dtype, LlambaConfig()):
+            if dtype == own or finding.status != WARNING:  # that a kernel is not there is told once
+                yield finding
+
+
+def compare_kernels(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig
+) -> Iterator[Finding]:
+    """The chosen forms against the plain ones, on random inputs of one mixer of such a model."""
+    scan, chunk_size = draw_scan(config, device, dtype), config.ssm_cfg["chunk_size"]
+    conv, activation = draw_conv(config, device, dtype), config.ssm_cfg["activation"]
+    trials: tuple[tuple[str, str, str, list[Tensor], Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+        (
+            "scan",
+            kernels.scan_name,
+            "mamba-ssm",
+            scan,
+            lambda x, decay, B_, C: kernels.scan(x, decay, B_, C, chunk_size)[0],
+            lambda x, decay, B_, C: ssd_chunked(x, decay, B_, C, chunk_size)[0],
+        ),
+        (
+            "convolution",
+            kernels.conv_name,
+            "causal-conv1d",
+            conv,
+            lambda x, weight, bias: kernels.conv(x, weight, bias, activation, None),
+            lambda x, weight, bias: causal_conv(x, weight, bias, activation, None),
+        ),
+    )
+    for name, chosen, package, inputs, fast, plain in trials:
+        title = f"{name}, {str(dtype).removeprefix('torch.')}"
+        if chosen == PLAIN:
+            remedy = f"make setup-cuda   (it brings {package}; requirements-cuda.txt tells what that takes)"
+            yield Finding(WARNING, title, "plain PyTorch: right, and slower than a kernel", remedy)
+            continue
+        error = largest_error(fast, plain, inputs)
+        found = f"{chosen} differs by {error:.2g} from the plain form in float32, {TOLERANCE[dtype]:g} is allowed"
+        if error <= TOLERANCE[dtype]:
+            yield Finding(OK, title, found)
+        else:
+            remedy = f"python -m pip uninstall {chosen}   (the plain form takes over), or install another version of it"
+            yield Finding(FAILURE, title, found, remedy)
+
+
+def largest_error(fast: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+    """Of the result and of the gradients of all inputs; infinity for what is not finite."""
+    exact = [m.detach().float().requires_grad_() for m in inputs]
+    truth = plain(*exact)
+    d_y = torch.randn_like(truth)
+    truths = [truth, *torch.autograd.grad(truth, exact, d_y)]
+    result = fast(*inputs)
+    results = [result, *torch.autograd.grad(result, inputs, d_y.to(result.dtype))]
+    errors = [(one.float() - other).norm() / other.norm() for one, other in zip(results, truths, strict=True)]
+    worst = torch.stack(errors).max().item()  # NaN if one of them is
+    return worst if math.isfinite(worst) else math.inf
+
+
+def draw_scan(config: LlambaConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """x (B, L, H, P), log_decay (B, L, H) in float32, B_ and C (B, L, G, N); a last chunk that is not full."""
+    ssm, length = config.ssm_cfg, 2 * config.ssm_cfg["chunk_size"] + 44
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(2, length, *shape, device=device)
+
+    x, log_decay = normal(ssm["n_v_heads"], config.headdim).to(dtype), -F.softplus(normal(ssm["n_v_heads"]))
+    B_, C = (normal(ssm["n_qk_heads"], ssm["d_state"]).to(dtype) for _ in range(2))
+    return [m.requires_grad_() for m in (x, log_decay, B_, C)]
+
+
+def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """x (B, channels, L), laid out as the mixer has it, weight (channels, width), bias (channels,)."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    x = normal(2, 300, config.d_xBC).transpose(1, 2)
+    return [m.requires_grad_() for m in (x, normal(config.d_xBC, config.ssm_cfg["d_conv"]), normal(config.d_xBC))]

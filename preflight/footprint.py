@@ -1,0 +1,304 @@
+"""What one training step takes, in bytes and in operations, found without a weight and without a GPU: teacher and
+student are built on the meta device, where a tensor has a shape and no memory, and the run's own code is sent through
+a step on them while `LiveMemory` adds up what is alive.
+
+So activations, recomputation, the loss's buffers and the optimizer's work are those of the code as it is. What is put
+in from outside: attention in its flash form, as GPUs have it, DDP's buckets and the optimizer's shards. The scan is the
+plain one.
+"""
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from arguments import TrainArguments, parse_train_args
+from data import Batch
+from distillation.adamw import MasterWeightAdamW, parameter_groups
+from distillation.losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab
+from distillation.teacher import Teacher, teacher_head
+from inputs.options import PRESETS
+from llamba import LlambaConfig, LlambaForCausalLM
+from model_utils import (
+    apply_replacements,
+    check_checkpoint_blocks,
+    check_replacements,
+    get_configs,
+    locate_model,
+    prepare_student,
+)
+from monitoring.layer_map import check_layer_map
+from training_utils import DTYPES, DistillationModel
+
+aten = torch.ops.aten
+Items = dict[str, int]  # bytes or operations, by what they are for
+
+# In a product (..., n, k) (..., k, m): which argument is the left factor. Each result takes 2k operations.
+LEFT_FACTOR = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
+
+
+@dataclass(frozen=True)
+class TeacherFootprint:
+    """Bytes of the weights, of what lives beside them at the peak of a forward over one rank's part of the batch, of
+    the answer for that part, and of the head that goes with answers that are hidden states.
+    """
+
+    weights: int
+    work: int
+    operations: int
+    answer: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One rank's share of a micro step.
+
+    student: on the meta device, frozen as asked.
+    weights: bytes of the student by what becomes of them.
+    forward, backward: bytes that live beside weights, gradients and optimizer state when either is at its largest.
+    left: those of them that still live when the optimizer steps.
+    operations: of the student, recomputation included.
+    """
+
+    student: LlambaForCausalLM
+    weights: Items
+    forward: Items
+    backward: Items
+    left: Items
+    operations: Items
+    teacher: TeacherFootprint | None
+
+
+def measure_footprint(args: TrainArguments) -> Footprint:
+    """Raises ValueError, as a run would, where models and options do not go together."""
+    teacher, student = build_models(args)
+    vocab = shared_vocab(student.config.vocab_size, teacher.config.vocab_size)
+    shape = (args.batch_size, args.seq_length)
+    with torch.device("meta"):
+        tokens = torch.zeros(shape, dtype=torch.int64)  # (B, S)
+        batch = Batch(tokens, tokens.clone(), torch.ones(shape, dtype=torch.bool))
+    answer = head = teacher_footprint = None
+    if args.kl_weight > 0:
+        if args.teacher_signal == "hidden":
+            head = teacher_head(teacher, vocab)
+        with LiveMemory([*teacher.parameters(), *teacher.buffers(), tokens]) as memory:
+            answer = Teacher(teacher, args.teacher_signal, vocab)(tokens)  # (B, S, D_t or vocab)
+        teacher_footprint = TeacherFootprint(
+            n_bytes(teacher.parameters()),
+            memory.peak,
+            memory.operations.total(),
+            answer.nbytes,
+            0 if head is None else head.nbytes,
+        )
+    model = DistillationModel(student, head, vocab, with_loss_of_gpu(args, vocab)).train()
+    forward, backward, left, operations = trace_step(model, batch, answer)
+    return Footprint(
+        student,
+        weights_by_fate(student, args.layers),
+        forward,
+        backward,
+        left,
+        operations,
+        teacher_footprint,
+    )
+
+
+# --- models without weights ----------------------------------------------------------------------------------
+
+
+def find_configs(args: TrainArguments) -> tuple[PretrainedConfig, LlambaConfig]:
+    """A preset that names models of the hub may have copies of their configs, so that planning needs no network."""
+    preset = parse_train_args(["--preset", args.preset])
+    places = []
+    for role in ("teacher", "student"):
+        option = f"{role}_model"
+        name, copy = vars(args)[option], PRESETS / args.preset / role
+        if name == vars(preset)[option] and not Path(name).is_dir() and copy.is_dir():
+            places.append(str(copy))
+        else:
+            places.append(locate_model(f"--{option}", name, args.local_files_only, needs_weights=False))
+    return get_configs(*places)
+
+
+def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausalLM]:
+    """Teacher and student as a run has them when training begins, on the meta device."""
+    teacher_config, student_config = find_configs(args)
+    check_replacements(student_config, teacher_config, args.layers)
+    check_checkpoint_blocks(student_config, args.checkpoint_blocks)
+    check_layer_map(args, student_config, teacher_config)
+    AttentionInterface.register("on_meta", attention_on_meta)
+    settings = {"dtype": DTYPES[args.dtype], "attn_implementation": "on_meta"}
+    with torch.device("meta"):
+        teacher = AutoModelForCausalLM.from_config(teacher_config, **settings).eval().requires_grad_(False)
+        student = LlambaForCausalLM._from_config(student_config, **settings)
+    if not student.config.attention_layers:
+        apply_replacements(student, teacher, args.layers)
+    prepare_student(student, dataclasses.replace(args, compile=False))
+    return teacher, student
+
+
+def attention_on_meta(module, query: Tensor, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, None]:
+    """Causal attention: query (B, H, S, P), key and value (B, K, S, P) -> (B, S, H, P). On the meta device torch would
+    choose the form that writes out all scores.
+    """
+    return aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0].transpose(1, 2), None
+
+
+def with_loss_of_gpu(args: TrainArguments, vocab: int) -> TrainArguments:
+    """The loss takes as many tokens at a time as on a GPU with room, and runs without a compiler, which would save it
+    some of its buffers.
+    """
+    chunk = args.loss_chunk_tokens
+    if chunk is None:
+        on_cpu = choose_chunk_tokens(vocab, DTYPES[args.dtype], torch.device("cpu"))
+        chunk = on_cpu * (CUDA_CHUNK_BYTES // CPU_CHUNK_BYTES)
+    return dataclasses.replace(args, loss_chunk_tokens=chunk, compile=False)
+
+
+# --- counting ------------------------------------------------------------------------------------------------
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows every storage that is made while it is active, until it is freed. Storages and operations count under
+    the item that `enter` named last; `at_peak` is what the items had when the sum of their bytes was largest.
+
+    given: tensors that were there before; they do not count.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.given = [tensor.untyped_storage() for tensor in given]  # held, so that no other storage gets their ids
+        self.known = {id(storage) for storage in self.given}
+        self.item = ""
+        self.live: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.restart_peak()
+
+    def enter(self, item: str) -> None:
+        self.item = item
+
+    @property
+    def total(self) -> int:
+        return self.live.total()
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+    def restart_peak(self) -> None:
+        self.at_peak: Items = dict(self.live)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations[self.item] += count_operations(func.overloadpacket, args, result)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.known:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.known.add(id(storage))
+        self.live[self.item] += storage.nbytes()
+        weakref.finalize(storage, self._free, id(storage), self.item, storage.nbytes())
+        if self.total > self.peak:
+            self.restart_peak()
+
+    def _free(self, key: int, item: str, size: int) -> None:
+        self.known.discard(key)
+        self.live[item] -= size
+
+
+def count_operations(packet: Any, args: Sequence[Any], result: Any) -> int:
+    """Multiplications and additions of matrix products and of causal attention; all else is small beside them."""
+    if packet in LEFT_FACTOR:
+        return 2 * result.numel() * args[LEFT_FACTOR[packet]].shape[-1]
+    if packet is aten._scaled_dot_product_flash_attention:  # two products, of which half is masked
+        return 2 * args[0].numel() * args[1].shape[-2]
+    if packet is aten._scaled_dot_product_flash_attention_backward:  # five of them
+        return 5 * args[1].numel() * args[2].shape[-2]
+    return 0
+
+
+def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> tuple[Items, Items, Items, Items]:
+    """One micro step: forward, backward, left and operations of a `Footprint`."""
+    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.labels, batch.loss_mask]
+    memory = LiveMemory(given if answer is None else [*given, answer])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # DDP copies a gradient into its bucket, which counts on its own, and lets go of it.
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    backbone = model.student.backbone
+    backbone.register_forward_pre_hook(lambda *_: memory.enter("activations"))
+    backbone.register_forward_hook(lambda *_: memory.enter("loss"))
+    with memory:
+        loss, figures = model(batch, answer)
+        forward = memory.at_peak
+        memory.restart_peak()
+        memory.enter("backward's own")
+        loss.backward()
+        backward, left = memory.at_peak, dict(memory.live)
+    # The loop holds `loss`, and what hangs on it, until the next forward has made another.
+    forward = dict(Counter(forward) + Counter(left))
+    return forward, backward, left, dict(memory.operations)
+
+
+# --- what stays from step to step ----------------------------------------------------------------------------
+
+
+def n_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
+    replaced = {id(p) for index in layers for p in student.backbone.layers[index].parameters()}
+    fates = {"weights, trained": 0, "weights, frozen": 0, "weights of replaced layers": 0}
+    for parameter in student.parameters():
+        fate = "weights, trained" if parameter.requires_grad else "weights, frozen"
+        fates["weights of replaced layers" if id(parameter) in replaced else fate] += parameter.nbytes
+    return fates
+
+
+def gradient_bytes(student: nn.Module) -> int:
+    """DDP's buckets."""
+    return n_bytes(p for p in student.parameters() if p.requires_grad)
+
+
+def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> tuple[int, int]:
+    """Of the rank with the largest shard: what the optimizer keeps, and what a step takes beside it."""
+    shard = max(shards(parameter_groups(student, args.weight_decay), n_ranks), key=n_bytes)
+    for parameter in shard:
+        parameter.grad = torch.empty_like(parameter)
+    memory = LiveMemory([*shard, *(p.grad for p in shard if p.grad is not None)])
+    optimizer = MasterWeightAdamW(shard, master_weights=args.master_weights)
+    with memory:
+        optimizer.step()  # makes the state
+        kept = memory.total
+        memory.restart_peak()
+        optimizer.step()
+    for parameter in shard:
+        parameter.grad = None
+    return kept, memory.peak - kept
+
+
+def shards(groups: list[dict], n_ranks: int) -> list[list[nn.Parameter]]:
+    """Parameters by rank, as ZeroRedundancyOptimizer deals them out: the largest first, each to the rank that has
+    least.
+    """
+    dealt: list[list[nn.Parameter]] = [[] for _ in range(n_ranks)]
+    sizes = [0] * n_ranks
+    for group in groups:
+        for parameter in sorted(group["params"], key=Tensor.numel, reverse=True):
+            rank = sizes.index(min(sizes))
+            dealt[rank].append(parameter)
+            sizes[rank] += parameter.numel()
+    return dealt

@@ -1,0 +1,252 @@
+"""The plan of a run on the screen, what `train_gpus.py --dry_run` prints:
+
+    python train_gpus.py --dry_run --gpus 5 --gpu_gb 80 --freeze_mlp --freeze_replaced_layers
+
+Who sits where, what each GPU holds, how long it takes and what it leaves on the disk, and at the end whether it fits
+and what to change if it does not. GB are 10^9 bytes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import statistics
+from pathlib import Path
+
+import torch
+
+from arguments import TrainArguments
+from checkpointing.resume import DiskRoom, disk_room
+from model_utils import parameter_table
+from monitoring.speed import peak_operations
+from preflight.footprint import Footprint, gradient_bytes, measure_footprint
+from preflight.plan import (
+    GB,
+    REACHED,
+    Box,
+    Moments,
+    Plan,
+    alternatives,
+    asked_placement,
+    find_box,
+    largest_moment,
+    make_plan,
+    other_placements,
+    remedies,
+    teacher_index,
+    wire_bytes,
+)
+from training_utils import DTYPES
+from utils import format_duration
+
+SLOW_LINK = 5 * GB  # bytes per second, of the order that copies through the host's memory reach
+
+# --- what it says, part by part ------------------------------------------------------------------------------
+
+
+def machine_text(args: TrainArguments, box: Box) -> str:
+    n_visible = torch.cuda.device_count()
+    nodes = "" if box.n_nodes == 1 else f"{box.n_nodes} nodes, each with "
+    text = f"Planned for {nodes}{box.n_gpus} GPU(s) of {box.gpu_bytes / GB:.3g} GB"
+    missing = [f"--{name}" for name in ("gpus", "gpu_gb", "tflops") if vars(args)[name] is None]
+    if n_visible == 0 and missing:
+        text += f". None is visible here: name yours with {', '.join(missing)}"
+    elif args.gpus is None and args.gpu_gb is None:
+        text += f": {torch.cuda.get_device_name(0)}"
+    return text + "."
+
+
+def seats(plan: Plan, args: TrainArguments, box: Box) -> str:
+    """Which process of a node has which GPU."""
+    teacher = ""
+    if plan.placement == "colocated":
+        teacher = "a teacher beside its student"
+    elif args.kl_weight > 0:
+        place = "the CPU" if plan.placement == "none" else f"cuda:{teacher_index(args, box)}"
+        teacher = f"runs the teacher on {place}"
+    students = range(plan.n_students)
+    idle = set(range(plan.n_students, box.n_gpus))
+    if plan.placement == "dedicated":
+        idle.discard(teacher_index(args, box))
+    rows = [("process", "student on", "besides")]
+    rows += [(f"rank {i}", f"cuda:{i}", teacher if i == 0 or plan.placement == "colocated" else "") for i in students]
+    lines = [f"{rank:<10}{place:<12}{besides}".rstrip() for rank, place, besides in rows]
+    if idle:
+        lines.append(f"cuda:{', cuda:'.join(map(str, sorted(idle)))}: not used")
+    return "\n".join(lines)
+
+
+def gpu_table(kind: str, moments: Moments, box: Box) -> str:
+    """What a GPU holds, an item a line, at the largest moment of each phase."""
+    lines = [f"{kind + ', GB':<34}" + "".join(f"{moment:>10}" for moment in moments)]
+    for name in dict.fromkeys(name for items in moments.values() for name in items):
+        sizes = [items.get(name, 0) for items in moments.values()]
+        if any(sizes):
+            lines.append(f"  {name:<32}" + "".join(f"{size / GB:>10.3g}" if size else f"{'-':>10}" for size in sizes))
+    lines.append(f"  {'all':<32}" + "".join(f"{sum(items.values()) / GB:>10.1f}" for items in moments.values()))
+    moment, size = largest_moment(moments)
+    spare = (box.gpu_bytes - size) / GB
+    verdict = f"fits, {spare:.1f} GB to spare" if spare >= 0 else f"does not fit, {-spare:.1f} GB too much"
+    return "\n".join([*lines, f"  {size / GB:.1f} of {box.gpu_bytes / GB:g} GB ({moment}): {verdict}"])
+
+
+def placement_table(plans: list[Plan], box: Box) -> str:
+    titles = ("teacher", "students", "GB at most", "fits", "student, ms", "teacher, ms", "step, ms", "tokens/s")
+    rows = [
+        (
+            plan.placement,
+            f"{plan.n_students}",
+            f"{plan.largest / GB:.1f}",
+            "yes" if plan.fits(box) else "no",
+            *(f"{1000 * s:.3g}" for s in (plan.student_seconds, plan.teacher_seconds, plan.seconds)),
+            f"{plan.tokens_per_second:,.0f}",
+        )
+        for plan in plans
+    ]
+    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in (titles, *rows))
+
+
+def advice(asked: Plan, others: list[Plan], box: Box) -> str:
+    """Which placement to take: the fastest that fits."""
+    if asked.placement == "none" and asked.fits(box):
+        return "Fits."
+    plans = [asked, *others]
+    fastest = max(plans, key=lambda plan: plan.tokens_per_second)
+    fitting = [plan for plan in plans if plan.fits(box)]
+    if not fitting:
+        return "Does not fit."
+    best = max(fitting, key=lambda plan: plan.tokens_per_second)
+    text = f"{best.placement} fits"
+    if len(plans) > 1 and fastest is best:
+        text += " and is the fastest"
+    elif fastest is not best:
+        gain = fastest.tokens_per_second / best.tokens_per_second
+        text += f"; {fastest.placement} would be {gain:.2f} times as fast and does not fit"
+    text = text.capitalize()
+    if best is asked:
+        return f"{text}."
+    instead = " and no --teacher_device" if asked.placement == "shared" else ""
+    return f"{text}: give --teacher_placement {best.placement}{instead}."
+
+
+def remedy_table(plan: Plan, changes: list[tuple[str, Plan]], box: Box) -> str:
+    if not changes:
+        return f"{plan.placement}: no single option saves memory; it takes larger GPUs."
+    lines = [f"To make {plan.placement} fit:"]
+    for change, changed in changes:
+        saved = (plan.largest - changed.largest) / GB
+        fits = "fits" if changed.fits(box) else "not enough"
+        lines.append(f"  {change:<50} saves {saved:>5.1f} GB: {fits:<11} {changed.tokens_per_second:>9,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: DiskRoom) -> str:
+    """Tokens, steps and time; what goes over the wire; what stays on the disk."""
+    accumulate = args.grad_accumulation_steps
+    tokens = accumulate * plan.n_ranks * args.batch_size * args.seq_length
+    seconds = accumulate * plan.seconds
+    wire = wire_bytes(args, footprint, plan)
+    lines = [
+        ("tokens per optimizer step", f"{tokens:,}"),
+        ("tokens in all, at most", f"{tokens * args.max_steps:,} in {args.max_steps:,} steps"),
+        ("time, on paper", f"{format_duration(seconds * args.max_steps)} at {tokens / seconds:,.0f} tokens/s"),
+    ]
+    if (measured := measured_speed(args)) is not None:
+        time = format_duration(tokens * args.max_steps / measured)
+        lines.append(("time, as measured", f"{time} at the {measured:,.0f} tokens/s of {args.output_dir}"))
+    if plan.n_ranks > 1:
+        items = ", ".join(f"{name} {size / GB:.2g}" for name, size in wire.items() if size)
+        lines.append(("a rank receives per step, GB", f"{sum(wire.values()) / GB:.2g}: {items}"))
+        slow = sum(wire.values()) / SLOW_LINK
+        lines.append(("  over links of 5 GB/s", f"{slow:.2g} s, beside {seconds:.2g} s of work"))
+    lines += disk_lines(args, room)
+    return "\n".join(f"{name:<34}{text}" for name, text in lines)
+
+
+def disk_lines(args: TrainArguments, room: DiskRoom) -> list[tuple[str, str]]:
+    kept = f"{room.n_most}, {room.n_most * room.size / GB:,.0f} GB; the disk has room for {room.n_fit}"
+    return [("a checkpoint, GB", f"{room.size / GB:.3g}"), ("checkpoints on the disk, at most", kept)]
+
+
+def disk_advice(args: TrainArguments, room: DiskRoom) -> str:
+    """Empty where there is room for all."""
+    free = f"The disk of --output_dir {args.output_dir} has room for {room.n_fit} checkpoint(s)"
+    if not room.is_enough:
+        return f"{free}: the run would not start; choose another, or make room."
+    if room.n_fit < room.n_most:
+        return f"{free} of {room.n_most}: give --save_total_limit {room.n_fit - 1}, or raise --save_interval."
+    return ""
+
+
+def measured_speed(args: TrainArguments) -> float | None:
+    """Median tokens per second of what has been run in --output_dir."""
+    file = Path(args.output_dir) / "metrics.jsonl"
+    if not file.is_file():
+        return None
+    speeds = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash has spoilt
+            speeds.append(float(json.loads(line)["tokens_per_s"]))
+    return statistics.median(speeds) if speeds else None
+
+
+def knows_peak(args: TrainArguments) -> bool:
+    name = torch.cuda.get_device_name(0) if torch.cuda.device_count() else "H100"
+    return peak_operations(name, DTYPES[args.dtype]) is not None
+
+
+def paper(args: TrainArguments, box: Box) -> str:
+    notes = [
+        f"On paper: matrix products and attention at {box.speed / 1e12:.0f} TFLOP/s, {REACHED:.0%} of the peak, and "
+        "nothing else that takes time.",
+        "The scan is the plain one. Others may keep more or less for backward.",
+    ]
+    if args.teacher_device == "cpu":
+        notes.append("The teacher's own time on the CPU is not in these figures.")
+    if args.tflops is None and not knows_peak(args):
+        notes.append("How fast these GPUs are is not known: an H100's bfloat16 is taken. Give --tflops.")
+    if args.compile:
+        notes.append("What --compile changes is not in these figures.")
+    return "\n".join(notes)
+
+
+# --- all of it -----------------------------------------------------------------------------------------------
+
+
+def print_plan(args: TrainArguments) -> int:
+    """Returns the exit code. Raises ValueError, as a run would, where models and options do not go together."""
+    logging.getLogger("llamba").setLevel(logging.WARNING)  # kernels for tensors without memory are nobody's concern
+    if args.plan_json is not None and not Path(args.plan_json).absolute().parent.is_dir():
+        raise ValueError(f"--plan_json {args.plan_json}: its folder is not there; make it, or name another")
+    box = find_box(args)
+    footprint = measure_footprint(args)
+    asked = make_plan(args, footprint, box, asked_placement(args, box))
+    others = [make_plan(args, footprint, box, name) for name in other_placements(asked.placement) if box.n_gpus > 1]
+    room = disk_room(args, footprint.student, args.max_steps * args.grad_accumulation_steps)
+    weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
+    parts = [
+        machine_text(args, box),
+        seats(asked, args, box),
+        f"{parameter_table(footprint.student)}\n{weights / GB:.1f} GB of weights in {args.dtype}, "
+        f"{trained / GB:.1f} GB of them trained",
+        f"{args.batch_size} x {args.seq_length} tokens per rank and micro step:",
+        *(gpu_table(kind, moments, box) for kind, moments in asked.gpus.items()),
+        run_table(args, footprint, asked, room),
+        placement_table([asked, *others], box),
+        paper(args, box),
+        advice(asked, others, box),
+        disk_advice(args, room),
+    ]
+    print("\n\n".join(part for part in parts if part))
+    too_large = [plan for plan in (asked, *others) if not plan.fits(box)]
+    if too_large:
+        changes = [(change, changed, measure_footprint(changed)) for change, changed in alternatives(args)]
+        for plan in too_large:
+            print("\n" + remedy_table(plan, remedies(box, plan, changes), box))
+    if args.plan_json is not None:
+        rows = [
+            {**dataclasses.asdict(plan), "largest_bytes": plan.largest, "fits": plan.fits(box)}
+            for plan in (asked, *others)
+        ]
+        Path(args.plan_json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0

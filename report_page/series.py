@@ -1,0 +1,193 @@
+"""Which charts there are of some runs and what each of them shows; and what is left of long series for the eye: the
+extremes, and a running median. A chart that would show nothing is left out.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from report_page.run_data import MAPS, LayerMap, Run, Score, Series
+
+BUCKETS = 400  # a chart is about as many pixels wide
+PLACES = 300  # of a smoothed curve
+FEWEST_TO_SMOOTH = 30
+LOG_FROM = 30  # times the smallest value that the largest is
+
+
+@dataclass
+class Chart:
+    """Lines over optimizer steps, one a run."""
+
+    section: str
+    key: str  # for the name of its file
+    title: str
+    unit: str
+    series: dict[int, Series]  # by the run's place
+    dense: bool = False  # a value a step: thinned out
+    smooth: bool = False
+    percent: bool = False
+    from_zero: bool = False
+    scores: dict[int, list[Score]] = field(default_factory=dict)  # points with error bars
+    note: str = ""
+
+
+@dataclass
+class HeatMap:
+    """Layers over optimizer steps, of one run. The scale is that of all heat maps."""
+
+    section: str
+    key: str
+    title: str
+    unit: str
+    layers: LayerMap
+    marked: list[int]
+    scale: tuple[float, float]
+    note: str = ""
+
+
+Drawing = Chart | HeatMap
+
+
+def charts_of(runs: Sequence[Run]) -> list[Drawing]:
+    found = [chart for chart in _line_charts(runs) if chart.scores or any(map(_shows, chart.series.values()))]
+    return [*found, *_heat_maps(runs)]
+
+
+def _shows(series: Series) -> bool:
+    """Whether there is anything but zeros."""
+    return bool(np.any(np.isfinite(series.value) & (series.value != 0)))
+
+
+def _line_charts(runs: Sequence[Run]) -> Iterator[Chart]:
+    def every(section: str, key: str, title: str, unit: str, of: Callable[[Run], Series], **more: Any) -> Chart:
+        return Chart(section, key, title, unit, {i: of(run) for i, run in enumerate(runs)}, dense=True, **more)
+
+    def column(name: str) -> Callable[[Run], Series]:
+        return lambda run: run.series(name)
+
+    def share(name: str) -> Callable[[Run], Series]:
+        return lambda run: Series(run.step, share_of_time(run, name))
+
+    def some(section: str, key: str, title: str, unit: str, kind: str, name: str, percent: bool = False) -> Chart:
+        series = {i: run.sometimes[kind][name] for i, run in enumerate(runs) if name in run.sometimes[kind]}
+        return Chart(section, key, title, unit, series, percent=percent)
+
+    nats = "nats per token"
+    yield every("Training", "loss", "Loss", nats, column("loss"), smooth=True)
+    yield every("Training", "ce", "Cross entropy", nats, column("ce"), smooth=True)
+    yield every("Training", "kl", "KL to the teacher", nats, column("kl"), smooth=True)
+    yield every("Training", "grad-norm", "Gradient norm", "before clipping", column("grad_norm"), smooth=True)
+    yield every("Training", "lr", "Learning rate", "", column("lr"), from_zero=True)
+    yield every("Training", "skipped", "Skipped updates", "so far", column("skipped_updates"))
+    held_out = "Evaluation"
+    yield some(held_out, "eval-ce", "Held-out cross entropy", nats, "eval", "ce")
+    yield some(held_out, "eval-kl", "Held-out KL to the teacher", nats, "eval", "kl")
+    yield some(held_out, "eval-perplexity", "Held-out perplexity", "", "eval", "perplexity")
+    yield some(held_out, "eval-agreement", "Agreement with the teacher", "share of tokens", "eval", "agreement", True)
+    mmlu = some(held_out, "mmlu", "MMLU accuracy", "", "eval", "mmlu", True)
+    mmlu.scores = {i: scores for i, run in enumerate(runs) if (scores := [s for s in run.scores if s.step is not None])}
+    mmlu.note = "Dashed: chance."
+    mmlu.note += " Diamonds: scored checkpoints, see Scores; bars are 95% intervals." if mmlu.scores else ""
+    yield mmlu
+    time, speed = "share of step time", "Speed and memory"
+    yield every(
+        speed, "tokens-per-s", "Throughput", "tokens per second", column("tokens_per_s"), smooth=True, from_zero=True
+    )
+    for key, title, name in (
+        ("teacher-wait", "Waiting for the teacher", "teacher_wait_s"),
+        ("data-wait", "Waiting for data", "data_wait_s"),
+    ):
+        yield every(speed, key, title, time, share(name), smooth=True, percent=True, from_zero=True)
+    yield every(speed, "mfu", "MFU", "share of peak", column("mfu"), smooth=True, percent=True, from_zero=True)
+    yield every(speed, "memory", "Peak memory", "GB, rank 0", column("memory_gb"), from_zero=True)
+    for i, part in enumerate(dict.fromkeys(part for run in runs for part in run.sometimes["update_health"])):
+        moved = some("Weights that moved", f"moved-{i}", part, "share of weights", "update_health", part, True)
+        moved.from_zero = True
+        yield moved
+
+
+def share_of_time(run: Run, name: str) -> NDArray:
+    """A column in seconds, by the time of its step."""
+    time = run.columns["step_time_s"]
+    return np.divide(run.columns[name], time, out=np.full_like(time, np.nan), where=time > 0)
+
+
+def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
+    every = [found.error for run in runs for found in run.layer_maps.values()]
+    errors = np.concatenate([error.ravel() for error in every]) if every else np.array([])
+    errors = errors[np.isfinite(errors)]
+    if not errors.size:
+        return
+    # Layers that are the teacher's own have no error, which no logarithm shows: they get the lowest colour.
+    high, positive = errors.max(), errors[errors > 0]
+    scale = (max(positive.min(), high / 1000), high) if is_log(positive) else (0.0, high)
+    titles = {"own": "Each layer alone", "stream": "All layers up to this one"}
+    units = {"own": "error by what the teacher's layer adds", "stream": "distance by the teacher's length"}
+    for i, run in enumerate(runs):
+        layers = run.options.get("layers")
+        marked = [layer for layer in layers if isinstance(layer, int)] if isinstance(layers, list) else []
+        for kind in MAPS:
+            if kind in run.layer_maps:
+                key, title = f"layers-{kind}", titles[kind]
+                if len(runs) > 1:
+                    key, title = f"{key}-{i}", f"{title}: {run.name}"
+                note = "Triangles: layers taken over from the teacher." if marked else ""
+                found = run.layer_maps[kind]
+                yield HeatMap("Layers against the teacher", key, title, units[kind], found, marked, scale, note)
+
+
+# Long series
+
+
+def thin(series: Series, buckets: int = BUCKETS) -> Series:
+    """At most two points of each of so many stretches: its lowest and its highest. A stretch without a value keeps one
+    point, for a gap in the line.
+    """
+    if len(series.step) <= 2 * buckets:
+        return series
+    edges = np.linspace(0, len(series.step), buckets + 1).astype(int)
+    kept: set[int] = set()
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        values = series.value[start:stop]
+        if np.isfinite(values).any():
+            kept |= {start + int(np.nanargmin(values)), start + int(np.nanargmax(values))}
+        else:
+            kept.add(int(start))
+    places = sorted(kept)
+    return Series(series.step[places], series.value[places])
+
+
+def smoothing_width(n: int) -> int:
+    """Steps of the running median for so many rows; 1 where it would tell nothing."""
+    return 1 if n < FEWEST_TO_SMOOTH else max(9, n // 100 * 2 + 1)
+
+
+def smooth(series: Series, places: int = PLACES) -> Series:
+    """The running median, at so many places at most, the last one among them: other than a mean, it does not make a
+    plateau of a spike.
+    """
+    n = len(series.step)
+    half = smoothing_width(n) // 2
+    if half == 0:
+        return series
+    chosen = np.unique(np.linspace(0, n - 1, min(n, places)).astype(int))
+    windows = [series.value[max(0, i - half) : i + half + 1] for i in chosen]
+    medians = [np.median(values) if (values := w[np.isfinite(w)]).size else math.nan for w in windows]
+    return Series(series.step[chosen], np.array(medians))
+
+
+def is_log(values: NDArray) -> bool:
+    """Whether a logarithmic axis shows more: all positive, and far apart."""
+    values = values[np.isfinite(values)]
+    return bool(values.size and values.min() > 0 and values.max() >= LOG_FROM * values.min())
+
+
+def span_of(runs: Sequence[Run]) -> tuple[float, float]:
+    """First and last step of all charts; the first is 0 unless much is missing before it."""
+    first, last = min(run.step[0] for run in runs), max(run.step[-1] for run in runs)
+    has_start = any(score.step == 0 for run in runs for score in run.scores)
+    return (0.0 if has_start or first <= 0.05 * last else float(first)), float(last)

@@ -1,0 +1,185 @@
+"""The numbers and tables of a report as text: summaries, scores, options and warnings of runs."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arguments import TrainArguments
+from evaluation.report import Table
+from inputs.options import preset_values
+from report_page.run_data import Run, number
+from report_page.series import share_of_time, smooth
+from utils import format_duration
+
+MOST_WARNINGS = 50  # of a run
+NONE = "–"
+DIRECTORY = "output_dir"  # tells a run from others, but not what it computes
+EVALUATED = {"ce": "CE", "kl": "KL", "perplexity": "perplexity", "agreement": "agreement", "mmlu": "MMLU"}
+
+
+def facts_of(run: Run) -> dict[str, str]:
+    """The summary, by label; what a run does not tell is not in it. Losses are those of the curves that are drawn."""
+    columns, found = run.columns, {}
+    if "text" in run.status:
+        found["Ended"] = str(run.status["text"])
+    found["Started"] = _moment(number(run.status.get("launched")))
+    found["Last row"] = _moment(run.written)
+    found["Optimizer steps"] = f"{run.step[-1]:,.0f}"
+    if isinstance(most := run.options.get("max_steps"), int):
+        found["Optimizer steps"] += f" (--max_steps {most:,})"
+    found["Tokens"] = _figure(_last(columns["tokens"]), "{:,.0f}")
+    a_step = _median(np.diff(columns["tokens"]) / np.diff(run.step))
+    found["Tokens"] += _figure(a_step, " ({:,.0f} a step)") if math.isfinite(a_step) else ""
+    time = np.nansum(columns["step_time_s"])
+    found["Time of steps"] = format_duration(time) if time else NONE
+    for field, label in {"loss": "Loss", "ce": "CE", "kl": "KL"}.items():
+        curve = smooth(run.series(field))
+        if np.isfinite(curve.value).any():
+            best = int(np.nanargmin(curve.value))
+            found[label] = f"{_last(curve.value):.4f}, lowest {curve.value[best]:.4f} at step {curve.step[best]:,.0f}"
+    found["Throughput, median"] = _figure(_median(columns["tokens_per_s"]), "{:,.0f} tokens/s")
+    found["MFU, median"] = _figure(100 * _median(columns["mfu"]), "{:.1f}%")
+    for field, label in {"teacher_wait_s": "Waiting for the teacher", "data_wait_s": "Waiting for data"}.items():
+        if np.isfinite(share_of_time(run, field)).any():
+            found[label] = f"{100 * np.nansum(columns[field]) / time:.1f}% of the time"
+    peak = columns["memory_gb"][np.isfinite(columns["memory_gb"])]
+    found["Peak memory, rank 0"] = f"{peak.max():.1f} GB" if peak.size else NONE
+    found["Skipped updates"] = _figure(_last(columns["skipped_updates"]), "{:,.0f}")
+    if last := _last_evaluation(run):
+        found["Last evaluation"] = last
+    return {label: text for label, text in found.items() if text != NONE}
+
+
+def _last_evaluation(run: Run) -> str:
+    series = {label: run.sometimes["eval"][key] for key, label in EVALUATED.items() if key in run.sometimes["eval"]}
+    if not series:
+        return ""
+    step = max(found.step[-1] for found in series.values())
+    figures = (
+        f"{label} {_figure(found.value[-1], '{:.4g}')}" for label, found in series.items() if found.step[-1] == step
+    )
+    return f"step {step:,.0f}: {', '.join(figures)}"
+
+
+def _last(values: NDArray) -> float:
+    values = values[np.isfinite(values)]
+    return values[-1] if values.size else math.nan
+
+
+def _median(values: NDArray) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if values.size else math.nan
+
+
+def _figure(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else NONE
+
+
+def _moment(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return NONE
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):  # of no year that there is
+        return NONE
+
+
+# Tables, the first row of each its head; empty where there is nothing to tell
+
+
+def summary_table(runs: Sequence[Run]) -> Table:
+    """A column for each run."""
+    facts = [facts_of(run) for run in runs]
+    labels = dict.fromkeys(label for found in facts for label in found)
+    rows = [[label, *(found.get(label, NONE) for found in facts)] for label in labels]
+    return [["", *(run.name for run in runs)], ["Directory", *(str(run.folder) for run in runs)], *rows]
+
+
+def score_table(runs: Sequence[Run]) -> Table:
+    table = [["run", "model", "MMLU accuracy ± stderr", "questions", "step", "file"]]
+    for run in runs:
+        for score in run.scores:
+            error = "" if math.isnan(score.stderr) else f" ± {score.stderr:.4f}"
+            step = _figure(math.nan if score.step is None else score.step, "{:,.0f}")
+            table.append([run.name, score.model, f"{score.acc:.4f}{error}", f"{score.n:,}", step, score.file])
+    return _for_so_many(runs, table)
+
+
+def measure_table(runs: Sequence[Run]) -> Table:
+    table = [["run", "model", "measure", "value", "step", "file"]]
+    for run in runs:
+        for found in run.measures:
+            step = _figure(math.nan if found.step is None else found.step, "{:,.0f}")
+            table.append([run.name, found.model, found.name, f"{found.value:.4f}", step, found.file])
+    return _for_so_many(runs, table)
+
+
+def warning_table(runs: Sequence[Run]) -> Table:
+    table = [["run", "warning", "times", "ranks", "first", "last"]]
+    for run in runs:
+        for warned in run.warnings[:MOST_WARNINGS]:
+            ranks = ", ".join(map(str, warned.ranks)) or NONE
+            table.append(
+                [run.name, warned.text, f"{warned.times:,}", ranks, _moment(warned.first), _moment(warned.last)]
+            )
+        if len(run.warnings) > MOST_WARNINGS:
+            more = f"and {len(run.warnings) - MOST_WARNINGS} more kinds, in warnings.jsonl"
+            table.append([run.name, more, NONE, NONE, NONE, NONE])
+    return _for_so_many(runs, table)
+
+
+def _for_so_many(runs: Sequence[Run], table: Table) -> Table:
+    """Without the column that names the run if there is one run, and without a head that nothing follows."""
+    if len(table) == 1:
+        return []
+    return [row[1:] for row in table] if len(runs) == 1 else table
+
+
+def option_tables(runs: Sequence[Run]) -> dict[str, Table]:
+    """By title: where runs differ from each other, where from the defaults, and all. None if nothing is recorded."""
+    names = list(dict.fromkeys(name for run in runs for name in run.options))
+    if not names:
+        return {}
+    head = ["option", *(run.name for run in runs)] if len(runs) > 1 else ["option", "value"]
+    rows = {name: [name, *(_value(run.options, name) for run in runs)] for name in names}
+    tables: dict[str, Table] = {}
+    if len(runs) > 1:
+        differing = [row for name, row in rows.items() if len(set(row[1:])) > 1 and name != DIRECTORY]
+        tables["Where the runs differ"] = [head, *differing]
+    defaults = [defaults_of(run.options) for run in runs]
+    pairs = [(run.options, usual) for run, usual in zip(runs, defaults, strict=True) if run.options]
+    changed = [name for name in names if any(_value(own, name) != _value(usual, name) for own, usual in pairs)]
+    usually = {name: " / ".join(dict.fromkeys(_value(usual, name) for usual in defaults)) for name in names}
+    special = [[*rows[name], usually[name]] for name in changed if name != DIRECTORY]
+    tables["Changed from the defaults, or the preset's"] = [[*head, "default"], *special]
+    tables[f"All {len(names)} options"] = [head, *rows.values()]
+    return tables
+
+
+def defaults_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What they would be if none was given but the preset."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainArguments):
+        if field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+    preset = str(options.get("preset", TrainArguments.preset))
+    try:
+        return {**values, **preset_values(preset, TrainArguments, "train"), "preset": preset}
+    except ValueError:  # of a version with other presets
+        return values
+
+
+def _value(options: dict[str, Any], name: str) -> str:
+    value = options.get(name)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return NONE if value is None else str(value)
