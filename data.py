@@ -14,6 +14,8 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,29 +26,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from text.batch import MAKE_IT_FIT, Batch, CachedPosition
+from text.batch import MAKE_IT_FIT, Batch
+from text.encoding import Encoder
 from text.rows import check_text_field, only_texts, rows_of
 from text.sources import cache_root, describe, explain_fault, network_forbidden, open_source, open_stream, open_table
 from text.stream import TextStream
 from text.stream_loader import StreamingLoader
-from text.token_file import (
-    Encoder,
-    PackedTextDataset,
-    check_tokenizer,
-    run_ahead,
-    wait_for_token_file,
-    write_token_file,
-)
-
-__all__ = [
-    "Batch",
-    "CachedLoader",
-    "PackedTextDataset",
-    "StreamingLoader",
-    "build_dataloader",
-    "check_text_field",
-    "check_tokenizer",
-]
+from text.token_file import wait_for_token_file, write_token_file
+from utils import run_ahead
 
 logger = logging.getLogger("train")
 
@@ -112,6 +99,36 @@ def build_dataloader(
 # ---- the cached lane
 
 
+class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
+    """Window i of a token file: ids [i * (seq_len + 1), (i + 1) * (seq_len + 1)), memory-mapped."""
+
+    def __init__(self, directory: Path, seq_len: int):
+        self.directory = directory
+        self.seq_len = seq_len
+        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
+        self.n_tokens: int = about["tokens"]
+        self.sha256: str | None = about.get("sha256")  # of all tokens; token files of before do not tell
+        dtype = np.dtype(about["dtype"])
+        path = directory / "tokens.bin"
+        if path.stat().st_size != self.n_tokens * dtype.itemsize:
+            raise ValueError(f"{path} does not hold {self.n_tokens} {dtype} tokens: delete {directory}")
+        # numpy cannot map an empty file
+        self._tokens = np.memmap(path, dtype, mode="r") if self.n_tokens else np.empty(0, dtype)
+
+    def __len__(self) -> int:
+        return self.n_tokens // (self.seq_len + 1)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        start = i * (self.seq_len + 1)
+        return torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype(np.int64))  # (S + 1,)
+
+    def __reduce__(self) -> tuple[type["PackedTextDataset"], tuple[Path, int]]:
+        # for loader workers that are not forked: a pickled memory map would carry the whole file
+        return PackedTextDataset, (self.directory, self.seq_len)
+
+
 class WindowOrder:
     """One order of the windows of all epochs, a permutation for each, whatever the number of ranks. With W ranks and
     batches of B, a micro step at position p takes the windows [p, p + W * B) of it, rank r their r-th B.
@@ -168,6 +185,17 @@ class NumberedWindows(Dataset[tuple[int, Tensor]]):
 
     def __getitem__(self, i: int) -> tuple[int, Tensor]:
         return i, self.windows[i]
+
+
+@dataclass(frozen=True)
+class CachedPosition:
+    """Windows behind, of all ranks and epochs: no matter how many ranks took them."""
+
+    windows: int
+    tokens: str | None  # SHA-256 of the token file
+
+    def to_json(self) -> dict[str, Any]:
+        return {"windows": self.windows, "tokens": self.tokens}
 
 
 class CachedLoader:

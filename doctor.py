@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     if any(finding.status == FAILURE and finding.name in ("Python", "imports") for finding in findings):
         print("\nNothing else can be looked at without these.")
         return end(findings, options.json)
-    from utils import run_entry  # as every entry; it needs torch
+    from processes.exits import run_entry  # as every entry; it needs torch
 
     def rest_of_main() -> int:
         for finding in examine(rest, options.nproc_per_node, options.collectives):

@@ -33,8 +33,9 @@ from evaluation.pieces import Piece, assemble, pieces_of, share_out
 from evaluation.report import write_report
 from evaluation.scoring import Scorer
 from model_utils import apply_replacements, get_student_model, get_teacher_model
+from processes.exits import run_entry
 from processes.ranks import Ranks, is_main_rank, process_groups
-from utils import run_entry, setup_logging
+from utils import setup_logging
 
 logger = logging.getLogger("train")
 

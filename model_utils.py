@@ -23,8 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from arguments import TrainArguments
 from inputs.model_files import check_weight_files, one_line, read_config
-from llamba import LlambaBlock, LlambaConfig, LlambaForCausalLM, attention_cfg_from
+from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def get_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
@@ -261,36 +263,12 @@ def check_trainable(student: nn.Module) -> None:
         )
 
 
-def parts_of_student(student: LlambaForCausalLM) -> dict[str, list[nn.Parameter]]:
-    """All parameters by part of the model."""
-    parts: dict[str, list[nn.Parameter]] = {
-        "embedding and head": [*student.backbone.embedding.parameters(), *student.lm_head.parameters()],
-        "mixers": [],
-        "MLPs": [],
-        "norms": [*student.backbone.final_layernorm.parameters()],
-        "replaced layers": [],
-    }
-    for layer in student.backbone.layers:
-        if not isinstance(layer, LlambaBlock):
-            parts["replaced layers"] += layer.parameters()
-            continue
-        parts["mixers"] += layer.mixer.parameters()
-        parts["MLPs"] += layer.mlp.parameters()
-        parts["norms"] += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-    return parts
-
-
-def parameter_table(student: LlambaForCausalLM) -> str:
-    """Total, trainable and frozen parameters by part of the model, as text."""
-    lines = [f"{'parameters':<20}{'total':>16}{'trainable':>16}{'frozen':>16}"]
-    for name, members in parts_of_student(student).items():
-        lines.append(_table_row(name, members))
-    lines.append(_table_row("all", list(student.parameters())))
-    return "\n".join(lines)
-
-
-def _table_row(name: str, parameters: list[nn.Parameter]) -> str:
-    unique = {id(p): p for p in parameters}.values()  # a tied head is the embedding
-    total = sum(p.numel() for p in unique)
-    trainable = sum(p.numel() for p in unique if p.requires_grad)
-    return f"{name:<20}{total:>16,}{trainable:>16,}{total - trainable:>16,}"
+def check_layer_map(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Whether the models' layers can be compared one by one. Raises ValueError."""
+    shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
+    if args.layer_map_interval and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--layer_map_interval {args.layer_map_interval}: the student has {shapes[0][0]} layers of width "
+            f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
+            "the option out"
+        )

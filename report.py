@@ -12,11 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from processes.exits import run_entry
 from report_page.charts import draw
 from report_page.page import make_page
 from report_page.run_data import read_runs
 from report_page.series import charts_of, span_of
-from utils import run_entry, write_whole
+from utils import write_whole
 
 
 def main() -> None:

@@ -14,81 +14,62 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments, parse_train_args
-from checkpointing.resume import (
+from checkpointing.resume import checkpoints_to_try, choose_checkpoint
+from checkpointing.run_folder import (
+    begin_status,
     check_shared,
     check_space,
-    checkpoints_to_try,
-    choose_checkpoint,
+    ended_before_restart,
     keep_options,
     prepare_output_dir,
+    telling_refusal,
+    write_status,
     writing_to,
 )
 from checkpointing.saver import Saver
-from checkpointing.state import Progress, position_to_go_on, random_state, read_progress, restore
-from data import Batch, CachedLoader, StreamingLoader, build_dataloader, check_tokenizer
-from distillation.adamw import LossScale, build_optimizer, build_schedule, update
-from distillation.losses import shared_vocab
-from distillation.teacher import Lane, NoTeacher, ask_ahead, open_lane, share_layers
+from checkpointing.state import Progress, position_to_go_on, random_state, restore, starting_point
+from data import CachedLoader, build_dataloader
+from distillation.models import Models, check_models, load_models
+from distillation.teacher import Lane, ask_ahead
 from inputs.options import as_yaml
-from llamba import LlambaForCausalLM
+from llamba.parts import parameter_table
 from model_utils import (
+    DTYPES,
     adopt_special_tokens,
-    apply_replacements,
-    check_checkpoint_blocks,
-    check_replacements,
-    get_configs,
-    get_student_model,
-    get_teacher_model,
-    get_tokenizer,
-    locate_model,
-    parameter_table,
-    prepare_student,
 )
 from monitoring.evaluator import Evaluator, read_material
 from monitoring.health import SpikeWatch, UpdateHealth, tell_oddities
-from monitoring.layer_map import LayerMap, check_layer_map
-from monitoring.run_log import (
-    RunLog,
-    begin_status,
-    ended_before_restart,
-    keeping_warnings,
-    telling_refusal,
-    write_status,
-)
+from monitoring.layer_map import LayerMap
+from monitoring.run_log import RunLog, keeping_warnings
 from monitoring.speed import Gauges
 from monitoring.trackers import check_trackers
 from preflight.plan_report import print_plan
-from processes.exits import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals
-from processes.ranks import (
-    Ranks,
-    choose_devices,
-    default_prefetch,
-    is_main_rank,
-    launched_rank,
-    launched_world_size,
-    process_groups,
+from processes.devices import check_compiler, choose_devices, default_prefetch
+from processes.exits import EXIT_DIVERGED, EXIT_STOPPED, REASONS, StopRequest, hearing_signals, run_entry
+from processes.ranks import Ranks, is_main_rank, launched_rank, launched_world_size, process_groups
+from text.batch import Batch
+from text.stream_loader import StreamingLoader
+from training_utils import (
+    DistillationModel,
+    LossScale,
+    Meter,
+    build_optimizer,
+    build_schedule,
+    settle_buckets,
+    to_device,
+    update,
+    wrap_ddp,
 )
-from training_utils import DTYPES, DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
-from utils import Stopwatch, TimedIterator, check_compiler, describe_environment, run_entry, setup_logging
+from utils import Stopwatch, TimedIterator, describe_environment, setup_logging
 
 logger = logging.getLogger("train")
-
-
-class Models(NamedTuple):
-    """What the checks before a run have found: where the models are, and what both of them speak."""
-
-    teacher: str
-    student: str
-    vocab: int  # entries that both vocabularies have
-    tokenizer: PreTrainedTokenizerBase
 
 
 def main() -> int:
@@ -120,29 +101,6 @@ def main() -> int:
             ranks = stack.enter_context(process_groups(device))
             warnings.write_to(Path(args.output_dir))
             return run(args, models, candidates, ranks, teacher_device, stop, options)
-
-
-def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
-    """Whether these models go together, before a weight of them is read. The student of a run that goes on is its
-    checkpoint. Raises ValueError.
-    """
-    runs_teacher = args.kl_weight > 0
-    teacher_needed = runs_teacher or (bool(args.layers) and checkpoint is None)
-    teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, teacher_needed)
-    if checkpoint is None:
-        student = locate_model("--student_model", args.student_model, args.local_files_only)
-    else:
-        student = locate_model("--resume", str(checkpoint), local_files_only=True)
-    teacher_config, student_config = get_configs(teacher, student)
-    check_replacements(student_config, teacher_config, args.layers)
-    check_checkpoint_blocks(student_config, args.checkpoint_blocks)
-    check_layer_map(args, student_config, teacher_config)
-    tokenizer = get_tokenizer("--teacher_model", teacher)
-    check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
-    if not runs_teacher:
-        return Models(teacher, student, student_config.vocab_size, tokenizer)
-    check_tokenizer(tokenizer, "--teacher_model", teacher_config.vocab_size)
-    return Models(teacher, student, shared_vocab(student_config.vocab_size, teacher_config.vocab_size), tokenizer)
 
 
 def run(
@@ -204,42 +162,6 @@ def run(
         code = distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, log, saver, evaluator, stop)
     lane.close()
     return code
-
-
-def starting_point(args: TrainArguments, checkpoint: Path | None, ranks: Ranks) -> Progress:
-    if checkpoint is not None:
-        progress = read_progress(checkpoint)
-        if progress.bad_in_a_row >= args.max_bad_steps:  # where the run stopped for it: it has that many again
-            progress = dataclasses.replace(progress, bad_in_a_row=0)
-        return progress
-    tokens = args.resume_step * ranks.world_size * args.batch_size * args.seq_length
-    return Progress(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)
-
-
-def load_models(
-    args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device
-) -> tuple[LlambaForCausalLM, torch.Tensor | None, Lane]:
-    """The student of this rank, hybrid and frozen as asked; the teacher's head, if its hidden states are what comes;
-    and the way to its answers. The teacher's weights are read where it runs; where it does not, by rank 0 alone, for
-    its layers alone.
-    """
-    dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
-    student = get_student_model(models.student, dtype, ranks.device)
-    takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
-    place = torch.device("meta")
-    if runs_teacher and (ranks.owns_teacher or args.teacher_placement == "colocated"):
-        place = teacher_device
-    elif takes_layers and ranks.is_main:
-        place = torch.device("cpu")
-    teacher = get_teacher_model(models.teacher, dtype, place, with_head=runs_teacher)
-    if takes_layers:
-        apply_replacements(student, teacher, args.layers)
-        share_layers(student, args.layers)
-    prepare_student(student, args)
-    if not runs_teacher:
-        return student, None, NoTeacher(ranks.device)
-    head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks)
-    return student, head, lane
 
 
 def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader, behind: int) -> int:

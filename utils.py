@@ -3,27 +3,18 @@ directory, threads and clocks, and the way it ends.
 """
 
 import fcntl
-import functools
-import importlib.util
 import logging
 import math
 import os
 import platform
 import queue
-import shutil
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, TypeVar
-
-import torch
-import transformers
-
-from processes.exits import EXIT_STOPPED, Interrupted, hearing_signals
 
 logger = logging.getLogger("train")
 
@@ -32,6 +23,8 @@ T = TypeVar("T")
 
 def setup_logging(log_file: str | None, is_main: bool) -> None:
     """Lines as `[train] ...` on standard error and in `log_file`, from the main rank; warnings from all."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     formatter = logging.Formatter("[%(name)s] %(message)s")
@@ -54,6 +47,9 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
 
 def describe_environment() -> str:
     """Versions, devices and the NCCL settings that cost speed or memory, in one line."""
+    import torch
+    import transformers
+
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     nccl = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("NCCL_", "TORCH_NCCL_"))}
     parts = [
@@ -64,36 +60,6 @@ def describe_environment() -> str:
     ]
     parts += [f"{name}={value}" for name, value in nccl.items()]
     return " | ".join(parts)
-
-
-def checked_device(flag: str, name: str | None) -> torch.device:
-    """The device that `name` means, or the first GPU, or the CPU. Raises ValueError if it is not there."""
-    n_gpus = torch.cuda.device_count()
-    if name is None:
-        return torch.device("cuda:0" if n_gpus else "cpu")
-    expected = "expected cpu" + (f" or cuda:0 to cuda:{n_gpus - 1}" if n_gpus else "; check CUDA_VISIBLE_DEVICES")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_gpus):
-        raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}")
-    return device
-
-
-@functools.cache
-def can_compile(device_type: str) -> bool:
-    """Whether torch.compile has what it needs for "cpu", a C++ compiler, or for "cuda", Triton and a C compiler."""
-    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
-        return False
-    names = ("CXX", "c++", "g++", "clang++") if device_type == "cpu" else ("CC", "cc", "gcc", "clang")
-    return any(shutil.which(name) for name in (os.environ.get(names[0], ""), *names[1:]))
-
-
-def check_compiler(device_type: str) -> None:
-    if not can_compile(device_type):
-        needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
-        raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
 
 
 def lock_dir(flag: str, directory: str | Path) -> IO[str]:
@@ -218,24 +184,38 @@ class TimedIterator(Iterator[T]):
         return taken
 
 
-def run_entry(main: Callable[[], int | None]) -> int:
-    """Runs an entry's `main` and returns its exit code; what a user can put right (ValueError) is one line, without a
-    traceback, and so is a signal.
+def run_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """Draw `items` in a thread, up to `depth` ahead. Its errors are raised here; closing this ends it."""
+    ready: queue.Queue[T | Exception | None] = queue.Queue(depth)
+    stop = threading.Event()
 
-    Under torchrun every rank finds the same mistake, and the first rank to end takes the others with it; so rank
-    0 speaks, and the others give it time to.
-    """
+    def offer(item: T | Exception | None) -> bool:
+        # the main thread may also end without closing us, and then nobody will ever take what we offer
+        while not stop.is_set() and threading.main_thread().is_alive():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not offer(item):
+                    return
+        except Exception as error:  # handed over, not hidden
+            offer(error)
+        else:
+            offer(None)
+
+    thread = threading.Thread(target=produce, name="run-ahead", daemon=True)
+    thread.start()
     try:
-        with hearing_signals():
-            return main() or 0
-    except Interrupted as signal:
-        print(f"stopped by {signal}", file=sys.stderr, flush=True)
-        return EXIT_STOPPED
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if "site-packages" in raised_in.parts:
-            raise  # a library's, which no check of ours foresaw: where it happened matters
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=10)  # it may be waiting for a lost connection, which must not keep the process

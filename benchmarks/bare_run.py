@@ -13,12 +13,12 @@ import train_gpus
 from arguments import TrainArguments
 from checkpointing.saver import Saver
 from checkpointing.state import Progress
-from data import Batch
-from distillation.adamw import build_optimizer
 from distillation.teacher import Lane
 from monitoring.evaluator import Evaluator
 from processes.exits import StopRequest
 from processes.ranks import Ranks
+from text.batch import Batch
+from training_utils import build_optimizer
 
 
 class NoSaver(Saver):

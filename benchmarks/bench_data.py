@@ -124,7 +124,7 @@ def pack(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str
 
     import datasets
 
-    from text.token_file import Encoder, text_batches
+    from text.encoding import Encoder, text_batches
 
     datasets.disable_progress_bars()
     documents = make_documents(sizes["MB"], sizes["characters"])

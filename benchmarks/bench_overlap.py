@@ -50,9 +50,9 @@ def run(case: str, candidate: str, steps: int) -> dict:
 
 
 def _rank(rank: int, case: str, candidate: str, steps: int, results) -> None:
-    from data import Batch
     from distillation.teacher import ColocatedTeacher, TeacherLane, ask_ahead
     from processes.ranks import process_groups
+    from text.batch import Batch
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
     os.environ["MASTER_ADDR"] = "127.0.0.1"

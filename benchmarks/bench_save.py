@@ -27,12 +27,11 @@ def run(case: str, candidate: str, _: int) -> dict:
     from arguments import parse_train_args
     from checkpointing.saver import Saver
     from checkpointing.state import Progress, random_state
-    from data import Batch
-    from distillation.adamw import LossScale, build_optimizer, update
     from inputs.options import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
     from processes.ranks import process_groups
-    from training_utils import DistillationModel, wrap_ddp
+    from text.batch import Batch
+    from training_utils import DistillationModel, LossScale, build_optimizer, update, wrap_ddp
 
     d_model, n_layer, vocab = CASES[case]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -116,7 +116,7 @@ def run(case: str, candidate: str) -> Row:
 
 
 def need_compiler() -> None:
-    from utils import can_compile
+    from processes.devices import can_compile
 
     if not can_compile("cpu"):
         raise NotInstalled("a C++ compiler")

@@ -115,7 +115,7 @@ Windows = Any  # those that were stored, a sequence of (S + 1,) each, not read y
 
 
 def bare(job: Job) -> Windows:
-    from text.token_file import text_batches
+    from text.encoding import text_batches
 
     for texts in text_batches(job.documents):
         job.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -128,7 +128,8 @@ def bare_once(job: Job) -> Windows:
 
 
 def ours(job: Job) -> Windows:
-    from text.token_file import PackedTextDataset, write_token_file
+    from data import PackedTextDataset
+    from text.token_file import write_token_file
 
     write_token_file(job.folder / "ours", job.documents, job.encoder, {})
     return PackedTextDataset(job.folder / "ours", SEQ_LEN)
@@ -228,8 +229,8 @@ def stream(source: Source) -> Batches:
 def stream_not_ahead(source: Source) -> Batches:
     import torch
 
-    from data import Batch
-    from text.token_file import Encoder, blocks, text_batches
+    from text.batch import Batch
+    from text.encoding import Encoder, blocks, text_batches
 
     encoder = Encoder(source.tokenizer)
     arrays = (encoder(texts) for texts in text_batches(source.documents))

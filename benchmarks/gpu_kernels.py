@@ -18,8 +18,8 @@ from distillation.losses import compute_distill_loss, fused_distill_loss
 from llamba import LlambaConfig
 from llamba.kernels import Conv, Scan, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
+from processes.devices import can_compile
 from training_utils import compiles_loss
-from utils import can_compile
 
 CE_WEIGHT, KL_WEIGHT, TEMPERATURE = 1.0, 0.1, 1.0  # the defaults of training
 PLAIN = "plain PyTorch"  # what llamba.kernels calls it

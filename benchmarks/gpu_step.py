@@ -19,17 +19,19 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-import train_gpus
+import distillation.models
 from arguments import TrainArguments, parse_train_args
-from data import Batch
 from distillation.adamw import MasterWeightAdamW
 from distillation.losses import shared_vocab
+from distillation.models import Models, load_models
 from inputs.options import PRESETS
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
-from model_utils import apply_replacements, freeze_student_layers, freeze_student_mlps
-from processes.ranks import Ranks, choose_devices, process_groups
-from training_utils import DTYPES, DistillationModel, wrap_ddp
+from model_utils import DTYPES, apply_replacements, freeze_student_layers, freeze_student_mlps
+from processes.devices import choose_devices
+from processes.ranks import Ranks, process_groups
+from text.batch import Batch
+from training_utils import DistillationModel, wrap_ddp
 
 RANKS = 4  # that share the optimizer's state
 STEPS, WARM_UP = 10, 3  # the first steps compile and allocate; the last has no batch to be ahead for
@@ -173,8 +175,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
         return build(shapes.student, dtype, place)
 
     def run(ranks: Ranks) -> None:  # a function: what uses the process groups has to be gone before them
-        models = train_gpus.Models("", "", vocab, None)
-        student, head, lane = train_gpus.load_models(args, models, ranks, teacher_device)
+        student, head, lane = load_models(args, Models("", "", vocab, None), ranks, teacher_device)
         model = wrap_ddp(DistillationModel(student, head, vocab, args), device)
         log.begin(model.module, teachers.pop())
         batches = random_batches(shapes, args.batch_size)
@@ -182,7 +183,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
         lane.close()
 
     with (
-        mock.patch.multiple(train_gpus, get_teacher_model=make_teacher, get_student_model=make_student),
+        mock.patch.multiple(distillation.models, get_teacher_model=make_teacher, get_student_model=make_student),
         mock.patch("optimizer.MasterWeightAdamW", Share),
         process_groups(device) as ranks,
     ):

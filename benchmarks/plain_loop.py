@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from arguments import TrainArguments
-from data import Batch
 from distillation.losses import compute_distill_loss
+from text.batch import Batch
 
 
 def train(

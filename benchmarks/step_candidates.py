@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arguments import TrainArguments, parse_train_args
-from data import Batch
 from distillation.teacher import open_lane
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import prepare_student
 from monitoring.run_log import RunLog
 from processes.ranks import Ranks, process_groups
+from text.batch import Batch
 from training_utils import DistillationModel, wrap_ddp
 
 

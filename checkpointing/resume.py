@@ -3,15 +3,9 @@
 The quick check of a checkpoint is made before the ranks have met; its large files are hashed by all ranks together.
 """
 
-import contextlib
-import itertools
 import logging
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from arguments import (
     FREE_TO_CHANGE,
@@ -26,20 +20,15 @@ from arguments import (
 from checkpointing.files import (
     SMALL,
     STATE_FILE,
-    checkpoint_bytes,
     find_checkpoints,
     hash_check,
     quick_check,
     read_state,
     read_sums,
-    remove_partial,
     set_bad_aside,
-    step_of,
 )
 from checkpointing.state import FORMAT
-from llamba import LlambaForCausalLM
 from processes.ranks import Ranks, is_main_rank
-from utils import lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
@@ -76,53 +65,6 @@ def nothing_good(args: TrainArguments, problems: dict[Path, str | None]) -> Valu
         f"--resume {args.resume}: no good checkpoint in {args.output_dir} ({listed}); move the bad ones away to start "
         "at 0, or name a good one"
     )
-
-
-def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
-    """Takes --output_dir for this run: away with what saves that came to no end have left, and with newer checkpoints
-    that are bad; ValueError if it holds results that this run would overwrite. Returns the lock on it.
-    """
-    folder = Path(args.output_dir)
-    lock = lock_dir("--output_dir", args.output_dir)
-    lock.write(str(time.time_ns()))
-    lock.flush()
-    remove_partial(folder)
-    start = step_of(candidates[0]) if candidates else args.resume_step
-    if args.resume == "auto":
-        for checkpoint in find_checkpoints(folder):
-            if step_of(checkpoint) > start and (problem := quick_check(checkpoint)):
-                set_bad_aside(checkpoint, problem)
-    steps = [step_of(checkpoint) for checkpoint in find_checkpoints(folder)]
-    if any(step > start for step in steps) or (steps and not start and not candidates):
-        lock.close()
-        raise ValueError(
-            f"--output_dir {args.output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
-            "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
-        )
-    return lock
-
-
-def keep_options(folder: Path, options: str) -> None:
-    """args.yaml: all options of the run, for people and for --config. Where it says something else, as in a run that
-    goes on with other options, it moves to args.1.yaml, args.2.yaml and so on.
-    """
-    file = folder / "args.yaml"
-    if file.is_file() and file.read_text() != options:
-        n = next(n for n in itertools.count(1) if not (folder / f"args.{n}.yaml").exists())
-        file.rename(folder / f"args.{n}.yaml")
-    write_whole(file, options.encode())
-
-
-def check_shared(args: TrainArguments, ranks: Ranks) -> None:
-    """Every rank writes its part of a checkpoint: all nodes have to see the folder that the first rank has taken."""
-    lock = Path(args.output_dir) / ".lock"
-    token = int(lock.read_text()) if lock.is_file() else 0
-    highest, lowest = ranks.maximum(token, -token)
-    if highest != -lowest:
-        raise ValueError(
-            f"--output_dir {args.output_dir}: not the same folder on all nodes; expected one that they share, for each "
-            "rank writes its part of a checkpoint"
-        )
 
 
 def choose_checkpoint(args: TrainArguments, candidates: list[Path], ranks: Ranks) -> Path | None:
@@ -192,61 +134,3 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
     for name, value in changed.items():
         if name not in FREE_TO_CHANGE and group_of(name) not in (OUTPUT, PLAN) and is_main_rank():
             logger.warning("goes on with --%s %s where it had %s", name, value, before[name])
-
-
-@dataclass(frozen=True)
-class DiskRoom:
-    """For checkpoints of a run. size: bytes of one; n_here: how many are there; n_most: how many there will be at a
-    time, at most; n_fit: how many there can be.
-    """
-
-    size: int
-    n_here: int
-    n_most: int
-    n_fit: int
-
-    @property
-    def is_enough(self) -> bool:
-        """To go on: a new one is written before an old one is deleted, and the first of a run is never the last."""
-        return self.n_fit - self.n_here >= (1 if self.n_here else 2)
-
-
-def disk_room(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> DiskRoom:
-    """For a run that has that many micro steps to go. --output_dir need not be there yet."""
-    folder = Path(args.output_dir).absolute()
-    n_here = len(find_checkpoints(folder)) if folder.is_dir() else 0
-    n_new = -(-micro_steps // args.save_interval) if args.save_interval else 1
-    n_most = (n_here or 1) + n_new  # a run that begins saves its student as it is
-    if args.save_total_limit is not None:
-        n_most = min(n_most, args.save_total_limit + 1)
-    while not folder.is_dir():
-        folder = folder.parent
-    size = checkpoint_bytes(student)
-    return DiskRoom(size, n_here, n_most, n_here + shutil.disk_usage(folder).free // size)
-
-
-def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> None:
-    """Whether the disk has room for this run's checkpoints: ValueError if it cannot go on, a warning if not for all."""
-    room = disk_room(args, student, micro_steps)
-    facts = (
-        f"--output_dir {args.output_dir}: a checkpoint takes {room.size / 1e9:.1f} GB, {room.n_here} are there and the "
-        f"disk has room for {room.n_fit - room.n_here} more"
-    )
-    if not room.is_enough:
-        least = "one more" if room.n_here else "two"
-        raise ValueError(f"{facts}, expected room for {least} at least; make room or choose another disk")
-    if room.n_fit < room.n_most:
-        logger.warning(
-            "%s, but the run keeps up to %d: raise --save_interval or give --save_total_limit", facts, room.n_most
-        )
-
-
-@contextlib.contextmanager
-def writing_to(args: TrainArguments) -> Iterator[None]:
-    """What cannot be written into --output_dir before training is one line: ValueError."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"--output_dir {args.output_dir}: cannot be written ({error.strerror}); make room or choose another disk"
-        ) from error

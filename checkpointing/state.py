@@ -3,7 +3,6 @@ place in the data, random state, and each rank's shard of the optimizer.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from arguments import TrainArguments
 from checkpointing.files import open_optimizer, read_position, read_state
 from llamba import LlambaForCausalLM
+from processes.ranks import Ranks
 from text.batch import Position
+from training_utils import owned_parameters
 
 FORMAT = 1  # of training_state.json; raise it when older ones cannot be gone on with
 TENSORS = ("master", "exp_avg", "exp_avg_sq", "step")  # of a parameter's optimizer state
@@ -88,16 +89,6 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 # --- the optimizer's shard -----------------------------------------------------------------------------------
 
 
-def owned_parameters(
-    student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Those whose masters and moments are kept on this rank, with their names."""
-    names = {parameter: name for name, parameter in student.named_parameters()}
-    for group in optimizer.optim.param_groups:
-        for parameter in group["params"]:
-            yield names[parameter], parameter
-
-
 def shard_tensors(student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer) -> dict[str, Tensor]:
     """This rank's masters, moments and step counts by `<kind>/<parameter name>`: the tensors themselves."""
     return {
@@ -135,3 +126,13 @@ def _read_one(checkpoint: Path, files: dict[str, Any], kind: str, name: str, par
     if value.shape != shape:
         raise ValueError(f"--resume {checkpoint}: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     return value if kind == "step" else value.to(parameter.device)
+
+
+def starting_point(args: TrainArguments, checkpoint: Path | None, ranks: Ranks) -> Progress:
+    if checkpoint is not None:
+        progress = read_progress(checkpoint)
+        if progress.bad_in_a_row >= args.max_bad_steps:  # where the run stopped for it: it has that many again
+            progress = dataclasses.replace(progress, bad_in_a_row=0)
+        return progress
+    tokens = args.resume_step * ranks.world_size * args.batch_size * args.seq_length
+    return Progress(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)

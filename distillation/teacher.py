@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data import Batch
 from llamba import LlambaForCausalLM
 from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 from processes.ranks import Ranks
+from text.batch import Batch
 from utils import BackgroundThread
 
 # An answer, and the event after which it may be read: None where there is nothing to wait for.

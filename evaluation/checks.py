@@ -22,8 +22,9 @@ from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
 from inputs.model_files import read_config
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
-from processes.ranks import Ranks, choose_device
-from text.token_file import check_tokenizer
+from processes.devices import choose_device
+from processes.ranks import Ranks
+from text.encoding import check_tokenizer
 
 MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
 HELD_OUT_FLAGS = {

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from distillation.losses import choose_chunk_tokens, mask_unknown_labels, shared_vocab
+from text.encoding import Encoder, blocks, text_batches
 from text.sources import explain_fault, network_forbidden, open_source, open_stream, open_table
 from text.stream import TextStream
-from text.token_file import Encoder, blocks, text_batches
 
 logger = logging.getLogger("train")
 

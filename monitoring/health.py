@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from arguments import TrainArguments
-from checkpointing.state import owned_parameters
 from llamba import LlambaForCausalLM
-from model_utils import parts_of_student
+from llamba.parts import parts_of_student
 from processes.ranks import Ranks
-from training_utils import Meter
+from training_utils import Meter, owned_parameters
 
 logger = logging.getLogger("train")
 

@@ -9,28 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from arguments import TrainArguments
 from distillation.teacher import Lane, NoTeacher
-from llamba import LlambaConfig, LlambaForCausalLM
+from llamba import LlambaForCausalLM
 from text.batch import Batch
 from training_utils import undisturbed
 
 logger = logging.getLogger("train")
 
 MOST_TOKENS = 512  # of one window: for an 8B model 33 hidden states take 140 MB on each device
-
-
-def check_layer_map(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
-    """Whether the models' layers can be compared one by one. Raises ValueError."""
-    shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
-    if args.layer_map_interval and shapes[0] != shapes[1]:
-        raise ValueError(
-            f"--layer_map_interval {args.layer_map_interval}: the student has {shapes[0][0]} layers of width "
-            f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
-            "the option out"
-        )
 
 
 class LayerMap:

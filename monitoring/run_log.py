@@ -7,12 +7,12 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from arguments import TrainArguments
+from checkpointing.run_folder import read_status
 from monitoring.progress_bar import LOGGERS, Eta, ProgressBar, format_duration, format_speed, has_terminal
 from monitoring.speed import Gauges
 from monitoring.trackers import Tracker, start_trackers
@@ -234,57 +234,3 @@ class WarningsFile(logging.Handler):
 
 
 # --- how the run stands --------------------------------------------------------------------------------------
-
-
-def read_status(output_dir: Path) -> dict[str, Any]:
-    """status.json; nothing where there is none, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((output_dir / "status.json").read_text())
-        return status if isinstance(status, dict) else {}
-    return {}
-
-
-def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
-    """status.json: how the run stands (running, complete, stopped, diverged) and the exit code that says so."""
-    partial = output_dir / ".status.json.partial"
-    try:
-        partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
-        partial.replace(output_dir / "status.json")
-    except OSError as error:  # the run itself is more important
-        logger.warning("status.json cannot be written (%s)", error.strerror)
-
-
-def begin_status(output_dir: Path) -> float:
-    """status.json says "running" from here on, to the run's death if that is how it ends. Returns when torchrun
-    launched the run, in seconds since the epoch: its restarts keep that time.
-    """
-    launched = time.time()
-    if _restarts():
-        launched = read_status(output_dir).get("launched", launched)
-    write_status(output_dir, "running", 0, launched=launched)
-    return launched
-
-
-@contextlib.contextmanager
-def telling_refusal(output_dir: Path) -> Iterator[None]:
-    """A run that its input ends, with a ValueError, was refused: status.json must not say that it is running."""
-    try:
-        yield
-    except ValueError as error:
-        write_status(output_dir, "refused", 2, text=str(error))
-        raise
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def ended_before_restart(output_dir: Path) -> int | None:
-    """The exit code of the workers that torchrun has restarted, if they had stopped for good: under --max-restarts
-    torchrun takes every code but 0 for a failure and starts the workers again.
-    """
-    status = read_status(output_dir) if _restarts() else {}
-    if status.get("status") not in ("stopped", "diverged"):
-        return None
-    logger.warning("not started again: %s", status["text"])
-    return status["exit_code"]

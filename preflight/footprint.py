@@ -22,22 +22,23 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from arguments import TrainArguments, parse_train_args
-from data import Batch
-from distillation.adamw import MasterWeightAdamW, parameter_groups
+from distillation.adamw import MasterWeightAdamW
 from distillation.losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab
 from distillation.teacher import Teacher, teacher_head
 from inputs.options import PRESETS
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import (
+    DTYPES,
     apply_replacements,
     check_checkpoint_blocks,
+    check_layer_map,
     check_replacements,
     get_configs,
     locate_model,
     prepare_student,
 )
-from monitoring.layer_map import check_layer_map
-from training_utils import DTYPES, DistillationModel
+from text.batch import Batch
+from training_utils import DistillationModel, parameter_groups
 
 aten = torch.ops.aten
 Items = dict[str, int]  # bytes or operations, by what they are for

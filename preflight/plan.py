@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from arguments import TrainArguments
+from model_utils import DTYPES
 from monitoring.speed import peak_operations
 from preflight.footprint import Footprint, Items, gradient_bytes, measure_footprint, optimizer_bytes
 from processes.ranks import launched_world_size, local_world_size, was_launched
-from training_utils import DTYPES
 
 GB = 1e9
 # The box of the README's long run, where there is no GPU to look at: 5 H100.

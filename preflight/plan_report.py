@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from arguments import TrainArguments
-from checkpointing.resume import DiskRoom, disk_room
-from model_utils import parameter_table
+from checkpointing.run_folder import DiskRoom, disk_room
+from llamba.parts import parameter_table
+from model_utils import DTYPES
 from monitoring.speed import peak_operations
 from preflight.footprint import Footprint, gradient_bytes, measure_footprint
 from preflight.plan import (
@@ -36,7 +37,6 @@ from preflight.plan import (
     teacher_index,
     wire_bytes,
 )
-from training_utils import DTYPES
 from utils import format_duration
 
 SLOW_LINK = 5 * GB  # bytes per second, of the order that copies through the host's memory reach

@@ -9,8 +9,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -102,3 +104,26 @@ def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
         rope.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_entry(main: Callable[[], int | None]) -> int:
+    """Runs an entry's `main` and returns its exit code; what a user can put right (ValueError) is one line, without a
+    traceback, and so is a signal.
+
+    Under torchrun every rank finds the same mistake, and the first rank to end takes the others with it; so rank
+    0 speaks, and the others give it time to.
+    """
+    try:
+        with hearing_signals():
+            return main() or 0
+    except Interrupted as signal:
+        print(f"stopped by {signal}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if "site-packages" in raised_in.parts:
+            raise  # a library's, which no check of ours foresaw: where it happened matters
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from processes.lifeline import Lifeline
-from utils import checked_device
 
 logger = logging.getLogger("train")
 
@@ -102,60 +101,6 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def choose_devices(
-    teacher_device: str | None, teacher_placement: str, runs_teacher: bool
-) -> tuple[torch.device, torch.device]:
-    """This rank's student device and the device of its teacher: students take the first GPUs in order of local
-    rank; a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a
-    GPU all are on the CPU. Raises ValueError if GPUs are short.
-    """
-    n_gpus, n_students = torch.cuda.device_count(), local_world_size()
-    named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
-    if n_gpus == 0:
-        return torch.device("cpu"), named or torch.device("cpu")
-    colocated = teacher_placement == "colocated"
-    needed = n_students + (1 if runs_teacher and named is None and not colocated else 0)
-    if n_gpus < needed:
-        raise ValueError(
-            f"--nproc_per_node {n_students}: needs {needed} visible GPUs ({n_students} for students"
-            + (", the last for the teacher" if needed > n_students else "")
-            + f"), and {n_gpus} are visible; start fewer processes, make more GPUs visible, "
-            "or share students' GPUs with --teacher_device cuda:0 or --teacher_placement colocated"
-        )
-    student = torch.device("cuda", local_rank())
-    return student, student if colocated else named or torch.device("cuda", n_gpus - 1)
-
-
-def choose_device(named: str | None) -> torch.device:
-    """The device of this rank where there is no teacher beside it: the one named, or a GPU of its own, or the CPU.
-    Raises ValueError if it is not there, or if GPUs are short.
-    """
-    n_gpus, n_ranks = torch.cuda.device_count(), local_world_size()
-    if named is not None:
-        device = checked_device("--device", named)
-        if device.type == "cuda" and n_ranks > 1:
-            raise ValueError(f"--device {named}: {n_ranks} ranks cannot share it; leave it out, each takes its own GPU")
-        return device
-    if n_gpus == 0:
-        return torch.device("cpu")
-    if n_gpus < n_ranks:
-        raise ValueError(
-            f"--nproc_per_node {n_ranks}: each rank takes a GPU, and {n_gpus} are visible; start fewer, or make more "
-            "visible"
-        )
-    return torch.device("cuda", local_rank())
-
-
-def default_prefetch(teacher_device: torch.device) -> int:
-    """Batches that the teacher works ahead: one on a device of its own. On a student's there is nothing to gain, and
-    on a CPU much to lose: the threads of both would get in each other's way.
-    """
-    students = [torch.device("cpu")]
-    if torch.cuda.device_count() > 0:
-        students = [torch.device("cuda", i) for i in range(local_world_size())]
-    return 0 if teacher_device in students else 1
 
 
 @contextmanager

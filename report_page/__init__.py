@@ -1,3 +1,3 @@
-"""The page that report.py makes of a run's files. Imports neither torch nor transformers, nor any other folder: a
-report opens on a laptop.
+"""The page that report.py makes of a run's files. Imports arguments, inputs and
+utils only, and with them neither torch nor transformers.
 """

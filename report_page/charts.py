@@ -12,9 +12,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from evaluation.report import CHANCE
 from report_page.series import Chart, Drawing, HeatMap, is_log, smooth, smoothing_width, thin
 
+CHANCE = 0.25  # of four answers
 ROUND = [1, 2, 2.5, 5, 10]  # what the ticks of an axis are multiples of
 MOST_MAPS = 300  # columns of a heat map
 # Told apart on white and on black.

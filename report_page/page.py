@@ -8,12 +8,11 @@ from html import escape
 
 import numpy as np
 
-from evaluation.report import Table
 from report_page.charts import colour_of, dash_of
 from report_page.run_data import Run, Score, Series
 from report_page.series import Drawing, HeatMap, smoothing_width
 from report_page.style import CSS
-from report_page.tables import facts_of, measure_table, option_tables, score_table, summary_table, warning_table
+from report_page.tables import Table, facts_of, measure_table, option_tables, score_table, summary_table, warning_table
 
 
 def make_page(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> str:

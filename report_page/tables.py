@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arguments import TrainArguments
-from evaluation.report import Table
 from inputs.options import preset_values
 from report_page.run_data import Run, number
 from report_page.series import share_of_time, smooth
 from utils import format_duration
 
+Table = list[list[str]]  # rows of cells, the first one its head
 MOST_WARNINGS = 50  # of a run
 NONE = "–"
 DIRECTORY = "output_dir"  # tells a run from others, but not what it computes

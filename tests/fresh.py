@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 import train_gpus
+from processes.exits import run_entry
 from tests.faults.launch import ROOT, Launch
-from utils import run_entry
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The entries, and what torch and transformers import only when they are used.

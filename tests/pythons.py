@@ -4,7 +4,7 @@ environment:
     python tests/pythons.py [3.12 ...]
 
 For all but the Python that a CPU build of torch is at hand for, that is 3 GB to fetch and 6 GB of disk, for a while.
-tests/test_pythons.py makes the checks that cost little. Standard library only.
+tests/project/test_pythons.py makes the checks that cost little. Standard library only.
 """
 
 import os

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import train_gpus
-from utils import run_entry
+from processes.exits import run_entry
 
 real_distil = train_gpus.distil
 

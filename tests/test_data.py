@@ -17,13 +17,13 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from test_packing import EOS, ahead_threads, plain_ids, random_documents, small_tokenizer
 
 import data
 from arguments import TrainArguments
 from data import build_dataloader
 from tests import fresh
-from text import token_file
+from tests.text.test_token_file import EOS, ahead_threads, plain_ids, random_documents, small_tokenizer
+from text import encoding
 
 ROOT = Path(__file__).parents[1]
 SEQ = 8
@@ -85,10 +85,8 @@ def packed_dirs(tmp_path: Path) -> list[Path]:
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The texts that were tokenised from now on."""
     encoded: list[str] = []
-    encode = token_file.Encoder.__call__
-    monkeypatch.setattr(
-        token_file.Encoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts)
-    )
+    encode = encoding.Encoder.__call__
+    monkeypatch.setattr(encoding.Encoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts))
     return encoded
 
 
@@ -198,7 +196,7 @@ def told(batches) -> list[tuple]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_from_the_place_behind_any_batch_comes_exactly_the_rest(tmp_path: Path, monkeypatch, lane, world_size: int):
     """Over the border of two epochs, and from places that a run had which itself went on."""
-    monkeypatch.setattr(token_file.text_batches, "__defaults__", (9, 1 << 22))  # several stacks in an epoch
+    monkeypatch.setattr(encoding.text_batches, "__defaults__", (9, 1 << 22))  # several stacks in an epoch
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60))
     args = options(path, epochs=2, seq_length=150, **lane)
     for rank in range(world_size):
@@ -272,7 +270,7 @@ def test_other_ranks_and_batch_sizes_go_on_where_the_last_ended(tmp_path: Path, 
 
 
 def test_streams_number_their_windows_from_the_start_of_an_epoch(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_file.text_batches, "__defaults__", (9, 1 << 22))
+    monkeypatch.setattr(encoding.text_batches, "__defaults__", (9, 1 << 22))
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(5, 60))
     args = options(path, dataset_streaming=True, epochs=2)
     for rank in range(2):
@@ -339,7 +337,7 @@ def test_streaming_ranks_read_disjoint_documents(tmp_path: Path, n_files: int, w
 def test_streaming_tokenises_the_next_texts_while_batches_of_the_last_are_used(tmp_path: Path, monkeypatch):
     documents = random_documents(1, 60)
     path = write_jsonl(tmp_path / "a.jsonl", documents)
-    monkeypatch.setattr(token_file.text_batches, "__defaults__", (20, 1 << 22))
+    monkeypatch.setattr(encoding.text_batches, "__defaults__", (20, 1 << 22))
     encoded = count_encoded(monkeypatch)
     batches = iter(loader(options(path, dataset_streaming=True)))
     next(batches)
@@ -354,7 +352,7 @@ def test_streaming_ranks_do_not_agree_at_every_step(tmp_path: Path, monkeypatch)
     agreements = []
     all_reduce = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda *args, **more: agreements.append(1) or all_reduce(*args, **more))
-    monkeypatch.setattr(token_file.text_batches, "__defaults__", (20, 1 << 22))
+    monkeypatch.setattr(encoding.text_batches, "__defaults__", (20, 1 << 22))
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(1, 60))
     batches = list(loader(options(path, dataset_streaming=True), control_group=dist.group.WORLD))
     assert len(agreements) == 3 + 1 < len(batches)  # one for every 20 documents, one at the end
@@ -448,9 +446,9 @@ def wait_until(condition, seconds: float = 60) -> None:
 def build_and_hang(cache: Path, path: Path) -> None:
     """In the sixth batch of texts."""
     datasets.config.HF_DATASETS_CACHE = cache
-    encode, batches = token_file.Encoder.__call__, iter(range(10**9))
-    token_file.Encoder.__call__ = lambda *a: encode(*a) if next(batches) < 5 else time.sleep(600)
-    token_file.text_batches.__defaults__ = (16, 1 << 22)
+    encode, batches = encoding.Encoder.__call__, iter(range(10**9))
+    encoding.Encoder.__call__ = lambda *a: encode(*a) if next(batches) < 5 else time.sleep(600)
+    encoding.text_batches.__defaults__ = (16, 1 << 22)
     loader(options(path))
 
 
@@ -483,7 +481,7 @@ def read_two_shares(folder: Path, path: Path, rank: int) -> list:
     args = options(path, dataset_streaming=True)
     batches = loader(args, rank, 2, control_group=dist.group.WORLD)
     counts = [len(list(batches)), len(list(batches))]
-    token_file.text_batches.__defaults__ = (3, 1 << 22)  # so that ranks need more text at different steps
+    encoding.text_batches.__defaults__ = (3, 1 << 22)  # so that ranks need more text at different steps
     counts.append(len(list(batches)))
     with pytest.raises(ValueError, match="too small"):
         list(loader(dataclasses.replace(args, batch_size=50), rank, 2, control_group=dist.group.WORLD))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, MistralConfig
 
 from llamba import LlambaConfig
+from llamba.parts import parameter_table
 from model_utils import (
     adopt_special_tokens,
     apply_replacements,
@@ -22,10 +23,9 @@ from model_utils import (
     get_student_model,
     get_teacher_model,
     locate_model,
-    parameter_table,
 )
+from processes.devices import checked_device
 from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
-from utils import checked_device
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import distillation.models
 import train_gpus
 from llamba import LlambaForCausalLM
 from tests import fresh, run_and_dump
@@ -339,7 +340,7 @@ def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
 def fail(models, tmp_path, monkeypatch, **changes):
     """The error of a run in this process, which must come before any weight is read."""
     for loader in ("get_student_model", "get_teacher_model"):
-        monkeypatch.setattr(train_gpus, loader, lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(distillation.models, loader, lambda *a, **k: pytest.fail("a model was loaded"))
     argv = options(models, **{"output_dir": tmp_path / "out", "no_dataset_streaming": True, **changes})
     monkeypatch.setattr(sys, "argv", ["train_gpus.py", *argv])
     with pytest.raises(ValueError) as error:

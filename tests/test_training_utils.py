@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from arguments import parse_train_args
-from data import Batch
 from distillation.losses import compute_distill_loss
 from processes.ranks import process_groups
 from tests.tiny import tiny_student, tiny_teacher, tokens
 from tests.two_ranks import on_two_ranks
+from text.batch import Batch
 from training_utils import DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
 
 CPU = torch.device("cpu")

@@ -19,19 +19,11 @@ import transformers
 
 import utils
 from arguments import parse_train_args
-from checkpointing.resume import prepare_output_dir
-from processes.exits import SIGNALS, Interrupted
-from utils import (
-    BackgroundThread,
-    Stopwatch,
-    TimedIterator,
-    can_compile,
-    check_compiler,
-    describe_environment,
-    lock_dir,
-    run_entry,
-    setup_logging,
-)
+from checkpointing.run_folder import prepare_output_dir
+from processes import exits
+from processes.devices import can_compile, check_compiler
+from processes.exits import SIGNALS, Interrupted, run_entry
+from utils import BackgroundThread, Stopwatch, TimedIterator, describe_environment, lock_dir, setup_logging
 
 ROOT = Path(__file__).parents[1]
 
@@ -281,7 +273,7 @@ def test_closing_waits_for_what_was_submitted():
 def slept(monkeypatch):
     """Seconds that were asked for, none of which pass."""
     seconds = []
-    monkeypatch.setattr(utils, "time", SimpleNamespace(sleep=seconds.append))  # other threads may sleep
+    monkeypatch.setattr(exits, "time", SimpleNamespace(sleep=seconds.append))  # other threads may sleep
     monkeypatch.delenv("RANK", raising=False)
     return seconds
 
@@ -381,8 +373,8 @@ def test_other_errors_keep_their_traceback(slept, error):
 def test_a_missing_compiler_is_told_before_a_run(monkeypatch, device_type, programs, has_triton, expected):
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("utils.shutil.which", lambda name: name if name in programs else None)
-    monkeypatch.setattr("utils.importlib.util.find_spec", lambda name: object() if has_triton else None)
+    monkeypatch.setattr("processes.devices.shutil.which", lambda name: name if name in programs else None)
+    monkeypatch.setattr("processes.devices.importlib.util.find_spec", lambda name: object() if has_triton else None)
     can_compile.cache_clear()
     try:
         assert can_compile(device_type) is expected

@@ -15,8 +15,9 @@ import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
 from arguments import TrainArguments
+from text.encoding import Encoder
 from text.rows import check_text_field
-from text.token_file import FORMAT_VERSION, Encoder
+from text.token_file import FORMAT_VERSION
 from text.tolerant_reader import columns_of, file_ending, first_bad_row, is_readable_here, tolerant_stream
 
 logger = logging.getLogger("train")

@@ -4,12 +4,7 @@ The shuffle buffer is ours, because `datasets` does not save the rows in its own
 share: where to read on, and what the buffer holds. The same place is returned to when a connection breaks.
 """
 
-import asyncio
-import errno
-import http.client
 import logging
-import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,48 +12,12 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 from datasets.distributed import split_dataset_by_node
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from text.encoding import text_batches
+from text.retries import WAITS_S, is_connection_trouble
 from text.rows import ROWS_AT_ONCE, RowCounts, only_texts
-from text.token_file import text_batches
 
 logger = logging.getLogger("train")
-
-WAITS_S = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # before each try; the count starts anew when rows have come
-CONNECTION_ERRORS = (
-    ConnectionError,
-    TimeoutError,
-    asyncio.TimeoutError,  # fsspec's; another class than TimeoutError before Python 3.11
-    socket.gaierror,
-    ssl.SSLError,
-    http.client.HTTPException,
-)
-# Which of these is installed depends on the versions of `datasets` and `fsspec`, and so none is imported for it.
-HTTP_CLIENTS = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
-FINAL_ERRORS = (OfflineModeIsEnabled, FileNotFoundError, PermissionError)
-PASSING_ERRNOS = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENETRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}
-PASSING_STATUS = {408, 425, 429}  # and all from 500 on
-
-
-def is_connection_trouble(error: BaseException | None) -> bool:
-    """Whether another try may succeed. Arrow and gzip report damaged files as an OSError without a number."""
-    if error is None or isinstance(error, FINAL_ERRORS):
-        return False
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in PASSING_STATUS or error.response.status_code >= 500
-    if isinstance(error, CONNECTION_ERRORS) or (isinstance(error, OSError) and error.errno in PASSING_ERRNOS):
-        return True
-    if any(base.__module__.split(".")[0] in HTTP_CLIENTS for base in type(error).__mro__):
-        return True
-    return is_connection_trouble(error.__cause__)
 
 
 @dataclass(frozen=True)

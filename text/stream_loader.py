@@ -13,9 +13,32 @@ import torch
 import torch.distributed as dist
 
 from arguments import TrainArguments
-from text.batch import MAKE_IT_FIT, Batch, StreamPosition
-from text.stream import TextStream
-from text.token_file import Encoder, run_ahead
+from text.batch import MAKE_IT_FIT, Batch
+from text.encoding import Encoder
+from text.stream import StreamState, TextStream
+from utils import run_ahead
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """A point in one rank's share of a stream: before the batch of texts `texts`, with the ids `leftover` of the texts
+    before it, and `n_taken` batches of windows behind in what the two make.
+    """
+
+    epoch: int
+    texts: StreamState
+    leftover: np.ndarray  # (ids,)
+    first_step: int  # batches of the epoch before these texts
+    n_taken: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "texts": self.texts.to_json(),
+            "leftover": self.leftover.tolist(),
+            "first_step": self.first_step,
+            "n_taken": self.n_taken,
+        }
 
 
 class StreamingLoader:

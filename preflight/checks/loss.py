@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from arguments import TrainArguments
 from distillation.losses import fused_distill_loss
 from llamba import LlambaConfig, LlambaForCausalLM
-from model_utils import apply_replacements, get_teacher_model
+from model_utils import DTYPES, apply_replacements, get_teacher_model
 from preflight.checks.basics import FAILURE, OK, Case, Finding
 from preflight.checks.machine import run_device
 from preflight.checks.models import PROBE, configs, skeletons, teacher_place, teacher_tokenizer
-from text.token_file import Encoder
-from training_utils import DTYPES, compiles_loss
+from text.encoding import Encoder
+from training_utils import compiles_loss
 
 SMALL_MODEL = 200_000_000  # parameters that take seconds to read
 # What rounding explains. Equal inputs give equal logits in any dtype; two ways to the same logits do not.

@@ -17,10 +17,9 @@ from torch import Tensor
 from llamba import LlambaConfig
 from llamba.kernels import Kernels, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
+from model_utils import DTYPES
 from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding
-from processes.ranks import choose_devices, default_prefetch
-from training_utils import DTYPES
-from utils import check_compiler
+from processes.devices import check_compiler, choose_devices, default_prefetch
 
 GB = 1e9
 PLAIN = "plain PyTorch"  # what llamba.kernels calls it

@@ -21,7 +21,7 @@ from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt
 from preflight.checks.machine import GB, default_nproc, devices
 from preflight.footprint import build_models, find_configs, n_bytes
-from text.token_file import Encoder, check_tokenizer
+from text.encoding import Encoder, check_tokenizer
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 1234567890\n混合模型 😀🚀 e=mc²"

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, step_of
-from checkpointing.resume import check_space, disk_room
+from checkpointing.run_folder import check_space, disk_room
 from monitoring.trackers import REPLACED, check_trackers, wandb_mode
 from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding
 from preflight.checks.machine import GB, default_nproc, run_device

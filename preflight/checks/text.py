@@ -20,9 +20,9 @@ from preflight.checks.machine import GB, default_nproc
 from preflight.checks.models import teacher_tokenizer
 from preflight.checks.storage import cannot_write, nearest
 from text.batch import MAKE_IT_FIT
+from text.encoding import Encoder
 from text.rows import only_texts
 from text.sources import cache_root, files_read_here, local_path, network_forbidden, open_source, open_stream
-from text.token_file import Encoder
 
 ROWS = 16
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 import train_gpus
+from processes.exits import run_entry
 from tests.tiny import tiny_student, tiny_teacher
-from utils import run_entry
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "presets" / "tiny" / "text" / "heldout.jsonl"

@@ -21,7 +21,7 @@ from checkpointing import files, resume, saver
 from distillation import teacher
 from tests.faults.launch import Launch, make_models, options
 from tests.faults.traps import trap
-from text import token_file
+from text import encoding
 
 FORWARD = (training_utils.DistillationModel, "forward")
 SETTLING = 2  # forward passes before the first micro step
@@ -94,9 +94,7 @@ def _wrap_by_name() -> None:
 
 def signal_while_tokenising(scene: Scene) -> None:
     cache = scene.folder / "stopped-cache"
-    scene.run(
-        arm=on_rank(0, lambda: trap(token_file.Encoder, "__call__", 1, wait_for_a_signal)), dataset_cache_dir=cache
-    )
+    scene.run(arm=on_rank(0, lambda: trap(encoding.Encoder, "__call__", 1, wait_for_a_signal)), dataset_cache_dir=cache)
     scene.run(dataset_cache_dir=cache, max_steps=1)
 
 

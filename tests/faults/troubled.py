@@ -7,8 +7,8 @@ import signal
 import sys
 
 import train_gpus
+from processes.exits import run_entry
 from tests.faults.scenarios import at_micro_step, fail, signal_self
-from utils import run_entry
 
 TROUBLES = {
     ("1", "0"): (6, fail(RuntimeError("fails once"))),

@@ -1,0 +1,85 @@
+"""Which two models are distilled, whether they go together, and loading them onto each rank."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from arguments import TrainArguments
+from distillation.losses import shared_vocab
+from distillation.teacher import Lane, NoTeacher, open_lane, share_layers
+from llamba import LlambaForCausalLM
+from model_utils import (
+    DTYPES,
+    apply_replacements,
+    check_checkpoint_blocks,
+    check_layer_map,
+    check_replacements,
+    get_configs,
+    get_student_model,
+    get_teacher_model,
+    get_tokenizer,
+    locate_model,
+    prepare_student,
+)
+from processes.ranks import Ranks
+from text.encoding import check_tokenizer
+
+
+class Models(NamedTuple):
+    """What the checks before a run have found: where the models are, and what both of them speak."""
+
+    teacher: str
+    student: str
+    vocab: int  # entries that both vocabularies have
+    tokenizer: PreTrainedTokenizerBase
+
+
+def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
+    """Whether these models go together, before a weight of them is read. The student of a run that goes on is its
+    checkpoint. Raises ValueError.
+    """
+    runs_teacher = args.kl_weight > 0
+    teacher_needed = runs_teacher or (bool(args.layers) and checkpoint is None)
+    teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, teacher_needed)
+    if checkpoint is None:
+        student = locate_model("--student_model", args.student_model, args.local_files_only)
+    else:
+        student = locate_model("--resume", str(checkpoint), local_files_only=True)
+    teacher_config, student_config = get_configs(teacher, student)
+    check_replacements(student_config, teacher_config, args.layers)
+    check_checkpoint_blocks(student_config, args.checkpoint_blocks)
+    check_layer_map(args, student_config, teacher_config)
+    tokenizer = get_tokenizer("--teacher_model", teacher)
+    check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
+    if not runs_teacher:
+        return Models(teacher, student, student_config.vocab_size, tokenizer)
+    check_tokenizer(tokenizer, "--teacher_model", teacher_config.vocab_size)
+    return Models(teacher, student, shared_vocab(student_config.vocab_size, teacher_config.vocab_size), tokenizer)
+
+
+def load_models(
+    args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device
+) -> tuple[LlambaForCausalLM, torch.Tensor | None, Lane]:
+    """The student of this rank, hybrid and frozen as asked; the teacher's head, if its hidden states are what comes;
+    and the way to its answers. The teacher's weights are read where it runs; where it does not, by rank 0 alone, for
+    its layers alone.
+    """
+    dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
+    student = get_student_model(models.student, dtype, ranks.device)
+    takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
+    place = torch.device("meta")
+    if runs_teacher and (ranks.owns_teacher or args.teacher_placement == "colocated"):
+        place = teacher_device
+    elif takes_layers and ranks.is_main:
+        place = torch.device("cpu")
+    teacher = get_teacher_model(models.teacher, dtype, place, with_head=runs_teacher)
+    if takes_layers:
+        apply_replacements(student, teacher, args.layers)
+        share_layers(student, args.layers)
+    prepare_student(student, args)
+    if not runs_teacher:
+        return student, None, NoTeacher(ranks.device)
+    head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks)
+    return student, head, lane

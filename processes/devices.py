@@ -1,0 +1,94 @@
+"""Which device is whose, and what torch.compile needs there."""
+
+import functools
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from processes.ranks import local_rank, local_world_size
+
+
+def checked_device(flag: str, name: str | None) -> torch.device:
+    """The device that `name` means, or the first GPU, or the CPU. Raises ValueError if it is not there."""
+    n_gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda:0" if n_gpus else "cpu")
+    expected = "expected cpu" + (f" or cuda:0 to cuda:{n_gpus - 1}" if n_gpus else "; check CUDA_VISIBLE_DEVICES")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_gpus):
+        raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}")
+    return device
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile has what it needs for "cpu", a C++ compiler, or for "cuda", Triton and a C compiler."""
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False
+    names = ("CXX", "c++", "g++", "clang++") if device_type == "cpu" else ("CC", "cc", "gcc", "clang")
+    return any(shutil.which(name) for name in (os.environ.get(names[0], ""), *names[1:]))
+
+
+def check_compiler(device_type: str) -> None:
+    if not can_compile(device_type):
+        needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
+        raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
+
+
+def choose_devices(
+    teacher_device: str | None, teacher_placement: str, runs_teacher: bool
+) -> tuple[torch.device, torch.device]:
+    """This rank's student device and the device of its teacher: students take the first GPUs in order of local
+    rank; a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a
+    GPU all are on the CPU. Raises ValueError if GPUs are short.
+    """
+    n_gpus, n_students = torch.cuda.device_count(), local_world_size()
+    named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
+    if n_gpus == 0:
+        return torch.device("cpu"), named or torch.device("cpu")
+    colocated = teacher_placement == "colocated"
+    needed = n_students + (1 if runs_teacher and named is None and not colocated else 0)
+    if n_gpus < needed:
+        raise ValueError(
+            f"--nproc_per_node {n_students}: needs {needed} visible GPUs ({n_students} for students"
+            + (", the last for the teacher" if needed > n_students else "")
+            + f"), and {n_gpus} are visible; start fewer processes, make more GPUs visible, "
+            "or share students' GPUs with --teacher_device cuda:0 or --teacher_placement colocated"
+        )
+    student = torch.device("cuda", local_rank())
+    return student, student if colocated else named or torch.device("cuda", n_gpus - 1)
+
+
+def choose_device(named: str | None) -> torch.device:
+    """The device of this rank where there is no teacher beside it: the one named, or a GPU of its own, or the CPU.
+    Raises ValueError if it is not there, or if GPUs are short.
+    """
+    n_gpus, n_ranks = torch.cuda.device_count(), local_world_size()
+    if named is not None:
+        device = checked_device("--device", named)
+        if device.type == "cuda" and n_ranks > 1:
+            raise ValueError(f"--device {named}: {n_ranks} ranks cannot share it; leave it out, each takes its own GPU")
+        return device
+    if n_gpus == 0:
+        return torch.device("cpu")
+    if n_gpus < n_ranks:
+        raise ValueError(
+            f"--nproc_per_node {n_ranks}: each rank takes a GPU, and {n_gpus} are visible; start fewer, or make more "
+            "visible"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def default_prefetch(teacher_device: torch.device) -> int:
+    """Batches that the teacher works ahead: one on a device of its own. On a student's there is nothing to gain, and
+    on a CPU much to lose: the threads of both would get in each other's way.
+    """
+    students = [torch.device("cpu")]
+    if torch.cuda.device_count() > 0:
+        students = [torch.device("cuda", i) for i in range(local_world_size())]
+    return 0 if teacher_device in students else 1

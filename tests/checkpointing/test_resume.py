@@ -1,0 +1,136 @@
+"""resume.py and health.py in small: room on the disk, which options may change, and losses that stand out. What a whole
+run does is in test_faults.py.
+"""
+
+import dataclasses
+import errno
+import json
+import random
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from arguments import parse_train_args
+from checkpointing import resume
+from checkpointing.files import STATE_FILE, checkpoint_bytes
+from checkpointing.resume import check_same_run
+from checkpointing.run_folder import check_space, keep_options, writing_to
+from monitoring.health import SpikeWatch
+from tests.tiny import tiny_student
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Sets how many checkpoints of a tiny student the disk has room for; returns it."""
+    student = tiny_student()
+
+    def has_room_for(n):
+        free = int(n * checkpoint_bytes(student))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
+        return student
+
+    return has_room_for
+
+
+def args(*argv):
+    return parse_train_args(["--preset", "tiny", "--output_dir", "out", *argv])
+
+
+@pytest.mark.parametrize("n,argv", [(1.9, ()), (1.9, ("--save_total_limit", "1")), (0, ("--save_interval", "0"))])
+def test_a_run_needs_room_for_two_checkpoints(disk, n, argv):
+    with pytest.raises(ValueError, match="--output_dir out: .* expected room for two at least; make room"):
+        check_space(args(*argv), disk(n), 100)
+
+
+@pytest.mark.parametrize(
+    "n,argv,warned",
+    [
+        (10.9, ("--save_interval", "10"), "up to 11"),  # the first, and ten
+        (11, ("--save_interval", "10"), None),
+        (11.9, ("--save_interval", "9"), "up to 13"),  # the last, too
+        (3.9, ("--save_interval", "10", "--save_total_limit", "3"), "up to 4"),
+        (4, ("--save_interval", "10", "--save_total_limit", "3"), None),
+        (2, ("--save_interval", "0"), None),
+    ],
+)
+def test_too_little_room_for_all_is_told(disk, caplog, monkeypatch, n, argv, warned):
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    check_space(args(*argv), disk(n), 100)
+    assert (warned in caplog.text and "--save_total_limit" in caplog.text) if warned else caplog.text == ""
+
+
+def test_a_run_that_goes_on_needs_room_for_one_more(disk, tmp_path, caplog, monkeypatch):
+    """Those that it keeps are there already."""
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    argv = ("--output_dir", str(tmp_path), "--save_interval", "10", "--save_total_limit", "3")
+    for step in (10, 20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    check_space(args(*argv), disk(1.2), 100)
+    assert caplog.text == ""
+    with pytest.raises(
+        ValueError, match="3 are there and the disk has room for 0 more, expected room for one more at least"
+    ):
+        check_space(args(*argv), disk(0.9), 100)
+
+
+def test_what_cannot_be_written_before_training_is_one_line(tmp_path):
+    message = f"--output_dir {tmp_path}: cannot be written \\(No space left on device\\)"
+    with pytest.raises(ValueError, match=message), writing_to(args("--output_dir", str(tmp_path))):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The state of a run of two ranks with the options given."""
+
+    def write(*argv):
+        state = {"arguments": dataclasses.asdict(args(*argv)), "world_size": 2}
+        (tmp_path / STATE_FILE).write_text(json.dumps(state))
+        return tmp_path
+
+    return write
+
+
+def test_options_that_make_another_run_are_listed_together(checkpoint):
+    before = checkpoint("--no_dataset_streaming")
+    with pytest.raises(ValueError) as error:
+        check_same_run(before, args("--no_dataset_streaming", "--seed", "7", "--seq_length", "99", "--freeze_mlp"), 3)
+    text = str(error.value)
+    assert "--seed 7" in text and "has 0; give the same" in text
+    assert "--seq_length 99" in text and "--freeze_mlp True" in text
+    assert "--nproc_per_node" not in text  # cached data does not mind
+
+
+@pytest.mark.parametrize("change", [("--batch_size", "3"), ("--shuffle_buffer", "3")])
+def test_a_stream_keeps_its_batches_and_its_buffer(checkpoint, change):
+    before = checkpoint("--dataset_streaming")
+    with pytest.raises(ValueError, match=change[0]):
+        check_same_run(before, args("--dataset_streaming", *change), 2)
+    check_same_run(checkpoint("--no_dataset_streaming"), args("--no_dataset_streaming", *change), 2)
+
+
+def test_what_may_change_is_told_and_how_a_run_is_watched_is_not(checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    check_same_run(checkpoint(), args("--max_lr", "0.5", "--log_interval", "3", "--time_limit", "9"), 2)
+    assert "goes on with --max_lr 0.5 where it had" in caplog.text
+    assert "log_interval" not in caplog.text and "time_limit" not in caplog.text
+
+
+def test_a_loss_stands_out_only_of_enough_others_and_by_much():
+    dice = random.Random(0)
+    watch = SpikeWatch()
+    assert not watch.is_spike(50.0)  # the first of a run is always the highest
+    usual = [2 + dice.gauss(0, 0.1) for _ in range(200)]
+    assert sum(watch.is_spike(loss) for loss in usual) == 0
+    assert watch.is_spike(3.5) and watch.is_spike(3.5)  # one does not hide the next
+    assert not watch.is_spike(0.5)  # below is no trouble
+
+
+def test_options_of_earlier_starts_are_kept(tmp_path):
+    for options in ("seed: 0\n", "seed: 0\n", "seed: 1\n", "seed: 2\n"):
+        keep_options(tmp_path, options)
+    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert found == {"args.yaml": "seed: 2\n", "args.1.yaml": "seed: 0\n", "args.2.yaml": "seed: 1\n"}

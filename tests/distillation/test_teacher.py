@@ -1,0 +1,177 @@
+"""The ways to the teacher's answers: what comes back, who works while whom, and how a failure is told."""
+
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from distillation.teacher import (
+    ColocatedTeacher,
+    NoTeacher,
+    Teacher,
+    TeacherLane,
+    WaitClock,
+    ask_ahead,
+    share_head,
+    teacher_head,
+)
+from processes.ranks import process_groups
+from tests import fresh
+from tests.distillation import lane_ranks
+from tests.distillation.lane_ranks import StandIn
+from tests.tiny import tiny_teacher, tokens
+from text.batch import Batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with process_groups(CPU) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("placement", ["dedicated", "colocated"])
+@torch.no_grad()
+def test_both_signals_tell_the_teachers_logits(ranks, placement):
+    model, vocab = tiny_teacher(), 50  # of the teacher's 56
+    expected = model(tokens()).logits[..., :vocab]
+
+    def answer(signal):
+        teacher = Teacher(model, signal, vocab)
+        lane = TeacherLane(teacher, ranks) if placement == "dedicated" else ColocatedTeacher(teacher, CPU)
+        result = lane.submit(tokens()).result()
+        lane.close()
+        assert result.shape[-1] == teacher.width
+        return result
+
+    assert torch.equal(answer("logits"), expected)
+    hidden, head = answer("hidden"), share_head(model, vocab, ranks)
+    assert hidden.shape == (2, 21, 32) and head.shape == (50, 32)
+    assert torch.equal(head, teacher_head(model, vocab))
+    torch.testing.assert_close(hidden @ head.T, expected)
+
+
+def test_a_teacher_whose_hidden_states_do_not_tell_its_logits_is_refused():
+    """Granite divides its logits by a constant after the head."""
+    config = GraniteConfig(
+        vocab_size=56,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+    )
+    model = GraniteForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="--teacher_signal hidden.*use --teacher_signal logits"):
+        Teacher(model, "hidden", 50)
+    with torch.no_grad():
+        assert torch.equal(Teacher(model, "logits", 50)(tokens()), model(tokens()).logits[..., :50])
+
+
+# --- who works while whom ------------------------------------------------------------------------------------
+
+
+class Announcing(StandIn):
+    """Says when it begins with a batch."""
+
+    def __init__(self, n_batches):
+        super().__init__(fails_at=0)
+        self.begun = [threading.Event() for _ in range(n_batches)]
+
+    def __call__(self, input_ids):
+        self.begun[self.calls].set()
+        return super().__call__(input_ids)
+
+
+def test_the_lane_lets_go_of_an_answer_once_it_is_taken(ranks):
+    lane = TeacherLane(StandIn(fails_at=0), ranks)
+    answer = weakref.ref(lane.submit(batches(1)[0].input_ids).result())
+    deadline = time.monotonic() + 30  # its thread may still be about to
+    while answer() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert answer() is None
+    lane.close()
+
+
+def batches(n):
+    return [Batch.from_windows(torch.full((1, 4), i)) for i in range(n)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_the_teacher_works_ahead_of_the_student_by_prefetch_batches(ranks, prefetch):
+    """The student stays in its step until the teacher has begun with a later batch: it never would, had it to wait
+    for the student."""
+    n = 6
+    teacher = Announcing(n)
+    lane = TeacherLane(teacher, ranks)
+    for i, (batch, asked) in enumerate(ask_ahead(batches(n), lane, prefetch)):
+        assert asked.result()[0, 0, 0] == i == batch.input_ids[0, 0]
+        ahead = min(i + prefetch, n - 1)
+        assert teacher.begun[ahead].wait(timeout=60)
+        assert not any(event.is_set() for event in teacher.begun[ahead + 1 :])
+    assert i == n - 1
+    lane.close()
+
+
+def test_ask_ahead_takes_no_more_batches_than_it_must():
+    taken = []
+
+    def watched():
+        for batch in batches(5):
+            taken.append(batch)
+            yield batch
+
+    asked = ask_ahead(watched(), NoTeacher(CPU), 1)
+    next(asked)
+    assert len(taken) == 2
+    assert len(list(asked)) == 4
+
+
+def test_every_rank_gets_its_own_answers_while_other_collectives_run():
+    """Under what users with slow links set; of it gloo knows the blocking wait and the checks of DETAIL."""
+    slow = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_ALGO": "Ring", "NCCL_MAX_NCHANNELS": "1"}
+    slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    codes, text = fresh.ranks(["1", "20", "0"], 3, lane_ranks.main, **slow)
+    assert codes == [0, 0, 0], text[-3000:]
+
+
+def test_a_teacher_that_fails_ends_all_ranks_with_its_error():
+    codes, text = fresh.ranks(["1", "1000", "5"], 2, lane_ranks.main)
+    assert codes[0] == 1 and codes[1] != 0
+    assert "RuntimeError: the stand-in teacher is out of memory" in text
+
+
+# --- waiting -------------------------------------------------------------------------------------------------
+
+
+def test_waiting_is_counted_once(ranks):
+    lane = TeacherLane(Teacher(tiny_teacher(), "hidden", 50), ranks)
+    lane.submit(tokens()).result()
+    lane.close()
+    assert lane.waits.take() > 0
+    assert lane.waits.take() == 0
+
+
+def test_only_the_time_until_the_answer_is_there_counts(ranks, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("distillation.teacher.time.perf_counter", lambda: now[0])
+    clock = WaitClock(CPU)
+    for _ in range(2):
+        with clock.counting():
+            now[0] += 3.0
+        now[0] += 5.0
+    assert clock.take() == 6.0
+
+
+def test_without_a_teacher_nothing_comes_and_nobody_waits():
+    lane = NoTeacher(CPU)
+    assert lane.submit(tokens()).result() is None
+    assert lane.waits.take() == 0
+    lane.close()

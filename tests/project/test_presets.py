@@ -1,0 +1,183 @@
+"""The tiny preset as it is committed: its tokenizer, text and questions, what its models can do, and that
+presets/make_tiny.py makes the same text, questions and tokenizer again.
+"""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from evaluation import mmlu, statistics
+from llamba import LlambaForCausalLM
+from presets import make_tiny, tiny_text
+from presets.tiny_teacher import Windows, orthogonal, stages, teacher_config, with_layers
+
+TINY = Path(__file__).parents[2] / "presets" / "tiny"
+FACT = re.compile(r" (\w+) (?:likes|sees|eats|has) (\w+)\.")
+ASKED = re.compile(r" What does (\w+) (?:like|see|eat|have)\?$")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "teacher")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return LlamaForCausalLM.from_pretrained(TINY / "teacher", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def english():
+    return (TINY / "text" / "english.txt").read_text(encoding="utf-8")
+
+
+def documents(name: str) -> list[str]:
+    lines = (TINY / "text" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def accuracy(model, tokenizer, num_fewshot: int) -> float:
+    questions = mmlu.build_questions(mmlu.load_mmlu(TINY / "mmlu"), num_fewshot, limit=30)
+    predictions = mmlu.score(model, tokenizer, questions, batch_size=30, device=torch.device("cpu"), max_length=None)
+    return statistics.aggregate(predictions)["acc"]
+
+
+@pytest.mark.parametrize("sample", ["", " A", "a\n\nb", "tab\tand  spaces ", "é “quotes” 漢字 🙂", "\x00\x7f"])
+def test_tokenizer_gives_back_any_text_and_adds_nothing(tokenizer, sample):
+    ids = tokenizer(sample)["input_ids"]
+    assert tokenizer.decode(ids) == sample
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_words_of_the_questions_are_single_tokens(tokenizer):
+    for word in [*tiny_text.WORDS, *tiny_text.LETTERS]:
+        assert len(tokenizer(f" {word}")["input_ids"]) == 1, word
+
+
+def test_both_models_have_the_same_tokenizer():
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (TINY / "teacher" / name).read_bytes() == (TINY / "student" / name).read_bytes()
+
+
+def test_answers_follow_from_their_questions():
+    for subject in mmlu.load_mmlu(TINY / "mmlu"):
+        assert (len(subject.dev), len(subject.test)) == (5, 100)
+        for row in [*subject.dev, *subject.test]:
+            facts = dict(FACT.findall(row.question))
+            asked = ASKED.search(row.question).group(1)
+            assert len(facts) == len(set(row.choices)) == 4
+            assert set(row.choices) == set(facts.values())
+            assert row.choices["ABCD".index(row.answer)] == facts[asked]
+
+
+def test_answers_are_not_all_of_one_letter():
+    rows = [row for subject in mmlu.load_mmlu(TINY / "mmlu") for row in subject.test]
+    for letter in "ABCD":
+        assert 0.15 < sum(row.answer == letter for row in rows) / len(rows) < 0.35
+
+
+def test_test_questions_are_not_in_the_training_text():
+    stated = set()
+    train = documents("train.jsonl")
+    everything = "\n".join(train)
+    for document in train:
+        stated.update(FACT.findall(document))
+    for subject in mmlu.load_mmlu(TINY / "mmlu"):
+        for row in subject.test:
+            asked = ASKED.search(row.question).group(1)
+            assert row.question not in everything
+            assert (asked, dict(FACT.findall(row.question))[asked]) not in stated
+
+
+def test_held_out_text_is_not_in_the_training_text():
+    train = set(documents("train.jsonl"))
+    held_out = documents("heldout.jsonl")
+    generated_short = [document for document in held_out if document in train and len(document) > 200]
+    assert held_out and not generated_short
+
+
+def test_committed_text_and_questions_are_what_the_generator_makes(english):
+    made = {**tiny_text.make_text(english, seed=0), **tiny_text.make_mmlu(seed=0)}
+    assert len(made) == 10
+    for name, contents in made.items():
+        assert (TINY / name).read_bytes() == contents.encode(), name
+
+
+def test_generator_follows_its_seed(english):
+    again = tiny_text.make_mmlu(seed=3)
+    assert again == tiny_text.make_mmlu(seed=3) != tiny_text.make_mmlu(seed=4)
+    short = [tiny_text.make_text(english, seed, characters=20_000) for seed in (3, 3, 4)]
+    assert short[0] == short[1] != short[2]
+
+
+def test_committed_tokenizer_is_what_the_generator_makes(english, tmp_path):
+    make_tiny.save_tokenizer(make_tiny.make_tokenizer(english), tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(
+        (TINY / "teacher" / "tokenizer.json").read_text()
+    )
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert (made.bos_token, made.eos_token) == ("<|endoftext|>", "<|endoftext|>")
+
+
+def test_every_stage_makes_windows(tokenizer):
+    rng = tiny_text.random.Random(0)
+    for stage in stages():
+        inputs, labels, weights = Windows(stage, tokenizer, rng).batch()
+        assert inputs.shape == labels.shape == weights.shape == (stage.batch, stage.length)
+        assert (inputs.flatten()[1:] == labels.flatten()[:-1]).all()
+        assert (weights == 3.0).any() or stage.name in ("follow", "recall")
+
+
+def test_a_new_layer_changes_nothing():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(teacher_config(n_layer=2)).eval()
+    ids = torch.arange(12)[None]  # (1, S)
+    torch.testing.assert_close(with_layers(model, (0, 1, -1)).eval()(ids).logits, model(ids).logits)
+
+
+def test_orthogonal_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((2, 8, 8), (2, 8, 32), (2, 32, 8)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert values.min() > 0.5 and values.max() < 1.5
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_teacher_answers(teacher, tokenizer, num_fewshot):
+    assert accuracy(teacher, tokenizer, num_fewshot) >= 0.85
+
+
+def test_student_does_not(tokenizer):
+    student = LlambaForCausalLM.from_pretrained(TINY / "student", dtype=torch.float32).eval()
+    assert accuracy(student, tokenizer, 0) <= 0.45
+
+
+def test_committed_student_is_made_from_the_committed_teacher(teacher):
+    made = make_tiny.make_student(teacher, seed=0).to(torch.bfloat16).state_dict()
+    committed = LlambaForCausalLM.from_pretrained(TINY / "student", dtype=torch.bfloat16).state_dict()
+    for name, weight in made.items():
+        torch.testing.assert_close(committed[name], weight, msg=name)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_teacher_is_kept_only_if_it_answers(tmp_path, monkeypatch, teacher, answers):
+    shutil.copytree(TINY / "mmlu", tmp_path / "mmlu")
+    shutil.copytree(TINY / "teacher", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.unlink()
+    made = teacher if answers else LlamaForCausalLM(teacher.config)
+    monkeypatch.setattr(make_tiny, "make_teacher", lambda *_: copy.deepcopy(made))
+    if answers:
+        make_tiny.make(tmp_path, 0, 1.0, ["teacher"])
+    else:
+        with pytest.raises(SystemExit, match="has to answer 90%"):
+            make_tiny.make(tmp_path, 0, 1.0, ["teacher", "student"])
+    assert weights.exists() == answers
+    assert (tmp_path / "teacher.rejected").exists() != answers
+    assert not (tmp_path / "student").exists()
