@@ -34,7 +34,7 @@ KEPT_BY_A_CACHE = ("skip_bad_rows",)  # a stream that ended at a bad row may go 
 FREE_TO_CHANGE = frozenset(
     {
         *("preset", "config", "local_files_only", "student_model", "dataset_cache_dir"),
-        *("resume", "resume_step", "time_limit"),
+        *("resume", "resume_step", "time_limit", "teacher_prefetch"),
     }
 )
 SHARED, PLAN, MODELS, DATA, LOSS, TRAINING, EVALUATION_IN_TRAINING, OUTPUT, EVALUATION, MMLU, BEYOND = (

@@ -1,14 +1,15 @@
-"""The student with its loss as one module for DDP, DDP's buckets settled before the first step, and the `Meter` that
-takes the means of what the module returns over micro steps and ranks.
+"""The student in training: with its loss as one module under DDP, its optimizer and schedule, the update, and the means
+of what the module returns over micro steps and ranks.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,17 +20,29 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_wsd_schedule
 
 from arguments import TrainArguments
-from distillation.adamw import MasterWeightAdamW
+from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, update
 from distillation.losses import choose_chunk_tokens, fused_distill_loss, mask_unknown_labels
 from distillation.losses import (
     compute_distill_loss as compute_distill_loss,  # users of the original layout look for it here
 )
+from distillation.teacher import Lane
 from llamba import LlambaForCausalLM
 from model_utils import DTYPES
 from processes.devices import can_compile
+from processes.exits import StopRequest
+from processes.ranks import Ranks
 from text.batch import Batch
 
 logger = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Holds what never changes while a run lasts."""
+
+    args: TrainArguments
+    ranks: Ranks
+    stop: StopRequest
 
 
 class DistillationModel(nn.Module):
@@ -92,90 +105,6 @@ def compiles_loss(device: torch.device) -> bool:
     return device.type == "cuda" and can_compile(device.type)
 
 
-class Meter:
-    """What a rank sees in the micro steps of one optimizer step; `mean` is their average over all ranks."""
-
-    NAMES = ("loss", "kl", "ce", "ignored_labels")
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seen: list[tuple[Tensor, Sequence[int]]] = []
-
-    def add(self, figures: Tensor, window_ids: Sequence[int]) -> None:
-        """figures (4,): as `DistillationModel` returns them; window_ids: of the batch that gave them."""
-        self.seen.append((figures, window_ids))
-
-    def mean(self, **seconds: float) -> dict[str, float]:
-        """Per micro step for the losses, per optimizer step for counts and for `seconds`, this rank's own. All ranks
-        get the same means; what is not finite on one of them is not finite in the mean.
-        """
-        sums = torch.stack([figures for figures, _ in self.seen]).sum(dim=0)  # (4,)
-        sums = torch.cat([sums, sums.new_tensor(list(seconds.values()))])
-        dist.all_reduce(sums)
-        values = [value / dist.get_world_size() for value in sums.tolist()]
-        means = dict(zip([*self.NAMES, *seconds], values, strict=True))
-        for name in ("loss", "kl", "ce"):
-            means[name] /= len(self.seen)
-        return means
-
-    def windows(self, only_bad: bool = False) -> list[int]:
-        """Ids of this rank's windows; with `only_bad` of the micro steps alone whose loss is not finite."""
-        return [i for figures, ids in self.seen if not only_bad or not math.isfinite(figures[0].item()) for i in ids]
-
-    def clear(self) -> None:
-        self.seen.clear()
-
-
-@contextlib.contextmanager
-def undisturbed(student: LlambaForCausalLM, compiled: bool) -> Iterator[None]:
-    """A look at the student in training: without dropout and gradients, and not compiled anew for that; afterwards it
-    is as it was.
-    """
-    student.eval()
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if compiled:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-    finally:
-        student.train()
-
-
-def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:
-    with warnings.catch_warnings():
-        # torch 2.13 deprecates the name; its successor is not known to torch 2.11.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-
-
-def settle_buckets(model: DistributedDataParallel, args: TrainArguments, device: torch.device) -> None:
-    """Has DDP arrange its buckets for good, which it does in the forward pass after the first backward pass. The order
-    in which ranks are summed up, and so the last bit of a gradient, depends on them: a run that goes on must not begin
-    with other buckets than it had. Two passes over made-up tokens; weights and random state are left as they were.
-    """
-    shape = (args.batch_size, args.seq_length)  # the real one: another would be compiled for, too
-    ids = torch.zeros(shape, dtype=torch.int64, device=device)
-    signal, inner = None, model.module
-    if args.kl_weight > 0:
-        width = inner.vocab if inner.teacher_head is None else inner.teacher_head.shape[1]
-        signal = torch.zeros(*shape, width, dtype=DTYPES[args.dtype], device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(2):
-            loss, _ = model(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)), signal)
-            (loss * 0).backward()
-    model.zero_grad(set_to_none=False)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return batch.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters: matrices decay, vectors (norms, biases, D) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -212,63 +141,109 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total
     )
 
 
-@dataclass
-class LossScale:
-    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
-    `growth_interval` good steps. For other dtypes it is 1 for good.
+class Update(NamedTuple):
+    """Says what became of one optimizer step, the same on all ranks."""
+
+    means: dict[str, float]  # of a Meter
+    lr: float
+    grad_norm: float  # before clipping
+    outcome: Outcome
+    loss_scale: dict[str, Any]  # after the update
+    micro_steps: int
+    tokens: int  # of all ranks
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Holds what learns: the student with its loss under DDP, what moves its weights, and the lane to the teacher."""
+
+    model: DistributedDataParallel
+    optimizer: ZeroRedundancyOptimizer
+    schedule: LRScheduler
+    loss_scale: LossScale
+    lane: Lane
+    total_steps: int  # optimizer steps of the whole run
+    accumulate: int  # micro steps of each
+    tokens_per_step: int  # of all ranks
+    grad_clip: float
+
+    @property
+    def student(self) -> LlambaForCausalLM:
+        return self.model.module.student
+
+    def micro_step(self, batch: Batch, teacher_signal: Tensor | None, is_last: bool) -> Tensor:
+        """Runs forward and backward on a batch; ranks sum their gradients in the last micro step of an optimizer step.
+        Returns the loss and its figures, (4,), for a `Meter`.
+        """
+        with contextlib.nullcontext() if is_last else self.model.no_sync():
+            loss, figures = self.model(batch, teacher_signal)
+            (loss * (self.loss_scale.value / self.accumulate)).backward()
+        return figures
+
+    def update(self, means: dict[str, float]) -> Update:
+        """Steps optimizer and schedule. means: of the `Meter` that saw the micro steps."""
+        lr = float(self.schedule.get_last_lr()[0])
+        grad_norm, outcome = update(self.model, self.optimizer, self.loss_scale, self.grad_clip, means["loss"])
+        self.schedule.step()
+        loss_scale = dataclasses.asdict(self.loss_scale)
+        return Update(means, lr, grad_norm, outcome, loss_scale, self.accumulate, self.tokens_per_step)
+
+
+def build_learner(
+    job: Job,
+    model: DistillationModel,
+    lane: Lane,
+    total_steps: int,
+    steps_done: int = 0,
+    loss_scale: dict[str, Any] | None = None,
+) -> Learner:
+    """Returns the learner of a run of `total_steps` optimizer steps, of which `steps_done` are done; `loss_scale` is
+    that of the checkpoint, if there is one.
     """
-
-    active: bool
-    value: float
-    good_steps: int = 0
-    growth_interval: int = 1000
-
-    @classmethod
-    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
-        return cls(True, 2.0**14) if dtype == torch.float16 else cls(False, 1.0)
-
-    def update(self, overflowed: bool) -> None:
-        if not self.active:
-            return
-        self.good_steps = 0 if overflowed else self.good_steps + 1
-        if overflowed:
-            self.value = max(self.value / 2, 1.0)
-        elif self.good_steps % self.growth_interval == 0:
-            self.value *= 2
+    args = job.args
+    ddp = wrap_ddp(model, job.ranks.device)
+    optimizer = build_optimizer(ddp, args)
+    return Learner(
+        model=ddp,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, args, total_steps, steps_done),
+        loss_scale=LossScale(**loss_scale) if loss_scale else LossScale.for_dtype(DTYPES[args.dtype]),
+        lane=lane,
+        total_steps=total_steps,
+        accumulate=args.grad_accumulation_steps,
+        tokens_per_step=args.grad_accumulation_steps * job.ranks.world_size * args.batch_size * args.seq_length,
+        grad_clip=args.grad_clip,
+    )
 
 
-@torch.no_grad()
-def gradient_norm(model: nn.Module) -> Tensor:
-    """L2 norm of all gradients, in float32 whatever their dtype: a scalar tensor."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
+def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates the name; its successor is not known to torch 2.11.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
-@torch.no_grad()
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
-) -> tuple[float, Literal["stepped", "overflow", "bad"]]:
-    """Unscale, clip, step, clear the gradients. Returns the gradient norm before clipping, and what came of it.
-
-    `loss` is the mean of all ranks, and DDP has made the gradients, and so the norm, the same on all of them: they
-    agree without asking whether a step is sound. If one of the two is not finite the update is skipped: an "overflow"
-    if float16's scale can be blamed, else a "bad" step.
+def settle_buckets(model: DistributedDataParallel, args: TrainArguments, device: torch.device) -> None:
+    """Has DDP arrange its buckets for good, which it does in the forward pass after the first backward pass. The order
+    in which ranks are summed up, and so the last bit of a gradient, depends on them: a run that goes on must not begin
+    with other buckets than it had. Two passes over made-up tokens; weights and random state are left as they were.
     """
-    norm = gradient_norm(model).item() / loss_scale.value
-    outcome: Literal["stepped", "overflow", "bad"] = "stepped"
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        outcome = "overflow" if math.isfinite(loss) and loss_scale.value > 1 else "bad"
-    else:
-        factor = 1.0 / loss_scale.value
-        if grad_clip and norm > grad_clip:
-            factor *= grad_clip / norm
-        for group in optimizer.param_groups:
-            group["grad_factor"] = factor
-        optimizer.step()
-    loss_scale.update(overflowed=outcome == "overflow")
-    # Kept as zeros: a gradient that is None gathers outside DDP's buckets until micro steps are summed up.
-    optimizer.zero_grad(set_to_none=False)
-    return norm, outcome
+    shape = (args.batch_size, args.seq_length)  # the real one: another would be compiled for, too
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    signal, inner = None, model.module
+    if args.kl_weight > 0:
+        width = inner.vocab if inner.teacher_head is None else inner.teacher_head.shape[1]
+        signal = torch.zeros(*shape, width, dtype=DTYPES[args.dtype], device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            loss, _ = model(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)), signal)
+            (loss * 0).backward()
+    model.zero_grad(set_to_none=False)
 
 
 def owned_parameters(
@@ -279,3 +254,45 @@ def owned_parameters(
     for group in optimizer.optim.param_groups:
         for parameter in group["params"]:
             yield names[parameter], parameter
+
+
+class Meter:
+    """What a rank sees in the micro steps of one optimizer step; `means` are averages over all ranks."""
+
+    NAMES = ("loss", "kl", "ce", "ignored_labels")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seen: list[tuple[Tensor, Sequence[int]]] = []
+
+    def add(self, figures: Tensor, window_ids: Sequence[int]) -> None:
+        """figures (4,): as `DistillationModel` returns them; window_ids: of the batch that gave them."""
+        self.seen.append((figures, window_ids))
+
+    @property
+    def n_micro_steps(self) -> int:
+        return len(self.seen)
+
+    def means(self, **seconds: float) -> dict[str, float]:
+        """Per micro step for the losses, per optimizer step for counts and for `seconds`, this rank's own. All ranks
+        get the same means; what is not finite on one of them is not finite in the mean.
+        """
+        sums = torch.stack([figures for figures, _ in self.seen]).sum(dim=0)  # (4,)
+        sums = torch.cat([sums, sums.new_tensor(list(seconds.values()))])
+        dist.all_reduce(sums)
+        values = [value / dist.get_world_size() for value in sums.tolist()]
+        means = dict(zip([*self.NAMES, *seconds], values, strict=True))
+        for name in ("loss", "kl", "ce"):
+            means[name] /= len(self.seen)
+        return means
+
+    def windows(self, only_bad: bool = False) -> list[int]:
+        """Ids of this rank's windows; with `only_bad` of the micro steps alone whose loss is not finite."""
+        return [i for figures, ids in self.seen if not only_bad or not math.isfinite(figures[0].item()) for i in ids]
+
+    def clear(self) -> None:
+        self.seen.clear()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return batch.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -1,45 +1,34 @@
-"""Steps of `train_gpus.distil` with nothing around them: no checkpoints, no evaluations, no request to stop, no files
-that stay. For benchmarks, and for tests that measure a run.
+"""Steps of `train_gpus.distil` with nothing around them: no checkpoints, no evaluations, no request to stop, no files.
+For benchmarks, and for tests that measure a run.
 """
 
-import dataclasses
+import itertools
 from collections.abc import Iterator
-from tempfile import TemporaryDirectory
 from typing import Any
-
-from torch.nn.parallel import DistributedDataParallel
 
 import train_gpus
 from arguments import TrainArguments
-from checkpointing.saver import Saver
-from checkpointing.state import Progress
+from checkpointing.saver import NoSaver
+from checkpointing.state import RunState
 from distillation.teacher import Lane
-from monitoring.evaluator import Evaluator
+from monitoring.watchers import metrics_row
 from processes.exits import StopRequest
 from processes.ranks import Ranks
 from text.batch import Batch
-from training_utils import build_optimizer
+from training_utils import DistillationModel, Job, Meter, Update, build_learner
+from utils import TimedIterator
 
 
-class NoSaver(Saver):
-    """Never has anything to save."""
+class RowsOnly:
+    """Stands where a run has its Watchers, and hands each row to `log.write(row)`."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, log: Any) -> None:
+        self.log = log
 
-    def is_due(self, progress: Progress) -> bool:
-        return False
+    def after_step(self, state: RunState, update: Update, seconds: float, meter: Meter, batch: Batch) -> None:
+        self.log.write(metrics_row(state, update, seconds))
 
-    def save(self, progress: Progress) -> None:
-        pass
-
-    def status(self) -> tuple[int, int]:
-        return 0, 0
-
-    def advance(self, busy: int, failed: int) -> None:
-        pass
-
-    def finish(self, progress: Progress, stop: StopRequest) -> None:
+    def flush_to_disk(self) -> None:
         pass
 
 
@@ -47,17 +36,15 @@ def train_steps(
     args: TrainArguments,
     batches: Iterator[Batch],
     n_steps: int,
-    model: DistributedDataParallel,
+    model: DistillationModel,
     lane: Lane,
     ranks: Ranks,
     log: Any,
 ) -> None:
-    """`log` stands where a run has its RunLog: `write(row)` after each step, `flush_to_disk()` at the end."""
-    optimizer = build_optimizer(model, args)
-    with TemporaryDirectory() as folder:
-        args = dataclasses.replace(args, output_dir=folder)
-        stop = StopRequest(None)
-        evaluator = Evaluator(args, None, None, ranks, model.module, lane, stop)  # with nothing to evaluate on
-        rest = (model, optimizer, lane, ranks, log, NoSaver(), evaluator, stop)
-        code = train_gpus.distil(args, batches, n_steps, Progress(), *rest)
-    assert code == 0
+    """Trains `model` for n_steps optimizer steps; `log.write(row)` gets the row of each."""
+    job = Job(args, ranks, StopRequest(None))
+    learner = build_learner(job, model, lane, n_steps)
+    state = train_gpus.begin(job, learner, RunState(step=0), NoSaver())
+    timed = TimedIterator(itertools.islice(batches, n_steps * args.grad_accumulation_steps))
+    state = train_gpus.distil(job, timed, learner, state, NoSaver(), RowsOnly(log))
+    assert state.step == n_steps

@@ -26,12 +26,13 @@ def run(case: str, candidate: str, _: int) -> dict:
 
     from arguments import parse_train_args
     from checkpointing.saver import Saver
-    from checkpointing.state import Progress, random_state
+    from checkpointing.state import RunState, random_state
+    from distillation.adamw import LossScale, update
     from inputs.options import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
     from processes.ranks import process_groups
     from text.batch import Batch
-    from training_utils import DistillationModel, LossScale, build_optimizer, update, wrap_ddp
+    from training_utils import DistillationModel, build_optimizer, wrap_ddp
 
     d_model, n_layer, vocab = CASES[case]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +60,7 @@ def run(case: str, candidate: str, _: int) -> dict:
             update(model, optimizer, scale, 1.0, loss.item())
             steps.append(time.perf_counter() - start)
             start = time.perf_counter()
-            saver.save(Progress(micro_step, micro_step, rng=random_state(device)))
+            saver.save(RunState(micro_step, micro_step, rng=random_state(device)))
             standing.append(time.perf_counter() - start)
             saver._wait()
             written.append(time.perf_counter() - start)

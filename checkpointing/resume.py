@@ -1,7 +1,4 @@
-"""From which checkpoint a run goes on, and whether it is that run. Nothing here reads weights.
-
-The quick check of a checkpoint is made before the ranks have met; its large files are hashed by all ranks together.
-"""
+"""From which checkpoint a run resumes, whether that checkpoint is of this run, and what the run takes from it."""
 
 import logging
 from pathlib import Path
@@ -23,73 +20,141 @@ from checkpointing.files import (
     find_checkpoints,
     hash_check,
     quick_check,
+    read_position,
     read_state,
     read_sums,
     set_bad_aside,
+    step_of,
 )
-from checkpointing.state import FORMAT
+from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state
 from processes.ranks import Ranks, is_main_rank
+from training_utils import Learner
 
 logger = logging.getLogger("train")
 
 FRESH = "; to take only its weights, start anew with --student_model {0} and another --output_dir"
 
 
-def checkpoints_to_try(args: TrainArguments, world_size: int) -> list[Path]:
-    """What `--resume` names, the best first; empty for a run that starts anew. All have passed the quick check and are
-    of this run. Raises ValueError where nothing good is found, but something bad or foreign.
+class Resume:
+    """Answers where a run begins: at the best checkpoint that `--resume` names, or anew.
+
+    Made before the ranks have met, from small files alone; `choose` has all ranks hash the large ones together.
+    `checkpoint` is the best candidate until then, and afterwards the one that the run resumes from; None for a run
+    that starts anew. Each candidate's training_state.json is read once.
     """
-    if args.resume is None:
-        return []
-    if args.resume != "auto":
-        checkpoint = Path(args.resume).resolve()  # `latest` is a link
-        if problem := _problem(checkpoint):
-            raise ValueError(f"--resume {args.resume}: {problem}; expected a whole checkpoint-<micro step> of a run")
-        check_same_run(checkpoint, args, world_size)
-        return [checkpoint]
-    found = find_checkpoints(Path(args.output_dir))
-    problems = {checkpoint: _problem(checkpoint) for checkpoint in found}
-    good = [checkpoint for checkpoint in found if problems[checkpoint] is None]
-    if found and not good:
-        raise nothing_good(args, problems)
-    if not found:
-        logger.info("--resume auto: no checkpoint in %s, the run starts at 0", args.output_dir)
-    for checkpoint in good[:1]:
-        check_same_run(checkpoint, args, world_size)
-    return good
 
+    def __init__(self, args: TrainArguments, world_size: int) -> None:
+        """Raises ValueError where nothing good is found, but something bad or of another run."""
+        self.args, self.world_size = args, world_size
+        self._states: dict[Path, dict[str, Any]] = {}  # of what has passed the quick check
+        self._candidates = self._find()
+        if self._candidates:
+            check_same_run(self._candidates[0], self._states[self._candidates[0]], args, world_size)
 
-def nothing_good(args: TrainArguments, problems: dict[Path, str | None]) -> ValueError:
-    listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
-    return ValueError(
-        f"--resume {args.resume}: no good checkpoint in {args.output_dir} ({listed}); move the bad ones away to start "
-        "at 0, or name a good one"
-    )
+    @property
+    def checkpoint(self) -> Path | None:
+        return self._candidates[0] if self._candidates else None
 
+    @property
+    def start(self) -> int:
+        """The micro step that the run begins after."""
+        return self.args.resume_step if self.checkpoint is None else step_of(self.checkpoint)
 
-def choose_checkpoint(args: TrainArguments, candidates: list[Path], ranks: Ranks) -> Path | None:
-    """The first candidate whose large files are what was written. Those before it are set aside, so that this run can
-    write its own in their place.
-    """
-    problems: dict[Path, str | None] = {}
-    for checkpoint in candidates:
-        if problems:  # the first has been looked at before
-            check_same_run(checkpoint, args, ranks.world_size)
-        problem = _deep_check(checkpoint, ranks)
+    def choose(self, ranks: Ranks) -> None:
+        """Settles on the first candidate whose large files are what was written. Those before it are set aside, so
+        that this run can write its own in their place. Called by all ranks. Raises ValueError if all are bad.
+        """
+        problems: dict[Path, str | None] = {}
+        for checkpoint in self._candidates:
+            if problems:  # the first has been compared before
+                check_same_run(checkpoint, self._states[checkpoint], self.args, self.world_size)
+            problem = _deep_check(checkpoint, ranks)
+            if problem is None:
+                if ranks.is_main:
+                    for bad, why in problems.items():
+                        set_bad_aside(bad, str(why))
+                logger.info("resuming from %s", checkpoint)
+                self._candidates = [checkpoint]
+                return
+            problems[checkpoint] = problem
+        if problems:
+            raise self._nothing_good(problems)
+
+    def state(self) -> RunState:
+        """Returns the counters that the run begins with; position and random state have methods of their own."""
+        args = self.args
+        if self.checkpoint is None:
+            tokens = args.resume_step * self.world_size * args.batch_size * args.seq_length
+            return RunState(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)
+        counters = {name: self._states[self.checkpoint][name] for name in COUNTERS}
+        if counters["bad_in_a_row"] >= args.max_bad_steps:  # the run stopped for it: it has that many again
+            counters["bad_in_a_row"] = 0
+        return RunState(**counters)
+
+    def position(self, rank: int) -> dict[str, Any] | None:
+        """Returns this rank's position in the data, as JSON, or None for its start. A cached run's is the same for all
+        ranks, however many there are.
+        """
+        if self.checkpoint is None:
+            return None
+        return read_position(self.checkpoint, rank if self.args.dataset_streaming else 0, self._n_shards)
+
+    def restore(self, learner: Learner, ranks: Ranks) -> None:
+        """Restores masters, moments and random state; the weights have been read as the student's."""
+        if self.checkpoint is not None:
+            restore_optimizer(self.checkpoint, self._n_shards, learner.student, learner.optimizer)
+            restore_random_state(self.checkpoint, self._n_shards, ranks.rank, ranks.device)
+
+    @property
+    def _n_shards(self) -> int:
+        """How many ranks wrote the checkpoint."""
+        assert self.checkpoint is not None
+        return self._states[self.checkpoint]["world_size"]
+
+    def _find(self) -> list[Path]:
+        """Returns what `--resume` names and passes the quick check, the best first."""
+        args = self.args
+        if args.resume is None:
+            return []
+        if args.resume != "auto":
+            checkpoint = Path(args.resume).resolve()  # `latest` is a link
+            if problem := self._look_at(checkpoint):
+                expected = "expected a whole checkpoint-<micro step> of a run"
+                raise ValueError(f"--resume {args.resume}: {problem}; {expected}")
+            return [checkpoint]
+        found = find_checkpoints(Path(args.output_dir))
+        problems = {checkpoint: self._look_at(checkpoint) for checkpoint in found}
+        if found and not self._states:
+            raise self._nothing_good(problems)
+        if not found:
+            logger.info("--resume auto: no checkpoint in %s, the run starts at 0", args.output_dir)
+        return [checkpoint for checkpoint in found if problems[checkpoint] is None]
+
+    def _look_at(self, checkpoint: Path) -> str | None:
+        """Reads the state of a checkpoint, or returns what is wrong with it."""
+        if not (checkpoint / STATE_FILE).is_file():
+            return f"{checkpoint} has no {STATE_FILE}" + FRESH.format(checkpoint)
+        problem = quick_check(checkpoint)
         if problem is None:
-            if ranks.is_main:
-                for bad, why in problems.items():
-                    set_bad_aside(bad, str(why))
-            logger.info("going on from %s", checkpoint)
-            return checkpoint
-        problems[checkpoint] = problem
-    if candidates:
-        raise nothing_good(args, problems)
-    return None
+            state = read_state(checkpoint)
+            if state.get("format") == FORMAT:
+                self._states[checkpoint] = state
+                return None
+            problem = f"{STATE_FILE} is of another format" + FRESH.format(checkpoint)
+        if is_main_rank():
+            logger.warning("%s is bad: %s", checkpoint, problem)
+        return problem
+
+    def _nothing_good(self, problems: dict[Path, str | None]) -> ValueError:
+        listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
+        return ValueError(
+            f"--resume {self.args.resume}: no good checkpoint in {self.args.output_dir} ({listed}); move the bad ones "
+            "away to start at 0, or name a good one"
+        )
 
 
 def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
-    """Each rank hashes its share of the files that the quick check left out."""
+    """Returns what is wrong with the files that the quick check left out: each rank hashes its share of them."""
     sums = read_sums(checkpoint)
     large = sorted(name for name in sums if (checkpoint / name).stat().st_size >= SMALL)
     problem = hash_check(checkpoint, large[ranks.rank :: ranks.world_size])
@@ -99,22 +164,10 @@ def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
     return (problem or "a file is not what was written") if is_bad else None
 
 
-def _problem(checkpoint: Path) -> str | None:
-    if not (checkpoint / STATE_FILE).is_file():
-        return f"{checkpoint} has no {STATE_FILE}" + FRESH.format(checkpoint)
-    problem = quick_check(checkpoint)
-    if problem is None and read_state(checkpoint).get("format") != FORMAT:
-        problem = f"{STATE_FILE} is of another format" + FRESH.format(checkpoint)
-    if problem is not None and is_main_rank():
-        logger.warning("%s is bad: %s", checkpoint, problem)
-    return problem
-
-
-def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> None:
-    """Options that make it another run than the one that wrote the checkpoint: ValueError that lists all of them. Those
-    that may change are told.
+def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments, world_size: int) -> None:
+    """Raises ValueError that lists all options that make it another run than the one that wrote the checkpoint, and
+    logs those that may change. state: the checkpoint's training_state.json.
     """
-    state = read_state(checkpoint)
     before: dict[str, Any] = state["arguments"]
     kept = {*KEPT_BY_A_RUN, *(KEPT_BY_A_STREAM if args.dataset_streaming else KEPT_BY_A_CACHE)}
     changed = {name: value for name, value in vars(args).items() if name in before and before[name] != value}
@@ -127,10 +180,10 @@ def check_same_run(checkpoint: Path, args: TrainArguments, world_size: int) -> N
         problems.append(
             f"--nproc_per_node: {world_size} rank(s), but the stream of {checkpoint} was shared out over "
             f"{state['world_size']}; start as many, or train from the cache (--no_dataset_streaming), which any number "
-            "of ranks can go on with"
+            "of ranks can resume"
         )
     if problems:
         raise ValueError("\n  ".join([f"--resume {args.resume}: this would be another run:", *problems]))
     for name, value in changed.items():
         if name not in FREE_TO_CHANGE and group_of(name) not in (OUTPUT, PLAN) and is_main_rank():
-            logger.warning("goes on with --%s %s where it had %s", name, value, before[name])
+            logger.warning("resuming with --%s %s where the run had %s", name, value, before[name])

@@ -1,4 +1,4 @@
-"""The folder of a run, --output_dir: who writes there, room on its disk, args.yaml and status.json."""
+"""The folder of a run, --output_dir: taking it, room on its disk, args.yaml and status.json."""
 
 import contextlib
 import itertools
@@ -21,43 +21,67 @@ from utils import lock_dir, write_whole
 logger = logging.getLogger("train")
 
 
-def prepare_output_dir(args: TrainArguments, candidates: list[Path]) -> IO[str]:
-    """Takes --output_dir for this run: away with what saves that came to no end have left, and with newer checkpoints
-    that are bad; ValueError if it holds results that this run would overwrite. Returns the lock on it.
+@contextlib.contextmanager
+def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
+    """Takes --output_dir for this run, within the block. Yields when torchrun launched the run, in seconds since the
+    epoch. Raises ValueError if the folder cannot be written, is another run's, or holds results that this run would
+    overwrite; status.json says "refused" for this ValueError and for any that is raised within the block.
+    """
+    folder = Path(args.output_dir)
+    with explaining_write_errors(args):
+        lock = prepare_output_dir(args, checkpoint)
+        launched = begin_status(folder)
+    with lock:
+        try:
+            yield launched
+        except ValueError as error:
+            write_status(folder, "refused", 2, text=str(error))
+            raise
+
+
+def prepare_output_dir(args: TrainArguments, checkpoint: Path | None) -> IO[str]:
+    """Locks --output_dir, removes what unfinished saves have left, and sets newer checkpoints aside that are bad.
+    checkpoint: what the run resumes from. Returns the lock. Raises ValueError if the folder holds results that this run
+    would overwrite.
     """
     folder = Path(args.output_dir)
     lock = lock_dir("--output_dir", args.output_dir)
     lock.write(str(time.time_ns()))
     lock.flush()
     remove_partial(folder)
-    start = step_of(candidates[0]) if candidates else args.resume_step
+    start = args.resume_step if checkpoint is None else step_of(checkpoint)
     if args.resume == "auto":
-        for checkpoint in find_checkpoints(folder):
-            if step_of(checkpoint) > start and (problem := quick_check(checkpoint)):
-                set_bad_aside(checkpoint, problem)
-    steps = [step_of(checkpoint) for checkpoint in find_checkpoints(folder)]
-    if any(step > start for step in steps) or (steps and not start and not candidates):
+        for newer in find_checkpoints(folder):
+            if step_of(newer) > start and (problem := quick_check(newer)):
+                set_bad_aside(newer, problem)
+    steps = [step_of(found) for found in find_checkpoints(folder)]
+    is_new = not start and checkpoint is None
+    if any(step > start for step in steps) or (steps and is_new):
         lock.close()
         raise ValueError(
             f"--output_dir {args.output_dir}: holds checkpoints up to checkpoint-{max(steps)}, which this run would "
-            "overwrite; go on from them with --resume auto, choose another directory, or move the old one away"
+            "overwrite; resume from them with --resume auto, choose another directory, or move the old one away"
         )
     return lock
 
 
-def keep_options(folder: Path, options: str) -> None:
-    """args.yaml: all options of the run, for people and for --config. Where it says something else, as in a run that
-    goes on with other options, it moves to args.1.yaml, args.2.yaml and so on.
+def save_options(args: TrainArguments, options: str) -> None:
+    """Writes args.yaml: all options of the run, for people and for --config. One of before with other options is kept
+    as args.1.yaml, args.2.yaml and so on.
     """
+    folder = Path(args.output_dir)
     file = folder / "args.yaml"
-    if file.is_file() and file.read_text() != options:
-        n = next(n for n in itertools.count(1) if not (folder / f"args.{n}.yaml").exists())
-        file.rename(folder / f"args.{n}.yaml")
-    write_whole(file, options.encode())
+    with explaining_write_errors(args):
+        if file.is_file() and file.read_text() != options:
+            n = next(n for n in itertools.count(1) if not (folder / f"args.{n}.yaml").exists())
+            file.rename(folder / f"args.{n}.yaml")
+        write_whole(file, options.encode())
 
 
 def check_shared(args: TrainArguments, ranks: Ranks) -> None:
-    """Every rank writes its part of a checkpoint: all nodes have to see the folder that the first rank has taken."""
+    """Raises ValueError unless all nodes see the folder that the first rank has taken: every rank writes its part of a
+    checkpoint there.
+    """
     lock = Path(args.output_dir) / ".lock"
     token = int(lock.read_text()) if lock.is_file() else 0
     highest, lowest = ranks.maximum(token, -token)
@@ -70,23 +94,21 @@ def check_shared(args: TrainArguments, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class DiskRoom:
-    """For checkpoints of a run. size: bytes of one; n_here: how many are there; n_most: how many there will be at a
-    time, at most; n_fit: how many there can be.
-    """
+    """Says how much room a disk has for checkpoints of a run."""
 
-    size: int
-    n_here: int
-    n_most: int
-    n_fit: int
+    size: int  # bytes of one
+    n_here: int  # how many are there
+    n_most: int  # how many there will be at the same time, at most
+    n_fit: int  # how many there can be
 
     @property
     def is_enough(self) -> bool:
-        """To go on: a new one is written before an old one is deleted, and the first of a run is never the last."""
+        """Whether the run can save: it writes a new one before it deletes an old one, and a new run writes two."""
         return self.n_fit - self.n_here >= (1 if self.n_here else 2)
 
 
 def disk_room(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> DiskRoom:
-    """For a run that has that many micro steps to go. --output_dir need not be there yet."""
+    """Returns the room for a run with that many micro steps left. --output_dir need not exist yet."""
     folder = Path(args.output_dir).absolute()
     n_here = len(find_checkpoints(folder)) if folder.is_dir() else 0
     n_new = -(-micro_steps // args.save_interval) if args.save_interval else 1
@@ -100,7 +122,7 @@ def disk_room(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int
 
 
 def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> None:
-    """Whether the disk has room for this run's checkpoints: ValueError if it cannot go on, a warning if not for all."""
+    """Raises ValueError if the disk has no room for a next checkpoint, and warns if it has not enough for all."""
     room = disk_room(args, student, micro_steps)
     facts = (
         f"--output_dir {args.output_dir}: a checkpoint takes {room.size / 1e9:.1f} GB, {room.n_here} are there and the "
@@ -116,8 +138,8 @@ def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: i
 
 
 @contextlib.contextmanager
-def writing_to(args: TrainArguments) -> Iterator[None]:
-    """What cannot be written into --output_dir before training is one line: ValueError."""
+def explaining_write_errors(args: TrainArguments) -> Iterator[None]:
+    """Turns an OSError of writing into --output_dir before training into a ValueError of one line."""
     try:
         yield
     except OSError as error:
@@ -127,7 +149,7 @@ def writing_to(args: TrainArguments) -> Iterator[None]:
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
-    """status.json; nothing where there is none, or none that can be read."""
+    """Returns the content of status.json, empty where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((output_dir / "status.json").read_text())
         return status if isinstance(status, dict) else {}
@@ -135,7 +157,7 @@ def read_status(output_dir: Path) -> dict[str, Any]:
 
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
-    """status.json: how the run stands (running, complete, stopped, diverged) and the exit code that says so."""
+    """Writes status.json: how the run stands (running, complete, stopped, diverged, refused) and its exit code."""
     partial = output_dir / ".status.json.partial"
     try:
         partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
@@ -145,24 +167,14 @@ def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
 
 
 def begin_status(output_dir: Path) -> float:
-    """status.json says "running" from here on, to the run's death if that is how it ends. Returns when torchrun
-    launched the run, in seconds since the epoch: its restarts keep that time.
+    """Writes status.json with "running", which stays if the run is killed, and with the pid to signal: the other ranks
+    stop with this one. Returns when torchrun launched the run, in seconds since the epoch; its restarts keep that time.
     """
     launched = time.time()
     if _restarts():
         launched = read_status(output_dir).get("launched", launched)
-    write_status(output_dir, "running", 0, launched=launched)
+    write_status(output_dir, "running", 0, launched=launched, pid=os.getpid())
     return launched
-
-
-@contextlib.contextmanager
-def telling_refusal(output_dir: Path) -> Iterator[None]:
-    """A run that its input ends, with a ValueError, was refused: status.json must not say that it is running."""
-    try:
-        yield
-    except ValueError as error:
-        write_status(output_dir, "refused", 2, text=str(error))
-        raise
 
 
 def _restarts() -> int:
@@ -170,8 +182,8 @@ def _restarts() -> int:
 
 
 def ended_before_restart(output_dir: Path) -> int | None:
-    """The exit code of the workers that torchrun has restarted, if they had stopped for good: under --max-restarts
-    torchrun takes every code but 0 for a failure and starts the workers again.
+    """Returns the exit code of the workers that torchrun has restarted, if they had stopped for good: under
+    --max-restarts torchrun takes every code but 0 for a failure and starts the workers again.
     """
     status = read_status(output_dir) if _restarts() else {}
     if status.get("status") not in ("stopped", "diverged"):

@@ -1,6 +1,6 @@
-"""Saving while training goes on: a rank copies what will change to the host and a thread writes its part of the
-checkpoint. The ranks agree between micro steps, in a collective that nobody has to wait in, when all parts are there.
-A save that fails anywhere is given up everywhere, told, and tried again; the run goes on.
+"""Saves checkpoints in the background: each rank copies what will change to the host, and a thread writes its part of
+the checkpoint while training continues. Between micro steps the ranks agree when all parts are there, in a collective
+that they pass through anyway. A save that fails on any rank is dropped on all, logged, and tried again.
 """
 
 import functools
@@ -25,7 +25,7 @@ from checkpointing.files import (
     write_common,
     write_part,
 )
-from checkpointing.state import Progress, shard_tensors
+from checkpointing.state import RunState, shard_tensors
 from llamba import LlambaForCausalLM
 from processes.exits import StopRequest
 from processes.ranks import Ranks
@@ -34,12 +34,12 @@ from utils import BackgroundThread, Stopwatch
 logger = logging.getLogger("train")
 
 LONGEST_WAIT = 64  # optimizer steps from a failed save to the next try
-LAST_TRIES = 5  # at the end of a run, 1, 2, 4, ... seconds apart, before a request to stop is given in to
+LAST_TRIES = 5  # at the end of a run, 1, 2, 4, ... seconds apart, before it obeys a request to stop
 PATIENCE_S = 6 * 3600.0  # for room to be made, at the end of a run that nobody asked to stop
 
 
 class Saver:
-    """One save at a time. `status` and `advance` are called by all ranks after every micro step:
+    """Writes one checkpoint at a time. All ranks call `status` and `advance` after every micro step:
     `saver.advance(*ranks.maximum(*saver.status()))`.
     """
 
@@ -52,58 +52,58 @@ class Saver:
         ranks: Ranks,
         saved: int,
     ) -> None:
-        """saved: micro step of the checkpoint that the run goes on from; -1 for none."""
+        """saved: micro step of the checkpoint that the run resumes from; -1 for none."""
         self.args, self.student, self.optimizer, self.tokenizer, self.ranks = args, student, optimizer, tokenizer, ranks
         self.output_dir = Path(args.output_dir)
         self.thread = BackgroundThread("saver")
         self.saved = saved  # micro step of the last checkpoint
-        self.saving: Progress | None = None
+        self.saving: RunState | None = None
         self.job: Future | None = None  # of this rank: its part, or the publishing
         self.publishing = False
         self.failures = 0  # in a row
         self.retry_at = 0  # optimizer step
         self.stopwatch = Stopwatch()
 
-    def is_due(self, progress: Progress) -> bool:
-        """At every multiple of the interval, and when a save that failed is to be tried again."""
+    def is_due(self, state: RunState) -> bool:
+        """Returns whether to save now: at multiples of the interval, and when a failed save has to be tried again."""
         if self.failures:
-            return self.saving is None and progress.step >= self.retry_at
+            return self.saving is None and state.step >= self.retry_at
         interval = self.args.save_interval
-        return interval > 0 and progress.micro_step // interval > max(self._reached, 0) // interval
+        return interval > 0 and state.micro_step // interval > max(self._reached, 0) // interval
 
     @property
     def _reached(self) -> int:
         return self.saved if self.saving is None else self.saving.micro_step
 
-    def save(self, progress: Progress) -> None:
-        """Begins; `progress` must be where weights and optimizer are. Stands still for the copy only, and for an
-        earlier save that is still under way.
+    def save(self, state: RunState) -> None:
+        """Begins to save; weights and optimizer must be in `state`. Waits only for the copy to the host, and for an
+        earlier save that is still being written.
         """
-        if progress.micro_step == self._reached:
+        if state.micro_step == self._reached:
             return
         self.stopwatch.lap()
         self._wait()
-        self.saving = progress
+        self.saving = state
         try:
-            write = self._prepare(progress)
+            write = self._prepare(state)
         except (MemoryError, RuntimeError) as error:  # no room for the copy; torch's word for it is RuntimeError
             write = functools.partial(fail_with, error)
         if self.args.background_save:
             self.job = self.thread.submit(write)
             stall = self.stopwatch.lap()
-            logger.info("saving micro step %d; training stood still for %.2f s", progress.micro_step, stall)
+            logger.info("saving micro step %d; training stood still for %.2f s", state.micro_step, stall)
         else:
             self.job = done_now(write)
             self._wait()
 
     def status(self) -> tuple[int, int]:
-        """Whether this rank is busy with its part of the save, and whether it failed."""
+        """Returns whether this rank is busy with its part of the save, and whether that has failed."""
         if self.job is None or not self.job.done():
             return int(self.job is not None), 0
         return 0, int(self.job.exception() is not None)
 
     def advance(self, busy: int, failed: int) -> None:
-        """What all ranks together say: the highest of their `status`. All ranks take the same way through here."""
+        """Advances the save by what all ranks agree on, the maximum of their `status`; the same happens on all."""
         if self.saving is None or busy:
             return
         if failed:
@@ -115,15 +115,15 @@ class Saver:
             self.saved, self.saving, self.job = self.saving.micro_step, None, None
             self.publishing, self.failures = False, 0
 
-    def finish(self, progress: Progress, stop: StopRequest) -> None:
-        """Ends what is under way and saves where the run ends. What was trained is in memory alone: where it cannot be
-        saved, this waits for somebody to make room. Raises OSError when it gives up.
+    def finish(self, state: RunState, stop: StopRequest) -> None:
+        """Completes the save under way and saves the last state. If that fails, waits for room on the disk, because the
+        last steps exist in memory only. Raises OSError when it gives up.
         """
         began, n = time.monotonic(), 0
-        while self._reached != progress.micro_step or self.saving is not None:
-            self.save(progress)
+        while self._reached != state.micro_step or self.saving is not None:
+            self.save(state)
             self._wait()
-            if self.saved == progress.micro_step:
+            if self.saved == state.micro_step:
                 break
             n += 1
             (enough,) = self.ranks.maximum(int(stop.code > 0 or time.monotonic() - began > PATIENCE_S))
@@ -141,31 +141,33 @@ class Saver:
             self.advance(*self.ranks.maximum(*self.status()))
             time.sleep(0.02)
 
-    def _prepare(self, progress: Progress) -> Callable[[], None]:
-        """Everything that changes is copied now; what writes it is returned."""
-        ranks, folder = self.ranks, self._partial(progress)
+    def _prepare(self, state: RunState) -> Callable[[], None]:
+        """Copies everything that will change and returns the function that writes it."""
+        ranks, folder = self.ranks, self._partial(state)
         weights = self.student.state_dict()
         shares = deal_weights(weights, ranks.world_size)
         trained = {name for name, parameter in self.student.named_parameters() if parameter.requires_grad}
         own = {name: weights[name] for name in shares[ranks.rank]}
         shard = shard_tensors(self.student, self.optimizer)
-        shard |= {f"rng/{ranks.rank}/{kind}": state for kind, state in progress.rng.items()}
+        shard |= {f"rng/{ranks.rank}/{kind}": value for kind, value in state.rng.items()}
         if self.args.background_save:
             own |= copy_to_host({name: tensor for name, tensor in own.items() if name in trained})
             shard = copy_to_host(shard)
-        state = progress.to_json(self.args, ranks.world_size)
+        content = state.to_json(self.args, ranks.world_size)
 
         def write() -> None:
-            position = None if progress.position is None else progress.position.to_json()
+            position = None if state.position is None else state.position.to_json()
             write_part(folder, ranks.rank, ranks.world_size, own, shard, position)
             if ranks.is_main:
-                write_common(folder, self.student, shares, self.tokenizer, state)
+                write_common(folder, self.student, shares, self.tokenizer, content)
 
         return write
 
-    def _partial(self, progress: Progress) -> Path:
-        """Each try has its own: one rank may begin the next while another still clears the last away."""
-        return partial_dir(self.output_dir, progress.micro_step, self.failures)
+    def _partial(self, state: RunState) -> Path:
+        """Returns the folder of this attempt. Each has its own: one rank may begin the next while another still removes
+        the last.
+        """
+        return partial_dir(self.output_dir, state.micro_step, self.failures)
 
     def _publish(self) -> None:
         assert self.saving is not None
@@ -178,15 +180,15 @@ class Saver:
         except OSError as error:  # the checkpoint is there all the same
             logger.warning("after saving %s: %s", path, error)
 
-    def _give_up(self, progress: Progress) -> None:
-        partial = self._partial(progress)
+    def _give_up(self, state: RunState) -> None:
+        partial = self._partial(state)
         self.failures += 1
-        self.retry_at = progress.step + min(2**self.failures, LONGEST_WAIT)
+        self.retry_at = state.step + min(2**self.failures, LONGEST_WAIT)
         if self.job is not None and (error := self.job.exception()) is not None:
             logger.warning(
-                "checkpoint of micro step %d could not be written (%s: %s); the run goes on and tries again at step "
-                "%d. Its newest checkpoint is that of micro step %d; make room, or make %s writable",
-                progress.micro_step,
+                "checkpoint of micro step %d could not be written (%s: %s); training continues and the save is "
+                "repeated at step %d. Its newest checkpoint is that of micro step %d; make room, or make %s writable",
+                state.micro_step,
                 type(error).__name__,
                 error,
                 self.retry_at,
@@ -198,10 +200,27 @@ class Saver:
         self.saving, self.job, self.publishing = None, None, False
 
 
+class NoSaver:
+    """Stands where a run has its Saver, and never saves: for benchmarks and tests that measure the steps."""
+
+    def is_due(self, state: RunState) -> bool:
+        return False
+
+    def save(self, state: RunState) -> None:
+        pass
+
+    def status(self) -> tuple[int, int]:
+        return 0, 0
+
+    def advance(self, busy: int, failed: int) -> None:
+        pass
+
+    def finish(self, state: RunState, stop: StopRequest) -> None:
+        pass
+
+
 def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Into plain memory: torch's pinned one is handed out in powers of two, up to twice of what is needed, and is never
-    given back.
-    """
+    """Copies to pageable memory: torch rounds pinned memory up to powers of two and never returns it."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
@@ -214,6 +233,6 @@ def done_now(job: Callable[[], None]) -> Future:
     try:
         job()
         future.set_result(None)
-    except Exception as error:  # raised or told where the result is asked for, as a thread's would be
+    except Exception as error:  # the caller sees it in the result, like a thread's
         future.set_exception(error)
     return future

@@ -2,9 +2,15 @@
 backward passes.
 """
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+Outcome = Literal["stepped", "overflow", "bad"]  # of an update: made, or skipped for the loss scale, or for good
 
 
 class MasterWeightAdamW(torch.optim.Optimizer):
@@ -73,3 +79,62 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         state["step"] += 1
         if master is not parameter:
             parameter.copy_(master)
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
+    `growth_interval` good steps. For other dtypes it is 1 for good.
+    """
+
+    active: bool
+    value: float
+    good_steps: int = 0
+    growth_interval: int = 1000
+
+    @classmethod
+    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
+        return cls(True, 2.0**14) if dtype == torch.float16 else cls(False, 1.0)
+
+    def update(self, overflowed: bool) -> None:
+        if not self.active:
+            return
+        self.good_steps = 0 if overflowed else self.good_steps + 1
+        if overflowed:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps % self.growth_interval == 0:
+            self.value *= 2
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module) -> Tensor:
+    """L2 norm of all gradients, in float32 whatever their dtype: a scalar tensor."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
+) -> tuple[float, Outcome]:
+    """Unscale, clip, step, clear the gradients. Returns the gradient norm before clipping, and what came of it.
+
+    `loss` is the mean of all ranks, and DDP has made the gradients, and so the norm, the same on all of them: they
+    agree without asking whether a step is sound. If one of the two is not finite the update is skipped: an "overflow"
+    if float16's scale can be blamed, else a "bad" step.
+    """
+    norm = gradient_norm(model).item() / loss_scale.value
+    outcome: Outcome = "stepped"
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        outcome = "overflow" if math.isfinite(loss) and loss_scale.value > 1 else "bad"
+    else:
+        factor = 1.0 / loss_scale.value
+        if grad_clip and norm > grad_clip:
+            factor *= grad_clip / norm
+        for group in optimizer.param_groups:
+            group["grad_factor"] = factor
+        optimizer.step()
+    loss_scale.update(overflowed=outcome == "overflow")
+    # Kept as zeros: a gradient that is None gathers outside DDP's buckets until micro steps are summed up.
+    optimizer.zero_grad(set_to_none=False)
+    return norm, outcome

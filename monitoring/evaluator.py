@@ -18,10 +18,11 @@ from distillation.teacher import Lane, ask_ahead
 from evaluation.held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
 from evaluation.mmlu import Question, answer, build_questions, load_mmlu
 from evaluation.scoring import Scorer
+from monitoring.undisturbed import undisturbed
 from processes.exits import StopRequest
 from processes.ranks import Ranks
 from text.batch import Batch
-from training_utils import DistillationModel, to_device, undisturbed
+from training_utils import DistillationModel, to_device
 
 logger = logging.getLogger("train")
 

@@ -14,14 +14,14 @@ from arguments import TrainArguments
 from llamba import LlambaForCausalLM
 from llamba.parts import parts_of_student
 from processes.ranks import Ranks
-from training_utils import Meter, owned_parameters
+from training_utils import Meter, Update, owned_parameters
 
 logger = logging.getLogger("train")
 
 
 class SpikeWatch:
-    """Tells losses that stand out of the last ones: above the median by more than 6 standard deviations, which are
-    taken from the median distance to it, for the spikes themselves must not count.
+    """Finds losses that stand out of the last ones: above their median by more than 6 standard deviations. These are
+    estimated from the median distance to it, so that spikes themselves do not count.
     """
 
     WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
@@ -39,21 +39,20 @@ class SpikeWatch:
         return loss - median > max(self.DEVIATIONS * deviation, 0.05 * abs(median))
 
 
-def tell_oddities(
-    step: int, loss: float, grad_norm: float, outcome: str, spikes: SpikeWatch, meter: Meter, rank: int
-) -> None:
-    """Warns of an update that was skipped and of a loss that jumped, each rank with its own windows."""
-    if outcome == "bad":
+def warn_of_anomalies(step: int, update: Update, spikes: SpikeWatch, meter: Meter, rank: int) -> None:
+    """Warns of an update that was skipped and of a loss that jumped. Each rank names its own windows."""
+    loss = update.means["loss"]
+    if update.outcome == "bad":
         # Where all losses are finite the gradient is not, and any window may have done it.
         if suspects := meter.windows(only_bad=not math.isfinite(loss)):
             text = "step %d skipped: loss %s, gradient norm %s; rank %d had windows %s"
-            logger.warning(text, step, loss, grad_norm, rank, suspects)
-    elif outcome == "stepped" and spikes.is_spike(loss):
+            logger.warning(text, step, loss, update.grad_norm, rank, suspects)
+    elif update.outcome == "stepped" and spikes.is_spike(loss):
         logger.warning("step %d: loss %.4f stands out; rank %d had windows %s", step, loss, rank, meter.windows())
 
 
 class UpdateHealth:
-    """The share of trained weights that changed since the last report, by part of the model. A sample of each
+    """Measures the share of trained weights that changed since the last report, by part of the model. A sample of each
     parameter's weights is compared bit by bit, on the rank that keeps its moments: no second copy of the model.
     """
 
@@ -75,13 +74,13 @@ class UpdateHealth:
             self._remember()
 
     def add_to(self, row: dict[str, Any]) -> None:
-        """Into the row of an optimizer step, if it is time to."""
+        """Adds the report to the row of an optimizer step if one is due."""
         if self.interval > 0 and row["step"] % self.interval == 0:
             row["update_health"] = self.report()
 
     def report(self) -> dict[str, float]:
-        """Part -> share of the sampled weights that moved, of those that ever had a gradient (rows of the embedding
-        for tokens that were not seen have none). The same on all ranks.
+        """Returns for each part the share of sampled weights that moved, the same on all ranks. Only weights that ever
+        had a gradient count: rows of the embedding for tokens that were not seen have none.
         """
         counts = torch.zeros(len(self.parts), 2, dtype=torch.float64)
         for (parameter, part, places), before in zip(self.owned, self.before, strict=True):
@@ -117,7 +116,7 @@ class UpdateHealth:
 
 
 def _places(parameter: nn.Parameter, n: int) -> Tensor:
-    """Indices of at most n weights, spread over all of a parameter."""
+    """Returns the indices of at most n weights, spread over all of a parameter."""
     size = parameter.numel()
     generator = torch.Generator().manual_seed(size)
     return torch.randint(size, (min(n, size),), generator=generator).to(parameter.device)

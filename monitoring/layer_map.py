@@ -13,8 +13,8 @@ from torch import Tensor
 from arguments import TrainArguments
 from distillation.teacher import Lane, NoTeacher
 from llamba import LlambaForCausalLM
+from monitoring.undisturbed import undisturbed
 from text.batch import Batch
-from training_utils import undisturbed
 
 logger = logging.getLogger("train")
 

@@ -7,13 +7,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arguments import TrainArguments
 from checkpointing.run_folder import read_status
-from monitoring.progress_bar import LOGGERS, Eta, ProgressBar, format_duration, format_speed, has_terminal
+from monitoring.progress_bar import Eta, ProgressBar, format_duration, format_speed, has_terminal
 from monitoring.speed import Gauges
 from monitoring.trackers import Tracker, start_trackers
 from utils import finite
@@ -188,49 +188,6 @@ def format_evaluation(row: dict[str, Any]) -> str:
     """The line of the evaluation after an optimizer step; without a teacher it has no KL and no agreement."""
     figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
     return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
-
-
-@contextlib.contextmanager
-def keeping_warnings(rank: int) -> "Iterator[WarningsFile]":
-    """Warnings, and what is worse, go to warnings.jsonl as well, with their time; all ranks may share the file."""
-    handler = WarningsFile(rank)
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    for log in loggers:
-        log.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        for log in loggers:
-            log.removeHandler(handler)
-
-
-class WarningsFile(logging.Handler):
-    """Keeps what comes before `write_to` has said where to."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(logging.WARNING)
-        self.rank, self.early = rank, b""
-        self.path: Path | None = None
-
-    def write_to(self, folder: Path) -> None:
-        self.path = folder / "warnings.jsonl"
-        self._append(self.early)
-        self.early = b""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        entry = {"time": record.created, "rank": self.rank, "text": self.format(record)}
-        line = json.dumps(entry).encode() + b"\n"
-        if self.path is None:
-            self.early += line
-        else:
-            self._append(line)
-
-    def _append(self, lines: bytes) -> None:
-        """In one write to the end of the file: lines of several ranks do not mix."""
-        assert self.path is not None
-        if lines:
-            with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:  # the log has them, too
-                file.write(lines)
 
 
 # --- how the run stands --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Stopping on request. A signal or the time limit asks; training asks back between micro steps, so that it can end
-what it is in and save. Outside training there is nothing to save, and a signal ends the program where it is.
+"""How a process stops, and with which exit code. A signal or the time limit requests it. Training checks the request
+between micro steps and saves before it stops; outside training there is nothing to save, and a signal ends the process
+at once.
 """
 
 import functools
@@ -19,29 +20,30 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = ("", *(s.name for s in SIGNALS), "--time_limit")  # by the code that the ranks agree on
 
-# What a batch script can tell an ended process by. 0: the run is complete. 2: an option or input has to be corrected.
+# By these a batch script knows how a process ended. 0: the run is complete. 2: an option or input has to be corrected.
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again with --resume auto
 EXIT_DIVERGED = 76
 
-PATIENCE_S = 3.0  # for the main thread to hear a signal by itself
+PATIENCE_S = 3.0  # for the main thread to handle a signal by itself
 
 
 class Interrupted(BaseException):
-    """A signal outside training; its text is the signal's name. Nothing but `run_entry` should catch it."""
+    """Ends a process that gets a signal outside training, whose name is its text. `run_entry` alone catches it."""
 
 
 class StopRequest:
-    """Whether this process has been asked to stop, as an index into REASONS."""
+    """Says whether this process has been asked to stop: `code` is an index into REASONS, 0 if not."""
 
     def __init__(self, time_limit: float | None) -> None:
         """time_limit: minutes from now."""
         self.deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
         self.process = os.getpid()
         self.signalled = 0
-        self.deferred = False
+        self.is_deferred = False
+        self.agreed = 0  # the code that all ranks stop for
 
     def count_from(self, launched: float) -> None:
-        """Has the time limit begin at `launched`, in seconds since the epoch."""
+        """Starts the time limit at `launched`, in seconds since the epoch."""
         if self.deadline is not None:
             self.deadline -= time.time() - launched
 
@@ -51,70 +53,74 @@ class StopRequest:
         return self.signalled or (len(REASONS) - 1 if late else 0)
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Within, a signal only sets `code`; so it does after an error, whose own way out it must not cut short."""
-        self.deferred = True
+    def deferred(self) -> Iterator[None]:
+        """Lets a signal within the block only set `code`. So it does after an error in the block, which must reach its
+        handlers.
+        """
+        self.is_deferred = True
         yield
-        self.deferred = False
+        self.is_deferred = False
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a forked loader worker: it has its parent's handlers, not its duties
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal: records it, and outside training raises Interrupted."""
+        if os.getpid() != self.process:  # a forked loader worker inherits this handler and should just die
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.signalled = SIGNALS.index(signal.Signals(number)) + 1
-        if not self.deferred:
+        if not self.is_deferred:
             raise Interrupted(REASONS[self.signalled])
 
-    def see_to_it(self, bell: socket.socket) -> None:
-        """For a thread of its own: ends the process where a signal outside training finds its main thread waiting in
-        native code, for another rank say, from which no exception can take it.
+    def exit_if_stuck(self, wakeups: socket.socket) -> None:
+        """Ends the process if a signal comes outside training while the main thread waits in native code, for another
+        rank for example, where no Python handler runs. Runs in a thread of its own.
         """
-        while rung := bell.recv(1):
+        while received := wakeups.recv(1):
             time.sleep(PATIENCE_S)
-            heard = self.deferred or self.signalled  # by the main thread, which sees to its end itself
-            if not heard and self.process == os.getpid() and rung[0] in SIGNALS:
-                print(f"stopped by {signal.Signals(rung[0]).name}", file=sys.stderr, flush=True)
+            is_handled = self.is_deferred or self.signalled  # by the main thread
+            if not is_handled and self.process == os.getpid() and received[0] in SIGNALS:
+                print(f"stopped by {signal.Signals(received[0]).name}", file=sys.stderr, flush=True)
                 os._exit(EXIT_STOPPED)
 
 
 @functools.cache
-def _children_are_deaf() -> None:
-    """A forked loader worker's signals must not ring its parent's bell."""
+def _detach_forked_children() -> None:
+    """Keeps the signals of a forked loader worker from waking its parent's thread."""
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 @contextmanager
-def hearing_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
-    _children_are_deaf()
+def stop_on_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
+    """Turns SIGTERM, SIGINT and SIGUSR1 within the block into a StopRequest. time_limit: in minutes."""
+    _detach_forked_children()
     request = StopRequest(time_limit)
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, request.hear) for number in SIGNALS}
-    bell, rope = socket.socketpair()  # Python writes each signal's number to it at once
-    rope.setblocking(False)
-    outer = signal.set_wakeup_fd(rope.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=request.see_to_it, args=(bell,), daemon=True)
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, request.on_signal) for number in SIGNALS}
+    wakeups, wakeup_socket = socket.socketpair()  # Python writes each signal's number to it at once
+    wakeup_socket.setblocking(False)
+    outer = signal.set_wakeup_fd(wakeup_socket.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=request.exit_if_stuck, args=(wakeups,), daemon=True)
     watcher.start()
     try:
         yield request
     except Interrupted:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # torchrun repeats it, and it has been heard
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # torchrun repeats it
         raise
     finally:
         signal.set_wakeup_fd(outer)
-        rope.close()
+        wakeup_socket.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def run_entry(main: Callable[[], int | None]) -> int:
-    """Runs an entry's `main` and returns its exit code; what a user can put right (ValueError) is one line, without a
-    traceback, and so is a signal.
+    """Runs an entry's `main` and returns its exit code. A ValueError, which a user can correct, prints one line instead
+    of a traceback, and so does a signal.
 
-    Under torchrun every rank finds the same mistake, and the first rank to end takes the others with it; so rank
-    0 speaks, and the others give it time to.
+    Under torchrun all ranks find the same mistake, and torchrun ends the others when the first one ends: rank 0 prints
+    it, and the others give it time to.
     """
     try:
-        with hearing_signals():
+        with stop_on_signals():
             return main() or 0
     except Interrupted as signal:
         print(f"stopped by {signal}", file=sys.stderr, flush=True)
@@ -122,8 +128,18 @@ def run_entry(main: Callable[[], int | None]) -> int:
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if "site-packages" in raised_in.parts:
-            raise  # a library's, which no check of ours foresaw: where it happened matters
+            raise  # a library's error that our checks missed: its traceback is needed
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def answer_early(parse: Callable[[], Any]) -> None:
+    """Exits for --help and for options that cannot be used before an entry imports torch, which takes seconds."""
+
+    def check() -> None:
+        parse()
+
+    if code := run_entry(check):
+        sys.exit(code)

@@ -12,6 +12,7 @@ import torch
 
 import train_gpus
 from processes.exits import run_entry
+from utils import TimedIterator
 
 real_distil = train_gpus.distil
 
@@ -23,12 +24,13 @@ def take_a_batch_or_fail(batches, fails_at, rank):
         yield batch
 
 
-def distil_and_dump(args, batches, total_steps, progress, model, optimizer, lane, ranks, *rest):
-    if os.environ.get("FAIL_ON_RANK") == str(ranks.rank):
-        batches = take_a_batch_or_fail(batches, int(os.environ["FAIL_AT_MICRO_STEP"]), ranks.rank)
-    code = real_distil(args, batches, total_steps, progress, model, optimizer, lane, ranks, *rest)
-    torch.save(model.module.student.state_dict(), Path(args.output_dir) / f"rank-{ranks.rank}.pt")
-    return code
+def distil_and_dump(job, batches, learner, *rest):
+    rank = job.ranks.rank
+    if os.environ.get("FAIL_ON_RANK") == str(rank):
+        batches = TimedIterator(take_a_batch_or_fail(batches, int(os.environ["FAIL_AT_MICRO_STEP"]), rank))
+    state = real_distil(job, batches, learner, *rest)
+    torch.save(learner.student.state_dict(), Path(job.args.output_dir) / f"rank-{rank}.pt")
+    return state
 
 
 def main():

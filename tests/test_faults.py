@@ -221,7 +221,7 @@ def test_the_last_state_waits_for_room(facts):
 def test_auto_goes_on_from_the_newest_good_checkpoint_and_never_silently_at_0(stage, facts):
     _, went_on, refused = facts("bad_checkpoints")
     folder = stage / "bad_checkpoints"
-    assert went_on["codes"] == [0, 0] and f"going on from {folder}/checkpoint-6" in went_on["log"]
+    assert went_on["codes"] == [0, 0] and f"resuming from {folder}/checkpoint-6" in went_on["log"]
     assert "bad-checkpoint-12" in went_on["log"] and "model-00002-of-00002.safetensors" in went_on["log"]
     assert (folder / "bad-checkpoint-12").is_dir() and (folder / "bad-checkpoint-9").is_dir()
     assert rows(folder) == rows(stage / "straight_12")

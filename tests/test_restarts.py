@@ -47,7 +47,7 @@ def test_ranks_that_fail_are_started_again_and_ranks_that_were_told_to_stop_are_
     assert run.wait(250) != 0
     text = log.read_text()
     assert "this run ends because rank 1 failed: RuntimeError: fails once" in text
-    first, restarted = text.split(f"going on from {output}/checkpoint-")
+    first, restarted = text.split(f"resuming from {output}/checkpoint-")
     assert "fails once" in first and "stopped by SIGTERM at step 6 of 9" in restarted
     assert "not started again: stopped by SIGTERM at step 6 of 9" in restarted
     assert len(rows(output)) == 6

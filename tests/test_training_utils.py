@@ -97,13 +97,13 @@ def test_means_of_a_meter(no_torchrun):
         meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), (7, 9))
         meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), (2, 0))
         expected = {"loss": 2.0, "kl": 3.0, "ce": 4.0, "ignored_labels": 10.0, "teacher_wait_s": 0.75}
-        assert meter.mean(teacher_wait_s=0.75) == expected
-        assert meter.mean(teacher_wait_s=0.75) == expected  # to ask changes nothing
+        assert meter.means(teacher_wait_s=0.75) == expected
+        assert meter.means(teacher_wait_s=0.75) == expected  # to ask changes nothing
         assert meter.windows() == [7, 9, 2, 0]
         meter.clear()
         assert meter.windows() == []
         meter.add(torch.tensor([1.0, 1.0, 1.0, 0.0]), (5,))
-        assert meter.mean() == {"loss": 1.0, "kl": 1.0, "ce": 1.0, "ignored_labels": 0.0}
+        assert meter.means() == {"loss": 1.0, "kl": 1.0, "ce": 1.0, "ignored_labels": 0.0}
         assert meter.windows() == [5]
 
 
@@ -115,7 +115,7 @@ def test_a_meter_knows_which_windows_made_a_loss_that_is_not_finite(no_torchrun,
             meter.add(torch.tensor([loss, 1.0, 1.0, 0.0]), windows)
         assert meter.windows(only_bad=True) == [2, 3, 6, 7]
         assert meter.windows() == list(range(8))
-        means = meter.mean()
+        means = meter.means()
     assert not math.isfinite(means["loss"]) and means["kl"] == means["ce"] == 1.0
 
 
@@ -124,7 +124,7 @@ def work(ranks):
     for micro_step in range(3):
         figures = torch.tensor([1.0, 2.0, 3.0, 4.0]) * (ranks.rank + 1) + micro_step
         meter.add(figures, (2 * micro_step + ranks.rank,))
-    return {"mean": meter.mean(teacher_wait_s=ranks.rank), "windows": meter.windows()}
+    return {"mean": meter.means(teacher_wait_s=ranks.rank), "windows": meter.windows()}
 
 
 def test_a_meter_averages_over_ranks(tmp_path):

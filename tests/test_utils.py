@@ -50,13 +50,13 @@ def options(folder, *more):
 @pytest.fixture
 def prepare():
     """prepare_output_dir, whose lock is given back at the end of the test. `start`: the step of the checkpoint that
-    the run goes on from, if any.
+    the run resumes from, if any.
     """
     locks = []
 
     def prepare(folder, start=None, *more):
-        candidates = [] if start is None else [folder / f"checkpoint-{start}"]
-        locks.append(prepare_output_dir(options(folder, *more), candidates))
+        checkpoint = None if start is None else folder / f"checkpoint-{start}"
+        locks.append(prepare_output_dir(options(folder, *more), checkpoint))
         return locks[-1]
 
     yield prepare

@@ -2,7 +2,6 @@
 tokens. No weights are loaded.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -12,14 +11,13 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from checkpointing.files import step_of
-from checkpointing.resume import checkpoints_to_try
+from checkpointing.resume import Resume
 from distillation.losses import shared_vocab
 from inputs.model_files import read_config
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt
-from preflight.checks.machine import GB, default_nproc, devices
+from preflight.checks.machine import GB, default_nproc
 from preflight.footprint import build_models, find_configs, n_bytes
 from text.encoding import Encoder, check_tokenizer
 
@@ -28,29 +26,26 @@ PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 123
 
 
 @functools.cache
-def resumed(case: Case) -> tuple[list[Path], ValueError | None]:
-    """The checkpoints that a run would go on from, or what is wrong with them; looked for once."""
-    args = case.args
-    if args.teacher_prefetch is None:
-        with contextlib.suppress(ValueError):  # told by `check_ranks`
-            args = dataclasses.replace(args, teacher_prefetch=devices(case).prefetch)
+def resumed(case: Case) -> tuple[Resume | None, ValueError | None]:
+    """Returns where a run would resume, or what is wrong with its checkpoints; looked for once."""
     try:
-        return checkpoints_to_try(args, default_nproc(case)), None
+        return Resume(case.args, default_nproc(case)), None
     except ValueError as error:
-        return [], error
+        return None, error
 
 
 def first_step(case: Case) -> int:
-    """The micro step from which a run goes on."""
-    candidates, _ = resumed(case)
-    return step_of(candidates[0]) if candidates else case.args.resume_step
+    """Returns the micro step that a run would begin after."""
+    resume, _ = resumed(case)
+    return case.args.resume_step if resume is None else resume.start
 
 
 @functools.cache
 def offline(case: Case) -> TrainArguments:
     """The options, so that no network is touched and the student of a run that goes on is its checkpoint."""
-    args, (candidates, _) = dataclasses.replace(case.args, local_files_only=True), resumed(case)
-    return dataclasses.replace(args, student_model=str(candidates[0])) if candidates else args
+    args, (resume, _) = dataclasses.replace(case.args, local_files_only=True), resumed(case)
+    checkpoint = None if resume is None else resume.checkpoint
+    return args if checkpoint is None else dataclasses.replace(args, student_model=str(checkpoint))
 
 
 @functools.cache
@@ -87,10 +82,11 @@ def teacher_tokenizer(case: Case) -> PreTrainedTokenizerBase:
 
 def check_resume(case: Case) -> Iterator[Finding]:
     if case.args.resume is not None:
-        candidates, problem = resumed(case)
-        if problem is not None:
+        resume, problem = resumed(case)
+        if resume is None:
+            assert problem is not None
             raise problem
-        found = f"goes on from {candidates[0]}" if candidates else "no checkpoint yet, the run starts at 0"
+        found = f"resumes from {resume.checkpoint}" if resume.checkpoint else "no checkpoint yet, the run starts at 0"
         yield Finding(OK, f"--resume {case.args.resume}", found)
 
 

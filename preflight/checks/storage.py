@@ -88,14 +88,14 @@ def _taken(file: Path) -> str | None:
 
 def _in_the_way(case: Case) -> Path | None:
     """The newest checkpoint, if there are some that a run would overwrite: as `resume.prepare_output_dir` sees it."""
-    args, (candidates, problem) = case.args, resumed(case)
-    if problem is not None:  # told by `check_resume`
+    args, (resume, problem) = case.args, resumed(case)
+    if problem is not None or resume is None:  # told by `check_resume`
         return None
     found, start = find_checkpoints(Path(args.output_dir)), first_step(case)
     newer = [checkpoint for checkpoint in found if step_of(checkpoint) > start]
     if args.resume == "auto":  # those that are bad are set aside
         newer = [checkpoint for checkpoint in newer if quick_check(checkpoint) is None]
-    if newer or (found and not start and not candidates):
+    if newer or (found and not start and resume.checkpoint is None):
         return max(newer or found, key=step_of)
     return None
 

@@ -4,7 +4,6 @@ run does is in test_faults.py.
 
 import dataclasses
 import errno
-import json
 import random
 import shutil
 from collections import namedtuple
@@ -13,9 +12,9 @@ import pytest
 
 from arguments import parse_train_args
 from checkpointing import resume
-from checkpointing.files import STATE_FILE, checkpoint_bytes
+from checkpointing.files import checkpoint_bytes
 from checkpointing.resume import check_same_run
-from checkpointing.run_folder import check_space, keep_options, writing_to
+from checkpointing.run_folder import check_space, explaining_write_errors, save_options
 from monitoring.health import SpikeWatch
 from tests.tiny import tiny_student
 
@@ -78,26 +77,20 @@ def test_a_run_that_goes_on_needs_room_for_one_more(disk, tmp_path, caplog, monk
 
 def test_what_cannot_be_written_before_training_is_one_line(tmp_path):
     message = f"--output_dir {tmp_path}: cannot be written \\(No space left on device\\)"
-    with pytest.raises(ValueError, match=message), writing_to(args("--output_dir", str(tmp_path))):
+    with pytest.raises(ValueError, match=message), explaining_write_errors(args("--output_dir", str(tmp_path))):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """The state of a run of two ranks with the options given."""
-
-    def write(*argv):
-        state = {"arguments": dataclasses.asdict(args(*argv)), "world_size": 2}
-        (tmp_path / STATE_FILE).write_text(json.dumps(state))
-        return tmp_path
-
-    return write
+    """The checkpoint and the state of a run of two ranks with the options given."""
+    return lambda *argv: (tmp_path, {"arguments": dataclasses.asdict(args(*argv)), "world_size": 2})
 
 
 def test_options_that_make_another_run_are_listed_together(checkpoint):
     before = checkpoint("--no_dataset_streaming")
     with pytest.raises(ValueError) as error:
-        check_same_run(before, args("--no_dataset_streaming", "--seed", "7", "--seq_length", "99", "--freeze_mlp"), 3)
+        check_same_run(*before, args("--no_dataset_streaming", "--seed", "7", "--seq_length", "99", "--freeze_mlp"), 3)
     text = str(error.value)
     assert "--seed 7" in text and "has 0; give the same" in text
     assert "--seq_length 99" in text and "--freeze_mlp True" in text
@@ -108,14 +101,14 @@ def test_options_that_make_another_run_are_listed_together(checkpoint):
 def test_a_stream_keeps_its_batches_and_its_buffer(checkpoint, change):
     before = checkpoint("--dataset_streaming")
     with pytest.raises(ValueError, match=change[0]):
-        check_same_run(before, args("--dataset_streaming", *change), 2)
-    check_same_run(checkpoint("--no_dataset_streaming"), args("--no_dataset_streaming", *change), 2)
+        check_same_run(*before, args("--dataset_streaming", *change), 2)
+    check_same_run(*checkpoint("--no_dataset_streaming"), args("--no_dataset_streaming", *change), 2)
 
 
-def test_what_may_change_is_told_and_how_a_run_is_watched_is_not(checkpoint, caplog, monkeypatch):
+def test_what_may_change_is_logged_and_how_a_run_is_watched_is_not(checkpoint, caplog, monkeypatch):
     monkeypatch.setattr(resume.logger, "propagate", True)
-    check_same_run(checkpoint(), args("--max_lr", "0.5", "--log_interval", "3", "--time_limit", "9"), 2)
-    assert "goes on with --max_lr 0.5 where it had" in caplog.text
+    check_same_run(*checkpoint(), args("--max_lr", "0.5", "--log_interval", "3", "--time_limit", "9"), 2)
+    assert "resuming with --max_lr 0.5 where the run had" in caplog.text
     assert "log_interval" not in caplog.text and "time_limit" not in caplog.text
 
 
@@ -131,6 +124,6 @@ def test_a_loss_stands_out_only_of_enough_others_and_by_much():
 
 def test_options_of_earlier_starts_are_kept(tmp_path):
     for options in ("seed: 0\n", "seed: 0\n", "seed: 1\n", "seed: 2\n"):
-        keep_options(tmp_path, options)
+        save_options(args("--output_dir", str(tmp_path)), options)
     found = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert found == {"args.yaml": "seed: 2\n", "args.1.yaml": "seed: 0\n", "args.2.yaml": "seed: 1\n"}

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from arguments import parse_train_args
-from distillation.adamw import MasterWeightAdamW
+from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, update
 from processes.ranks import process_groups
 from tests.tiny import tiny_student
 from tests.two_ranks import on_two_ranks
-from training_utils import LossScale, Meter, build_optimizer, build_schedule, gradient_norm, parameter_groups, update
+from training_utils import Meter, build_optimizer, build_schedule, parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -537,7 +537,7 @@ def bad_on_one_rank(rank):
         meter.add(torch.tensor([float("nan") if is_bad else 1.0, 1.0, 1.0, 0.0]), (2 * micro_step + rank,))
     give_gradients(model, seed=0)
     before = weights(model)
-    _, outcome = update(model, optimizer, no_scale(), 1.0, meter.mean()["loss"])
+    _, outcome = update(model, optimizer, no_scale(), 1.0, meter.means()["loss"])
     return outcome, distance(before, model), meter.windows(only_bad=True)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-import train_gpus
 import training_utils
 from checkpointing import files, resume, saver
 from distillation import teacher
@@ -85,11 +84,7 @@ def signals(scene: Scene) -> None:
 
 
 def signal_before_training(scene: Scene) -> None:
-    scene.run(arm=lambda rank: trap(training_utils, "wrap_ddp", 1, signal_self(signal.SIGTERM)) or _wrap_by_name())
-
-
-def _wrap_by_name() -> None:
-    train_gpus.wrap_ddp = training_utils.wrap_ddp
+    scene.run(arm=lambda rank: trap(training_utils, "wrap_ddp", 1, signal_self(signal.SIGTERM)))
 
 
 def signal_while_tokenising(scene: Scene) -> None:

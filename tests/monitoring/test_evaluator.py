@@ -72,7 +72,7 @@ def test_a_run_killed_in_an_evaluation_goes_on_exactly(stage):
     killed, went_on = facts(stage, "killed")
     assert killed["codes"] == [-9, -9] and went_on["codes"] == [0, 0]
     assert "evaluation (opt 2)" in killed["log"] and "evaluation (opt 4)" not in killed["log"]
-    assert "going on from" in went_on["log"]
+    assert "resuming from" in went_on["log"]
     assert differences(stage / "with", stage / "killed", 6) == []
 
 

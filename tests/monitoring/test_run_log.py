@@ -11,9 +11,10 @@ import time
 import pytest
 
 from arguments import parse_train_args
-from checkpointing.run_folder import ended_before_restart, read_status, telling_refusal, write_status
+from checkpointing.run_folder import ended_before_restart, read_status, taken, write_status
 from monitoring import run_log
-from monitoring.run_log import RunLog, format_metrics, keeping_warnings
+from monitoring.run_log import RunLog, format_metrics
+from monitoring.warnings_file import recording_warnings
 from utils import setup_logging
 
 
@@ -218,7 +219,7 @@ def test_warnings_are_kept(tmp_path, capsys):
     setup_logging(None, is_main=True)
     handlers = logging.getLogger("train").handlers.copy()
     before = time.time()
-    with keeping_warnings(rank=3) as warnings:
+    with recording_warnings(rank=3) as warnings:
         warnings.write_to(tmp_path)
         logging.getLogger("train").info("all is well")
         logging.getLogger("train").warning("step %d:\nlook", 7)
@@ -239,7 +240,7 @@ def test_ranks_share_the_file(tmp_path):
     children = []
     for rank in (0, 1):
         if not (process := os.fork()):
-            with keeping_warnings(rank) as warnings:
+            with recording_warnings(rank) as warnings:
                 warnings.write_to(tmp_path)
                 for n in range(200):
                     logging.getLogger("train").warning("%d %s", n, "x" * 500)
@@ -252,7 +253,7 @@ def test_ranks_share_the_file(tmp_path):
 
 
 def test_warnings_that_come_early_are_kept_until_it_is_known_where(tmp_path):
-    with keeping_warnings(rank=0) as warnings:
+    with recording_warnings(rank=0) as warnings:
         logging.getLogger("train").warning("goes on with another --kl_weight")
         warnings.write_to(tmp_path)
         logging.getLogger("train").warning("later")
@@ -263,7 +264,7 @@ def test_warnings_that_come_early_are_kept_until_it_is_known_where(tmp_path):
 def test_warnings_that_cannot_be_kept_end_no_run(tmp_path, place, capsys):
     setup_logging(None, is_main=True)
     (tmp_path / "warnings.jsonl").symlink_to("/dev/full")
-    with keeping_warnings(rank=0) as warnings:
+    with recording_warnings(rank=0) as warnings:
         warnings.write_to(tmp_path / "absent" if place == "absent" else tmp_path)
         logging.getLogger("train").warning("take care")
     assert capsys.readouterr().err == "[train] take care\n"
@@ -282,8 +283,8 @@ def test_the_status_of_a_run(tmp_path):
 
 
 def test_a_run_that_its_input_ends_is_not_running(tmp_path):
-    write_status(tmp_path, "running", 0)
-    with pytest.raises(ValueError), telling_refusal(tmp_path):
+    with pytest.raises(ValueError), taken(options(tmp_path), checkpoint=None):
+        assert read_status(tmp_path)["status"] == "running" and read_status(tmp_path)["pid"] == os.getpid()
         raise ValueError("--eval_dataset_name nope: not there")
     expected = {"status": "refused", "exit_code": 2, "text": "--eval_dataset_name nope: not there"}
     assert read_status(tmp_path) == expected
