@@ -21,7 +21,8 @@ from transformers import get_wsd_schedule
 
 from arguments import TrainArguments
 from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, update
-from distillation.losses import choose_chunk_tokens, fused_distill_loss, mask_unknown_labels
+from distillation.fused_loss import choose_chunk_tokens, fused_distill_loss
+from distillation.losses import LossInputs, LossWeights
 from distillation.losses import (
     compute_distill_loss as compute_distill_loss,  # users of the original layout look for it here
 )
@@ -46,7 +47,7 @@ class Job:
 
 
 class DistillationModel(nn.Module):
-    """The student with its loss, so that DDP sees one module from tokens to scalars.
+    """Holds the student with its loss, so that DDP sees one module from tokens to scalars.
 
     teacher_head: the teacher's output weight (vocab, D_t), which turns its hidden states into logits, or None
         where the teacher sends logits or does not run.
@@ -68,45 +69,40 @@ class DistillationModel(nn.Module):
         self.teacher_head: Tensor | None
         self.register_buffer("teacher_head", teacher_head, persistent=False)
         self.vocab = vocab
-        self.weights = (args.ce_weight, args.kl_weight, args.temperature)
+        self.weights = LossWeights(args.ce_weight, args.kl_weight, args.temperature)
         self.chunk_tokens = args.loss_chunk_tokens or chunk_tokens
         device = student.backbone.embedding.weight.device
         self.compiled = args.compile or compiles_loss(device)
 
     def forward(self, batch: Batch, teacher_signal: Tensor | None) -> tuple[Tensor, Tensor]:
-        """batch of (B, S); teacher_signal: hidden states (B, S, D_t), logits (B, S, vocab), or None.
+        """Returns the loss to descend, and its figures for a `Meter`, (4,).
 
-        Returns the loss to descend, and its figures for a `Meter`.
+        batch of (B, S); teacher_signal: hidden states (B, S, D_t), logits (B, S, vocab), or None.
         """
+        inputs = self.loss_inputs(batch, teacher_signal)
+        if self.chunk_tokens is None:  # once: what is free varies from step to step, and with it the rounding
+            self.chunk_tokens = choose_chunk_tokens(
+                self.vocab, inputs.student_hidden.dtype, inputs.student_hidden.device
+            )
+            logger.info("the loss takes %d tokens at a time", self.chunk_tokens)
+        total, kl, ce, n_ignored = fused_distill_loss(inputs, self.weights, self.chunk_tokens, self.compiled)
+        return total, torch.stack([total, kl, ce, n_ignored]).detach().float()
+
+    def loss_inputs(self, batch: Batch, teacher_signal: Tensor | None) -> LossInputs:
+        """Runs the student's backbone, and collects what the loss of the batch needs."""
         hidden = self.student.backbone(batch.input_ids, use_cache=False).last_hidden_state  # (B, S, D)
         head = self.student.lm_head
-        if self.chunk_tokens is None:  # once: what is free varies from step to step, and with it the rounding
-            self.chunk_tokens = choose_chunk_tokens(self.vocab, hidden.dtype, hidden.device)
-            logger.info("the loss takes %d tokens at a time", self.chunk_tokens)
-        total, kl, ce = fused_distill_loss(
-            hidden,
-            head.weight,
-            head.bias,
-            teacher_signal,
-            self.teacher_head,
-            batch.labels,
-            batch.loss_mask,
-            self.vocab,
-            *self.weights,
-            self.chunk_tokens,
-            self.compiled,
-        )
-        _, n_ignored = mask_unknown_labels(batch.labels, batch.loss_mask, self.vocab)
-        return total, torch.stack([total, kl, ce, n_ignored]).detach().float()
+        teacher = (teacher_signal, self.teacher_head)
+        return LossInputs(hidden, head.weight, head.bias, *teacher, batch.labels, batch.loss_mask, self.vocab)
 
 
 def compiles_loss(device: torch.device) -> bool:
-    """Whether the loss is compiled unasked: on GPUs. A CPU takes it in rows that stay in its cache instead."""
+    """Returns whether the loss is compiled even without --compile: on GPUs. A CPU takes rows that fit its cache."""
     return device.type == "cuda" and can_compile(device.type)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters: matrices decay, vectors (norms, biases, D) do not."""
+    """Returns the trainable parameters in groups: matrices decay, vectors (norms, biases, D) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
@@ -116,7 +112,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, args: TrainArguments) -> ZeroRedundancyOptimizer:
-    """AdamW (0.9, 0.95) whose masters and moments are kept on the one rank that owns the shard."""
+    """Returns AdamW (0.9, 0.95) whose masters and moments are kept on the one rank that owns the shard."""
     return ZeroRedundancyOptimizer(
         parameter_groups(model, args.weight_decay),
         optimizer_class=MasterWeightAdamW,
@@ -127,7 +123,7 @@ def build_optimizer(model: nn.Module, args: TrainArguments) -> ZeroRedundancyOpt
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total_steps: int, done: int) -> LRScheduler:
-    """Warm-up, stable, decay over `total_steps` optimizer steps, of which `done` are behind."""
+    """Returns the schedule warm-up, stable, decay over `total_steps` optimizer steps, of which `done` are done."""
     for group in optimizer.param_groups:
         group["initial_lr"] = args.max_lr
     return get_wsd_schedule(
@@ -217,6 +213,7 @@ def build_learner(
 
 
 def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:
+    """Returns the model under DDP, on the rank's own device."""
     with warnings.catch_warnings():
         # torch 2.13 deprecates the name; its successor is not known to torch 2.11.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -229,9 +226,9 @@ def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataP
 
 
 def settle_buckets(model: DistributedDataParallel, args: TrainArguments, device: torch.device) -> None:
-    """Has DDP arrange its buckets for good, which it does in the forward pass after the first backward pass. The order
-    in which ranks are summed up, and so the last bit of a gradient, depends on them: a run that goes on must not begin
-    with other buckets than it had. Two passes over made-up tokens; weights and random state are left as they were.
+    """Makes DDP arrange its buckets for good. Without this, a resumed run of three ranks differs in the last bits: DDP
+    rearranges its buckets in the forward pass after the first backward pass, and the order in which gradients are
+    summed depends on them. Takes two passes over made-up tokens; weights and random state stay as they are.
     """
     shape = (args.batch_size, args.seq_length)  # the real one: another would be compiled for, too
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -249,7 +246,7 @@ def settle_buckets(model: DistributedDataParallel, args: TrainArguments, device:
 def owned_parameters(
     student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Those whose masters and moments are kept on this rank, with their names."""
+    """Yields name and parameter of those whose masters and moments are kept on this rank."""
     names = {parameter: name for name, parameter in student.named_parameters()}
     for group in optimizer.optim.param_groups:
         for parameter in group["params"]:
@@ -257,7 +254,7 @@ def owned_parameters(
 
 
 class Meter:
-    """What a rank sees in the micro steps of one optimizer step; `means` are averages over all ranks."""
+    """Collects what a rank sees in the micro steps of one optimizer step; `means` averages it over all ranks."""
 
     NAMES = ("loss", "kl", "ce", "ignored_labels")
 
@@ -266,7 +263,7 @@ class Meter:
         self.seen: list[tuple[Tensor, Sequence[int]]] = []
 
     def add(self, figures: Tensor, window_ids: Sequence[int]) -> None:
-        """figures (4,): as `DistillationModel` returns them; window_ids: of the batch that gave them."""
+        """Adds a micro step. figures (4,): as `DistillationModel` returns them; window_ids: of its batch."""
         self.seen.append((figures, window_ids))
 
     @property
@@ -274,8 +271,8 @@ class Meter:
         return len(self.seen)
 
     def means(self, **seconds: float) -> dict[str, float]:
-        """Per micro step for the losses, per optimizer step for counts and for `seconds`, this rank's own. All ranks
-        get the same means; what is not finite on one of them is not finite in the mean.
+        """Returns the means over ranks: of losses per micro step, of counts and of this rank's `seconds` per optimizer
+        step. All ranks get the same; what is not finite on one of them is not finite in the mean.
         """
         sums = torch.stack([figures for figures, _ in self.seen]).sum(dim=0)  # (4,)
         sums = torch.cat([sums, sums.new_tensor(list(seconds.values()))])
@@ -287,7 +284,7 @@ class Meter:
         return means
 
     def windows(self, only_bad: bool = False) -> list[int]:
-        """Ids of this rank's windows; with `only_bad` of the micro steps alone whose loss is not finite."""
+        """Returns the ids of this rank's windows; with `only_bad`, those of micro steps whose loss is not finite."""
         return [i for figures, ids in self.seen if not only_bad or not math.isfinite(figures[0].item()) for i in ids]
 
     def clear(self) -> None:
@@ -295,4 +292,5 @@ class Meter:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch with its tensors on `device`; from pinned memory the copies run beside the host."""
     return batch.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -123,7 +123,8 @@ def plain(inputs: Inputs, compiled: bool = False) -> Loss:
 
 
 def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
-    from distillation.losses import fused_distill_loss
+    from distillation.fused_loss import fused_distill_loss
+    from distillation.losses import LossInputs, LossWeights
     from training_utils import compiles_loss
 
     if compiled is None:
@@ -131,20 +132,10 @@ def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
     elif compiled:
         need_compiler()
     loss_mask, vocab = inputs.loss_mask(), len(inputs.student_head)
-    return lambda: fused_distill_loss(
-        inputs.student_hidden,
-        inputs.student_head,
-        None,
-        inputs.teacher_hidden,
-        inputs.teacher_head,
-        inputs.labels,
-        loss_mask,
-        vocab,
-        CE_WEIGHT,
-        KL_WEIGHT,
-        1.0,
-        compiled=compiled,
-    )[0]
+student, teacher = (inputs.student_hidden, inputs.student_head, None), (inputs.teacher_hidden, inputs.teacher_head)
+    loss_inputs = LossInputs(*student, *teacher, inputs.labels, loss_mask, vocab)
+    weights = LossWeights(CE_WEIGHT, KL_WEIGHT, temperature=1.0)
+    return lambda: fused_distill_loss(loss_inputs, weights, compiled=compiled)[0]
 
 
 def liger(inputs: Inputs, chunk_size: int = 1024) -> Loss:

@@ -14,7 +14,9 @@ from gpu_measure import Job, Work, compare, matmul_rate, relative_error, timed
 from harness import NotInstalled, describe_machine, need
 from torch import Tensor
 
-from distillation.losses import compute_distill_loss, fused_distill_loss
+from distillation import losses
+from distillation.fused_loss import fused_distill_loss
+from distillation.losses import LossWeights, compute_distill_loss
 from llamba import LlambaConfig
 from llamba.kernels import Conv, Scan, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
@@ -151,21 +153,10 @@ def plain_loss(p: LossInputs, loss_of: Callable[..., tuple[Tensor, ...]] = compu
 
 
 def fused_loss(p: LossInputs, chunk_tokens: int | None = None, compiled: bool = False) -> Tensor:
-    return fused_distill_loss(
-        p.hidden,
-        p.head,
-        None,
-        p.teacher,
-        p.teacher_head,
-        p.labels,
-        p.loss_mask,
-        p.head.shape[0],
-        CE_WEIGHT,
-        KL_WEIGHT,
-        TEMPERATURE,
-        chunk_tokens,
-        compiled,
-    )[0]
+vocab, teacher = p.head.shape[0], (p.teacher, p.teacher_head)
+    inputs = losses.LossInputs(p.hidden, p.head, None, *teacher, p.labels, p.loss_mask, vocab)
+    weights = LossWeights(CE_WEIGHT, KL_WEIGHT, TEMPERATURE)
+    return fused_distill_loss(inputs, weights, chunk_tokens, compiled)[0]
 
 
 def liger_triton(device: torch.device, ce_weight: float = CE_WEIGHT) -> Callable[[LossInputs], Tensor]:

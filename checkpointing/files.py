@@ -1,5 +1,5 @@
 """What a checkpoint is on disk: a folder `checkpoint-<micro step>` that every rank writes a part of and that appears
-whole or not at all; how a bad one is told from a good one; which of them a run can go on from; which are deleted.
+whole or not at all; how to write, check and read one; which ones to delete.
 
 A part is a rank's share of the weights and its shard of the optimizer. The hashes of all files, SHA256SUMS, come last
 (`sha256sum -c SHA256SUMS` reads them). Everything is safetensors or JSON: reading a checkpoint runs no code.
@@ -36,7 +36,7 @@ def checkpoint_dir(output_dir: Path, micro_step: int) -> Path:
 
 
 def partial_dir(output_dir: Path, micro_step: int, attempt: int = 0) -> Path:
-    """Where a checkpoint is while it is written."""
+    """Returns the folder that a checkpoint is in while it is written."""
     return output_dir / f".partial-checkpoint-{micro_step}-{attempt}"
 
 
@@ -56,8 +56,8 @@ def data_file(rank: int, world_size: int) -> str:
 
 
 def deal_weights(weights: dict[str, Tensor], world_size: int) -> list[list[str]]:
-    """Names of the weights that each rank writes: the largest first, each to the rank with the least to write. Of
-    names that share their memory only the first is written, as the format wants.
+    """Returns the names of the weights that each rank writes. The largest are dealt first, each to the rank with the
+    least to write. Of names that share memory only the first is written: safetensors refuses the others.
     """
     first_name = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}
     shares: list[list[str]] = [[] for _ in range(world_size)]
@@ -72,7 +72,7 @@ def deal_weights(weights: dict[str, Tensor], world_size: int) -> list[list[str]]
 def write_part(
     folder: Path, rank: int, world_size: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], position: Any
 ) -> None:
-    """A rank's files and their hashes, flushed to the disk. `position`, where its data goes on, must be JSON."""
+    """Writes a rank's files and their hashes, and flushes them to the disk. position: in its data, as JSON."""
     folder.mkdir(exist_ok=True)
     files = [folder / name(rank, world_size) for name in (model_file, optimizer_file, data_file)]
     save_file({name: tensor.cpu() for name, tensor in weights.items()}, files[0], metadata={"format": "pt"})
@@ -88,8 +88,8 @@ def write_common(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
 ) -> None:
-    """What one rank writes for all: configuration, tokenizer, the state of the run (JSON), and which file has which
-    weights (`deal_weights`).
+    """Writes what one rank writes for all: configuration, tokenizer, the state of the run (JSON), and the index of which
+    file has which weights. shares: from `deal_weights`.
     """
     folder.mkdir(exist_ok=True)
     student.config.save_pretrained(folder)
@@ -107,7 +107,7 @@ def write_common(
 
 
 def publish(partial: Path, output_dir: Path, micro_step: int) -> Path:
-    """Turns the parts, all of which are on the disk, into a checkpoint."""
+    """Turns the parts, when all of them are on the disk, into a checkpoint, and returns it."""
     final = checkpoint_dir(output_dir, micro_step)
     if final.exists():
         raise FileExistsError(f"{final} exists already")
@@ -125,7 +125,7 @@ def publish(partial: Path, output_dir: Path, micro_step: int) -> Path:
 
 
 def point_latest_to(checkpoint: Path) -> None:
-    """The link `latest` beside it names the newest checkpoint; it changes at once or not at all."""
+    """Points the link `latest` beside it to the checkpoint, atomically."""
     pointer = checkpoint.with_name(".latest")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(checkpoint.name)
@@ -151,7 +151,7 @@ def sha256(file: Path) -> str:
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """All that look like one, the newest first."""
+    """Returns all folders that are named like a checkpoint, the newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -161,7 +161,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def quick_check(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as it shows without reading the large files; None if nothing is."""
+    """Returns what is wrong with a checkpoint, or None, without reading its large files."""
     try:
         sums = read_sums(checkpoint)
         if STATE_FILE not in sums:
@@ -188,7 +188,7 @@ def quick_check(checkpoint: Path) -> str | None:
 
 
 def hash_check(checkpoint: Path, names: Iterable[str]) -> str | None:
-    """Which of these files is not what was written, or None."""
+    """Returns which of these files is not what was written, or None. Raises KeyError for a file without a sum."""
     sums = read_sums(checkpoint)
     for name in names:
         if sha256(checkpoint / name) != sums[name]:
@@ -197,7 +197,7 @@ def hash_check(checkpoint: Path, names: Iterable[str]) -> str | None:
 
 
 def read_sums(checkpoint: Path) -> dict[str, str]:
-    """File name -> SHA-256."""
+    """Returns the SHA-256 of each file by its name. Raises ValueError if the list is damaged."""
     lines = (checkpoint / SUMS_FILE).read_text(errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines]
     if not all(matches):
@@ -206,6 +206,7 @@ def read_sums(checkpoint: Path) -> dict[str, str]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the content of training_state.json. Raises ValueError if it is no JSON object."""
     state = json.loads((checkpoint / STATE_FILE).read_text())
     if not isinstance(state, dict):
         raise ValueError(f"{STATE_FILE} holds a {type(state).__name__}, expected an object")
@@ -217,8 +218,8 @@ def read_position(checkpoint: Path, rank: int, world_size: int) -> Any:
 
 
 def open_optimizer(checkpoint: Path, world_size: int) -> dict[str, Any]:
-    """Tensor name -> the opened shard that has it, of a checkpoint by `world_size` ranks. Nothing is read yet: a rank
-    takes what it owns now, from whichever shards have it.
+    """Returns for each tensor's name the opened shard that has it, of a checkpoint by `world_size` ranks. Nothing is read
+    yet: a rank reads what it owns now from whichever shards have it.
     """
     files = [safe_open(checkpoint / optimizer_file(rank, world_size), "pt") for rank in range(world_size)]
     return {name: file for file in files for name in list(file.keys())}
@@ -228,7 +229,7 @@ def open_optimizer(checkpoint: Path, world_size: int) -> dict[str, Any]:
 
 
 def remove_partial(output_dir: Path) -> None:
-    """What saves that came to no end have left, and checkpoints that were being deleted."""
+    """Removes what unfinished saves have left, and checkpoints whose deletion was interrupted."""
     for path in (*output_dir.glob(".partial-checkpoint-*"), *output_dir.glob(".deleted-checkpoint-*")):
         shutil.rmtree(path)
 
@@ -236,14 +237,14 @@ def remove_partial(output_dir: Path) -> None:
 def keep_newest(output_dir: Path, limit: int) -> None:
     """Deletes all but the newest `limit` checkpoints."""
     for path in find_checkpoints(output_dir)[limit:]:
-        dying = path.with_name(f".deleted-{path.name}")
-        path.rename(dying)  # first: half of a checkpoint must not look like one
-        shutil.rmtree(dying)
+        deleted = path.with_name(f".deleted-{path.name}")
+        path.rename(deleted)  # first: half of a checkpoint must not look like one
+        shutil.rmtree(deleted)
         logger.info("deleted %s: --save_total_limit %d", path, limit)
 
 
 def set_bad_aside(checkpoint: Path, problem: str) -> None:
-    """Out of the way of the checkpoint that will take its place, and not lost."""
+    """Renames a bad checkpoint to `bad-...`, out of the way of the one that will take its place."""
     aside = checkpoint.with_name(f"bad-{checkpoint.name}")
     n = 1
     while aside.exists():
@@ -254,7 +255,7 @@ def set_bad_aside(checkpoint: Path, problem: str) -> None:
 
 
 def checkpoint_bytes(student: torch.nn.Module) -> int:
-    """Of a whole checkpoint, from the shapes: all weights, and masters and moments of what is trained."""
+    """Returns the size of a whole checkpoint, from the shapes: all weights, and masters and moments of what is trained."""
     weights = sum(p.nbytes for p in student.parameters())
     trained = [p for p in student.parameters() if p.requires_grad]
     return weights + sum(p.numel() * 4 * (2 if p.dtype == torch.float32 else 3) for p in trained)

@@ -83,8 +83,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
 @dataclass
 class LossScale:
-    """The factor that keeps float16 gradients from vanishing: halved when they overflow, doubled after
-    `growth_interval` good steps. For other dtypes it is 1 for good.
+    """Keeps float16 gradients from vanishing by a factor that is halved when they overflow and doubled after
+    `growth_interval` good steps. For other dtypes it stays 1.
     """
 
     active: bool
@@ -108,7 +108,7 @@ class LossScale:
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """L2 norm of all gradients, in float32 whatever their dtype: a scalar tensor."""
+    """Returns the L2 norm of all gradients, a scalar tensor in float32 whatever their dtype."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms))
 
@@ -117,11 +117,11 @@ def gradient_norm(model: nn.Module) -> Tensor:
 def update(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
 ) -> tuple[float, Outcome]:
-    """Unscale, clip, step, clear the gradients. Returns the gradient norm before clipping, and what came of it.
+    """Unscales, clips, steps and clears the gradients. Returns the gradient norm before clipping, and the outcome.
 
-    `loss` is the mean of all ranks, and DDP has made the gradients, and so the norm, the same on all of them: they
-    agree without asking whether a step is sound. If one of the two is not finite the update is skipped: an "overflow"
-    if float16's scale can be blamed, else a "bad" step.
+    Loss (the mean of all ranks) and gradients (averaged by DDP) are the same on all ranks, so that all skip the same
+    updates without talking to each other. An update is skipped if loss or norm is not finite: it is an "overflow" if
+    float16's scale can be the cause, else "bad".
     """
     norm = gradient_norm(model).item() / loss_scale.value
     outcome: Outcome = "stepped"

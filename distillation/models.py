@@ -28,7 +28,7 @@ from text.encoding import check_tokenizer
 
 
 class Models(NamedTuple):
-    """What the checks before a run have found: where the models are, and what both of them speak."""
+    """Says where the models of a run are, and what both of them speak."""
 
     teacher: str
     student: str
@@ -37,8 +37,8 @@ class Models(NamedTuple):
 
 
 def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
-    """Whether these models go together, before a weight of them is read. The student of a run that goes on is its
-    checkpoint. Raises ValueError.
+    """Checks that the models go together, before a weight is read. The student of a resumed run is its checkpoint.
+    Raises ValueError.
     """
     runs_teacher = args.kl_weight > 0
     teacher_needed = runs_teacher or (bool(args.layers) and checkpoint is None)
@@ -62,9 +62,9 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
 def load_models(
     args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device
 ) -> tuple[LlambaForCausalLM, torch.Tensor | None, Lane]:
-    """The student of this rank, hybrid and frozen as asked; the teacher's head, if its hidden states are what comes;
-    and the way to its answers. The teacher's weights are read where it runs; where it does not, by rank 0 alone, for
-    its layers alone.
+    """Returns this rank's student, hybrid and frozen as the options say; the teacher's head (vocab, D_t), if its hidden
+    states are sent; and the lane to its answers. The teacher's weights are read where it runs; if it does not run,
+    rank 0 reads them for the replaced layers.
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
     student = get_student_model(models.student, dtype, ranks.device)

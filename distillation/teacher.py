@@ -1,6 +1,6 @@
-"""How students get the teacher's answers. `submit` asks for a batch, `result` waits for its answer, and a lane counts
-the waiting. On a device of its own the teacher works while the students do, through the first rank of each node;
-colocated, every rank runs a teacher on its own device.
+"""How students get the teacher's answers, through a lane: `submit` requests the answer to a batch, `result` waits for it,
+and the lane counts the waiting. On a device of its own the teacher works while the students do, run by the first rank of
+each node; colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Answer = tuple[Tensor, "torch.cuda.Event | None"]
 
 
 def ask_ahead(batches: Iterable[Batch], lane: "Lane", prefetch: int) -> Iterator[tuple[Batch, "PendingSignal"]]:
-    """Batches with the answers to them, each asked for `prefetch` batches before it is handed out."""
+    """Yields batches with the answers to them; each answer is requested `prefetch` batches before it is needed."""
     asked: deque[tuple[Batch, PendingSignal]] = deque()
     for batch in batches:
         asked.append((batch, lane.submit(batch.input_ids)))
@@ -34,10 +34,10 @@ def ask_ahead(batches: Iterable[Batch], lane: "Lane", prefetch: int) -> Iterator
 
 
 class Teacher:
-    """The frozen model as a function of input_ids (B, S): its last hidden states (B, S, D_t) after its last norm for
-    the signal "hidden", its logits (B, S, vocab) for "logits".
+    """Maps input_ids (B, S) to the frozen model's last hidden states (B, S, D_t) after its last norm for the signal
+    "hidden", to its logits (B, S, vocab) for "logits".
 
-    model: its weights where it runs, else its meta skeleton, which still tells what an answer looks like.
+    model: with weights where it runs, else on the meta device, which still gives an answer's shape and dtype.
     vocab: columns of the logits, the entries that both vocabularies have.
     """
 
@@ -60,8 +60,8 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
-        """What goes into the first layer and comes out of each: n_layer + 1 tensors (B, S, D_t), none of them normed,
-        where transformers' `output_hidden_states` gives the last one normed.
+        """Returns the input of the first layer and the output of each: n_layer + 1 tensors (B, S, D_t). None of them is
+        normed, while transformers' `output_hidden_states` returns the last one normed.
         """
         states: list[Tensor] = []
         layers = self.model.base_model.layers
@@ -75,16 +75,16 @@ class Teacher:
         return states
 
 
-# --- the three ways to an answer -----------------------------------------------------------------------------
+# --- the three lanes -----------------------------------------------------------------------------
 
 
 class TeacherLane:
-    """To the node's one teacher. A thread of each rank does what is asked in order: the first rank receives the
+    """Leads to the one teacher of a node. A thread of each rank serves requests in order: the first rank receives the
     others' inputs, runs the teacher for one rank after another, and sends each its answer.
 
-    The traffic goes over gloo and pinned memory, by its own connections: it needs no agreement with the students'
-    NCCL collectives about who comes first, and settings that make those block the caller do not reach it. On GPUs
-    the teacher and the copies have streams of their own, and only this thread waits for them.
+    The traffic uses gloo, pinned memory and connections of its own: it needs no agreement on order with the students'
+    NCCL collectives, and settings that make those block the caller do not affect it. On GPUs the teacher and the
+    copies have streams of their own, and only this thread waits for them.
     """
 
     def __init__(self, teacher: Teacher, ranks: Ranks) -> None:
@@ -95,11 +95,11 @@ class TeacherLane:
         self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
 
     def submit(self, input_ids: Tensor) -> "PendingSignal":
-        """input_ids (B, S) on the CPU, of the same shape on every rank."""
+        """Requests the answer to input_ids (B, S), on the CPU and of the same shape on every rank."""
         return PendingSignal(self.worker.submit(lambda: self._exchange(input_ids)).result, self.waits)
 
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
-        """The teacher's, on the student's device; for the rank that runs it. It answers what was asked before first."""
+        """Returns `Teacher.hidden_states` on the student's device, after earlier requests. Only where the teacher runs."""
         device = self.ranks.device
         return self.worker.submit(
             lambda: [state.to(device) for state in self.teacher.hidden_states(input_ids)]
@@ -119,7 +119,7 @@ class TeacherLane:
             return answer, _event_after_current_work(device)
 
     def _answer_all(self, input_ids: Tensor) -> Tensor:
-        """Answers all ranks of the node, and returns this rank's own answer."""
+        """Sends all other ranks of the node their answers, and returns this rank's own."""
         first, group = self.ranks.teacher_rank, self.ranks.node
         others = range(first + 1, first + self.ranks.local_world_size)
         asked = [torch.empty_like(input_ids) for _ in others]  # (B, S) each
@@ -150,7 +150,7 @@ class TeacherLane:
 
 
 class ColocatedTeacher:
-    """To this rank's own teacher, on the student's device: no traffic, and nothing to gain from asking early."""
+    """Leads to this rank's own teacher on the student's device: no traffic, and nothing to gain from prefetching."""
 
     def __init__(self, teacher: Teacher, device: torch.device) -> None:
         self.teacher = teacher
@@ -167,7 +167,7 @@ class ColocatedTeacher:
 
 
 class NoTeacher:
-    """Where the loss has no KL."""
+    """Stands where the loss has no KL: every answer is None."""
 
     def __init__(self, device: torch.device) -> None:
         self.waits = WaitClock(device)
@@ -183,14 +183,14 @@ Lane = TeacherLane | ColocatedTeacher | NoTeacher
 
 
 class PendingSignal:
-    """An answer under way."""
+    """Waits for an answer."""
 
     def __init__(self, collect: Callable[[], Answer] | None, waits: "WaitClock") -> None:
         self.collect, self.waits = collect, waits
 
     def result(self) -> Tensor | None:
-        """(B, S, width) on the rank's device, ready for its current stream; None without a teacher. Raises what the
-        teacher raised.
+        """Returns the answer (B, S, width) on the rank's device, ready for its current stream, or None without a teacher.
+        Raises what the teacher raised.
         """
         if self.collect is None:
             return None
@@ -204,8 +204,8 @@ class PendingSignal:
 
 
 class WaitClock:
-    """Seconds that a device's work stood still for the teacher. On a GPU they are counted where they pass: between
-    the end of what the GPU had to do before and the moment when it can go on. The host never waits for the count.
+    """Counts the seconds that a device's work waits for the teacher. On a GPU they are measured by events on its stream,
+    from the end of earlier work to the moment when it can continue; the host does not wait for the measurement.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -227,7 +227,7 @@ class WaitClock:
             self.seconds += time.perf_counter() - start
 
     def take(self) -> float:
-        """Seconds since the last take. On a GPU, call it after something else has waited for the step's end."""
+        """Returns the seconds since the last call. On a GPU, call it after the end of a step has been waited for."""
         for begin, end in self.spans:
             end.synchronize()
             self.seconds += begin.elapsed_time(end) / 1000
@@ -237,7 +237,7 @@ class WaitClock:
 
 
 def _start_copy_to_host(answer: Tensor) -> Answer:
-    """The answer in pinned memory, and the event after which it is there."""
+    """Starts the copy to pinned memory; returns it with the event after which it is complete."""
     if answer.device.type == "cpu":
         return answer, None
     host = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
@@ -255,8 +255,8 @@ def _event_after_current_work(device: torch.device) -> "torch.cuda.Event | None"
 def open_lane(
     teacher: PreTrainedModel, signal: str, placement: str, vocab: int, ranks: Ranks
 ) -> tuple[Tensor | None, Lane]:
-    """The teacher's head (vocab, D_t) on this rank's device, or None if logits are what it sends; and the way to its
-    answers. teacher: its weights where it runs, its meta skeleton elsewhere.
+    """Returns the teacher's head (vocab, D_t) on this rank's device, or None if it sends logits; and the lane to its
+    answers. teacher: with weights where it runs, on the meta device elsewhere.
     """
     answers = Teacher(teacher, signal, vocab)
     head = None
@@ -270,19 +270,19 @@ def open_lane(
 
 
 def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
-    """Fills the replaced layers of every rank from rank 0, the one that read the teacher's weights for them."""
+    """Broadcasts the replaced layers from rank 0, which has read the teacher's weights for them."""
     for index in layers:
         for parameter in student.backbone.layers[index].parameters():
             dist.broadcast(parameter.data, src=0)
 
 
 def teacher_head(teacher: PreTrainedModel, vocab: int) -> Tensor:
-    """The first `vocab` rows of the teacher's output weight, (vocab, D_t)."""
+    """Returns the first `vocab` rows of the teacher's output weight, (vocab, D_t)."""
     return teacher.get_output_embeddings().weight.detach()[:vocab]
 
 
 def share_head(teacher: PreTrainedModel, vocab: int, ranks: Ranks) -> Tensor:
-    """`teacher_head` on every rank's own device, from the rank that runs the node's teacher."""
+    """Returns `teacher_head` on this rank's device, sent by the rank that runs the node's teacher."""
     head = teacher_head(teacher, vocab)
     copy = head.cpu() if ranks.owns_teacher else torch.empty_like(head, device="cpu")
     dist.broadcast(copy, src=ranks.teacher_rank, group=ranks.node)

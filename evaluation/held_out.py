@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from distillation.losses import choose_chunk_tokens, mask_unknown_labels, shared_vocab
+from distillation.fused_loss import choose_chunk_tokens
+from distillation.losses import mask_unknown_labels, shared_vocab
 from text.encoding import Encoder, blocks, text_batches
 from text.sources import explain_fault, network_forbidden, open_source, open_stream, open_table
 from text.stream import TextStream

@@ -23,7 +23,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from arguments import TrainArguments, parse_train_args
 from distillation.adamw import MasterWeightAdamW
-from distillation.losses import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens, shared_vocab
+from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
+from distillation.losses import shared_vocab
 from distillation.teacher import Teacher, teacher_head
 from inputs.options import PRESETS
 from llamba import LlambaConfig, LlambaForCausalLM

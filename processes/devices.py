@@ -11,7 +11,7 @@ from processes.ranks import local_rank, local_world_size
 
 
 def checked_device(flag: str, name: str | None) -> torch.device:
-    """The device that `name` means, or the first GPU, or the CPU. Raises ValueError if it is not there."""
+    """Returns the device called `name`, or the first GPU, or the CPU. Raises ValueError if it does not exist."""
     n_gpus = torch.cuda.device_count()
     if name is None:
         return torch.device("cuda:0" if n_gpus else "cpu")
@@ -27,7 +27,7 @@ def checked_device(flag: str, name: str | None) -> torch.device:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile has what it needs for "cpu", a C++ compiler, or for "cuda", Triton and a C compiler."""
+    """Returns whether torch.compile finds what it needs: a C++ compiler for "cpu", Triton and a C compiler for "cuda"."""
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
         return False
     names = ("CXX", "c++", "g++", "clang++") if device_type == "cpu" else ("CC", "cc", "gcc", "clang")
@@ -35,6 +35,7 @@ def can_compile(device_type: str) -> bool:
 
 
 def check_compiler(device_type: str) -> None:
+    """Raises ValueError if --compile cannot work on this type of device."""
     if not can_compile(device_type):
         needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
         raise ValueError(f"--compile: torch.compile needs {needed}, not found here; install it or leave the option out")
@@ -43,9 +44,9 @@ def check_compiler(device_type: str) -> None:
 def choose_devices(
     teacher_device: str | None, teacher_placement: str, runs_teacher: bool
 ) -> tuple[torch.device, torch.device]:
-    """This rank's student device and the device of its teacher: students take the first GPUs in order of local
-    rank; a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a
-    GPU all are on the CPU. Raises ValueError if GPUs are short.
+    """Returns the devices of this rank's student and of its teacher. Students take the first GPUs in order of local rank;
+    a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a GPU all
+    are on the CPU. Raises ValueError if there are too few GPUs.
     """
     n_gpus, n_students = torch.cuda.device_count(), local_world_size()
     named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
@@ -65,8 +66,8 @@ def choose_devices(
 
 
 def choose_device(named: str | None) -> torch.device:
-    """The device of this rank where there is no teacher beside it: the one named, or a GPU of its own, or the CPU.
-    Raises ValueError if it is not there, or if GPUs are short.
+    """Returns the device of a rank that needs no teacher: the one named, or a GPU of its own, or the CPU. Raises
+    ValueError if it does not exist, or if there are too few GPUs.
     """
     n_gpus, n_ranks = torch.cuda.device_count(), local_world_size()
     if named is not None:
@@ -85,8 +86,8 @@ def choose_device(named: str | None) -> torch.device:
 
 
 def default_prefetch(teacher_device: torch.device) -> int:
-    """Batches that the teacher works ahead: one on a device of its own. On a student's there is nothing to gain, and
-    on a CPU much to lose: the threads of both would get in each other's way.
+    """Returns how many batches the teacher works ahead: 1 on a device of its own, 0 on a student's, where there is nothing
+    to gain, and on a CPU much to lose: both would compete for its cores.
     """
     students = [torch.device("cpu")]
     if torch.cuda.device_count() > 0:

@@ -1,8 +1,8 @@
-"""That a rank which fails or dies takes the others with it within seconds, and that all name the first cause.
+"""Ends all ranks within seconds when one fails or dies, and lets all of them log the first cause.
 
-Every rank has a thread that waits for a message of rank 0, and rank 0 one for each other rank, by a gloo group of their
-own. A process that ends, however it ends, closes its connections, which the thread on the other side sees at once;
-NCCL would see it when its time is up. Rank 0 passes on what it hears.
+Each rank has a thread that waits for a message from rank 0, and rank 0 has one for each other rank, over a gloo group of
+their own. A process that ends in any way closes its connections, and the thread on the other side notices at once, while
+NCCL would notice at its timeout. Rank 0 forwards what it receives.
 """
 
 import logging
@@ -19,36 +19,38 @@ from processes.exits import EXIT_STOPPED, Interrupted
 logger = logging.getLogger("train")
 
 SIZE = 4096  # bytes of a message
-GOODBYE = "goodbye"  # the only message after which the others go on
-# How a message begins that tells of no fault of ours, and the code to end with: a mistake of the user, which rank 0
-# passes on to the user; a signal outside training, which every rank hears itself.
+GOODBYE = "goodbye"  # the only message that does not end the receiver
+# How messages begin that report no fault of ours, and the code to end with: a mistake of the user, which rank 0 prints;
+# a signal outside training, which every rank receives itself.
 MISTAKE, STOPPED = "mistake: ", "stopped: "
 CODES = {MISTAKE: 2, STOPPED: EXIT_STOPPED}
 GRACE_S = 5.0  # for the main thread to end by itself: a collective that lost a peer raises, or hangs
-LONGEST_END_S = 20.0  # for a rank that failed; torchrun's own patience is 30
+LONGEST_END_S = 20.0  # for a rank that failed; torchrun itself waits for 30
 
 
 class Lifeline:
+    """Connects the ranks of a run from `process_groups` to its end."""
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         """group: a CPU group of all ranks that nothing else uses, with a timeout longer than any run."""
         self.group, self.rank, world_size = group, dist.get_rank(), dist.get_world_size()
         self.peers = [0] if self.rank else list(range(1, world_size))
-        self.ending = False  # another rank's failure is known here, or this rank's own has been told
-        self.code = 1  # to end with because of another rank
+        self.ending = False  # another rank's failure is known here, or this rank's own has been reported
+        self.code = 1  # to end with when another rank failed
         self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self.peers]
         for thread in self.threads:
             thread.start()
 
     def close(self) -> None:
-        """Says goodbye, and waits until everybody has."""
+        """Says goodbye, and waits until all ranks have."""
         self._send(GOODBYE)
         for thread in self.threads:
             thread.join()
 
     def report(self, error: BaseException) -> int | None:
-        """Tells the others why this rank ends: None then. If it ends because of one of them, returns the exit code to
-        end with. Waits a little for that cause: what a failed peer breaks here is often seen before what it says.
+        """Reports to the others why this rank ends, and returns None; or, if another rank is the first cause, returns the
+        exit code to end with. Waits a little first: the damage of a failed peer often arrives before its message.
         """
         if not self.peers:
             return None
@@ -78,7 +80,7 @@ class Lifeline:
             try:
                 dist.send(torch.frombuffer(content, dtype=torch.uint8), dst=peer, group=self.group)
             except RuntimeError:
-                logger.debug("rank %d is gone already", peer)
+                logger.debug("rank %d has already ended", peer)
 
     def _listen(self, peer: int) -> None:
         message = torch.zeros(SIZE, dtype=torch.uint8)

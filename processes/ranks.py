@@ -1,5 +1,5 @@
-"""Where a process stands among the ranks of a run: what torchrun's environment says of it before they meet, the process
-groups in which they do, and the devices of its student and its teacher.
+"""Who is who among the ranks of a run: what torchrun's environment says before they meet, and the process groups in which
+they do.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands, and the device of its student. `node` is a CPU group of the ranks of one box, whose
-    teacher is run by its local rank 0; `control` is a CPU group of all ranks for small agreements.
+    """Says which rank this process is, holds the device of its student, and lets ranks agree. `node` is a CPU group of the
+    ranks of one box, whose teacher is run by its local rank 0; `control` is a CPU group of all ranks.
     """
 
     rank: int
@@ -38,25 +38,25 @@ class Ranks:
     control: dist.ProcessGroup
 
     def maximum(self, *values: int) -> list[int]:
-        """The highest of each over all ranks; what they agree by. Called by all of them at the same place."""
+        """Returns the maximum of each value over all ranks, by which they agree. All ranks call it in the same place."""
         highest = torch.tensor(values)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.control)
         return highest.tolist()
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of a tensor on the CPU."""
+        """Returns the sum over all ranks of a tensor on the CPU."""
         values = values.clone()
         dist.all_reduce(values, group=self.control)
         return values
 
     def all_have(self, content: bytes) -> bool:
-        """Whether every rank's is the same."""
+        """Returns whether all ranks have the same content."""
         number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
         highest, lowest = self.maximum(number, -number)
         return highest == -lowest
 
     def gather(self, item: Any) -> list[Any]:
-        """Every rank's item, by rank, for rank 0; nothing for the others."""
+        """Returns all ranks' items by rank on rank 0, and an empty list on the others."""
         items: list[Any] = [None] * self.world_size
         dist.gather_object(item, items if self.is_main else None, group=self.control)
         return items if self.is_main else []
@@ -71,27 +71,27 @@ class Ranks:
 
     @property
     def teacher_rank(self) -> int:
-        """Global rank of the process that runs this node's teacher."""
+        """The global rank of the process that runs this node's teacher."""
         return self.rank - self.local_rank
 
 
 def launched_rank() -> int:
-    """Known before the ranks have met."""
+    """Returns this process's rank, before the ranks have met."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_main_rank() -> bool:
-    """Whether this is the rank that speaks for all."""
+    """Returns whether this is rank 0, which logs and writes for all."""
     return launched_rank() == 0
 
 
 def was_launched() -> bool:
-    """Whether torchrun has started this process."""
+    """Returns whether torchrun has started this process."""
     return "RANK" in os.environ
 
 
 def launched_world_size() -> int:
-    """Ranks of the run; known before they have met."""
+    """Returns the number of ranks of the run, before they have met."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -105,12 +105,12 @@ def local_world_size() -> int:
 
 @contextmanager
 def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Iterator[Ranks]:
-    """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs), and leaves them together at the end.
+    """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs) within the block.
     patience: how long a rank may wait for another in an agreement, or in a `gather`.
 
-    What uses the groups has to be gone when the block ends: a DDP model that outlives them can hang its process.
-    On an error the groups are left as they are: to destroy them, NCCL would first wait for collectives that the
-    other ranks are in and this one never joins. The process ends with its error, and the others hear of it.
+    No DDP model may outlive the block: it can hang its process. On an error the groups are not destroyed, because NCCL
+    would first wait for collectives that this rank never joins; the process ends with its error, and the lifeline
+    reports it to the others.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -120,7 +120,7 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
         dist.set_debug_level(dist.DebugLevel.INFO)
     if was_launched():
         store, own_rank, n_ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone.
+        # torchrun keeps one store over its restarts, with the addresses of ranks that no longer exist.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=own_rank, world_size=n_ranks)
@@ -141,11 +141,11 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
     lifeline = Lifeline(dist.new_group(backend="gloo", timeout=timedelta(days=3650)))
     try:
         yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
-        dist.barrier(group=control)  # nobody leaves while another still talks to it
+        dist.barrier(group=control)  # no rank leaves while another still needs it
     except BaseException as error:
         code = lifeline.report(error)
         if code is None:
             raise
-        raise SystemExit(code) from error  # the first cause has been told
+        raise SystemExit(code) from error  # the first cause has been reported
     lifeline.close()
     dist.destroy_process_group()

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from arguments import TrainArguments
-from distillation.losses import fused_distill_loss
+from distillation.fused_loss import fused_distill_loss
+from distillation.losses import LossInputs, LossWeights
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import DTYPES, apply_replacements, get_teacher_model
 from preflight.checks.basics import FAILURE, OK, Case, Finding
@@ -44,9 +45,9 @@ def kl_and_ce(
     if args.teacher_signal == "logits":
         signal, signal_head = F.linear(teacher, teacher_head), None
     mask, compiled = torch.ones_like(labels, dtype=torch.bool), args.compile or compiles_loss(hidden.device)
-    weights = (args.ce_weight, args.kl_weight, args.temperature)
-    rest = (labels, mask, vocab, *weights, args.loss_chunk_tokens, compiled)
-    _, kl, ce = fused_distill_loss(hidden, head, None, signal, signal_head, *rest)
+    inputs = LossInputs(hidden, head, None, signal, signal_head, labels, mask, vocab)
+    weights = LossWeights(args.ce_weight, args.kl_weight, args.temperature)
+    _, kl, ce, _ = fused_distill_loss(inputs, weights, args.loss_chunk_tokens, compiled)
     return kl.item(), ce.item()
 
 

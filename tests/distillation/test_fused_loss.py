@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillation import losses
-from distillation.losses import choose_chunk_tokens, compute_distill_loss, fused_distill_loss
+import distillation.fused_loss
+from distillation.fused_loss import choose_chunk_tokens, fused_distill_loss
+from distillation.losses import LossInputs, LossWeights, compute_distill_loss
 
 WEIGHTS = (0.7, 0.3)  # of CE and KL
 
@@ -33,6 +34,11 @@ def problem(n=23, vocab_s=40, vocab_t=36, d=12, d_t=8, dtype=torch.float64, bias
         "loss_mask": torch.rand(n, generator=g) < 0.8,
         "vocab": vocab,
     }
+
+
+def fused_loss(ce_weight, kl_weight, temperature, chunk_tokens=None, compiled=False, **p):
+    weights = LossWeights(ce_weight, kl_weight, temperature)
+    return fused_distill_loss(LossInputs(**p), weights, chunk_tokens, compiled)[:3]
 
 
 def reference(p, temperature):
@@ -60,7 +66,7 @@ def test_fused_equals_the_reference(chunk_tokens, temperature, teacher):
     elif teacher == "none":
         p |= {"teacher": None, "teacher_head": None}
     expected = reference(p, temperature)
-    fused = fused_distill_loss(
+    fused = fused_loss(
         **p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=temperature, chunk_tokens=chunk_tokens
     )
     for one, other in zip(fused, expected, strict=True):
@@ -79,7 +85,7 @@ def test_float32_agrees_with_float64():
     for one, other in zip(
         gradients(
             p32,
-            fused_distill_loss(**p32, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=1.0, chunk_tokens=64)[0],
+            fused_loss(**p32, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=1.0, chunk_tokens=64)[0],
         ),
         expected,
         strict=True,
@@ -105,7 +111,7 @@ def test_bfloat16_is_better_than_the_plain_form(bias):
             p[head].data /= 8  # logits of size 1, as models have them
         p64 = as_float64(p)
         exact, plain = reference(p64, 1.0), reference(p, 1.0)
-        fused = fused_distill_loss(**p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=1.0, chunk_tokens=50)
+        fused = fused_loss(**p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=1.0, chunk_tokens=50)
         assert fused[0].dtype == torch.float32
         errors, plain_errors = (
             [(a.double() / b - 1).abs().item() for a, b in zip(x, exact, strict=True)] for x in (fused, plain)
@@ -125,7 +131,7 @@ def test_bfloat16_is_better_than_the_plain_form(bias):
 def test_compiled_equals_eager(dtype, temperature, n):
     p = problem(n=n, vocab_s=500, vocab_t=500, d=32, dtype=dtype)
     settings = dict(ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=temperature, chunk_tokens=32)
-    eager, compiled = (fused_distill_loss(**p, **settings, compiled=compiled) for compiled in (False, True))
+    eager, compiled = (fused_loss(**p, **settings, compiled=compiled) for compiled in (False, True))
     for one, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
@@ -137,7 +143,7 @@ def test_small_gradients_survive_in_float16():
     """The loss scale arrives in backward only: what was divided by the tokens before it would be lost by then."""
     p = problem(n=4096, dtype=torch.float16, bias=False)
     scale = 2.0**14
-    loss = fused_distill_loss(**p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=1.0)[0]
+    loss = fused_loss(**p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=1.0)[0]
     scaled = gradients(p, loss, scale)[0].double() / scale
     p64 = as_float64(p)
     truth = gradients(p64, reference(p64, 1.0)[0])[0]
@@ -147,23 +153,23 @@ def test_small_gradients_survive_in_float16():
 def test_a_frozen_head_gets_no_gradient_and_all_masked_is_zero():
     p = problem(bias=False)
     p["student_head"].requires_grad_(False)
-    loss = fused_distill_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=1.0)[0]
+    loss = fused_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=1.0)[0]
     loss.backward()
     assert p["student_head"].grad is None and p["student_hidden"].grad.abs().max() > 0
     masked = ~p["loss_mask"] | (p["labels"] < 0) | (p["labels"] >= p["vocab"])
     assert masked.any() and p["student_hidden"].grad[masked].abs().max() == 0
 
     p = problem() | {"loss_mask": torch.zeros(23, dtype=torch.bool)}
-    total, kl, ce = fused_distill_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=1.0)
+    total, kl, ce = fused_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=1.0)
     total.backward()
     assert total == kl == ce == 0 and p["student_hidden"].grad.abs().max() == 0
 
 
 def test_leading_shapes_and_figures_without_gradient():
     p = problem(n=24)
-    flat = fused_distill_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=1.0)
+    flat = fused_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=1.0)
     shaped = p | {name: p[name].unflatten(0, (4, 6)) for name in ("student_hidden", "teacher", "labels", "loss_mask")}
-    total, kl, ce = fused_distill_loss(**shaped, ce_weight=1.0, kl_weight=1.0, temperature=1.0)
+    total, kl, ce = fused_loss(**shaped, ce_weight=1.0, kl_weight=1.0, temperature=1.0)
     assert torch.equal(total, flat[0]) and not kl.requires_grad and not ce.requires_grad
 
 
@@ -184,7 +190,7 @@ def test_nothing_of_size_tokens_times_vocabulary_is_made():
         largest = 0
         p = problem(n=n, vocab_s=300, vocab_t=300, d=16, bias=False)
         with Watch():
-            fused_distill_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=2.0, chunk_tokens=64)[0].backward()
+            fused_loss(**p, ce_weight=1.0, kl_weight=1.0, temperature=2.0, chunk_tokens=64)[0].backward()
         return largest
 
     assert peak(320) == peak(640) == 64 * 300  # one chunk's logits, however many tokens
@@ -194,8 +200,8 @@ def test_nothing_of_size_tokens_times_vocabulary_is_made():
 def test_rows_in_cache_change_nothing(monkeypatch, cached_logits):
     p = problem()
     expected = reference(p, 2.0)
-    monkeypatch.setattr(losses, "CACHED_LOGITS", cached_logits)
-    fused = fused_distill_loss(**p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=2.0, chunk_tokens=8)
+    monkeypatch.setattr(distillation.fused_loss, "CACHED_LOGITS", cached_logits)
+    fused = fused_loss(**p, ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=2.0, chunk_tokens=8)
     for one, other in zip(fused, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -226,10 +232,11 @@ def test_a_compiler_that_fails_is_told_once_and_the_loss_goes_on(monkeypatch, ca
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(losses, "_compiled_chunk_losses", functools.cache(losses._CompiledChunkLosses))
+    fresh = functools.cache(distillation.fused_loss._CompiledChunkLosses)
+    monkeypatch.setattr(distillation.fused_loss, "_compiled_chunk_losses", fresh)
     p, settings = problem(), dict(ce_weight=1.0, kl_weight=1.0, temperature=1.0, chunk_tokens=5)
-    plain = fused_distill_loss(**p, **settings)
+    plain = fused_loss(**p, **settings)
     with caplog.at_level("WARNING", logger="train"):
         for _ in range(2):
-            assert torch.equal(fused_distill_loss(**p, **settings, compiled=True)[0], plain[0])
+            assert torch.equal(fused_loss(**p, **settings, compiled=True)[0], plain[0])
     assert calls == 1 and caplog.messages == ["the loss cannot be compiled and goes on slower: no such compiler"]

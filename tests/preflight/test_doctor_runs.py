@@ -22,7 +22,7 @@ import preflight.checks.storage
 import preflight.checks.text
 from checkpointing.files import STATE_FILE, SUMS_FILE, checkpoint_bytes, data_file, optimizer_file
 from checkpointing.state import FORMAT
-from distillation.losses import fused_distill_loss
+from distillation.fused_loss import fused_distill_loss
 from preflight.checks.basics import FAILURE, OK, WARNING, Case, run_check
 from tests.preflight.test_doctor import TINY, case, found, statuses, the_bad_one
 from utils import lock_dir
@@ -205,11 +205,11 @@ def test_equal_models_have_no_loss(signal, dtype):
 
 
 def test_a_loss_that_sees_a_difference(monkeypatch):
-    def warmer(hidden, head, bias, signal, *rest):
-        return fused_distill_loss(hidden, head, bias, signal * 1.05, *rest)
+def warmer(inputs, *rest):
+        return fused_distill_loss(inputs._replace(teacher=inputs.teacher * 1.05), *rest)
 
-    def other_label(hidden, head, bias, signal, signal_head, labels, *rest):
-        return fused_distill_loss(hidden, head, bias, signal, signal_head, labels.roll(1), *rest)
+def other_label(inputs, *rest):
+        return fused_distill_loss(inputs._replace(labels=inputs.labels.roll(1)), *rest)
 
     for spoilt_loss in (warmer, other_label):
         monkeypatch.setattr(preflight.checks.loss, "fused_distill_loss", spoilt_loss)
