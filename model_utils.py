@@ -1,5 +1,5 @@
-"""Loading teacher and student with one copy of each in memory, putting the teacher's layers into the student,
-freezing, and counting parameters. Nothing here knows of ranks.
+"""Locates and loads teacher and student with one copy of each in memory, checks whether they go together, puts the
+teacher's layers into the student, and freezes. Knows nothing of ranks.
 """
 
 import warnings
@@ -30,15 +30,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def get_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model. Raises ValueError that names the option."""
     remedy = "copy tokenizer.json and tokenizer_config.json into it"
     with one_line(f"{flag} {name}: cannot read its tokenizer", remedy):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bool = True) -> str:
-    """The directory or hub name to load `name` from. With `local_files_only` it is always a directory on this
-    disk, with every weight file if they are needed, so that loading touches no network. Raises ValueError that
-    names the option.
+    """Returns the directory or hub name to load `name` from. With `local_files_only` it is always a directory on this
+    disk, with every weight file if they are needed, so that loading touches no network. Raises ValueError that names
+    the option.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -59,12 +60,13 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
 
 
 def get_configs(teacher_name: str, student_name: str) -> tuple[PretrainedConfig, LlambaConfig]:
-    """Configs of teacher and student, before a weight is read. Raises ValueError that names the option."""
+    """Reads the configs of teacher and student. Raises ValueError that names the option."""
     teacher = read_config("--teacher_model", teacher_name, teacher_name)
     return teacher, read_llamba_config("--student_model", student_name, student_name)
 
 
 def read_llamba_config(flag: str, name: str, path: str) -> LlambaConfig:
+    """Reads the config of a student. Raises ValueError that names the option if it is of another model."""
     config = read_config(flag, name, path)
     if not isinstance(config, LlambaConfig):
         raise ValueError(
@@ -75,8 +77,8 @@ def read_llamba_config(flag: str, name: str, path: str) -> LlambaConfig:
 
 
 def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int]) -> None:
-    """Whether `layers` of this teacher can stand in this student. Raises ValueError that lists every reason why
-    not. A student that is already a hybrid keeps its own layers; `layers` then has to name just those.
+    """Checks that `layers` of this teacher can replace the student's. Raises ValueError that lists every reason why
+    not. A student that is already a hybrid keeps its own layers; `layers` then has to name exactly those.
     """
     flag = f"--layers {' '.join(map(str, layers)) or '-1'}"
     if student.attention_layers:
@@ -110,10 +112,10 @@ def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers:
 
 
 def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_head: bool = True) -> PreTrainedModel:
-    """The teacher, frozen, in eval mode, read straight onto `device` in `dtype`. On the meta device it is a
-    skeleton: all shapes and no weights. Without its head it can lend layers but has no logits.
+    """Loads the teacher, frozen and in eval mode, directly onto `device` in `dtype`. On the meta device it has all
+    shapes and no weights. Without its head it can give layers but has no logits.
 
-    Raises ValueError if a weight is missing or misshapen: transformers would make one up.
+    Raises ValueError if a weight is missing or misshapen: transformers would fill it at random.
     """
     auto_class = AutoModelForCausalLM if with_head else AutoModel
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
@@ -139,7 +141,7 @@ def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_
 
 
 def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> LlambaForCausalLM:
-    """The student, or a hybrid checkpoint with its layout, read straight onto `device` in `dtype`. Anything but
+    """Loads the student, or a hybrid checkpoint with its layout, directly onto `device` in `dtype`. Anything but
     weights in a .bin file is an error, as it is for the teacher: unpickled, it could run code.
     """
     return LlambaForCausalLM.from_pretrained(
@@ -149,8 +151,9 @@ def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> Ll
 
 @torch.no_grad()
 def logits_beyond_head(model: PreTrainedModel, with_bias: bool) -> float:
-    """How far its logits are from its last hidden states times its head, with a bias or without, beside the largest of
-    them: 0 but for rounding, unless the model scales or caps them after that. NaN if they are not finite.
+    """Returns how far the model's logits are from its last hidden states times its head, with or without the head's
+    bias, as a share of the largest logit: 0 but for rounding, unless the model scales or caps them afterwards. NaN if
+    they are not finite.
     """
     tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, 8)
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state  # (1, 8, D)
@@ -165,11 +168,11 @@ MOST_BEYOND_HEAD = 0.01  # that rounding to 16 bits explains
 
 
 def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:
-    """Puts an independent copy of each of the teacher's whole decoder layers in the place of the student's, with
-    the student's device and dtype, brings the rotary embedding along, and records the layout in the config.
+    """Replaces the student's `layers` by independent copies of the teacher's whole decoder layers, on the student's
+    device and in its dtype, adds the rotary embedding, and records the layout in the config.
 
-    Layers of a teacher on the meta device have no weights to copy: theirs become NaN, so that a caller who
-    forgets to fill them (see `teacher.share_layers`) cannot train on noise.
+    A teacher on the meta device has no weights to copy: these become NaN, so that a caller who forgets to fill them
+    (see `teacher.share_layers`) cannot train on noise.
     """
     if not layers:
         return
@@ -196,14 +199,14 @@ def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, lay
 
 
 def adopt_special_tokens(student: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets `generate()` on the student, and on what it is saved as, begin and end where the tokenizer says."""
+    """Sets the tokenizer's special tokens in the student's config, so that `generate()` begins and ends with them."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(student.config, name, getattr(tokenizer, name))
     student.generation_config = GenerationConfig.from_model_config(student.config)
 
 
 def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
-    """What is frozen, what is recomputed in backward, what is compiled."""
+    """Freezes, recomputes in backward and compiles what the options say."""
     if args.freeze_mlp:
         freeze_student_mlps(student)
     if args.freeze_replaced_layers:
@@ -216,16 +219,19 @@ def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
 
 
 def freeze_student_mlps(student: LlambaForCausalLM) -> None:
+    """Freezes the MLPs of all layers, those of replaced layers included."""
     for layer in student.backbone.layers:
         layer.mlp.requires_grad_(False)
 
 
 def freeze_student_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
+    """Freezes whole layers."""
     for index in layers:
         student.backbone.layers[index].requires_grad_(False)
 
 
 def check_checkpoint_blocks(student: LlambaConfig, n_blocks: int | None) -> None:
+    """Raises ValueError if --checkpoint_blocks names more blocks than the student has."""
     if n_blocks is not None and n_blocks > student.n_layer:
         raise ValueError(
             f"--checkpoint_blocks {n_blocks}: the student has {student.n_layer}; leave it out to recompute all of them"
@@ -233,8 +239,8 @@ def check_checkpoint_blocks(student: LlambaConfig, n_blocks: int | None) -> None
 
 
 def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
-    """Recompute the activations of the first `n_blocks` blocks in backward (None: of all) instead of keeping them.
-    The first, because they are recomputed last, when the others' activations are gone.
+    """Recomputes the activations of the first `n_blocks` blocks in backward (None: of all) instead of keeping them. It
+    is the first blocks because they are recomputed last, when the others' activations have been freed.
     """
     with warnings.catch_warnings():
         # transformers 5.23 deprecates the name; its successor is not known to 5.17.
@@ -246,8 +252,8 @@ def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
 
 
 def compile_blocks(student: LlambaForCausalLM) -> None:
-    """torch.compile for each block by itself: blocks of one kind share their graph, and what is saved keeps its
-    names. The kernels are chosen first; logging that choice would cut the graph.
+    """Compiles each block by itself: blocks of one kind share their graph, and saved weights keep their names. The
+    kernels are chosen first, because logging that choice would break the graph.
     """
     weight = student.backbone.embedding.weight
     kernels_for(weight.device.type, weight.dtype)
@@ -256,6 +262,7 @@ def compile_blocks(student: LlambaForCausalLM) -> None:
 
 
 def check_trainable(student: nn.Module) -> None:
+    """Raises ValueError if every parameter is frozen."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "nothing is left to train: --freeze_mlp and --freeze_replaced_layers freeze every parameter of this "
@@ -264,7 +271,7 @@ def check_trainable(student: nn.Module) -> None:
 
 
 def check_layer_map(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
-    """Whether the models' layers can be compared one by one. Raises ValueError."""
+    """Raises ValueError if --layer_map_interval is given and the models' layers cannot be compared one by one."""
     shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
     if args.layer_map_interval and shapes[0] != shapes[1]:
         raise ValueError(

@@ -1,5 +1,5 @@
-"""What every entry needs around its work: its logger and environment, devices and compilers, the lock on the output
-directory, threads and clocks, and the way it ends.
+"""The logger, files, threads and clocks that everything else uses. Imports nothing of ours, and torch only where it is
+needed.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def setup_logging(log_file: str | None, is_main: bool) -> None:
-    """Lines as `[train] ...` on standard error and in `log_file`, from the main rank; warnings from all."""
+    """Logs lines as `[train] ...` to standard error and `log_file`: all of the main rank, warnings of the others."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -46,7 +46,7 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
 
 
 def describe_environment() -> str:
-    """Versions, devices and the NCCL settings that cost speed or memory, in one line."""
+    """Returns versions, devices and NCCL settings in one line."""
     import torch
     import transformers
 
@@ -63,8 +63,8 @@ def describe_environment() -> str:
 
 
 def lock_dir(flag: str, directory: str | Path) -> IO[str]:
-    """Makes the directory and takes it for this process, until the lock is closed. Raises ValueError if it cannot be
-    written or belongs to a run that is still going on.
+    """Creates the directory and locks it for this process, until the lock is closed. Raises ValueError if it cannot be
+    written or another run holds it.
     """
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """All of the file or none of it, through a loss of power too."""
+    """Writes the whole file or nothing of it, even if the power fails."""
     temporary = path.with_name(f".{os.getpid()}.partial")
     try:
         temporary.write_bytes(content)
@@ -96,7 +96,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """None for infinity and what is no number, as a skipped step's loss can be, and a perplexity: JSON has none."""
+    """Returns the value with None for infinity and NaN, inside dicts and lists too, because JSON has neither."""
     if isinstance(value, dict):
         return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -153,7 +153,7 @@ class BackgroundThread:
 
 
 class Stopwatch:
-    """Seconds since it was made or last read."""
+    """Measures the seconds since it was made or last read."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -165,7 +165,7 @@ class Stopwatch:
 
 
 class TimedIterator(Iterator[T]):
-    """Hands on another iterator's items and counts the seconds that they made the caller wait."""
+    """Yields another iterator's items and counts the seconds that the caller waits for them."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self.items = iter(items)
@@ -179,13 +179,13 @@ class TimedIterator(Iterator[T]):
             self.seconds += time.perf_counter() - start
 
     def take(self) -> float:
-        """Seconds since the last take."""
+        """Returns the seconds waited since the last call."""
         taken, self.seconds = self.seconds, 0.0
         return taken
 
 
 def run_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Draw `items` in a thread, up to `depth` ahead. Its errors are raised here; closing this ends it."""
+    """Draws `items` in a thread, up to `depth` ahead. Its errors are raised here; closing this generator ends it."""
     ready: queue.Queue[T | Exception | None] = queue.Queue(depth)
     stop = threading.Event()
 

@@ -132,7 +132,7 @@ def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
     elif compiled:
         need_compiler()
     loss_mask, vocab = inputs.loss_mask(), len(inputs.student_head)
-student, teacher = (inputs.student_hidden, inputs.student_head, None), (inputs.teacher_hidden, inputs.teacher_head)
+    student, teacher = (inputs.student_hidden, inputs.student_head, None), (inputs.teacher_hidden, inputs.teacher_head)
     loss_inputs = LossInputs(*student, *teacher, inputs.labels, loss_mask, vocab)
     weights = LossWeights(CE_WEIGHT, KL_WEIGHT, temperature=1.0)
     return lambda: fused_distill_loss(loss_inputs, weights, compiled=compiled)[0]

@@ -153,7 +153,7 @@ def plain_loss(p: LossInputs, loss_of: Callable[..., tuple[Tensor, ...]] = compu
 
 
 def fused_loss(p: LossInputs, chunk_tokens: int | None = None, compiled: bool = False) -> Tensor:
-vocab, teacher = p.head.shape[0], (p.teacher, p.teacher_head)
+    vocab, teacher = p.head.shape[0], (p.teacher, p.teacher_head)
     inputs = losses.LossInputs(p.hidden, p.head, None, *teacher, p.labels, p.loss_mask, vocab)
     weights = LossWeights(CE_WEIGHT, KL_WEIGHT, TEMPERATURE)
     return fused_distill_loss(inputs, weights, chunk_tokens, compiled)[0]

@@ -88,8 +88,8 @@ def write_common(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
 ) -> None:
-    """Writes what one rank writes for all: configuration, tokenizer, the state of the run (JSON), and the index of which
-    file has which weights. shares: from `deal_weights`.
+    """Writes what one rank writes for all: configuration, tokenizer, the state of the run (JSON), and the index of
+    which file has which weights. shares: from `deal_weights`.
     """
     folder.mkdir(exist_ok=True)
     student.config.save_pretrained(folder)
@@ -218,8 +218,8 @@ def read_position(checkpoint: Path, rank: int, world_size: int) -> Any:
 
 
 def open_optimizer(checkpoint: Path, world_size: int) -> dict[str, Any]:
-    """Returns for each tensor's name the opened shard that has it, of a checkpoint by `world_size` ranks. Nothing is read
-    yet: a rank reads what it owns now from whichever shards have it.
+    """Returns for each tensor's name the opened shard that has it, of a checkpoint by `world_size` ranks. Nothing is
+    read yet: a rank reads what it owns now from whichever shards have it.
     """
     files = [safe_open(checkpoint / optimizer_file(rank, world_size), "pt") for rank in range(world_size)]
     return {name: file for file in files for name in list(file.keys())}
@@ -255,7 +255,7 @@ def set_bad_aside(checkpoint: Path, problem: str) -> None:
 
 
 def checkpoint_bytes(student: torch.nn.Module) -> int:
-    """Returns the size of a whole checkpoint, from the shapes: all weights, and masters and moments of what is trained."""
+    """Returns the bytes of a whole checkpoint, from the shapes: all weights, masters and moments of what is trained."""
     weights = sum(p.nbytes for p in student.parameters())
     trained = [p for p in student.parameters() if p.requires_grad]
     return weights + sum(p.numel() * 4 * (2 if p.dtype == torch.float32 else 3) for p in trained)

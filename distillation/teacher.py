@@ -1,6 +1,6 @@
-"""How students get the teacher's answers, through a lane: `submit` requests the answer to a batch, `result` waits for it,
-and the lane counts the waiting. On a device of its own the teacher works while the students do, run by the first rank of
-each node; colocated, every rank runs a teacher on its own device.
+"""How students get the teacher's answers, through a lane: `submit` requests the answer to a batch, `result` waits for
+it, and the lane counts the waiting. On a device of its own the teacher works while the students do, run by the first
+rank of each node; colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ class TeacherLane:
         return PendingSignal(self.worker.submit(lambda: self._exchange(input_ids)).result, self.waits)
 
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
-        """Returns `Teacher.hidden_states` on the student's device, after earlier requests. Only where the teacher runs."""
+        """Returns `Teacher.hidden_states` on the student's device. Only for a rank that runs the teacher."""
         device = self.ranks.device
         return self.worker.submit(
             lambda: [state.to(device) for state in self.teacher.hidden_states(input_ids)]
@@ -189,8 +189,8 @@ class PendingSignal:
         self.collect, self.waits = collect, waits
 
     def result(self) -> Tensor | None:
-        """Returns the answer (B, S, width) on the rank's device, ready for its current stream, or None without a teacher.
-        Raises what the teacher raised.
+        """Returns the answer (B, S, width) on the rank's device, ready for its current stream, or None without a
+        teacher. Raises what the teacher raised.
         """
         if self.collect is None:
             return None
@@ -204,8 +204,8 @@ class PendingSignal:
 
 
 class WaitClock:
-    """Counts the seconds that a device's work waits for the teacher. On a GPU they are measured by events on its stream,
-    from the end of earlier work to the moment when it can continue; the host does not wait for the measurement.
+    """Counts the seconds that a device's work waits for the teacher. On a GPU they are measured by events on its
+    stream, from the end of earlier work to the moment when it can continue; the host does not wait for the measurement.
     """
 
     def __init__(self, device: torch.device) -> None:

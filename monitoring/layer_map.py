@@ -1,5 +1,6 @@
-"""How far each layer of the student strays from the teacher's, every `--layer_map_interval` optimizer steps: `stream`
-tells how the hidden states drift apart on their way through both models, `own` what each layer does to that by itself.
+"""Maps of how far each layer of the student is from the teacher's, every `--layer_map_interval` optimizer steps:
+`stream` shows how the hidden states drift apart on their way through both models, `own` the error of each layer by
+itself.
 """
 
 import logging
@@ -22,20 +23,20 @@ MOST_TOKENS = 512  # of one window: for an 8B model 33 hidden states take 140 MB
 
 
 class LayerMap:
-    """Made by the first rank alone, with the teacher that it runs; nothing is drawn or changed."""
+    """Makes the maps on the first rank, with the teacher that it runs."""
 
     def __init__(self, args: TrainArguments, student: LlambaForCausalLM, lane: Lane, is_main: bool) -> None:
         self.interval = args.layer_map_interval if is_main else 0
         self.student, self.lane, self.compiled = student, lane, args.compile
 
     def add_to(self, row: dict[str, Any], batch: Batch) -> None:
-        """Into the row of an optimizer step, if it is time to; from the beginning of `batch`'s first window."""
+        """Adds a map to the row of an optimizer step if one is due, of the beginning of `batch`'s first window."""
         if not self.interval or row["step"] % self.interval:
             return
         try:
             row["layer_map"] = self._map(batch.input_ids[:1, :MOST_TOKENS])
             logger.info(format_map(row))
-        except Exception as error:  # whatever it is, memory that is short among it: the run is more important
+        except Exception as error:  # of any kind, lack of memory too: the run is more important
             self.interval = 0
             logger.warning("layer map: %s: %s; no more are made", type(error).__name__, error)
         self.lane.waits.take()  # no waiting of training
@@ -47,13 +48,14 @@ class LayerMap:
 
 
 def layer_map(student: LlambaForCausalLM, input_ids: Tensor, states: list[Tensor]) -> dict[str, list[float]]:
-    """input_ids (B, S); states: of the teacher, what goes into its first layer and comes out of each, n_layer + 1
-    tensors (B, S, D) on the student's device.
+    """Returns the errors of each layer, as means over tokens.
+
+    input_ids (B, S); states: of the teacher, the input of its first layer and the output of each, n_layer + 1 tensors
+    (B, S, D) on the student's device.
 
     stream: ||h_s - h_t|| / ||h_t|| after each layer, h_s and h_t being the hidden states of student and teacher.
     own: of each layer alone, given the teacher's h_t before it: ||f_s(h_t) - f_t(h_t)|| / ||f_t(h_t) - h_t||. 0 is a
-    layer that does as the teacher's does, 1 one that errs by as much as doing nothing would.
-    Means over tokens.
+    layer that equals the teacher's, 1 one with the error of a layer that does nothing.
     """
     inputs, outputs = states[:-1], states[1:]
     updates = [after - before for before, after in zip(inputs, outputs, strict=True)]
@@ -70,7 +72,7 @@ def _errors(
     scales: list[Tensor],
     inputs: list[Tensor] | None = None,
 ) -> list[float]:
-    """Of each layer's output, by the norm of `scales`; the layers are given `inputs`, where there are any."""
+    """Returns each layer's error, divided by the norm of `scales`. inputs: replace the layers' own, if given."""
     errors: list[Tensor] = []
 
     def compare(i: int) -> Callable:
@@ -96,7 +98,7 @@ def _errors(
 
 
 def format_map(row: dict[str, Any]) -> str:
-    """The line of a map: the layers that stray most by themselves, and what has become of it at the end."""
+    """Returns the log line of a map: the layers with the largest errors of their own, and the error at the end."""
     own, stream = row["layer_map"]["own"], row["layer_map"]["stream"]
     worst = sorted(range(len(own)), key=lambda i: -own[i] if math.isfinite(own[i]) else -math.inf)[:3]
     named = ", ".join(f"{i} ({own[i]:.3f})" for i in worst)

@@ -1,5 +1,5 @@
-"""How far a run is, on a terminal: a bar over optimizer steps, with the time left and what matters of the last step;
-lines of the log go above it. Away from a terminal there is no bar, and the log's own lines tell as much.
+"""The progress bar on a terminal: optimizer steps, the time left and the most important figures of the last step. Lines
+of the log are printed above it. Without a terminal there is no bar, and the log's lines say the same.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ LOGGERS = ("train", "llamba")  # whose lines a run shows
 
 
 class Eta:
-    """The time that is left, by the steps that this process has seen: evaluations and saves between them count, and
-    the first step, which may compile, does not.
+    """Estimates the time left from the steps that this process has seen. Evaluations and saves between them count; the
+    first step does not, because it may compile.
     """
 
     def __init__(self, total_steps: int | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,7 +26,7 @@ class Eta:
         self.first: tuple[int, float] | None = None  # a step, and when it was done
 
     def seconds(self, step: int) -> float | None:
-        """`step` is done now. None while nothing is known."""
+        """Returns the seconds left when `step` has just been completed, or None while nothing is known."""
         now = self.clock()
         if self.first is None:
             self.first = step, now
@@ -36,8 +36,8 @@ class Eta:
         return (now - began) / (step - first_step) * (self.total_steps - step)
 
 
-def format_duration(seconds: float | None) -> str:
-    """Such as 3:10:25, and from a day up 2d 03:10."""
+def format_clock(seconds: float | None) -> str:
+    """Returns a time such as 3:10:25, and 2d 03:10 from a day on."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(int(seconds), 60)
@@ -47,23 +47,23 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_speed(row: dict[str, Any]) -> list[str]:
-    """What a row tells of the GPUs."""
+    """Returns what a row says about the GPUs."""
     figures = [f"mfu {100 * row['mfu']:.1f}%"] if "mfu" in row else []
     return [*figures, f"mem {row['memory_gb']:.1f} GB"] if "memory_gb" in row else figures
 
 
 def has_terminal() -> bool:
-    """Whether standard error is a terminal that can rewrite a line."""
+    """Returns whether standard error is a terminal that can rewrite a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class ProgressBar:
-    """The bar; while it is there, lines of the log and warnings go above it."""
+    """Draws the bar; until it is closed, lines of the log and warnings are printed above it."""
 
     name = "the progress bar"
 
     def __init__(self, step: int, total_steps: int, eta: Eta) -> None:
-        """step: that the run goes on from."""
+        """step: the optimizer step that the run begins after."""
         self.eta = eta
         self.redirection = contextlib.ExitStack()
         self.redirection.enter_context(logging_redirect_tqdm([logging.getLogger(name) for name in LOGGERS]))
@@ -77,7 +77,7 @@ class ProgressBar:
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        self.bar.eta = format_duration(self.eta.seconds(row["step"]))
+        self.bar.eta = format_clock(self.eta.seconds(row["step"]))
         waited = f"teacher wait {100 * row['teacher_wait_s'] / row['step_time_s']:.0f}%"
         parts = [f"loss {row['loss']:.4f}", f"{row['tokens_per_s']:,.0f} tok/s", *format_speed(row), waited]
         self.bar.set_postfix_str(" | ".join(parts), refresh=False)
@@ -90,7 +90,7 @@ class ProgressBar:
 
 class _Bar(tqdm):
     monitor_interval = 0  # no thread: each step draws
-    eta = format_duration(None)
+    eta = format_clock(None)
 
     @property
     def format_dict(self) -> dict[str, Any]:

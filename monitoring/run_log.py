@@ -1,5 +1,5 @@
-"""What a run tells of itself: each optimizer step as a row of metrics.jsonl, which goes to the log and to whatever else
-shows it (a bar, Weights & Biases, TensorBoard); warnings in warnings.jsonl; and in status.json how the run stands.
+"""The rows of a run: each optimizer step is a row of metrics.jsonl, and is shown in the log, on a bar, in Weights &
+Biases and in TensorBoard.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ from typing import Any
 
 from arguments import TrainArguments
 from checkpointing.run_folder import read_status
-from monitoring.progress_bar import Eta, ProgressBar, format_duration, format_speed, has_terminal
+from monitoring.progress_bar import Eta, ProgressBar, format_clock, format_speed, has_terminal
 from monitoring.speed import Gauges
 from monitoring.trackers import Tracker, start_trackers
 from utils import finite
 
 logger = logging.getLogger("train")
 
-EVALUATED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures of an evaluation that the log tells
+EVALUATED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures of an evaluation that the log shows
 
 
 class RunLog:
-    """Where the rows of optimizer steps go: to `metrics.jsonl`, and to what shows them. Only the main rank writes."""
+    """Writes the rows of optimizer steps to `metrics.jsonl` and to what shows them. Only the main rank writes."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class RunLog:
         total_steps: int | None = None,
         gauges: Gauges | None = None,
     ) -> None:
-        """start: the micro step from which the run goes on; step: its optimizer step, of `total_steps`.
-        gauges: what they show goes into the rows.
+        """start: the micro step that the run begins after; step: its optimizer step, of `total_steps`. gauges: add
+        their readings to the rows.
         """
         self.folder, self.gauges = Path(args.output_dir), gauges
         self.file: MetricsFile | None = None
@@ -64,12 +64,12 @@ class RunLog:
     def _try(self, watcher: Tracker, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
-        except Exception as error:  # whatever it is: training is more important than who looks on
+        except Exception as error:  # of any kind: training is more important than what shows it
             self.watchers.remove(watcher)
-            logger.warning("%s: %s: %s; nothing more goes there", watcher.name, type(error).__name__, error)
+            logger.warning("%s: %s: %s; it gets no more rows", watcher.name, type(error).__name__, error)
 
     def flush_to_disk(self) -> None:
-        """So that a loss of power leaves the rows up to a checkpoint as well as the checkpoint."""
+        """Flushes the rows, so that a loss of power leaves those up to a checkpoint as well as the checkpoint."""
         if self.file is not None:
             self.file.flush_to_disk()
 
@@ -86,15 +86,15 @@ class RunLog:
 
 
 class MetricsFile:
-    """`metrics.jsonl`, appended and flushed so that a run that dies keeps its lines."""
+    """Appends rows to `metrics.jsonl` without a buffer, so that a run that dies keeps them."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """start: the micro step after which the rows that are there are taken again."""
+        """start: the micro step after which the run repeats the steps of rows that are in the file already."""
         _set_aside_rows_after(path, start)
         self.path = path
         self.file = path.open("ab", buffering=0)
         self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
-        self.told = False  # that it did not
+        self.has_warned = False
 
     def rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -106,16 +106,16 @@ class MetricsFile:
         self.unwritten += line
         try:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            self.told = False
+            self.has_warned = False
         except OSError as error:
-            if not self.told:
+            if not self.has_warned:
                 logger.warning(
                     "metrics.jsonl cannot be written (%s); its rows are kept until it can be", error.strerror
                 )
-            self.told = True
+            self.has_warned = True
 
     def flush_to_disk(self) -> None:
-        with contextlib.suppress(OSError):  # told where the rows, or the checkpoint, are written
+        with contextlib.suppress(OSError):  # reported where rows and checkpoint are written
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -125,9 +125,8 @@ class MetricsFile:
 
 
 def _set_aside_rows_after(path: Path, micro_step: int) -> None:
-    """A run that goes on from `micro_step` takes the steps after it again. What stands in `path` of the first time,
-    a last line cut short by a crash included, moves to metrics.abandoned.jsonl, so that a curve drawn from `path`
-    never goes back.
+    """Moves the rows after `micro_step` to metrics.abandoned.jsonl, a last line cut short by a crash included. A run
+    that resumes there repeats these steps, and a curve drawn from `path` must not have them twice.
     """
     if not path.exists():
         return
@@ -144,7 +143,7 @@ def _set_aside_rows_after(path: Path, micro_step: int) -> None:
 
 
 def _micro_step_of(line: str) -> float:
-    """Infinity for a line that a crash or a loss of power has spoilt."""
+    """Returns the micro step of a row, infinity for a line that a crash has damaged."""
     try:
         return json.loads(line)["micro_step"] if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -155,7 +154,7 @@ def _micro_step_of(line: str) -> float:
 
 
 class LogLines:
-    """A line for the first step, for every `interval`th, and for evaluations."""
+    """Logs a line for the first step, for every `interval`th, and for evaluations."""
 
     name = "the log"
 
@@ -174,18 +173,18 @@ class LogLines:
 
 
 def format_metrics(row: dict[str, Any], seconds_left: float | None = None) -> str:
-    """The line of one optimizer step, as it stands in the log."""
+    """Returns the log line of one optimizer step."""
     line = (
         f"micro_step {row['micro_step']} (opt {row['step']}) | loss {row['loss']:.4f} | kl {row['kl']:.4f} | "
         f"ce {row['ce']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f} | "
         f"teacher wait {row['teacher_wait_s']:.2f}s"
     )
-    left = [] if seconds_left is None else [f"eta {format_duration(seconds_left)}"]
+    left = [] if seconds_left is None else [f"eta {format_clock(seconds_left)}"]
     return " | ".join([line, *format_speed(row), *left])
 
 
 def format_evaluation(row: dict[str, Any]) -> str:
-    """The line of the evaluation after an optimizer step; without a teacher it has no KL and no agreement."""
+    """Returns the log line of an evaluation; without a teacher it has no KL and no agreement."""
     figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
     return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
 

@@ -1,5 +1,5 @@
-"""How well a run uses its GPUs, in each row of metrics.jsonl: `mfu`, the share of the GPUs' operations per second that
-the student's model itself takes, and `memory_gb`, the most memory since the row before.
+"""How well a run uses its GPUs, for each row of metrics.jsonl: `mfu`, the share of the GPUs' peak operations per second
+that the student's model itself needs, and `memory_gb`, the most memory since the row before.
 """
 
 import re
@@ -31,7 +31,7 @@ OTHER_CARDS = {"MIG", "LAPTOP", "MAX", "MOBILE", "TI", "SUPER", "D"}  # with suc
 
 
 def peak_operations(device_name: str, dtype: torch.dtype) -> float | None:
-    """Operations per second of one GPU, or None where they are not known, as for float32."""
+    """Returns the peak operations per second of one GPU, or None where it is not known, as for float32."""
     words = set(re.split(r"[\s-]+", device_name.upper()))
     for name, tera in PEAKS:
         card = set(name.split())
@@ -42,9 +42,9 @@ def peak_operations(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> float:
-    """Multiplications and additions of matrix products, forward and backward, for a token of a window of `seq_len`.
-    What is computed twice counts once. A backward product for weights is needed where they are trained, one for inputs
-    where anything in their layer or before it is.
+    """Returns the multiplications and additions of matrix products, forward and backward, for one token of a window of
+    `seq_len`. Recomputation does not count. A backward product for weights is needed where they are trained, one for
+    inputs where anything in their layer or before it is trained.
     """
     backbone, total = student.backbone, 0.0
     trains = any(parameter.requires_grad for parameter in backbone.embedding.parameters())
@@ -60,7 +60,7 @@ def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> fl
 
 
 def _mixing_operations(module: nn.Module, seq_len: int) -> float:
-    """Of what lets tokens see one another, for one token, forward; 0 for modules that do not."""
+    """Returns the forward operations per token of attention and scan; 0 for modules that mix no tokens."""
     if isinstance(module, LlamaAttention):  # scores and values, over the tokens that one sees on average
         heads = module.config.num_attention_heads
         return 4 * heads * module.head_dim * (seq_len + 1) / 2
@@ -72,7 +72,7 @@ def _mixing_operations(module: nn.Module, seq_len: int) -> float:
 
 
 class Gauges:
-    """What `mfu` and `memory_gb` are read from. A row has no `mfu` where the peak of the GPUs is not known."""
+    """Reads `mfu` and `memory_gb`. A row has no `mfu` where the peak of the GPUs is not known."""
 
     def __init__(self, args: TrainArguments, student: LlambaForCausalLM, device: torch.device, n_students: int) -> None:
         """device: of this rank's student."""
@@ -85,8 +85,8 @@ class Gauges:
             self.full_speed = n_students * peak / student_operations_per_token(student, args.seq_length)
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
-        """memory_gb, in 10^9 bytes, is this process's: on a GPU the most that tensors took since it was last read, on
-        a CPU the most that the process ever had.
+        """Returns the readings for a step. memory_gb, in 10^9 bytes, is this process's: on a GPU the most that tensors
+        took since the last reading, on a CPU the most that the process ever had.
         """
         figures = {} if self.full_speed is None else {"mfu": tokens_per_s / self.full_speed}
         if self.device.type == "cuda":

@@ -1,11 +1,10 @@
-"""The rows of metrics.jsonl as charts: a run in Weights & Biases, online or to be sent later, and TensorBoard's files.
-Both have one history of a run, however often it is stopped and goes on: no optimizer step is missing and none is there
-twice.
+"""Charts of the rows of metrics.jsonl: a run in Weights & Biases, online or to be sent later, and TensorBoard's files.
+Both show one history of a run, however often it is resumed: no optimizer step is missing and none appears twice.
 
-An online run is continued under its id, which <output_dir>/wandb_id keeps; W&B has rows up to some step, and gets those
-after it. An offline run cannot be continued: W&B writes a new directory each time, and `wandb sync` of a run that was
-not begun with `resume` replaces what the server has under its id. So the newest directory gets the whole history, and
-older ones go to wandb/earlier.
+An online run is resumed under its id, which <output_dir>/wandb_id keeps; W&B has rows up to some step, and gets those
+after it. An offline run cannot be resumed: W&B writes a new directory each time, and `wandb sync` of a run that was not
+begun with `resume` replaces what the server has under its id. So the newest directory gets the whole history, and older
+ones are moved to wandb/earlier.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from utils import BackgroundThread, finite
 logger = logging.getLogger("train")
 
 Row = dict[str, Any]
-PATIENCE_S, PATIENCE_AFTER_ERROR_S = 330.0, 10.0  # for W&B at the end, a little more than it is told to have
+PATIENCE_S, PATIENCE_AFTER_ERROR_S = 330.0, 10.0  # for W&B at the end, a little more than its own limit
 
 COUNTERS = ("step", "micro_step", "tokens")
 OF_SPEED = ("tokens_per_s", "step_time_s", "teacher_wait_s", "data_wait_s", "mfu", "memory_gb")
@@ -37,7 +36,7 @@ REPLACED = ("offline", "dryrun", "disabled")  # modes whose runs no server conti
 
 
 class Tracker(Protocol):
-    """Takes a run's rows. Whatever it raises, training goes on without it."""
+    """Shows a run's rows. Whatever it raises, training continues without it."""
 
     name: str
 
@@ -47,8 +46,8 @@ class Tracker(Protocol):
 
 
 def flat(row: Row) -> dict[str, float]:
-    """Charts' names -> numbers of a row: `train/loss`, `speed/mfu`, `eval/kl`, `layer_map/own/00`. What is not a finite
-    number is left out.
+    """Returns the numbers of a row by the names of their charts: `train/loss`, `speed/mfu`, `eval/kl`,
+    `layer_map/own/00`. Leaves out what is not a finite number.
     """
     groups: Row = {"train": {}, "speed": {}}
     for name, value in finite(row).items():
@@ -70,7 +69,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def check_trackers(args: TrainArguments) -> None:
-    """Whether --tensorboard and --wandb can be had, before anything that takes long. Raises ValueError."""
+    """Raises ValueError if --tensorboard or --wandb is given and cannot work here."""
     for wanted, flag, package in ((args.tensorboard, "--tensorboard", "tensorboard"), (args.wandb, "--wandb", "wandb")):
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"{flag}: the package {package} is not installed; pip install {package}, or leave it out")
@@ -85,11 +84,11 @@ def check_trackers(args: TrainArguments) -> None:
 
 
 def start_trackers(args: TrainArguments, kept: list[Row], step: int) -> list[Tracker]:
-    """kept: the rows up to `step`, from which the run goes on. Raises ValueError."""
+    """Starts what the options ask for. kept: the rows up to `step`, which the run begins after. Raises ValueError."""
     folder = Path(args.output_dir)
     trackers: list[Tracker] = []
     if args.wandb:
-        trackers.append(WandbRun(args, kept, goes_on=step > 0 or (folder / "checkpoint-0").is_dir()))
+        trackers.append(WandbRun(args, kept, is_resumed=step > 0 or (folder / "checkpoint-0").is_dir()))
     if args.tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard", kept, step))
     return trackers
@@ -99,14 +98,16 @@ def start_trackers(args: TrainArguments, kept: list[Row], step: int) -> list[Tra
 
 
 class WandbRun:
+    """Shows a run in Weights & Biases."""
+
     name = "W&B"
 
-    def __init__(self, args: TrainArguments, kept: list[Row], goes_on: bool) -> None:
-        """goes_on: or else a run that was in this directory before is another one."""
-        self.run = _start_wandb(args, goes_on)
+    def __init__(self, args: TrainArguments, kept: list[Row], is_resumed: bool) -> None:
+        """is_resumed: a run that was in this directory before is the same one."""
+        self.run = _start_wandb(args, is_resumed)
         self.next_step = self.run.starting_step  # W&B has those before it
-        self.thread = BackgroundThread("wandb")  # a long history that is told again must not hold up training
-        self.error: Exception | None = None  # the first, of what was told in the thread
+        self.thread = BackgroundThread("wandb")  # a long history that is sent again must not hold up training
+        self.error: Exception | None = None  # the first of the thread
         self.last: Row = {}
         self.best: Row = {}
         for row in kept:
@@ -144,13 +145,13 @@ class WandbRun:
         self.run.finish(exit_code=int(failed))
 
 
-def _start_wandb(args: TrainArguments, goes_on: bool):
+def _start_wandb(args: TrainArguments, is_resumed: bool):
     import wandb
 
     mode, folder = wandb_mode(args), Path(args.output_dir)
     remembered = folder / "wandb_id"
-    goes_on = goes_on and remembered.is_file()
-    run_id = remembered.read_text().strip() if goes_on else secrets.token_hex(4)
+    is_resumed = is_resumed and remembered.is_file()
+    run_id = remembered.read_text().strip() if is_resumed else secrets.token_hex(4)
     for earlier in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
         (folder / "wandb" / "earlier").mkdir(exist_ok=True)
         earlier.rename(folder / "wandb" / "earlier" / earlier.name)
@@ -167,7 +168,7 @@ def _start_wandb(args: TrainArguments, goes_on: bool):
             settings=wandb.Settings(finish_timeout=300),
         )
     except wandb.Error as error:
-        raise _no_wandb(error, remembered if goes_on else None) from error
+        raise _no_wandb(error, remembered if is_resumed else None) from error
     if not run.disabled:
         remembered.write_text(run_id + "\n")
     run.define_metric("step", hidden=True)
@@ -197,13 +198,15 @@ def _no_wandb(error: Exception, remembered: Path | None = None) -> ValueError:
 
 
 class TensorBoard:
+    """Writes TensorBoard's files."""
+
     name = "TensorBoard"
 
     def __init__(self, folder: Path, kept: list[Row], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional package, and slow to import
 
         has_kept_rows = folder.is_dir()
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # what was there of later steps is taken again
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # the run repeats later steps
         if not has_kept_rows:
             for row in kept:
                 self.write(row)

@@ -27,7 +27,7 @@ def checked_device(flag: str, name: str | None) -> torch.device:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Returns whether torch.compile finds what it needs: a C++ compiler for "cpu", Triton and a C compiler for "cuda"."""
+    """Returns whether torch.compile can work: "cpu" needs a C++ compiler, "cuda" needs Triton and a C compiler."""
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
         return False
     names = ("CXX", "c++", "g++", "clang++") if device_type == "cpu" else ("CC", "cc", "gcc", "clang")
@@ -44,9 +44,9 @@ def check_compiler(device_type: str) -> None:
 def choose_devices(
     teacher_device: str | None, teacher_placement: str, runs_teacher: bool
 ) -> tuple[torch.device, torch.device]:
-    """Returns the devices of this rank's student and of its teacher. Students take the first GPUs in order of local rank;
-    a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a GPU all
-    are on the CPU. Raises ValueError if there are too few GPUs.
+    """Returns the devices of this rank's student and of its teacher. Students take the first GPUs in order of local
+    rank; a dedicated teacher takes the node's last visible GPU, a colocated one that of the rank's student. Without a
+    GPU all are on the CPU. Raises ValueError if there are too few GPUs.
     """
     n_gpus, n_students = torch.cuda.device_count(), local_world_size()
     named = None if teacher_device is None else checked_device("--teacher_device", teacher_device)
@@ -86,8 +86,8 @@ def choose_device(named: str | None) -> torch.device:
 
 
 def default_prefetch(teacher_device: torch.device) -> int:
-    """Returns how many batches the teacher works ahead: 1 on a device of its own, 0 on a student's, where there is nothing
-    to gain, and on a CPU much to lose: both would compete for its cores.
+    """Returns how many batches the teacher works ahead: 1 on a device of its own, 0 on a student's, where there is
+    nothing to gain, and on a CPU much to lose: both would compete for its cores.
     """
     students = [torch.device("cpu")]
     if torch.cuda.device_count() > 0:

@@ -1,8 +1,8 @@
 """Ends all ranks within seconds when one fails or dies, and lets all of them log the first cause.
 
-Each rank has a thread that waits for a message from rank 0, and rank 0 has one for each other rank, over a gloo group of
-their own. A process that ends in any way closes its connections, and the thread on the other side notices at once, while
-NCCL would notice at its timeout. Rank 0 forwards what it receives.
+Each rank has a thread that waits for a message from rank 0, and rank 0 has one for each other rank, over a gloo group
+of their own. A process that ends in any way closes its connections, and the thread on the other side notices at once,
+while NCCL would notice at its timeout. Rank 0 forwards what it receives.
 """
 
 import logging
@@ -49,8 +49,8 @@ class Lifeline:
             thread.join()
 
     def report(self, error: BaseException) -> int | None:
-        """Reports to the others why this rank ends, and returns None; or, if another rank is the first cause, returns the
-        exit code to end with. Waits a little first: the damage of a failed peer often arrives before its message.
+        """Reports to the others why this rank ends, and returns None; or, if another rank is the first cause, returns
+        the exit code to end with. Waits a little first: the damage of a failed peer often arrives before its message.
         """
         if not self.peers:
             return None

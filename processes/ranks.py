@@ -1,5 +1,5 @@
-"""Who is who among the ranks of a run: what torchrun's environment says before they meet, and the process groups in which
-they do.
+"""Who is who among the ranks of a run: what torchrun's environment says before they meet, and the process groups in
+which they do.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Says which rank this process is, holds the device of its student, and lets ranks agree. `node` is a CPU group of the
-    ranks of one box, whose teacher is run by its local rank 0; `control` is a CPU group of all ranks.
+    """Says which rank this process is, holds the device of its student, and lets ranks agree. `node` is a CPU group of
+    the ranks of one box, whose teacher is run by its local rank 0; `control` is a CPU group of all ranks.
     """
 
     rank: int
@@ -38,7 +38,7 @@ class Ranks:
     control: dist.ProcessGroup
 
     def maximum(self, *values: int) -> list[int]:
-        """Returns the maximum of each value over all ranks, by which they agree. All ranks call it in the same place."""
+        """Returns the maximum of each value over all ranks, by which they agree. All ranks have to call it."""
         highest = torch.tensor(values)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.control)
         return highest.tolist()

@@ -13,7 +13,7 @@ import termios
 import pytest
 
 from arguments import parse_train_args
-from monitoring.progress_bar import Eta, format_duration
+from monitoring.progress_bar import Eta, format_clock
 from monitoring.run_log import RunLog
 from utils import setup_logging
 
@@ -172,4 +172,4 @@ def test_the_time_left_is_by_the_steps_of_this_process():
     [(None, "?"), (0.4, "0:00:00"), (3599.9, "0:59:59"), (11425, "3:10:25"), (86400, "1d 00:00"), (184200, "2d 03:10")],
 )
 def test_durations(seconds, text):
-    assert format_duration(seconds) == text
+    assert format_clock(seconds) == text

@@ -205,7 +205,7 @@ def test_a_line_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys
         log.write(row(1))
         log.write(row(2))
     assert rows_of(tmp_path) == [row(1), row(2)]
-    assert capsys.readouterr().err.count("the log: OSError: [Errno 5] gone; nothing more goes there") == 1
+    assert capsys.readouterr().err.count("the log: OSError: [Errno 5] gone; it gets no more rows") == 1
 
 
 # --- warnings.jsonl ------------------------------------------------------------------------------------------

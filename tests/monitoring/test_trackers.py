@@ -324,7 +324,7 @@ def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, cap
         log.write(row(3))
     assert len(rows_on_disk(tmp_path)) == 3
     told = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
-    assert told == ["[train] W&B: ConnectionResetError: W&B's process is gone; nothing more goes there"]
+    assert told == ["[train] W&B: ConnectionResetError: W&B's process is gone; it gets no more rows"]
     assert runs[0].exit_code is None
 
 

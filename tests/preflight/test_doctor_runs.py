@@ -205,10 +205,10 @@ def test_equal_models_have_no_loss(signal, dtype):
 
 
 def test_a_loss_that_sees_a_difference(monkeypatch):
-def warmer(inputs, *rest):
+    def warmer(inputs, *rest):
         return fused_distill_loss(inputs._replace(teacher=inputs.teacher * 1.05), *rest)
 
-def other_label(inputs, *rest):
+    def other_label(inputs, *rest):
         return fused_distill_loss(inputs._replace(labels=inputs.labels.roll(1)), *rest)
 
     for spoilt_loss in (warmer, other_label):
