@@ -114,7 +114,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def format_duration(seconds: float) -> str:
-    """Such as 90 s, 100 min, 12 h 34 min, 3 d 2 h: for what is read once; progress.py has a clock's form."""
+    """Returns a time such as 90 s, 100 min, 12 h 34 min, 3 d 2 h, for text that is read once."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 120:
         return f"{seconds:.3g} s"
@@ -124,7 +124,7 @@ def format_duration(seconds: float) -> str:
 
 
 class BackgroundThread:
-    """One thread that does its jobs in order. It ends with the process: a job that hangs because another rank died
+    """Runs jobs in order in one thread. It ends with the process: a job that hangs because another rank died
     must not keep this process alive.
     """
 

@@ -1,6 +1,4 @@
-"""What moves the weights: AdamW on float32 masters, the schedule of its learning rate, and the update that follows the
-backward passes.
-"""
+"""AdamW on float32 masters, the loss scale of float16, and the update that follows the backward passes."""
 
 import math
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ Outcome = Literal["stepped", "overflow", "bad"]  # of an update: made, or skippe
 
 
 class MasterWeightAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) that steps on float32 master weights and moments, whatever the parameters' dtype.
+    """Steps AdamW (arXiv 1711.05101) on float32 master weights and moments, whatever the parameters' dtype.
 
-    In bfloat16 a step of lr 1e-5 is below the weights' resolution and most of it would be lost; the masters
-    keep it. For float32 parameters, and where `master_weights` is off, the parameter is its own master. Gradients are
+    In bfloat16 most updates of lr 1e-5 are below the weights' resolution and would be lost; the masters keep
+    them. For float32 parameters, and where `master_weights` is off, the parameter is its own master. Gradients are
     multiplied by their group's `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
     """
 
