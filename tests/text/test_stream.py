@@ -15,6 +15,7 @@ from tests import fresh
 from text import retries
 from text.encoding import text_batches
 from text.retries import WAITS_S, is_connection_trouble
+from text.sources import TextSource
 from text.stream import StreamState, TextStream
 from text.tolerant_reader import tolerant_stream
 
@@ -61,7 +62,8 @@ SOURCES = [from_jsonl, from_parquet, from_saved]
 
 def stream_of(source: datasets.IterableDataset, rank: int = 0, world_size: int = 1, **changes) -> TextStream:
     settings = {"shuffle_buffer": 100, "seed": 5, **changes}
-    return TextStream(source, "text", rank=rank, world_size=world_size, **settings)
+    text = TextSource("rows", skip_bad_rows=settings.pop("skip_bad_rows", False))
+    return TextStream(source, text, rank=rank, world_size=world_size, **settings)
 
 
 def stored(state: StreamState) -> dict:

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -15,23 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from arguments import TrainArguments
 from data import PackedTextDataset
 from tests.text.test_token_file import EOS, plain_ids, small_tokenizer
 from text.encoding import Encoder
+from text.opening import explain_fault, open_source, open_stream, open_table
 from text.rows import only_texts, rows_of
-from text.sources import describe, explain_fault, open_source, open_stream, open_table
+from text.sources import TextSource
 from text.stream import TextStream
-from text.token_file import write_token_file
+from text.token_file import token_file_inputs, write_token_file
 from text.tolerant_reader import BadRow, first_bad_row, rows_of_file
 
 GOOD = [f"document {i:03d} " + "naïve 日本 " * (i % 7) for i in range(400)]
 BOTH_LANES = pytest.mark.parametrize("streaming", [False, True])
-
-
-@dataclass(kw_only=True)
-class Arguments(TrainArguments):
-    skip_bad_rows: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -39,36 +33,23 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
-def options(name: Path, **changes) -> Arguments:
-    args = Arguments(
-        dataset_name=str(name),
-        shuffle_buffer=0,
-        seq_length=8,
-        batch_size=1,
-        teacher_model="",
-        student_model="",
-        layers=[0],
-        dtype="float32",
-        output_dir="",
-    )
-    return dataclasses.replace(args, **changes)
+def source_of(name: Path, **changes) -> TextSource:
+    return TextSource(str(name), **changes)
 
 
-def texts_of(args: Arguments, streaming: bool, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What either lane hands to the tokenizer."""
-    source, field = open_source(args), args.dataset_text_field
-    explain = functools.partial(explain_fault, source=source, args=args)
+def texts_of(source: TextSource, streaming: bool, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Returns what is handed to the tokenizer, from a table or from a stream."""
+    opened = open_source(source)
+    explain = functools.partial(explain_fault, opened=opened, source=source)
     if not streaming:
-        rows = rows_of(open_table(source, args), field, explain)
-        return list(only_texts(rows, field, args.skip_bad_rows))
+        return list(only_texts(rows_of(open_table(opened, source), source.text_field, explain), source))
     stream = TextStream(
-        open_stream(source, args),
-        field,
+        open_stream(opened, source),
+        source,
         shuffle_buffer=0,
         seed=0,
         rank=rank,
         world_size=world_size,
-        skip_bad_rows=args.skip_bad_rows,
         explain=explain,
         sleep=pytest.fail,
     )
@@ -94,7 +75,7 @@ def test_huge_odd_and_empty_texts_reach_the_model_as_they_are(tmp_path: Path, st
     else:
         pq.write_table(pa.table({"text": rows}), file)
     for skip_bad_rows in (False, True):
-        texts = texts_of(options(file, skip_bad_rows=skip_bad_rows), streaming)
+        texts = texts_of(source_of(file, skip_bad_rows=skip_bad_rows), streaming)
         assert [text[:99] for text in texts] == [odd[0], huge[:99], *odd[1:]]
         unchanged = texts[1] == huge  # pytest would take forever to show how they differ
         assert unchanged
@@ -112,8 +93,8 @@ def test_rows_of_another_type_are_an_error_or_skipped(tmp_path: Path, streaming:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     with pytest.raises(ValueError, match="--dataset_text_field 'text': row 1 as read here holds int .*--skip_bad_rows"):
-        texts_of(options(file), streaming)
-    assert texts_of(options(file, skip_bad_rows=True), streaming) == ["first", "last"]
+        texts_of(source_of(file), streaming)
+    assert texts_of(source_of(file, skip_bad_rows=True), streaming) == ["first", "last"]
     assert warnings(caplog) == [
         "skipped 1 of 5 rows: no text in column 'text'",
         "--skip_bad_rows: skipped 2 of 5 rows: row 1 as read here: int (5); row 3 as read here: list (['list'])",
@@ -123,7 +104,7 @@ def test_rows_of_another_type_are_an_error_or_skipped(tmp_path: Path, streaming:
 @BOTH_LANES
 def test_rows_of_another_type_in_a_saved_table_cannot_be_skipped_but_empty_ones_are(tmp_path: Path, streaming, caplog):
     datasets.Dataset.from_dict({"text": ["a", None, "", "b"]}).save_to_disk(tmp_path / "saved")
-    assert texts_of(options(tmp_path / "saved", skip_bad_rows=True), streaming) == ["a", "b"]
+    assert texts_of(source_of(tmp_path / "saved", skip_bad_rows=True), streaming) == ["a", "b"]
     assert "is read by `datasets`, which stops at a row that it cannot read" in caplog.text
     assert warnings(caplog)[-1] == "skipped 2 of 4 rows: no text in column 'text'"
 
@@ -236,7 +217,7 @@ def test_a_fault_is_named_by_file_and_row(tmp_path: Path, streaming: bool, fault
     write, place, _ = FAULTS[fault]
     file = write(tmp_path)
     with pytest.raises(ValueError, match=rf"--dataset_name '.*' cannot be read: {tmp_path}/{place}") as caught:
-        texts_of(options(file), streaming)
+        texts_of(source_of(file), streaming)
     assert "correct it, or leave such rows out with --skip_bad_rows" in str(caught.value)
 
 
@@ -253,7 +234,7 @@ def test_a_fault_is_skipped_counted_and_logged(tmp_path: Path, streaming: bool, 
     else:
         ending = "txt" if file.suffix == ".txt" else "jsonl"
         (tmp_path / "data" / f"b.{ending}").write_text(whole["text"] if ending == "txt" else json.dumps(whole))
-    texts = texts_of(options(tmp_path / "data", skip_bad_rows=True), streaming)
+    texts = texts_of(source_of(tmp_path / "data", skip_bad_rows=True), streaming)
     assert texts[-1] == whole["text"]
     if left is None:
         assert 50 < len(texts) < 399 and set(texts[:50]) <= set(GOOD)
@@ -267,19 +248,13 @@ def test_a_fault_is_skipped_counted_and_logged(tmp_path: Path, streaming: bool, 
 
 def test_each_rank_counts_its_own_bad_rows_and_goes_on_counting(tmp_path: Path, caplog):
     file = jsonl_with(b"{")(tmp_path)
-    shares = [texts_of(options(file, skip_bad_rows=True), True, rank, 2) for rank in (0, 1)]
+    shares = [texts_of(source_of(file, skip_bad_rows=True), True, rank, 2) for rank in (0, 1)]
     assert sorted(sum(shares, [])) == sorted(without(300))
     assert len(warnings(caplog)) == 1 and "skipped 1 of 200 rows" in caplog.text  # row 300 is of rank 0
 
-    stream = TextStream(
-        open_stream(open_source(options(file, skip_bad_rows=True)), options(file, skip_bad_rows=True)),
-        "text",
-        shuffle_buffer=50,
-        seed=0,
-        rank=0,
-        world_size=1,
-        skip_bad_rows=True,
-    )
+    source = source_of(file, skip_bad_rows=True)
+    data = open_stream(open_source(source), source)
+    stream = TextStream(data, source, shuffle_buffer=50, seed=0, rank=0, world_size=1)
     *_, (last, _) = stream.batches(0)
     caplog.clear()
     list(stream.batches(0, json.loads(json.dumps(last.to_json()))))
@@ -289,7 +264,7 @@ def test_each_rank_counts_its_own_bad_rows_and_goes_on_counting(tmp_path: Path, 
 def test_only_the_first_few_places_are_named(tmp_path: Path, caplog):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "good"}\n' + b"{\n" * 20)
-    assert texts_of(options(file, skip_bad_rows=True), False) == ["good"]
+    assert texts_of(source_of(file, skip_bad_rows=True), False) == ["good"]
     assert "skipped 20 of 21 rows" in caplog.text and "line 6:" in caplog.text and "line 7:" not in caplog.text
     assert caplog.text.rstrip().endswith("; ...")
 
@@ -337,10 +312,10 @@ def write_parquet_with_dictionary(folder: Path) -> Path:
 )
 def test_good_files_are_read_alike_with_and_without_the_option(tmp_path: Path, write: Callable, caplog):
     file = write(tmp_path)
-    expected = texts_of(options(file), True)
+    expected = texts_of(source_of(file), True)
     assert len(expected) >= 300
     for streaming in (False, True):
-        assert texts_of(options(file, skip_bad_rows=True), streaming) == expected
+        assert texts_of(source_of(file, skip_bad_rows=True), streaming) == expected
     assert "--skip_bad_rows" not in caplog.text
     assert first_bad_row([str(file)]) is None
 
@@ -361,7 +336,7 @@ def test_json_too_deep_to_be_read_is_a_bad_row(tmp_path: Path):
 def test_a_parquet_file_without_the_column_is_one_bad_file(tmp_path: Path, caplog):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "1.parquet")
     pq.write_table(pa.table({"body": ["b"]}), tmp_path / "2.parquet")
-    assert texts_of(options(tmp_path, skip_bad_rows=True), True) == ["a"]
+    assert texts_of(source_of(tmp_path, skip_bad_rows=True), True) == ["a"]
     assert "2.parquet, the whole file: no column 'text'" in caplog.text
 
 
@@ -374,8 +349,8 @@ def test_a_failing_disk_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pq, "ParquetFile", fails)
     with pytest.raises(OSError, match="Input/output error"):
         list(rows_of_file(file, "text"))
-    args = options(Path(file))
-    explained = explain_fault(OSError("cannot be read"), open_source(args), args)
+    source = source_of(Path(file))
+    explained = explain_fault(OSError("cannot be read"), open_source(source), source)
     assert "Input/output error" in str(explained) and "--skip_bad_rows" not in str(explained)
 
 
@@ -386,9 +361,9 @@ def test_a_failing_disk_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytes
 def test_a_wrong_column_is_named_with_the_option_too(tmp_path: Path, streaming: bool):
     for write in (write_jsonl, whole_parquet, write_txt):
         file = write(tmp_path)
-        args = options(file, skip_bad_rows=True, dataset_text_field="body")
+        source = source_of(file, skip_bad_rows=True, text_field="body")
         with pytest.raises(ValueError, match="--dataset_text_field 'body': no such column; available: .*text"):
-            texts_of(args, streaming)
+            texts_of(source, streaming)
         file.unlink()
 
 
@@ -396,12 +371,12 @@ def test_a_wrong_column_is_named_with_the_option_too(tmp_path: Path, streaming: 
 def test_splits_with_the_option(tmp_path: Path, streaming: bool):
     for split, text in (("train", "a"), ("test", "b")):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text}))
-    args = options(tmp_path, skip_bad_rows=True)
-    assert texts_of(args, streaming) == ["a"]
-    assert texts_of(dataclasses.replace(args, dataset_split="test"), streaming) == ["b"]
-    assert sorted(texts_of(dataclasses.replace(args, dataset_split="train+test"), streaming)) == ["a", "b"]
+    source = source_of(tmp_path, skip_bad_rows=True)
+    assert texts_of(source, streaming) == ["a"]
+    assert texts_of(dataclasses.replace(source, split="test"), streaming) == ["b"]
+    assert sorted(texts_of(dataclasses.replace(source, split="train+test"), streaming)) == ["a", "b"]
     with pytest.raises(ValueError, match=r"--dataset_split 'train\[:1%\]': with --skip_bad_rows .*leave out the part"):
-        texts_of(dataclasses.replace(args, dataset_split="train[:1%]"), streaming)
+        texts_of(dataclasses.replace(source, split="train[:1%]"), streaming)
 
 
 def test_a_fault_in_a_split_that_is_prepared_with_the_one_asked_for_is_named(tmp_path: Path):
@@ -410,15 +385,15 @@ def test_a_fault_in_a_split_that_is_prepared_with_the_one_asked_for_is_named(tmp
     (folder / "train.jsonl").write_text('{"text": "a"}\n')
     (folder / "test.jsonl").write_text('{"text": "b"}\n{"text"\n')
     with pytest.raises(ValueError, match=r"test.jsonl, line 2: JSON parse error"):
-        texts_of(options(folder), False)
-    assert texts_of(options(folder), True) == ["a"]
+        texts_of(source_of(folder), False)
+    assert texts_of(source_of(folder), True) == ["a"]
 
 
 @BOTH_LANES
 def test_nothing_to_read_is_an_error_with_the_option_too(tmp_path: Path, streaming: bool):
     (tmp_path / "a.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match="--dataset_name .*split 'train' has no rows"):
-        texts_of(options(tmp_path / "a.jsonl", skip_bad_rows=True), streaming)
+        texts_of(source_of(tmp_path / "a.jsonl", skip_bad_rows=True), streaming)
 
 
 def test_what_datasets_alone_objects_to_is_passed_on(tmp_path: Path):
@@ -426,19 +401,19 @@ def test_what_datasets_alone_objects_to_is_passed_on(tmp_path: Path):
     with pytest.raises(
         ValueError, match="cannot be read: .*specified twice.*; --skip_bad_rows reads the rows that can"
     ):
-        texts_of(options(tmp_path / "a.jsonl"), True)
+        texts_of(source_of(tmp_path / "a.jsonl"), True)
 
 
 def test_a_wrong_split_of_a_stream_is_not_taken_for_bad_data(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     with pytest.raises(ValueError, match=r"^--dataset_split 'train\[:1%\]': "):
-        texts_of(options(tmp_path / "a.jsonl", dataset_split="train[:1%]"), True)
+        texts_of(source_of(tmp_path / "a.jsonl", split="train[:1%]"), True)
 
 
 def test_a_packed_file_is_not_shared_with_one_that_skipped_rows(tmp_path: Path):
-    args = options(write_jsonl(tmp_path))
-    encoder = Encoder(small_tokenizer())
+    source, encoder = source_of(write_jsonl(tmp_path)), Encoder(small_tokenizer())
     plain, skipping = (
-        describe(open_source(each), each, encoder) for each in (args, dataclasses.replace(args, skip_bad_rows=True))
+        token_file_inputs(open_source(each), each, encoder)
+        for each in (source, dataclasses.replace(source, skip_bad_rows=True))
     )
     assert skipping == {**plain, "skip_bad_rows": True}
