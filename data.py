@@ -119,8 +119,8 @@ def _token_file(
 
 
 class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
-    """Holds the windows of a memory-mapped token file: window i is its ids [i * (seq_len + 1), (i + 1) * (seq_len +
-    1)), an int64 tensor (S + 1,). Raises ValueError for a damaged file.
+    """Maps a token file into memory as windows: window i is its ids [i * (S + 1), (i + 1) * (S + 1)) as int64 (S + 1,),
+    with S = seq_len. Raises ValueError for a damaged file.
     """
 
     def __init__(self, directory: Path, seq_len: int):

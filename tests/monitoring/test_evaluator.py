@@ -69,11 +69,11 @@ def test_an_evaluation_leaves_the_run_as_it_was(stage, form):
     assert [file.read_text() for file in places[0]] == [file.read_text() for file in places[1]] != []
 
 
-def test_a_run_killed_in_an_evaluation_goes_on_exactly(stage):
-    killed, went_on = facts(stage, "killed")
-    assert killed["codes"] == [-9, -9] and went_on["codes"] == [0, 0]
+def test_a_run_killed_in_an_evaluation_resumes_exactly(stage):
+    killed, resumed = facts(stage, "killed")
+    assert killed["codes"] == [-9, -9] and resumed["codes"] == [0, 0]
     assert "evaluation (opt 2)" in killed["log"] and "evaluation (opt 4)" not in killed["log"]
-    assert "resuming from" in went_on["log"]
+    assert "resuming from" in resumed["log"]
     assert differences(stage / "with", stage / "killed", 6) == []
 
 
@@ -145,7 +145,7 @@ def test_the_log_has_one_line_for_an_evaluation(stage):
     assert f"| ce {figures['ce']:.4f} | kl {figures['kl']:.4f} |" in line and f"mmlu {figures['mmlu']:.4f} |" in line
 
 
-def test_nodes_that_read_another_text_are_told(stage):
+def test_nodes_that_read_another_text_are_an_error(stage):
     fact = facts(stage, "other-windows")
     assert 2 in fact["codes"] and "are not the same on all nodes" in fact["log"]
 
@@ -187,7 +187,7 @@ def evaluator(alone):
     return Evaluator(args, material, TOKENIZER, alone, model, NoTeacher(alone.device), StopRequest(None))
 
 
-def test_a_broken_model_is_told_and_ends_no_run(evaluator, caplog):
+def test_a_broken_model_is_logged_and_ends_no_run(evaluator, caplog):
     figures = evaluator.evaluate()
     assert all(math.isnan(figures[name]) for name in ("loss", "ce", "perplexity", "mmlu"))
     assert "evaluation: no accuracy on MMLU" in caplog.text and "are not finite" in caplog.text
