@@ -1,10 +1,12 @@
-"""Text to batches: open the dataset (sources.py), tokenise and pack it (packing.py), share the windows out over ranks.
+"""Text to batches: `build_dataloader` opens the text (text/sources.py, text/opening.py), tokenises and packs it, and
+shares the windows out over the ranks.
 
-Two lanes give the same windows. Cached (`--no_dataset_streaming`): tokenised once to a file, then one order of all
-windows of all epochs, of which each rank takes its slice. Streaming: read, shuffled in a buffer, tokenised and packed
-on the fly, each rank from its own share of the documents (streaming.py, stream_loader.py).
+There are two ways to the same windows. Cached (`--no_dataset_streaming`): all text is tokenised once, to a file
+(text/token_file.py), whose windows are taken in one order over all epochs; each rank takes its slice of that order.
+Streaming: each rank reads its own share of the documents, shuffles it in a buffer (text/stream.py), and tokenises and
+packs on the fly (text/stream_loader.py).
 
-Each batch carries the point behind it, its `position`: a run that goes on from there sees what would have come next.
+Each batch carries its `position`, the place behind it: a run that resumes there sees what would have come next.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,12 @@ from transformers import PreTrainedTokenizerBase
 from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
 from text.encoding import Encoder
+from text.opening import Opened, explain_fault, open_source, open_stream, open_table
 from text.rows import check_text_field, only_texts, rows_of
-from text.sources import cache_root, describe, explain_fault, network_forbidden, open_source, open_stream, open_table
+from text.sources import TextSource, network_forbidden
 from text.stream import TextStream
 from text.stream_loader import StreamingLoader
-from text.token_file import wait_for_token_file, write_token_file
+from text.token_file import token_file_inputs, wait_for_token_file, write_token_file
 from utils import run_ahead
 
 logger = logging.getLogger("train")
@@ -48,46 +51,44 @@ def build_dataloader(
     position: dict[str, Any] | None = None,
     control_group: dist.ProcessGroup | None = None,
 ) -> "CachedLoader | StreamingLoader":
-    """This rank's batches of all epochs, from `position` on: the JSON of a batch's position, or None for the start.
+    """Returns this rank's batches of all epochs, from `position` on: the JSON of a batch's position, or None for the
+    start.
 
-    `is_builder` is true on the one process per node that tokenises and writes the cache; the others wait for
-    the file. A streaming lane's ranks agree through `control_group` (CPU tensors) when to stop together.
+    `is_builder` is true on the one process per node that tokenises and writes the cache; the others wait for the file.
+    The ranks of a stream agree through `control_group` (CPU tensors) when to stop together. Raises ValueError for a
+    mistake in the options of the data, or text that is too little for a micro step.
     """
-    encoder = Encoder(tokenizer)
-    with network_forbidden(args.local_files_only):
-        source = open_source(args)
-        if source.info.features is not None:  # else known only once the data is read
-            check_text_field(source.info.features, args.dataset_text_field)
-        explain = functools.partial(explain_fault, source=source, args=args)
-        if args.dataset_streaming:
+    encoder, source = Encoder(tokenizer), TextSource.for_training(args)
+    with network_forbidden(source.local_files_only):
+        opened = open_source(source)
+        if opened.info.features is not None:  # else known only once the data is read
+            check_text_field(opened.info.features, source)
+        explain = functools.partial(explain_fault, opened=opened, source=source)
+        if source.streaming:
             texts = TextStream(
-                open_stream(source, args),
-                args.dataset_text_field,
+                open_stream(opened, source),
+                source,
                 shuffle_buffer=args.shuffle_buffer,
                 seed=args.seed,
                 rank=rank,
                 world_size=world_size,
-                skip_bad_rows=args.skip_bad_rows,
                 explain=explain,
             )
-            return StreamingLoader(texts, encoder, args, rank, control_group, position)
-        made_from = describe(source, args, encoder)
-        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-        directory = cache_root(args) / "packed" / key[:32]
-        if directory.exists():
-            logger.info("using the packed dataset %s", directory)
-        elif is_builder:
-            table = open_table(source, args)
-            field = args.dataset_text_field
-            texts_of_table = only_texts(rows_of(table, field, explain), field, args.skip_bad_rows)
-            write_token_file(directory, texts_of_table, encoder, {"dataset": args.dataset_name, **made_from})
-        else:
-            wait_for_token_file(directory)
+            return StreamingLoader(
+                texts,
+                encoder,
+                batch_size=args.batch_size,
+                seq_len=args.seq_length,
+                epochs=args.epochs,
+                control_group=control_group,
+                position=position,
+            )
+        directory = _token_file(opened, source, encoder, explain, is_builder)
     windows = PackedTextDataset(directory, args.seq_length)
     start = 0 if position is None else position["windows"]
-    if position is not None and None not in (found := {position["tokens"], windows.sha256}) and len(found) > 1:
+    if position is not None and len({position["tokens"], windows.sha256} - {None}) > 1:
         raise ValueError(
-            f"--dataset_name {args.dataset_name!r}: its text gives other tokens than when the checkpoint was written; "
+            f"{source.flags.name} {source.name!r}: its text gives other tokens than when the checkpoint was written; "
             "bring the data and the tokenizer back as they were, or start another run with --student_model"
         )
     order = WindowOrder(len(windows), args.epochs, args.batch_size, rank, world_size, args.seed, start)
@@ -96,18 +97,38 @@ def build_dataloader(
     return CachedLoader(windows, order, args.dataset_workers)
 
 
-# ---- the cached lane
+def _token_file(
+    opened: Opened,
+    source: TextSource,
+    encoder: Encoder,
+    explain: Callable[[Exception], Exception],
+    is_builder: bool,
+) -> Path:
+    """Returns the folder of the text's token file, which the builder writes and the others wait for."""
+    made_from = token_file_inputs(opened, source, encoder)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    directory = source.cache_root / "packed" / key[:32]
+    if directory.exists():
+        logger.info("using the packed dataset %s", directory)
+    elif is_builder:
+        texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
+        write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
+    else:
+        wait_for_token_file(directory)
+    return directory
 
 
 class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
-    """Window i of a token file: ids [i * (seq_len + 1), (i + 1) * (seq_len + 1)), memory-mapped."""
+    """Maps a token file into memory as windows: window i is its ids [i * (S + 1), (i + 1) * (S + 1)) as int64 (S + 1,),
+    with S = seq_len. Raises ValueError for a damaged file.
+    """
 
     def __init__(self, directory: Path, seq_len: int):
         self.directory = directory
         self.seq_len = seq_len
         about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
         self.n_tokens: int = about["tokens"]
-        self.sha256: str | None = about.get("sha256")  # of all tokens; token files of before do not tell
+        self.sha256: str | None = about.get("sha256")  # of all tokens; older token files do not have it
         dtype = np.dtype(about["dtype"])
         path = directory / "tokens.bin"
         if path.stat().st_size != self.n_tokens * dtype.itemsize:
@@ -125,16 +146,18 @@ class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
         return torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype(np.int64))  # (S + 1,)
 
     def __reduce__(self) -> tuple[type["PackedTextDataset"], tuple[Path, int]]:
-        # for loader workers that are not forked: a pickled memory map would carry the whole file
+        # For loader workers that are not forked. A pickled memory map would hold the whole file.
         return PackedTextDataset, (self.directory, self.seq_len)
 
 
 class WindowOrder:
-    """One order of the windows of all epochs, a permutation for each, whatever the number of ranks. With W ranks and
-    batches of B, a micro step at position p takes the windows [p, p + W * B) of it, rank r their r-th B.
+    """Orders the windows of all epochs, by a permutation for each epoch that does not depend on the number of ranks.
+    With W ranks and batches of B, the micro step at position p takes the windows [p, p + W * B) of the order, and rank
+    r the r-th B of them. Iterating yields the numbers of this rank's windows, micro step by micro step.
 
-    So W ranks with batch B see at every step what one rank with batch W * B sees, and ranks that go on where another
-    number of ranks ended leave nothing out and take nothing twice.
+    So W ranks with batch B see at every step what one rank with batch W * B sees, and a run that resumes with another
+    number of ranks leaves no window out and takes none twice. Raises ValueError if the windows do not fill a micro
+    step.
     """
 
     def __init__(
@@ -150,11 +173,10 @@ class WindowOrder:
             )
 
     def __len__(self) -> int:
-        """Micro steps from the start on."""
+        """Returns the number of micro steps from the start on."""
         return max(self.end - self.start, 0) // self.step_windows
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Numbers of this rank's windows, micro step by micro step."""
         window_at = functools.lru_cache(maxsize=2)(self._permutation)  # a step may end one epoch and begin another
         for step in range(len(self)):
             first = self.start + step * self.step_windows + self.rank * self.batch_size
@@ -178,7 +200,7 @@ class WindowOrder:
 
 
 class NumberedWindows(Dataset[tuple[int, Tensor]]):
-    """Windows with their numbers, so that a batch can tell what it is made of."""
+    """Pairs each window with its number, so that a batch knows what it is made of."""
 
     def __init__(self, windows: PackedTextDataset) -> None:
         self.windows = windows
@@ -189,17 +211,23 @@ class NumberedWindows(Dataset[tuple[int, Tensor]]):
 
 @dataclass(frozen=True)
 class CachedPosition:
-    """Windows behind, of all ranks and epochs: no matter how many ranks took them."""
+    """Marks a place in the order of the windows."""
 
-    windows: int
+    windows: int  # before it, of all ranks and epochs
     tokens: str | None  # SHA-256 of the token file
 
     def to_json(self) -> dict[str, Any]:
         return {"windows": self.windows, "tokens": self.tokens}
 
 
+def collate(items: list[tuple[int, Tensor]]) -> Batch:
+    """Returns the batch of some windows (S + 1,) with their numbers."""
+    window_ids, windows = zip(*items, strict=True)
+    return Batch.from_windows(torch.stack(windows), window_ids)  # (B, S + 1)
+
+
 class CachedLoader:
-    """Batches of a packed file; `len()` is the number of micro steps."""
+    """Draws the batches of a token file; `len()` is the number of micro steps."""
 
     def __init__(self, windows: PackedTextDataset, order: WindowOrder, workers: int):
         self.order, self.tokens = order, windows.sha256
@@ -209,7 +237,7 @@ class CachedLoader:
             num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the global random state would be drawn from
+            generator=torch.Generator(),  # else it would draw from the global random state
         )
 
     def __len__(self) -> int:
@@ -217,13 +245,8 @@ class CachedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         behind = self.order.start
-        # even without workers: a step must not wait for windows that are on the disk alone
+        # Also without workers: a step must not wait for windows that are only on the disk.
         with closing(run_ahead(iter(self.batches), depth=8)) as batches:
             for batch in batches:
                 behind += self.order.step_windows
                 yield dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))
-
-
-def collate(items: list[tuple[int, Tensor]]) -> Batch:
-    window_ids, windows = zip(*items, strict=True)
-    return Batch.from_windows(torch.stack(windows), window_ids)  # (B, S + 1)

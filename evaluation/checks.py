@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
 from evaluation import mmlu
-from evaluation.held_out import TextSource, read_windows
+from evaluation.held_out import read_windows
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
@@ -25,14 +25,9 @@ from model_utils import check_replacements, get_tokenizer, locate_model, read_ll
 from processes.devices import choose_device
 from processes.ranks import Ranks
 from text.encoding import check_tokenizer
+from text.sources import TextSource
 
 MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
-HELD_OUT_FLAGS = {
-    "--dataset_name": "--held_out",
-    "--dataset_subset": "--held_out_subset",
-    "--dataset_split": "--held_out_split",
-    "--dataset_text_field": "--held_out_text_field",
-}
 
 
 class Source(NamedTuple):
@@ -157,21 +152,12 @@ def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
 
 
 def _read_held_out(args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
-    assert args.held_out is not None
     if args.held_out_seq_length > max_length:
         raise ValueError(
             f"--held_out_seq_length {args.held_out_seq_length}: expected at most {max_length}, the "
             "teacher's context or --max_length"
         )
-    source = TextSource(
-        name=args.held_out,
-        subset=args.held_out_subset,
-        split=args.held_out_split,
-        text_field=args.held_out_text_field,
-        local_files_only=args.local_files_only,
-        flags=HELD_OUT_FLAGS,
-    )
-    return read_windows(source, tokenizer, args.held_out_windows, args.held_out_seq_length)
+    return read_windows(TextSource.for_held_out(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
 
 
 def _check_output(args: EvalArguments) -> None:

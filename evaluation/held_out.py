@@ -1,15 +1,12 @@
 """How well a model predicts held-out text: the first windows of the text, packed as training packs its own, and sums of
-cross entropy, KL and agreement with the teacher over their tokens. Knows of no ranks; sums can be added.
+cross entropy, KL and agreement with the teacher over their tokens. Sums over several texts or ranks can be added.
 
 Shapes: n windows of S + 1 tokens, N tokens, D and D_t hidden sizes, V_s and V_t columns of the heads.
 """
 
-import dataclasses
 import functools
 import logging
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -19,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from arguments import TrainArguments
 from distillation.fused_loss import choose_chunk_tokens
 from distillation.losses import mask_unknown_labels, shared_vocab
 from text.encoding import Encoder, blocks, text_batches
-from text.sources import explain_fault, network_forbidden, open_source, open_stream, open_table
+from text.opening import explain_fault, open_source, open_stream, open_table
+from text.sources import TextSource, network_forbidden
 from text.stream import TextStream
 
 logger = logging.getLogger("train")
@@ -35,52 +32,22 @@ WINDOWS_AT_ONCE = 8  # whose hidden states are held
 # --- the text ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Where held-out text comes from. name: a data set of the hub, a directory or a file.
-
-    flags: what the options are called here that training calls --dataset_name, --dataset_subset, --dataset_split and so
-        on: errors name what the user gave.
-    """
-
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_field: str = "text"
-    skip_bad_rows: bool = False
-    local_files_only: bool = False
-    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@contextmanager
-def naming(flags: Mapping[str, str]) -> Iterator[None]:
-    """Has a ValueError name other options than the code that raises it knows: those of `flags`, by their values."""
-    try:
-        yield
-    except ValueError as error:
-        message = re.sub(r"--\w+", lambda flag: flags.get(flag[0], flag[0]), str(error))
-        if message == str(error):
-            raise
-        raise ValueError(message) from error
-
-
 def read_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, n_windows: int, seq_length: int) -> Tensor:
-    """The first windows of the text in its own order: (n_windows, S + 1) int64, or fewer, with a warning, if it has no
-    more. No more of the text is read than they take, unless the split is a part of one. Raises ValueError.
+    """Returns the first windows of the text in its own order: (n_windows, S + 1) int64, or fewer, with a warning, if it
+    has no more. Reads no more of the text than they take, unless the split is a part of one. Raises ValueError.
     """
     encoder, size = Encoder(tokenizer), seq_length + 1
     stacks: list[np.ndarray] = []
-    with naming(source.flags), network_forbidden(source.local_files_only):
+    with network_forbidden(source.local_files_only):
         for stack in blocks(map(encoder, text_batches(_texts(source), max_rows=TEXTS_AT_ONCE)), size):
             stacks.append(stack)  # (some windows, S + 1)
             if sum(map(len, stacks)) >= n_windows:
                 break
-        if not stacks:
-            raise ValueError(
-                f"--dataset_name {source.name!r}: split {source.split!r} does not fill one window of {size} tokens; "
-                "use more text"
-            )
+    if not stacks:
+        raise ValueError(
+            f"{source.flags.name} {source.name!r}: split {source.split!r} does not fill one window of {size} tokens; "
+            "use more text"
+        )
     windows = np.concatenate(stacks)[:n_windows].astype(np.int64)  # (n, S + 1)
     if len(windows) < n_windows:
         logger.warning("held-out text: %s has %d of the %d windows asked for", source.name, len(windows), n_windows)
@@ -88,42 +55,19 @@ def read_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, n_windo
 
 
 def _texts(source: TextSource) -> Iterator[str]:
-    options = _as_options(source)
-    opened = open_source(options)
-    # A part such as "train[99%:]" can be told from a table alone.
-    data = open_table(opened, options) if "[" in source.split else open_stream(opened, options)
+    opened = open_source(source)
+    data = open_stream(opened, source) if source.streaming else open_table(opened, source)
     stream = TextStream(
         data.to_iterable_dataset() if isinstance(data, datasets.Dataset) else data,
-        source.text_field,
+        source,
         shuffle_buffer=0,
         seed=0,
         rank=0,
         world_size=1,
-        skip_bad_rows=source.skip_bad_rows,
-        explain=functools.partial(explain_fault, source=opened, args=options),
+        explain=functools.partial(explain_fault, opened=opened, source=source),
     )
     for _, texts in stream.batches(epoch=0):
         yield from texts
-
-
-def _as_options(source: TextSource) -> TrainArguments:
-    """As sources.py takes it, which reads the options of the data; the others are left empty."""
-    return TrainArguments(
-        dataset_name=source.name,
-        dataset_subset=source.subset,
-        dataset_split=source.split,
-        dataset_revision=source.revision,
-        dataset_text_field=source.text_field,
-        skip_bad_rows=source.skip_bad_rows,
-        local_files_only=source.local_files_only,
-        teacher_model="",
-        student_model="",
-        layers=[],
-        dtype="float32",
-        seq_length=0,
-        batch_size=0,
-        output_dir="",
-    )
 
 
 # --- the figures ---------------------------------------------------------------------------------------------
@@ -131,26 +75,26 @@ def _as_options(source: TextSource) -> TrainArguments:
 
 @dataclass(frozen=True)
 class HeldOutSums:
-    """Over some tokens: their cross entropies, their KLs (times T^2), how often student and teacher find the same next
-    token the likeliest, and how many they are.
+    """Holds sums over some tokens: their cross entropies, their KLs (times T^2), how often student and teacher find the
+    same next token the likeliest, and how many tokens they are.
     """
 
-    values: Tensor  # (4,) float64 on the CPU; summed up over ranks as it is
-    with_teacher: bool  # else KL and agreement are none
+    values: Tensor  # (4,) float64 on the CPU
+    with_teacher: bool  # else KL and agreement are zeros that mean nothing
 
     def __add__(self, other: "HeldOutSums") -> "HeldOutSums":
         assert self.with_teacher == other.with_teacher
         return HeldOutSums(self.values + other.values, self.with_teacher)
 
     def means(self) -> dict[str, float]:
-        """Per token, and how many they are; `kl` and `agreement` only with a teacher."""
+        """Returns `ce`, `perplexity` and, with a teacher, `kl` and `agreement`, per token; and how many `tokens`."""
         means = self.values / self.values[3]
         ce, kl, agreement, _ = means.tolist()
         of_teacher = {"kl": kl, "agreement": agreement} if self.with_teacher else {}
         return {"ce": ce, **of_teacher, "perplexity": means[0].exp().item(), "tokens": int(self.values[3])}
 
     def figures(self, ce_weight: float, kl_weight: float) -> dict[str, float]:
-        """The means, and before them the `loss` that training would have with these weights."""
+        """Returns the means, and before them the `loss` that training would have with these weights."""
         means = self.means()
         kl_part = kl_weight * means["kl"] if self.with_teacher else 0.0
         return {"loss": ce_weight * means["ce"] + kl_part, **means}
@@ -169,7 +113,8 @@ def held_out_sums(
     temperature: float,
     chunk_tokens: int,
 ) -> HeldOutSums:
-    """Over the unmasked of N tokens, of any leading shape (...), in chunks, so that no more logits exist at a time:
+    """Returns the sums over the unmasked of N tokens, of any leading shape (...). Works in chunks of `chunk_tokens`, so
+    that no more logits exist at a time.
 
     student_hidden (..., D), student_head (V_s, D), student_bias (V_s,) or None; teacher_signal: its hidden states
     (..., D_t) with teacher_head (vocab, D_t), its logits (..., vocab) with None, or None without a teacher;
@@ -193,7 +138,7 @@ def held_out_sums(
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, vocab), in float32 or better: rounded to 16 bits the two largest would often be equal."""
+    """Returns logits (n, vocab) in float32 or better: rounded to 16 bits the two largest would often be equal."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         logits = torch.mm(hidden, head.T, out_dtype=torch.float32)  # a widened head would take twice its memory
         return logits if bias is None else logits.add_(bias)
@@ -202,7 +147,9 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _token_figures(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, temperature: float) -> Tensor:
-    """Cross entropy, KL, agreement and 1 for each token: (4, n). logits (n, V), overwritten; teacher_logits (n, V)."""
+    """Returns cross entropy, KL, agreement and 1 for each token: (4, n). logits (n, V) is overwritten; teacher_logits
+    is (n, V).
+    """
     likeliest = logits.argmax(-1)  # (n,)
     log_p_T = None if temperature == 1 else (logits / temperature).log_softmax(-1)  # (n, V)
     log_p = torch.log_softmax(logits, -1, out=logits)
@@ -220,21 +167,25 @@ def _token_figures(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
 
 
 class HeldOutText:
-    """Windows of text (n, S + 1), and in host memory the teacher's last hidden states for them: so the teacher and the
-    model that is compared with it need not be on the device together. It is asked for WINDOWS_AT_ONCE of them.
+    """Holds windows of text (n, S + 1), and in host memory the teacher's last hidden states for them, so that the
+    teacher and the model that is compared with it need not be on the device together. Takes WINDOWS_AT_ONCE of them at
+    a time.
     """
 
     def __init__(self, windows: Tensor, device: torch.device) -> None:
         self.windows, self.device = windows, device
-        self.hidden: dict[int, Tensor] = {}  # by the first of these windows: (n, S, D_t) on the CPU
+        self.hidden: dict[int, Tensor] = {}  # by the number of their first window: (n, S, D_t) on the CPU
         self.head: Tensor | None = None  # (V_t, D_t) on the device
 
     @torch.inference_mode()
     def ask_teacher(self, teacher: PreTrainedModel, starts: list[int]) -> None:
+        """Keeps the teacher's hidden states of the windows from each of `starts` on. Raises ValueError for a teacher
+        whose head has a bias.
+        """
         head = teacher.get_output_embeddings()
         if head.bias is not None:
             raise ValueError(
-                "--held_out: the teacher's head has a bias, its hidden states do not tell all; leave it out"
+                "--held_out: the teacher's head has a bias, which its hidden states lack; leave --held_out out"
             )
         self.head = head.weight.detach()
         for start in starts:
@@ -242,7 +193,7 @@ class HeldOutText:
 
     @torch.inference_mode()
     def compare(self, model: PreTrainedModel, start: int) -> HeldOutSums:
-        """Of the windows from `start` on, for which the teacher has been asked."""
+        """Returns the model's sums over the windows from `start` on, for which the teacher has been asked."""
         head, hidden = model.get_output_embeddings(), self._hidden(model, start)  # (n, S, D)
         assert self.head is not None
         labels = self._windows(start)[:, 1:]  # (n, S)
@@ -264,6 +215,6 @@ class HeldOutText:
         return self.windows[start : start + WINDOWS_AT_ONCE].to(self.device)
 
     def _hidden(self, model: PreTrainedModel, start: int) -> Tensor:
-        """(n, S, D), one window after another: what is held of each is its last layer alone."""
+        """Returns (n, S, D). Windows go through the model one by one, and only the last layer of each is held."""
         inputs = self._windows(start)[:, :-1]
         return torch.cat([model.base_model(row[None], use_cache=False).last_hidden_state for row in inputs])

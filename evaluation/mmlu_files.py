@@ -1,5 +1,5 @@
-"""MMLU's questions from wherever they are: the CSV files of the original release, a snapshot of the hub's `cais/mmlu`
-on this disk, or that data set by its name. All give the same rows.
+"""MMLU's questions from each place they can be in: the CSV files of the original release, a snapshot of the hub's
+`cais/mmlu` on this disk, or that dataset by its name. All give the same rows.
 """
 
 import csv
@@ -19,12 +19,12 @@ from text.sources import network_forbidden
 LETTERS = ("A", "B", "C", "D")
 HUB_NAME = "cais/mmlu"
 N_SUBJECTS = 57
-EVERYTHING = "all"  # the configuration of the data set that has the rows of every subject
+EVERYTHING = "all"  # the configuration of the dataset that has the rows of every subject
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, exactly as it stands in its file."""
+    """Holds one row, exactly as it stands in its file."""
 
     question: str
     choices: tuple[str, ...]
@@ -33,35 +33,40 @@ class Example:
 
 @dataclass(frozen=True)
 class Subject:
+    """Holds one subject's rows, in the order of their files."""
+
     name: str
     dev: list[Example]
     test: list[Example]
 
 
-ReadSplit = Callable[[str, str], list[Example]]  # of subject and split
+ReadSplit = Callable[[str, str], list[Example]]  # of a subject and a split
 
 
 def load_mmlu(
-    mmlu_dir: str | None, subjects: Sequence[str] | None = None, local_files_only: bool = False
+    mmlu_dir: str | None,
+    subjects: Sequence[str] | None = None,
+    local_files_only: bool = False,
+    flag: str = "--mmlu_dir",
 ) -> list[Subject]:
-    """All subjects, or those asked for, from a folder in either layout; without a folder from the hub or its cache.
-    Raises ValueError.
+    """Returns all subjects, or those asked for, from a folder in either layout; without a folder from the hub or its
+    cache. Raises ValueError, which names the folder by `flag`.
     """
-    available, read = _open(mmlu_dir, local_files_only)
+    available, read = _open(mmlu_dir, local_files_only, flag)
     wanted = list(dict.fromkeys(subjects)) if subjects is not None else available
     if unknown := [name for name in wanted if name not in available]:
         raise ValueError("; ".join(_unknown_subject(name, available) for name in unknown))
     return [Subject(name, read(name, "dev"), read(name, "test")) for name in wanted]
 
 
-def _open(mmlu_dir: str | None, local_files_only: bool) -> tuple[list[str], ReadSplit]:
-    """The names of the subjects there are, sorted, and the way to their rows."""
+def _open(mmlu_dir: str | None, local_files_only: bool, flag: str) -> tuple[list[str], ReadSplit]:
+    """Returns the sorted names of the subjects there are, and the function that reads their rows."""
     if mmlu_dir is None:
-        return _open_hub(local_files_only)
+        return _open_hub(local_files_only, flag)
     root = Path(mmlu_dir)
     if list(root.glob("*/test-*.parquet")):
-        return _open_snapshot(root)
-    return _open_csv_folder(root)
+        return _open_snapshot(root, flag)
+    return _open_csv_folder(root, flag)
 
 
 def _unknown_subject(name: str, available: list[str]) -> str:
@@ -73,7 +78,7 @@ def _unknown_subject(name: str, available: list[str]) -> str:
 # The original release: dev/<subject>_dev.csv, test/<subject>_test.csv
 
 
-def _open_csv_folder(root: Path) -> tuple[list[str], ReadSplit]:
+def _open_csv_folder(root: Path, flag: str) -> tuple[list[str], ReadSplit]:
     found: dict[str, set[str]] = {}
     for split in ("dev", "test"):
         folder = root / split
@@ -81,13 +86,13 @@ def _open_csv_folder(root: Path) -> tuple[list[str], ReadSplit]:
         if not names:
             state = f"holds no *_{split}.csv" if folder.is_dir() else "is not a folder"
             raise ValueError(
-                f"--mmlu_dir {root}: {folder} {state}; give a folder in MMLU's original layout "
+                f"{flag} {root}: {folder} {state}; give a folder in MMLU's original layout "
                 "(dev/<subject>_dev.csv and test/<subject>_test.csv) or a snapshot of cais/mmlu "
                 "(<subject>/test-*.parquet)"
             )
         found[split] = names
     if unpaired := sorted(found["dev"] ^ found["test"]):
-        raise ValueError(f"--mmlu_dir {root}: dev/ and test/ do not both have {', '.join(unpaired)}")
+        raise ValueError(f"{flag} {root}: dev/ and test/ do not both have {', '.join(unpaired)}")
     return sorted(found["test"]), lambda name, split: _read_csv(root / split / f"{name}_{split}.csv")
 
 
@@ -112,38 +117,39 @@ def _read_csv(path: Path) -> list[Example]:
 # cais/mmlu: columns question, choices, answer (0 to 3), and subject where all are together
 
 
-def _open_snapshot(root: Path) -> tuple[list[str], ReadSplit]:
-    """A folder for each subject, or `all/` alone; each with parquet files by split."""
+def _open_snapshot(root: Path, flag: str) -> tuple[list[str], ReadSplit]:
+    """Opens a folder with a folder for each subject, or with `all/` alone; each has parquet files by split."""
     names = sorted({file.parent.name for file in root.glob("*/test-*.parquet")} - {EVERYTHING})
     if names:
-        return names, lambda name, split: _examples(_read_parquet(root / name, split), f"{root / name}")
-    return _by_subject({split: _read_parquet(root / EVERYTHING, split) for split in ("dev", "test")}, str(root))
+        return names, lambda name, split: _examples(_read_parquet(root / name, split, flag), f"{flag}: {root / name}")
+    splits = {split: _read_parquet(root / EVERYTHING, split, flag) for split in ("dev", "test")}
+    return _by_subject(splits, f"{flag}: {root}")
 
 
-def _read_parquet(folder: Path, split: str) -> list[dict[str, Any]]:
+def _read_parquet(folder: Path, split: str, flag: str) -> list[dict[str, Any]]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files or not files[0].stem.endswith(f"-of-{len(files):05d}"):
         what = f"{len(files)} file(s) {split}-*.parquet, not as many as their names say"
-        raise ValueError(f"--mmlu_dir: {folder} has {what}; copy the whole snapshot of {HUB_NAME}")
+        raise ValueError(f"{flag}: {folder} has {what}; copy the whole snapshot of {HUB_NAME}")
     rows = []
     for file in files:
         try:
             rows += pq.read_table(file).to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"--mmlu_dir: {file} cannot be read ({error}); copy it again") from error
+            raise ValueError(f"{flag}: {file} cannot be read ({error}); copy it again") from error
     return rows
 
 
-def _open_hub(local_files_only: bool) -> tuple[list[str], ReadSplit]:
-    """What `hf download` has put into the cache; else what `datasets` finds there, or fetches."""
+def _open_hub(local_files_only: bool, flag: str) -> tuple[list[str], ReadSplit]:
+    """Opens what `hf download` has put into the cache, or else what `datasets` finds there, or fetches."""
     try:
         snapshot = Path(snapshot_download(HUB_NAME, repo_type="dataset", local_files_only=True))
     except OSError:
         snapshot = None
-    if snapshot is not None:  # not necessarily all of it: one subject that was loaded by its name leaves one, too
+    if snapshot is not None:  # perhaps only a part: a subject that was loaded by its name leaves a snapshot, too
         folders = {file.parent.name for file in snapshot.glob("*/test-*.parquet")}
         if EVERYTHING in folders or len(folders) == N_SUBJECTS:
-            return _open_snapshot(snapshot)
+            return _open_snapshot(snapshot, flag)
     try:
         with network_forbidden(local_files_only):
             splits = {
@@ -151,16 +157,17 @@ def _open_hub(local_files_only: bool) -> tuple[list[str], ReadSplit]:
             }
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--mmlu_dir: not given, and {HUB_NAME} is neither in the local Hugging Face cache nor to be had "
+            f"{flag}: not given, and {HUB_NAME} is neither in the local Hugging Face cache nor to be had "
             f"({error}); give a folder, or run `hf download {HUB_NAME} --repo-type dataset` on a machine with network "
             "and copy its cache"
         ) from error
-    return _by_subject(splits, HUB_NAME)
+    return _by_subject(splits, f"{flag}: {HUB_NAME}")
 
 
 def _by_subject(splits: dict[str, list[dict[str, Any]]], where: str) -> tuple[list[str], ReadSplit]:
+    """Sorts the rows of each split by their column `subject`."""
     if any(not isinstance(row.get("subject"), str) for rows in splits.values() for row in rows):
-        raise ValueError(f"--mmlu_dir: {where}: expected a column `subject` with a name in every row; copy it again")
+        raise ValueError(f"{where}: expected a column `subject` with a name in every row; copy it again")
     names = sorted({row["subject"] for row in splits["test"]})
     return names, lambda name, split: _examples([row for row in splits[split] if row["subject"] == name], where)
 
@@ -175,7 +182,7 @@ def _examples(rows: list[dict[str, Any]], where: str) -> list[Example]:
                 examples.append(Example(question, (a, b, c, d), LETTERS[answer]))
             case _:
                 raise ValueError(
-                    f"--mmlu_dir: {where}, row {index} (counted from 0): expected a question, four choices and an "
+                    f"{where}, row {index} (counted from 0): expected a question, four choices and an "
                     "answer 0 to 3; copy it again"
                 )
     return examples

@@ -1,6 +1,6 @@
 """Evaluation during training: figures on held-out text, and accuracy on some questions of MMLU, of the student as it is
-after an optimizer step. The run goes on as if there had been none: nothing is drawn from its data or its random state,
-and the teacher answers through the same lane, between the batches of training.
+after an optimizer step. The run continues as if there had been none: nothing is drawn from its data or its random
+state, and the teacher answers through the same lane, between the batches of training.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from distillation.teacher import Lane, ask_ahead
-from evaluation.held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
+from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
 from evaluation.mmlu import Question, answer, build_questions, load_mmlu
 from evaluation.scoring import Scorer
 from monitoring.undisturbed import undisturbed
 from processes.exits import StopRequest
 from processes.ranks import Ranks
 from text.batch import Batch
+from text.sources import TextSource
 from training_utils import DistillationModel, to_device
 
 logger = logging.getLogger("train")
@@ -29,32 +30,33 @@ logger = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Material:
-    """What every evaluation of a run is made with."""
+    """Holds what every evaluation of a run is made with."""
 
-    windows: Tensor  # (n, S + 1)
+    windows: Tensor  # (n, S + 1) int64
     subjects: list[list[Question]]  # of MMLU; none if it is not asked for
 
 
 def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Material | None:
-    """The same on all ranks, each of which reads it; None for a run that does not evaluate. Raises ValueError."""
+    """Returns the material, the same on all ranks, each of which reads it; None for a run that does not evaluate.
+    Raises ValueError.
+    """
     if not args.eval_interval:
         return None
     subjects: list[list[Question]] = []
     if args.eval_mmlu_dir is not None:
-        with naming({"--mmlu_dir": "--eval_mmlu_dir"}):
-            # Without examples: a question must not take more tokens than a window of training.
-            subjects = [
-                build_questions([subject], num_fewshot=0, limit=args.eval_mmlu_limit)
-                for subject in load_mmlu(args.eval_mmlu_dir)
-            ]
-    windows = read_windows(held_out_source(args), tokenizer, args.eval_windows, args.seq_length)
+        # Without examples: a question must not take more tokens than a window of training.
+        subjects = [
+            build_questions([subject], num_fewshot=0, limit=args.eval_mmlu_limit)
+            for subject in load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
+        ]
+    windows = read_windows(TextSource.for_evaluation(args), tokenizer, args.eval_windows, args.seq_length)
     material = Material(windows, subjects)
     _check_same_on_all_ranks(material, ranks)
     return material
 
 
 def _check_same_on_all_ranks(material: Material, ranks: Ranks) -> None:
-    """Nodes may have files of their own, and all ranks have to evaluate as many batches."""
+    """Raises ValueError if nodes have read different files: all ranks have to evaluate as many batches."""
     if not ranks.all_have(material.windows.numpy().tobytes() + repr(material.subjects).encode()):
         raise ValueError(
             "--eval_interval: the held-out text or the questions are not the same on all nodes; expected the same "
@@ -62,26 +64,9 @@ def _check_same_on_all_ranks(material: Material, ranks: Ranks) -> None:
         )
 
 
-def held_out_source(args: TrainArguments) -> TextSource:
-    """Errors name the options of training where it is training's data set and they have not been given anew."""
-    name, subset, split = args.held_out_text()
-    is_other = name != args.dataset_name
-    given = {key: getattr(args, f"eval_{key}") for key in ("dataset_name", "dataset_subset", "dataset_split")}
-    return TextSource(
-        name,
-        subset,
-        split,
-        revision=None if is_other else args.dataset_revision,
-        text_field=args.dataset_text_field,
-        skip_bad_rows=args.skip_bad_rows,
-        local_files_only=args.local_files_only,
-        flags={f"--{key}": f"--eval_{key}" for key in given if is_other or given[key] is not None},
-    )
-
-
 def share_of_windows(windows: Tensor, batch_size: int, rank: int, world_size: int) -> list[Batch]:
-    """Batches r, r + W, r + 2W, ... of the windows (n, S + 1). The k-th is the same however many ranks there are; all
-    ranks have as many, and all are full: what is missing is masked.
+    """Returns batches r, r + W, r + 2W, ... of the windows (n, S + 1). The k-th of all batches does not depend on the
+    number of ranks. All ranks get as many batches, and all are full: what is missing is masked.
     """
     n_batches = -(-len(windows) // (batch_size * world_size)) * world_size
     padded = windows.new_zeros(n_batches * batch_size, windows.shape[1])  # (N, S + 1)
@@ -96,8 +81,8 @@ def share_of_windows(windows: Tensor, batch_size: int, rank: int, world_size: in
 
 
 class Evaluator:
-    """Evaluates a student after every `--eval_interval` optimizer steps and after the last. Its figures do not depend
-    on the number of ranks: sums are kept by batch, and by subject, until all ranks' are there.
+    """Evaluates a student after every `--eval_interval` optimizer steps and after the last. The figures do not depend
+    on the number of ranks: sums are kept by batch, and by subject, until those of all ranks are there.
     """
 
     def __init__(
@@ -119,18 +104,19 @@ class Evaluator:
             self.subjects = material.subjects
 
     def is_due(self, step: int, total_steps: int) -> bool:
+        """Returns whether the student is to be evaluated after optimizer step `step`."""
         interval = self.args.eval_interval
         return interval > 0 and (step % interval == 0 or step == total_steps)
 
     def evaluate(self) -> dict[str, float] | None:
-        """The figures, by name, the same on all ranks; what is not finite has no figure. None if the run was asked to
-        stop: it must not be kept from that.
+        """Returns the figures by name, the same on all ranks, or None if the run was asked to stop meanwhile: it must
+        not be kept from that.
         """
         began = time.perf_counter()
         with undisturbed(self.model.student, self.args.compile):
             sums = self._sums_of_text()
             counts = None if sums is None else self._counts_of_mmlu()
-        self.lane.waits.take()  # no waiting of training
+        self.lane.waits.take()  # else they would count as waits of training
         if sums is None or counts is None:
             return None
         figures = sums.figures(self.args.ce_weight, self.args.kl_weight)
@@ -140,7 +126,7 @@ class Evaluator:
         return {**figures, "seconds": time.perf_counter() - began}
 
     def add_to(self, row: dict[str, Any], total_steps: int) -> None:
-        """Evaluates, if it is time to, into the row of an optimizer step."""
+        """Evaluates, if it is due, into the row of an optimizer step."""
         if self.is_due(row["step"], total_steps) and (figures := self.evaluate()) is not None:
             row["eval"] = figures
 
@@ -171,8 +157,9 @@ class Evaluator:
         return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.kl_weight > 0)
 
     def _counts_of_mmlu(self) -> Tensor | None:
-        """Right answers and all: (2,). Each rank takes every W-th subject, no more windows and tokens at a time than in
-        training. Log-likelihoods that are not finite do not end the run, which may well recover: they make it NaN.
+        """Returns the numbers of right answers and of all: (2,). Each rank takes every W-th subject, with no more
+        windows and tokens at a time than in training. Log-likelihoods that are not finite give NaN; they do not end the
+        run, which may recover.
         """
         by_subject = torch.zeros(len(self.subjects), 2, dtype=torch.float64)
         args, scorer = self.args, None

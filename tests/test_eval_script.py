@@ -17,13 +17,14 @@ from arguments import parse_eval_args
 from distillation.losses import compute_distill_loss
 from evaluation import checks, mmlu, pieces, statistics
 from evaluation.checks import check
-from evaluation.held_out import TextSource, read_windows
+from evaluation.held_out import read_windows
 from evaluation.pieces import Piece
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from model_utils import apply_replacements
 from processes.ranks import process_groups
 from tests import fresh
 from tests.tiny import tiny_teacher
+from text.sources import TextSource
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "presets" / "tiny"

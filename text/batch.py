@@ -1,4 +1,4 @@
-"""What the loaders of both lanes hand on: a `Batch` of windows, and the point behind it, its `Position`."""
+"""What both loaders, cached and streaming, yield: a `Batch` of windows, and its `Position`, the place behind it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ MAKE_IT_FIT = "use more text, or a smaller --seq_length or --batch_size"
 
 
 class Position(Protocol):
-    """A point in a rank's data, behind a batch, that a resumed run can begin at."""
+    """Marks a place in a rank's data, behind a batch, that a resumed run can begin at."""
 
     def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows. Those of rank r have `window_ids` that tell where they came from: in the cached lane their numbers in
-    the token file, in a stream how many windows of this rank's share came before them in the epoch.
+    """Holds B windows. `window_ids` say where they come from: cached, they are numbers of windows in the token file; in
+    a stream, a window's id is how many of this rank's share came before it in the epoch.
     """
 
     input_ids: Tensor  # (B, S) int64
@@ -29,11 +29,13 @@ class Batch:
     position: Position | None = None
 
     @classmethod
-    def from_windows(cls, windows: Tensor, window_ids: Sequence[int] = ()) -> "Batch":  # (B, S + 1)
+    def from_windows(cls, windows: Tensor, window_ids: Sequence[int] = ()) -> "Batch":
+        """Splits windows (B, S + 1) into inputs and labels, with nothing masked."""
         inputs, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, S) each
         return cls(inputs, labels, torch.ones_like(labels, dtype=torch.bool), window_ids)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Returns this batch with each tensor changed, to move it to a device, say."""
         tensors = (change(self.input_ids), change(self.labels), change(self.loss_mask))
         return Batch(*tensors, self.window_ids, self.position)
 

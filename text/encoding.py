@@ -1,4 +1,4 @@
-"""Texts to token ids: the tokenizer by its fastest path, in batches of rows, and arrays of ids cut into blocks."""
+"""Texts to token ids, by the tokenizer's fastest path and in batches of texts, and arrays of ids cut into blocks."""
 
 import copy
 import hashlib
@@ -11,11 +11,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("train")
+
 SWITCHED_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the tokenizers package reads its switch
 
 
 class Encoder:
-    """Texts to one array of token ids, an end-of-text id after each. Special-token strings are plain text."""
+    """Encodes texts into one array of token ids, with an end-of-text id after each. Strings of special tokens are plain
+    text. Raises ValueError for a tokenizer without an end-of-text token.
+
+    dtype: uint16, or uint32 for a tokenizer whose ids need it. digest: SHA-256 of all that decides the ids.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.eos_token_id is None:
@@ -38,10 +43,12 @@ class Encoder:
 
 
 def _fast_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], Iterable[list[int]]], str]:
-    """The Rust tokenizer called directly, and its content. A copy: the caller's keeps its own settings."""
+    """Returns a direct call of the Rust tokenizer, and the tokenizer's content. Works on a copy, so that the caller's
+    tokenizer keeps its settings.
+    """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True
-    backend.no_truncation()  # a tokenizer.json may ask for either
+    backend.no_truncation()  # a tokenizer.json may switch on both
     backend.no_padding()
     if (switch := os.environ.get("TOKENIZERS_PARALLELISM", "true")).lower() in SWITCHED_OFF:
         logger.warning("TOKENIZERS_PARALLELISM=%s: the tokenizer takes one core; unset it to take them all", switch)
@@ -61,7 +68,9 @@ def _slow_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str, vocab_size: int) -> None:
-    """Every id that the tokenizer can produce has a row in the embedding of the model that `flag` names."""
+    """Raises ValueError if the tokenizer can produce an id without a row in the embedding of the model that `flag`
+    names.
+    """
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{i} ({token!r})" for i, token in beyond[:5])
@@ -73,7 +82,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str, vocab_size: i
 
 
 def text_batches(texts: Iterable[str], max_rows: int = 1024, max_chars: int = 1 << 22) -> Iterator[list[str]]:
-    """Batches large enough to keep all of the tokenizer's threads busy, yet bounded in memory."""
+    """Yields batches of texts, large enough to keep all of the tokenizer's threads busy, yet bounded in memory."""
     batch: list[str] = []
     chars = 0
     for text in texts:
@@ -87,8 +96,8 @@ def text_batches(texts: Iterable[str], max_rows: int = 1024, max_chars: int = 1 
 
 
 def blocks(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Cut a stream of id arrays into consecutive blocks of `size` ids, as many at a time as there are: (blocks, size).
-    The last partial block is dropped.
+    """Cuts a stream of id arrays into consecutive blocks of `size` ids. Yields as many blocks at a time as there are,
+    (blocks, size), and drops the last partial block.
     """
     parts: list[np.ndarray] = []
     held = 0

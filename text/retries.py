@@ -1,4 +1,4 @@
-"""Which errors of reading may pass if one tries again, and how long to wait before each try."""
+"""Which errors of reading another try may cure, and how long to wait before each try."""
 
 import asyncio
 import errno
@@ -8,7 +8,8 @@ import ssl
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-WAITS_S = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # before each try; the count starts anew when rows have come
+WAITS_S = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # before each try; back to the first when rows have come
+
 CONNECTION_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -17,7 +18,7 @@ CONNECTION_ERRORS = (
     ssl.SSLError,
     http.client.HTTPException,
 )
-# Which of these is installed depends on the versions of `datasets` and `fsspec`, and so none is imported for it.
+# None is imported: which of them is installed depends on the versions of `datasets` and `fsspec`.
 HTTP_CLIENTS = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 FINAL_ERRORS = (OfflineModeIsEnabled, FileNotFoundError, PermissionError)
 PASSING_ERRNOS = {
@@ -33,7 +34,9 @@ PASSING_STATUS = {408, 425, 429}  # and all from 500 on
 
 
 def is_connection_trouble(error: BaseException | None) -> bool:
-    """Whether another try may succeed. Arrow and gzip report damaged files as an OSError without a number."""
+    """Returns whether another try may succeed. It does not help with a damaged file, for which arrow and gzip raise an
+    OSError without a number.
+    """
     if error is None or isinstance(error, FINAL_ERRORS):
         return False
     if isinstance(error, HfHubHTTPError):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import datasets
 
+from text.sources import TextSource
 from text.tolerant_reader import BadRow
 
 logger = logging.getLogger("train")
@@ -16,13 +17,14 @@ BAD_ROWS_NAMED = 5  # in the log
 TEXT_TYPES = [datasets.Value(name) for name in ("string", "large_string", "null")]
 
 
-def check_text_field(columns: Mapping[str, object], field: str) -> None:
-    """`columns` maps names to `datasets` feature types."""
+def check_text_field(columns: Mapping[str, object], source: TextSource) -> None:
+    """Raises ValueError if `columns`, names mapped to feature types of `datasets`, lack the source's column of text."""
+    field, what = source.text_field, f"{source.flags.text_field} {source.text_field!r}"
     if field not in columns:
-        raise ValueError(f"--dataset_text_field {field!r}: no such column; available: {', '.join(columns)}")
-    # a column of mixed types may hold text all the same: its rows are looked at one by one
+        raise ValueError(f"{what}: no such column; available: {', '.join(columns)}")
+    # A column of mixed types may still hold text: its rows are looked at one by one.
     if not isinstance(columns[field], datasets.Json) and columns[field] not in TEXT_TYPES:
-        raise ValueError(f"--dataset_text_field {field!r}: the column holds {columns[field]}, expected text")
+        raise ValueError(f"{what}: the column holds {columns[field]}, expected text")
 
 
 def rows_of(
@@ -30,7 +32,7 @@ def rows_of(
     field: str,
     explain: Callable[[Exception], Exception] | None = None,
 ) -> Iterator[object]:
-    """`explain` makes of an error of reading the one that is raised, which names the place."""
+    """Yields what each row holds in column `field`. `explain` turns an error of reading into the one that is raised."""
     batches = data.iter(batch_size=ROWS_AT_ONCE)
     while True:
         try:
@@ -46,7 +48,7 @@ def rows_of(
 
 @dataclass
 class RowCounts:
-    """What became of the rows read so far."""
+    """Counts what became of the rows read so far."""
 
     seen: int = 0
     empty: int = 0
@@ -61,7 +63,7 @@ class RowCounts:
 
     @classmethod
     def from_json(cls, stored: dict) -> "RowCounts":
-        return cls(**stored).copy()  # what is stored stays as it is
+        return cls(**stored).copy()  # counting on must not change what is stored
 
     def add_bad(self, where: str, rows: int = 1) -> None:
         self.bad += rows
@@ -77,11 +79,9 @@ class RowCounts:
             logger.warning("--skip_bad_rows: skipped %d of %d rows: %s", self.bad, self.seen, named)
 
 
-def only_texts(
-    rows: Iterable[object], field: str, skip_bad_rows: bool = False, counts: RowCounts | None = None
-) -> Iterator[str]:
-    """The rows that hold text. Empty ones are skipped and counted; what is no text is an error, or with
-    `skip_bad_rows` skipped and counted too. `counts` go on from where they are, and are logged at the end.
+def only_texts(rows: Iterable[object], source: TextSource, counts: RowCounts | None = None) -> Iterator[str]:
+    """Yields the rows that hold text. Empty ones are skipped and counted. A row that is no text raises ValueError, or
+    is skipped and counted too if the source's bad rows are. `counts` is added to, and logged at the end.
     """
     counts = RowCounts() if counts is None else counts
     for row in rows:
@@ -90,14 +90,20 @@ def only_texts(
             counts.empty += 1
         elif isinstance(row, str):
             yield row
-        elif isinstance(row, BadRow):  # only our own reader has them, and it reads under --skip_bad_rows alone
+        elif isinstance(row, BadRow):  # comes from our own reader alone, which reads only if bad rows are skipped
             counts.add_bad(str(row), row.rows)
-        elif skip_bad_rows:
+        elif source.skip_bad_rows:
             counts.add_bad(f"row {counts.seen - 1} as read here: {type(row).__name__} ({row!r:.60})")
         else:
-            raise ValueError(
-                f"--dataset_text_field {field!r}: row {counts.seen - 1} as read here holds {type(row).__name__} "
-                f"({row!r:.60}), expected text; correct that row, name another column, or leave such rows out with "
-                "--skip_bad_rows"
-            )
-    counts.log(field)
+            raise _no_text(row, counts.seen - 1, source)
+    counts.log(source.text_field)
+
+
+def _no_text(row: object, index: int, source: TextSource) -> ValueError:
+    flags, remedy = source.flags, "correct that row or name another column"
+    if flags.skip_bad_rows:
+        remedy = f"correct that row, name another column, or leave such rows out with {flags.skip_bad_rows}"
+    return ValueError(
+        f"{flags.text_field} {source.text_field!r}: row {index} as read here holds {type(row).__name__} "
+        f"({row!r:.60}), expected text; {remedy}"
+    )

@@ -1,7 +1,7 @@
-"""One rank's share of a stream, in an order that can be gone on with exactly: `TextStream`.
+"""One rank's share of a stream, in an order that can be resumed exactly: `TextStream`.
 
 The shuffle buffer is ours, because `datasets` does not save the rows in its own. A `StreamState` is a place in the
-share: where to read on, and what the buffer holds. The same place is returned to when a connection breaks.
+share: where to read on, and what the buffer holds. Reading also returns to its place when a connection breaks.
 """
 
 import logging
@@ -16,17 +16,18 @@ from datasets.distributed import split_dataset_by_node
 from text.encoding import text_batches
 from text.retries import WAITS_S, is_connection_trouble
 from text.rows import ROWS_AT_ONCE, RowCounts, only_texts
+from text.sources import TextSource
 
 logger = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """A place in a rank's share. Nothing in it changes while the reading goes on."""
+    """Holds a place in a rank's share. Further reading changes nothing in it."""
 
     made_with: dict[str, object]
-    position: dict | None  # of the stream, before the rows at hand; None is the start
-    rows_used: int  # of those at hand
+    position: dict | None  # of the stream, before the rows that were read last; None is the start
+    rows_used: int  # of the rows that were read last
     buffer: tuple[str, ...]
     generator: dict
     counts: RowCounts
@@ -43,65 +44,63 @@ class StreamState:
 
 
 class TextStream:
-    """One rank's share of `stream`, shuffled in a buffer of `shuffle_buffer` texts; 0 keeps the order.
+    """Reads one rank's share of `stream`, shuffled in a buffer of `shuffle_buffer` texts; 0 keeps the order.
 
-    With a buffer the files are shuffled, too, by seed and epoch and the same for every rank. `explain` makes of an
-    error of reading, if it is no connection trouble, the one that is raised.
+    With a buffer the files are shuffled, too, by seed and epoch and the same for every rank. `explain` turns an error
+    of reading, if it is no connection trouble, into the one that is raised.
     """
 
     def __init__(
         self,
         stream: datasets.IterableDataset,
-        field: str,
+        source: TextSource,
         *,
         shuffle_buffer: int,
         seed: int,
         rank: int,
         world_size: int,
-        skip_bad_rows: bool = False,
         explain: Callable[[Exception], Exception] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        self.stream, self.field, self.shuffle_buffer, self.seed = stream, field, shuffle_buffer, seed
-        self.rank, self.world_size, self.skip_bad_rows = rank, world_size, skip_bad_rows
-        self.explain, self.sleep = explain, sleep
+        self.stream, self.source, self.shuffle_buffer, self.seed = stream, source, shuffle_buffer, seed
+        self.rank, self.world_size, self.explain, self.sleep = rank, world_size, explain, sleep
 
     def batches(self, epoch: int, state: dict | None = None) -> Iterator[tuple[StreamState, list[str]]]:
-        """Batches for the tokenizer, each with the place before it. `state` is what such a place's `to_json` gave,
-        there or in an earlier process.
+        """Yields batches for the tokenizer, each with the place before it. `state` is such a place as JSON, of this or
+        an earlier process. Raises ValueError if it belongs to another order.
         """
-        reading = _Reading(self, epoch, None if state is None else self._fitting(epoch, state))
+        reading = _Reading(self, epoch, None if state is None else self._checked(epoch, state))
         before = reading.state()
         for batch in text_batches(reading.texts()):
             yield before, batch
-            before = reading.state()  # the reading rests after the last text of `batch`
+            before = reading.state()  # which stands after the last text of `batch`
 
     def made_with(self, epoch: int) -> dict[str, object]:
-        """All that decides the order, beside the data."""
+        """Returns all that decides the order, beside the data."""
         return {
-            "dataset_text_field": self.field,
+            "dataset_text_field": self.source.text_field,
             "shuffle_buffer": self.shuffle_buffer,
             "seed": self.seed,
-            "skip_bad_rows": self.skip_bad_rows,
+            "skip_bad_rows": self.source.skip_bad_rows,
             "epoch": epoch,
             "rank": self.rank,
             "world_size": self.world_size,
         }
 
-    def share(self, epoch: int) -> datasets.IterableDataset:
-        """This rank's rows, unread. Every call gives one that can be read by itself."""
-        share = split_dataset_by_node(self.stream, self.rank, self.world_size)
+    def rows(self, epoch: int) -> datasets.IterableDataset:
+        """Returns this rank's rows, unread. What each call returns is read independently of the others."""
+        rows = split_dataset_by_node(self.stream, self.rank, self.world_size)
         if self.shuffle_buffer > 0:
-            # all that `set_epoch` does with a stream that was not shuffled is to shuffle its files, unless it is 0
-            share.set_epoch(int(np.random.default_rng([self.seed, epoch]).integers(1, 2**31)))
-        return share
+            # With a stream that was not shuffled, `set_epoch` only shuffles the files, and does not for 0.
+            rows.set_epoch(int(np.random.default_rng([self.seed, epoch]).integers(1, 2**31)))
+        return rows
 
-    def _fitting(self, epoch: int, state: dict) -> dict:
-        """A saved state, if it is of the order that this stream has."""
+    def _checked(self, epoch: int, state: dict) -> dict:
+        """Returns a saved state if it belongs to this stream's order. Raises ValueError if not."""
         was, now = state["made_with"], self.made_with(epoch)
         if now == {**was, "skip_bad_rows": True}:
-            # A run that a bad row ended goes on without it. Another reader reads the same rows up to there, but its
-            # position is written in another way: so the rows are counted.
+            # A run that ended at a bad row is resumed without it. The tolerant reader reads the same rows up to there,
+            # but writes its position in another way: the rows that were seen are counted instead.
             state = {**state, "position": None, "rows_used": state["counts"]["seen"]} if was != now else state
             was = now
         if changed := [name for name in now if now[name] != was[name]]:
@@ -114,11 +113,11 @@ class TextStream:
 
 
 class _Reading:
-    """One pass over a share: all that changes while it is read."""
+    """Makes one pass over a share, and holds all that changes during it."""
 
-    def __init__(self, source: TextStream, epoch: int, state: dict | None):
-        self.source, self.epoch = source, epoch
-        self.generator = np.random.default_rng([source.seed, epoch, source.rank])
+    def __init__(self, share: TextStream, epoch: int, state: dict | None):
+        self.share, self.epoch = share, epoch
+        self.generator = np.random.default_rng([share.seed, epoch, share.rank])
         self.position: dict | None = None
         self.rows_used = 0
         self.buffer: list[str] = []
@@ -131,19 +130,18 @@ class _Reading:
 
     def state(self) -> StreamState:
         return StreamState(
-            made_with=self.source.made_with(self.epoch),
+            made_with=self.share.made_with(self.epoch),
             position=self.position,  # replaced, never changed
             rows_used=self.rows_used,
             buffer=tuple(self.buffer),
-            generator=dict(self.generator.bit_generator.state),  # made anew by every call
+            generator=dict(self.generator.bit_generator.state),  # a new one at every call
             counts=self.counts.copy(),
         )
 
     def texts(self) -> Iterator[str]:
-        rows = only_texts(self._rows(), self.source.field, self.source.skip_bad_rows, self.counts)
-        for text in rows:
+        for text in only_texts(self._rows(), self.share.source, self.counts):
             self.buffer.append(text)
-            if len(self.buffer) > self.source.shuffle_buffer:
+            if len(self.buffer) > self.share.shuffle_buffer:
                 yield self._draw()
         while self.buffer:
             yield self._draw()
@@ -154,7 +152,7 @@ class _Reading:
         return self.buffer.pop()
 
     def _rows(self) -> Iterator[object]:
-        behind = self.rows_used  # which may be all that come at once, and more
+        behind = self.rows_used  # rows to pass over; there may be more than are read at once
         for position, rows in self._rows_at_once(self.position):
             self.position, self.rows_used = position, min(behind, len(rows))
             behind -= self.rows_used
@@ -163,32 +161,32 @@ class _Reading:
                 yield row
 
     def _rows_at_once(self, position: dict | None) -> Iterator[tuple[dict | None, list]]:
-        """Some hundred rows at a time, from `position` on, each with the position before them."""
-        share, batches = self._open(position)
+        """Yields some hundred rows at a time, from `position` on, with the position before them."""
+        rows, batches = self._open(position)
         lost = 0
         while True:
             try:
                 batch = next(batches, None)
-            except Exception as error:  # raised again, unless another try makes it good
+            except Exception as error:  # raised again, unless another try may succeed
                 if is_connection_trouble(error):
                     self._wait(error, lost)
                     lost += 1
-                    share, batches = self._open(position)
+                    rows, batches = self._open(position)
                     continue
-                if self.source.explain is None:
+                if self.share.explain is None:
                     raise
-                raise self.source.explain(error) from error
+                raise self.share.explain(error) from error
             if batch is None:
                 return
             lost = 0
-            yield position, batch[self.source.field]
-            position = share.state_dict()
+            yield position, batch[self.share.source.text_field]
+            position = rows.state_dict()
 
     def _open(self, position: dict | None) -> tuple[datasets.IterableDataset, Iterator[dict]]:
-        share = self.source.share(self.epoch)
+        rows = self.share.rows(self.epoch)
         if position is not None:
-            share.load_state_dict(position)
-        return share, share.iter(batch_size=ROWS_AT_ONCE)
+            rows.load_state_dict(position)
+        return rows, rows.iter(batch_size=ROWS_AT_ONCE)
 
     def _wait(self, error: Exception, lost: int) -> None:
         what = f"{type(error).__name__}: {error}"
@@ -199,4 +197,4 @@ class _Reading:
             ) from error
         seconds = WAITS_S[lost]
         logger.warning("reading the data failed (%s): try %d of %d in %d s", what, lost + 1, len(WAITS_S), seconds)
-        self.source.sleep(seconds)
+        self.share.sleep(seconds)

@@ -1,5 +1,5 @@
-"""The streaming lane's loader: batches packed on the fly, a stack of them ahead of the steps, and ranks that agree when
-to stop together.
+"""The loader of a stream: batches packed on the fly, a stack of them ahead of the steps, and ranks that agree when to
+stop together. `data.CachedLoader` is the other one.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
 from text.encoding import Encoder
 from text.stream import StreamState, TextStream
@@ -21,13 +20,13 @@ from utils import run_ahead
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A point in one rank's share of a stream: before the batch of texts `texts`, with the ids `leftover` of the texts
-    before it, and `n_taken` batches of windows behind in what the two make.
+    """Marks a place in one rank's share of a stream: `n_taken` batches into those that fill from `leftover` and the
+    next texts.
     """
 
     epoch: int
-    texts: StreamState
-    leftover: np.ndarray  # (ids,)
+    texts: StreamState  # the place before these texts
+    leftover: np.ndarray  # (ids,) of the texts before them that filled no batch
     first_step: int  # batches of the epoch before these texts
     n_taken: int
 
@@ -41,22 +40,37 @@ class StreamPosition:
         }
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Holds batches that are ready, and the place before the first."""
+
+    blocks: np.ndarray  # (batches, B * (S + 1))
+    position: StreamPosition
+
+    def without_first(self) -> "Stack":
+        behind = dataclasses.replace(self.position, n_taken=self.position.n_taken + 1)
+        return Stack(self.blocks[1:], behind)
+
+
 class StreamingLoader:
-    """Batches packed on the fly from this rank's share of a stream; how many is not known beforehand."""
+    """Packs this rank's share of a stream into batches, from `position` on: the JSON of a `StreamPosition`, or None for
+    the start. How many batches there are is not known beforehand. Raises ValueError if there is none in an epoch.
+    """
 
     def __init__(
         self,
         texts: TextStream,
         encoder: Encoder,
-        args: TrainArguments,
-        rank: int,
-        control_group: dist.ProcessGroup | None,
-        position: dict[str, Any] | None,
+        *,
+        batch_size: int,
+        seq_len: int,
+        epochs: int,
+        control_group: dist.ProcessGroup | None = None,
+        position: dict[str, Any] | None = None,
     ):
-        self.texts, self.encoder, self.epochs = texts, encoder, args.epochs
-        self.batch_size, self.seq_len = args.batch_size, args.seq_length
-        self.block = args.batch_size * (args.seq_length + 1)  # ids of a batch
-        self.rank, self.control_group, self.position = rank, control_group, position
+        self.texts, self.encoder, self.batch_size, self.epochs = texts, encoder, batch_size, epochs
+        self.block = batch_size * (seq_len + 1)  # ids of a batch
+        self.control_group, self.position = control_group, position
 
     def __iter__(self) -> Iterator[Batch]:
         first = 0 if self.position is None else self.position["epoch"]
@@ -78,11 +92,11 @@ class StreamingLoader:
         if not began:
             raise ValueError(
                 f"the dataset is too small: some rank's share of it has fewer than the {self.batch_size} "
-                f"windows of one batch (seen from rank {self.rank}); {MAKE_IT_FIT}"
+                f"windows of one batch (seen from rank {self.texts.rank}); {MAKE_IT_FIT}"
             )
 
-    def _stacks(self, epoch: int, position: dict[str, Any] | None) -> Iterator["Stack"]:
-        """What a batch of texts fills, as a whole: it is made ahead, for it takes as long as many steps."""
+    def _stacks(self, epoch: int, position: dict[str, Any] | None) -> Iterator[Stack]:
+        """Yields what each batch of texts fills. It is made ahead, because it takes as long as many steps."""
         leftover, step, n_taken, texts_before = np.empty(0, self.encoder.dtype), 0, 0, None
         if position is not None:
             leftover = np.asarray(position["leftover"], self.encoder.dtype)
@@ -91,7 +105,7 @@ class StreamingLoader:
             point = StreamPosition(epoch, before, leftover, step, n_taken)
             ids = np.concatenate([leftover, self.encoder(texts)])
             blocks = ids[: len(ids) // self.block * self.block].reshape(-1, self.block)  # (batches, B * (S + 1))
-            leftover = ids[blocks.size :].copy()  # else it would keep all of them alive
+            leftover = ids[blocks.size :].copy()  # a view would keep all ids alive
             step += len(blocks)
             if len(blocks) > n_taken:
                 yield Stack(blocks[n_taken:], point)
@@ -105,23 +119,11 @@ class StreamingLoader:
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _least_of_all_ranks(self, n_ready: int) -> int:
-        """How many steps all ranks can take before they have to ask again; 0 where a share has ended. Shares differ
-        in length, and to ask at every step would make each rank wait for the slowest.
+        """Returns how many steps all ranks can take before they agree again, or 0 once a share has ended. If they
+        agreed at every step, each would wait for the slowest.
         """
         if self.control_group is None:
             return n_ready
         least = torch.tensor(n_ready)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.control_group)
         return int(least.item())
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Batches that are ready, and the point before the first."""
-
-    blocks: np.ndarray  # (batches, B * (S + 1))
-    position: StreamPosition
-
-    def without_first(self) -> "Stack":
-        behind = dataclasses.replace(self.position, n_taken=self.position.n_taken + 1)
-        return Stack(self.blocks[1:], behind)

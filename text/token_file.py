@@ -1,7 +1,8 @@
-"""Documents to one flat file of token ids, and windows of `seq_len + 1` ids as a view of that file.
+"""Documents packed into one flat file of token ids: what it is made from, writing it, and waiting until it is there.
+`data.PackedTextDataset` has its windows.
 
-Every document is followed by one end-of-text id and nothing else is added. The file does not depend on the
-window length. It is written beside its final place and renamed when whole: what is found there is finished.
+Every document is followed by one end-of-text id and nothing else is added. The file does not depend on the window
+length. It is written beside its final place and renamed when whole: what is found there is finished.
 """
 
 import contextlib
@@ -16,23 +17,50 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
+import datasets
 import numpy as np
 
 from text.encoding import Encoder, text_batches
+from text.opening import Opened
+from text.sources import TextSource
 from utils import flush_to_disk
 
 logger = logging.getLogger("train")
-
-T = TypeVar("T")
 
 FORMAT_VERSION = 1  # raise it when the same text would give another token file
 ABANDONED_AFTER_S = 24 * 3600.0  # a build that wrote nothing for so long was killed
 
 
+def token_file_inputs(opened: Opened, source: TextSource, encoder: Encoder) -> dict[str, object]:
+    """Returns all that decides what a token file holds, as JSON. Local files count by size and time too, so that an
+    edit is noticed.
+    """
+    if isinstance(opened, datasets.Dataset):
+        fingerprint = opened._fingerprint
+        files = [file["filename"] for file in opened.cache_files]
+    else:
+        fingerprint = "/".join(Path(opened.cache_dir).parts[-4:])  # name / configuration / version / hash
+        files = [file for split in (opened.config.data_files or {}).values() for file in split]
+    stats = [(file, os.stat(file)) for file in sorted(files) if os.path.exists(file)]
+    # Without bad rows to skip it is left out: token files from before that option stay valid.
+    skips = {"skip_bad_rows": True} if source.skip_bad_rows else {}
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "split": source.split,
+        "text_field": source.text_field,
+        "tokenizer": encoder.digest,
+        "eos_id": encoder.eos_id,
+        **skips,
+    }
+
+
 def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, made_from: dict) -> None:
-    """Tokenise `texts` into `directory`, which appears whole or not at all."""
+    """Tokenises `texts` into `directory`, which appears whole or not at all: `tokens.bin`, all ids one after another,
+    and `about.json`, their number, dtype and SHA-256, with `made_from`.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(directory)
     partial = directory.with_name(f"{directory.name}.partial-{uuid.uuid4().hex}")
@@ -60,10 +88,10 @@ def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, ma
 
 
 def _encoded_ahead(encoder: Encoder, batches: Iterable[list[str]]) -> Iterator[tuple[int, np.ndarray]]:
-    """Encode in order with two batches under way.
+    """Encodes in order, with two batches in progress. Yields the number of texts and the ids of each batch.
 
-    The tokenizer releases the interpreter lock and uses all cores for one batch; turning its result into an
-    array does not. Two threads let one batch be converted while the next is tokenised.
+    The tokenizer releases the interpreter lock and uses all cores for one batch; turning its result into an array does
+    not. With two threads one batch is converted while the next is tokenised.
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
         pending: deque[tuple[int, Future[np.ndarray]]] = deque()
@@ -82,22 +110,22 @@ def _publish(partial: Path, directory: Path) -> None:
     except OSError:
         if not directory.exists():
             raise
-        # Another job built the same tokens meanwhile; its ranks may have them open, so ours go.
+        # Another job has built the same tokens. Its ranks may have them open, so ours are the ones to delete.
     else:
         flush_to_disk(directory.parent)
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """What killed builds left behind. A live one writes to its file all the time."""
+    """Deletes what killed builds left. A live one writes to its file all the time."""
     for partial in directory.parent.glob("*.partial-*"):
-        with contextlib.suppress(FileNotFoundError):  # its builder may finish meanwhile
+        with contextlib.suppress(FileNotFoundError):  # its build may finish meanwhile
             written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
             if time.time() - written > ABANDONED_AFTER_S:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 def wait_for_token_file(directory: Path, poll_s: float = 1.0) -> None:
-    """Wait until another process has finished `directory`; by polling, for a collective would time out."""
+    """Waits until another process has finished `directory`. It polls, because a collective would time out."""
     started = logged = time.monotonic()
     while not directory.exists():
         if time.monotonic() - logged >= 60:

@@ -1,7 +1,7 @@
-"""Local text files read by a reader of our own, which tells the row that cannot be read and goes on after it.
+"""A reader of local text files that names each row it cannot read, and continues after it.
 
-`datasets` reads good data faster, but stops at a fault and seldom says where it is. This finds the place for its
-message (`first_bad_row`), and is the whole reader under `--skip_bad_rows` (`tolerant_stream`).
+`datasets` reads good data faster, but stops at a fault and seldom says where it is. This reader finds the place for the
+error message (`first_bad_row`), and reads everything itself under `--skip_bad_rows` (`tolerant_stream`).
 """
 
 import gzip
@@ -17,15 +17,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-BATCH_ROWS = 1024
-ROWS_LOOKED_AT = 100  # for the columns of a JSON file
+ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
+BATCH_ROWS = 1024  # of a parquet file at a time
+ROWS_LOOKED_AT = 100  # to find the columns of a JSON file
 WHOLE_FILE = "the whole file"
 DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """Stands in the place of a row, or of several that are lost together."""
+    """Takes the place of a row that cannot be read, or of several that are lost together."""
 
     file: str
     place: str
@@ -37,26 +38,37 @@ class BadRow:
 
 
 def file_ending(path: Path) -> str:
+    """Returns the ending that says what a file holds, without a `.gz` behind it."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def is_readable_here(file: str) -> bool:
+    """Returns whether `file` is on this disk, and of a kind that this reader knows."""
     path = Path(file)
-    return path.is_file() and file_ending(path) in READERS and path.suffixes[-2:] != [".parquet", ".gz"]
+    return path.is_file() and file_ending(path) in ENDINGS and path.suffixes[-2:] != [".parquet", ".gz"]
 
 
 def rows_of_file(file: str, field: str | None) -> Iterator[object]:
-    """What each row holds in column `field`, or a BadRow. Without `field`, faults of all columns are looked for."""
-    return READERS[file_ending(Path(file))](file, field)
+    """Returns what each row holds in column `field`, or a BadRow for it. Without `field`, all columns are searched for
+    faults. Raises OSError if the disk fails.
+    """
+    match file_ending(Path(file)):
+        case ".parquet":
+            return _parquet_rows(file, field)
+        case ".txt":
+            return _text_rows(file, field)
+        case _:
+            return _json_rows(file, field)
 
 
 def first_bad_row(files: list[str]) -> BadRow | None:
+    """Returns the first row of the files that cannot be read, if there is one."""
     rows = (row for file in files for row in rows_of_file(file, None))
     return next((row for row in rows if isinstance(row, BadRow)), None)
 
 
 def tolerant_stream(files: list[str], field: str) -> datasets.IterableDataset:
-    """A stream with one shard a file, whose bad rows are BadRow: whoever reads it can count and name them."""
+    """Returns a stream with one shard per file, with a BadRow in the place of each bad row, to be counted and named."""
     return datasets.IterableDataset.from_generator(_rows_of_files, gen_kwargs={"files": files, "field": field})
 
 
@@ -67,7 +79,7 @@ def _rows_of_files(files: list[str], field: str) -> Iterator[dict[str, object]]:
 
 
 def columns_of(files: list[str]) -> list[str]:
-    """The columns of the first file that has any to be read."""
+    """Returns the columns of the first file that has any that can be read."""
     for file in files:
         ending = file_ending(Path(file))
         if ending == ".txt":
@@ -143,7 +155,7 @@ def _unparsed(file: str, place: str, error: Exception) -> BadRow:
 
 
 def _is_unicode(value: object) -> bool:
-    """JSON can write half a character (`\\ud800`), which no tokenizer takes."""
+    """Returns whether it can all be encoded: JSON can hold half a character (`\\ud800`), which no tokenizer takes."""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
     if isinstance(text, str) and not text.isascii():
         try:
@@ -183,11 +195,11 @@ def _document(file: str, first: int, text: str) -> object:
     return text
 
 
-# ---- both
+# ---- what JSON and plain text have in common
 
 
 def _open_text(file: str, newline: str | None) -> TextIO:
-    """Bytes that are not UTF-8 become lone surrogates, to be found in their row."""
+    """Opens a file so that bytes that are not UTF-8 become lone surrogates, which are found in their row."""
     opener: Callable[..., TextIO] = gzip.open if file.endswith(".gz") else open  # type: ignore[assignment]
     return opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
@@ -242,7 +254,7 @@ def _place(group: int, row: int) -> str:
 def _values(column: pa.Array) -> list[object]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # one of them; arrow does not look at what it reads
+    except UnicodeDecodeError:  # of one of them; arrow does not check what it reads
         return [_value(scalar) for scalar in column]
 
 
@@ -254,8 +266,8 @@ def _value(scalar: pa.Scalar) -> object:
 
 
 def _damaged_parquet(error: Exception) -> str:
-    """Why a file or a part of it is damaged. Arrow reports that as an OSError too, but without a number: one with a
-    number comes from the disk or its permissions, and says nothing about the file.
+    """Returns why a file, or a part of it, is damaged. Arrow raises an OSError without a number for that, too. One with
+    a number comes from the disk or from permissions; it says nothing about the file, and is raised again.
     """
     if isinstance(error, OSError) and error.errno is not None:
         raise error
@@ -266,13 +278,5 @@ def _parquet_columns(file: str) -> list[str]:
     try:
         return pq.read_schema(file).names
     except (pa.ArrowException, OSError) as error:
-        _damaged_parquet(error)  # only then it is no fault of the file
+        _damaged_parquet(error)  # raises what is no fault of the file
         return []
-
-
-READERS: dict[str, Callable[[str, str | None], Iterator[object]]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    ".parquet": _parquet_rows,
-    ".txt": _text_rows,
-}

@@ -11,18 +11,16 @@ from collections.abc import Iterator
 
 import datasets
 
-from arguments import TrainArguments
-from evaluation.held_out import naming
 from evaluation.mmlu_files import load_mmlu
-from monitoring.evaluator import held_out_source
 from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt
 from preflight.checks.machine import GB, default_nproc
 from preflight.checks.models import teacher_tokenizer
 from preflight.checks.storage import cannot_write, nearest
 from text.batch import MAKE_IT_FIT
 from text.encoding import Encoder
+from text.opening import Opened, files_read_here, local_path, open_source, open_stream
 from text.rows import only_texts
-from text.sources import cache_root, files_read_here, local_path, network_forbidden, open_source, open_stream
+from text.sources import TextSource, network_forbidden
 
 ROWS = 16
 
@@ -32,79 +30,71 @@ def check_data(case: Case) -> Iterator[Finding]:
     needed = step_windows
     if not args.dataset_streaming:  # where a run counts its steps before the first of them
         needed = max(needed, math.ceil(args.grad_accumulation_steps * step_windows / args.epochs))
-    yield from _look_at_text(case, args, "--dataset_name", needed)
+    yield from _look_at_text(case, TextSource.for_training(args), "--dataset_name", needed)
 
 
 def check_held_out_data(case: Case) -> Iterator[Finding]:
     args = case.args
     if not args.eval_interval:
         return
-    source = held_out_source(args)
-    name, subset, split = args.held_out_text()
-    held_out = dataclasses.replace(
-        args, dataset_name=name, dataset_subset=subset, dataset_split=split, dataset_revision=source.revision
-    )
-    with naming(source.flags):
-        yield from _look_at_text(case, held_out, "--eval_dataset_name", 1)
+    yield from _look_at_text(case, TextSource.for_evaluation(args), "--eval_dataset_name", 1)
     if args.eval_mmlu_dir is not None:
-        with naming({"--mmlu_dir": "--eval_mmlu_dir"}):
-            subjects = load_mmlu(args.eval_mmlu_dir)
+        subjects = load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         yield Finding(OK, f"--eval_mmlu_dir {args.eval_mmlu_dir}", f"{len(subjects)} subjects")
 
 
-def _look_at_text(case: Case, args: TrainArguments, flag: str, needed: int) -> Iterator[Finding]:
+def _look_at_text(case: Case, source: TextSource, flag: str, needed: int) -> Iterator[Finding]:
     """needed: windows that there have to be."""
-    name = f"{flag} {args.dataset_name}"
+    name, seq_length = f"{flag} {source.name}", case.args.seq_length
     try:
-        source = open_here(args)
+        opened = open_here(source)
     except NotLookedAt:
-        subset = "" if args.dataset_subset is None else f"'{args.dataset_subset}', "
-        command = f"datasets.load_dataset('{args.dataset_name}', {subset}split='{args.dataset_split}')"
+        subset = "" if source.subset is None else f"'{source.subset}', "
+        command = f"datasets.load_dataset('{source.name}', {subset}split='{source.split}')"
         remedy = f'python -c "import datasets; {command}"   where there is a network, or give a local file or directory'
-        if args.local_files_only:
+        if source.local_files_only:
             yield Finding(FAILURE, name, f"not prepared in {datasets.config.HF_DATASETS_CACHE}", remedy)
         else:
             yield Finding(WARNING, name, "not on this disk; a run would fetch it while it goes", remedy)
         return
-    n_rows, texts = first_texts(source, args)
+    n_rows, texts = first_texts(opened, source)
     if texts:
-        found = f"split {args.dataset_split!r}: {len(texts)} of the first {n_rows} rows have text, of "
+        found = f"split {source.split!r}: {len(texts)} of the first {n_rows} rows have text, of "
         found += f"{sum(map(len, texts)) // len(texts):,} characters on average"
         yield Finding(OK, name, found)
     else:
-        found = f"none of the first {n_rows} rows has text in column {args.dataset_text_field!r}"
+        found = f"none of the first {n_rows} rows has text in column {source.text_field!r}"
         yield Finding(FAILURE, name, found, "--dataset_text_field: name the column that holds the text")
     if texts and n_rows < ROWS:  # these are all
-        n_tokens, fewest = len(Encoder(teacher_tokenizer(case))(texts)), needed * (args.seq_length + 1)
+        n_tokens, fewest = len(Encoder(teacher_tokenizer(case))(texts)), needed * (seq_length + 1)
         if n_tokens < fewest:
-            found = f"{n_tokens:,} tokens in all, expected {fewest:,}: {needed} window(s) of {args.seq_length + 1}"
+            found = f"{n_tokens:,} tokens in all, expected {fewest:,}: {needed} window(s) of {seq_length + 1}"
             yield Finding(FAILURE, name, found, MAKE_IT_FIT)
 
 
-def open_here(args: TrainArguments) -> datasets.Dataset | datasets.DatasetBuilder:
+def open_here(source: TextSource) -> Opened:
     """What is on this disk. NotLookedAt for a data set of the hub that is not; ValueError as a run raises it."""
-    is_local = local_path(args.dataset_name) is not None
+    is_local = local_path(source) is not None
     try:
         with network_forbidden(True):
-            return open_source(dataclasses.replace(args, local_files_only=True))
+            return open_source(dataclasses.replace(source, local_files_only=True))
     except ValueError as error:
         if is_local or "is not in the cache" not in str(error):
             raise
         raise NotLookedAt("the data set is not on this disk") from error
 
 
-def first_texts(source: datasets.Dataset | datasets.DatasetBuilder, args: TrainArguments) -> tuple[int, list[str]]:
+def first_texts(opened: Opened, source: TextSource) -> tuple[int, list[str]]:
     """How many of a split's first rows were read, and those that have text; of a part such as "train[99%:]", which
     only a table of all rows could tell, the first of the whole.
     """
-    files_read_here(source, args)  # ValueError where it cannot go with the split
-    if not args.dataset_streaming:
-        whole = "+".join(dict.fromkeys(part.split("[")[0].strip() for part in args.dataset_split.split("+")))
-        args = dataclasses.replace(args, dataset_split=whole)
-    field = args.dataset_text_field
+    files_read_here(opened, source)  # ValueError where it cannot go with the split
+    if not source.streaming:
+        whole = "+".join(dict.fromkeys(part.split("[")[0].strip() for part in source.split.split("+")))
+        source = dataclasses.replace(source, split=whole)
     with network_forbidden(True):
-        rows = list(open_stream(source, args).take(ROWS))
-    return len(rows), list(only_texts((row[field] for row in rows), field, args.skip_bad_rows))
+        rows = list(open_stream(opened, source).take(ROWS))
+    return len(rows), list(only_texts((row[source.text_field] for row in rows), source))
 
 
 def check_room_for_packed_data(case: Case) -> Iterator[Finding]:
@@ -112,26 +102,26 @@ def check_room_for_packed_data(case: Case) -> Iterator[Finding]:
     args = case.args
     if args.dataset_streaming:
         return
-    encoder = Encoder(teacher_tokenizer(case))
+    encoder, source = Encoder(teacher_tokenizer(case)), TextSource.for_training(args)
     try:
-        source = open_here(args)
-        _, texts = first_texts(source, args)
+        opened = open_here(source)
+        _, texts = first_texts(opened, source)
     except ValueError as error:  # told by `check_data`
         raise NotLookedAt("the data cannot be read") from error
     ids = encoder(texts)
-    if isinstance(source, datasets.Dataset):
-        files, copies = [file["filename"] for file in source.cache_files], 0
+    if isinstance(opened, datasets.Dataset):
+        files, copies = [file["filename"] for file in opened.cache_files], 0
     else:
-        files, copies = [str(file) for split in (source.config.data_files or {}).values() for file in split], 1
+        files, copies = [str(file) for split in (opened.config.data_files or {}).values() for file in split], 1
     sizes = [os.stat(file).st_size for file in files if os.path.exists(file)]
     if not sizes:  # of the hub, prepared before
-        sizes, copies = [source.info.dataset_size or 0], 0
+        sizes, copies = [opened.info.dataset_size or 0], 0
     needed = sum(sizes) * (copies + ids.nbytes / max(1, sum(len(text.encode()) for text in texts)))
-    place = nearest(cache_root(args))
+    place = nearest(source.cache_root)
     if problem := cannot_write(place):
-        yield Finding(FAILURE, f"cache {cache_root(args)}", problem, "--dataset_cache_dir DIR, one of your own")
+        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR, one of your own")
         return
     free = shutil.disk_usage(place).free
     found = f"about {needed / GB:.2g} GB to be packed, {free / GB:.1f} GB free"
     status, remedy = (OK, "") if needed < free else (WARNING, "--dataset_cache_dir DIR, on a disk with more room")
-    yield Finding(status, f"cache {cache_root(args)}", found, remedy)
+    yield Finding(status, f"cache {source.cache_root}", found, remedy)

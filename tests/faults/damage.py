@@ -12,11 +12,11 @@ from pathlib import Path
 
 import datasets
 
-from arguments import parse_train_args
 from checkpointing.files import hash_check, quick_check, read_sums
 from tests.faults.launch import TEXT, Launch, make_models, options
+from text.opening import explain_fault, open_source, open_stream, open_table
 from text.rows import only_texts, rows_of
-from text.sources import explain_fault, open_source, open_stream, open_table
+from text.sources import TextSource
 
 
 def flip_a_bit(file: Path, dice: random.Random) -> None:
@@ -78,7 +78,7 @@ def damage_checkpoints(whole: Path, folder: Path, n: int, dice: random.Random) -
 
 
 def damage_texts(folder: Path, n: int, dice: random.Random) -> dict:
-    """Text files damaged at random, read by both lanes, with --skip_bad_rows and without."""
+    """Text files damaged at random, read as a table and as a stream, with --skip_bad_rows and without."""
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     logging.getLogger("train").setLevel(logging.ERROR)
@@ -108,16 +108,15 @@ def damage_texts(folder: Path, n: int, dice: random.Random) -> dict:
 
 
 def read_all(file: Path, cache: Path, streaming: bool, skip: bool) -> str:
-    argv = ["--preset", "tiny", "--local_files_only", "--dataset_name", str(file), "--dataset_cache_dir", str(cache)]
-    args = parse_train_args(argv + ["--skip_bad_rows"] * skip)
+    source = TextSource(str(file), cache_dir=str(cache), local_files_only=True, skip_bad_rows=skip)
     try:
-        source = open_source(args)
-        data = open_stream(source, args) if streaming else open_table(source, args)
+        opened = open_source(source)
+        data = open_stream(opened, source) if streaming else open_table(opened, source)
 
         def explain(error: Exception) -> Exception:
-            return explain_fault(error, source, args)
+            return explain_fault(error, opened, source)
 
-        texts = list(only_texts(rows_of(data, args.dataset_text_field, explain), args.dataset_text_field, skip))
+        texts = list(only_texts(rows_of(data, source.text_field, explain), source))
     except ValueError as error:
         return "refused, with the file's name" if file.name in str(error) else f"! {error}"
     except Exception as error:  # what this looks for

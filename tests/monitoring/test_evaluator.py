@@ -15,7 +15,7 @@ from distillation.teacher import NoTeacher
 from evaluation.held_out import read_windows
 from evaluation.mmlu import build_questions, load_mmlu, score
 from llamba import LlambaForCausalLM
-from monitoring.evaluator import Evaluator, Material, held_out_source, read_material, share_of_windows
+from monitoring.evaluator import Evaluator, Material, read_material, share_of_windows
 from monitoring.run_log import RunLog, format_evaluation
 from processes.exits import StopRequest
 from processes.ranks import process_groups
@@ -24,6 +24,7 @@ from tests.faults.compare import differences, rows, tensors
 from tests.monitoring import evaluator_runs
 from tests.monitoring.evaluator_runs import TINY
 from tests.tiny import tiny_student
+from text.sources import TextSource
 from training_utils import DistillationModel
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "teacher")
@@ -55,24 +56,24 @@ def training_rows(stage, name):
 # --- an evaluation and the run -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lane", ["", "stream-"])
-def test_an_evaluation_leaves_the_run_as_it_was(stage, lane):
+@pytest.mark.parametrize("form", ["", "stream-"], ids=["cached", "stream"])
+def test_an_evaluation_leaves_the_run_as_it_was(stage, form):
     """With dropout and a batch asked ahead, and with maps of the layers too: weights, optimizer, random state and
     figures, bit for bit.
     """
-    assert tensors(stage / f"{lane}with" / "checkpoint-6") == tensors(stage / f"{lane}without" / "checkpoint-6")
-    assert training_rows(stage, f"{lane}with") == training_rows(stage, f"{lane}without")
-    assert evaluations(stage, f"{lane}with").keys() == {2, 4, 6} and not evaluations(stage, f"{lane}without")
-    assert [row["step"] for row in rows(stage / f"{lane}with") if "layer_map" in row] == [2, 4, 6]
-    places = [sorted((stage / f"{lane}{name}" / "checkpoint-6").glob("data-*")) for name in ("with", "without")]
+    assert tensors(stage / f"{form}with" / "checkpoint-6") == tensors(stage / f"{form}without" / "checkpoint-6")
+    assert training_rows(stage, f"{form}with") == training_rows(stage, f"{form}without")
+    assert evaluations(stage, f"{form}with").keys() == {2, 4, 6} and not evaluations(stage, f"{form}without")
+    assert [row["step"] for row in rows(stage / f"{form}with") if "layer_map" in row] == [2, 4, 6]
+    places = [sorted((stage / f"{form}{name}" / "checkpoint-6").glob("data-*")) for name in ("with", "without")]
     assert [file.read_text() for file in places[0]] == [file.read_text() for file in places[1]] != []
 
 
-def test_a_run_killed_in_an_evaluation_goes_on_exactly(stage):
-    killed, went_on = facts(stage, "killed")
-    assert killed["codes"] == [-9, -9] and went_on["codes"] == [0, 0]
+def test_a_run_killed_in_an_evaluation_resumes_exactly(stage):
+    killed, resumed = facts(stage, "killed")
+    assert killed["codes"] == [-9, -9] and resumed["codes"] == [0, 0]
     assert "evaluation (opt 2)" in killed["log"] and "evaluation (opt 4)" not in killed["log"]
-    assert "resuming from" in went_on["log"]
+    assert "resuming from" in resumed["log"]
     assert differences(stage / "with", stage / "killed", 6) == []
 
 
@@ -144,7 +145,7 @@ def test_the_log_has_one_line_for_an_evaluation(stage):
     assert f"| ce {figures['ce']:.4f} | kl {figures['kl']:.4f} |" in line and f"mmlu {figures['mmlu']:.4f} |" in line
 
 
-def test_nodes_that_read_another_text_are_told(stage):
+def test_nodes_that_read_another_text_are_an_error(stage):
     fact = facts(stage, "other-windows")
     assert 2 in fact["codes"] and "are not the same on all nodes" in fact["log"]
 
@@ -186,7 +187,7 @@ def evaluator(alone):
     return Evaluator(args, material, TOKENIZER, alone, model, NoTeacher(alone.device), StopRequest(None))
 
 
-def test_a_broken_model_is_told_and_ends_no_run(evaluator, caplog):
+def test_a_broken_model_is_logged_and_ends_no_run(evaluator, caplog):
     figures = evaluator.evaluate()
     assert all(math.isnan(figures[name]) for name in ("loss", "ce", "perplexity", "mmlu"))
     assert "evaluation: no accuracy on MMLU" in caplog.text and "are not finite" in caplog.text
@@ -215,7 +216,7 @@ def test_the_tiny_preset_has_text_to_evaluate_on(alone):
     args = arguments()
     material = read_material(args, TOKENIZER, alone)
     assert isinstance(material, Material) and material.windows.shape == (64, 257) and not material.subjects
-    assert held_out_source(args).name.endswith("heldout.jsonl")
+    assert TextSource.for_evaluation(args).name.endswith("heldout.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -241,13 +242,13 @@ def test_a_part_of_the_training_data_can_be_held_out(tmp_path):
     text = TINY / "text" / "heldout.jsonl"
     line = ["--preset", "tiny", "--dataset_name", str(text), "--dataset_split", "train[:90%]", "--eval_interval", "1"]
     args = parse_train_args([*line, "--eval_dataset_split", "train[90%:]", "--no_dataset_streaming"])
-    windows = read_windows(held_out_source(args), TOKENIZER, 2, 16)
+    windows = read_windows(TextSource.for_evaluation(args), TOKENIZER, 2, 16)
     documents = [json.loads(row)["text"] for row in text.read_text().splitlines()]
     first = TOKENIZER(documents[round(0.9 * len(documents))]).input_ids
     assert windows.flatten().tolist()[: len(first)] == first[: windows.numel()]
     args.dataset_name = str(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="--dataset_name .*absent.jsonl"):
-        read_windows(held_out_source(args), TOKENIZER, 2, 16)
+        read_windows(TextSource.for_evaluation(args), TOKENIZER, 2, 16)
 
 
 def test_the_row_and_the_line_of_an_evaluation(tmp_path):

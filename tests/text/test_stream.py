@@ -1,4 +1,4 @@
-"""streaming.py: a share goes on from any place exactly as it would have gone on, also when the connection breaks."""
+"""text/stream.py: a share resumes at any place exactly, also when the connection breaks."""
 
 import contextlib
 import json
@@ -9,12 +9,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from tests import fresh
-from text import retries
 from text.encoding import text_batches
-from text.retries import WAITS_S, is_connection_trouble
+from text.retries import WAITS_S
+from text.sources import TextSource
 from text.stream import StreamState, TextStream
 from text.tolerant_reader import tolerant_stream
 
@@ -24,9 +23,8 @@ TEXTS = [row for row in ROWS if row]
 
 
 @pytest.fixture(autouse=True)
-def small_batches_and_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def small_batches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(text_batches, "__defaults__", (60, 1 << 22))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 def parts() -> list[list[str | None]]:
@@ -56,31 +54,32 @@ def from_saved(folder: Path) -> datasets.IterableDataset:
     return datasets.load_from_disk(str(folder / "saved")).to_iterable_dataset().select_columns(["text"])
 
 
-SOURCES = [from_jsonl, from_parquet, from_saved]
+KINDS = [from_jsonl, from_parquet, from_saved]
 
 
-def stream_of(source: datasets.IterableDataset, rank: int = 0, world_size: int = 1, **changes) -> TextStream:
+def stream_of(data: datasets.IterableDataset, rank: int = 0, world_size: int = 1, **changes) -> TextStream:
     settings = {"shuffle_buffer": 100, "seed": 5, **changes}
-    return TextStream(source, "text", rank=rank, world_size=world_size, **settings)
+    source = TextSource("rows", skip_bad_rows=settings.pop("skip_bad_rows", False))
+    return TextStream(data, source, rank=rank, world_size=world_size, **settings)
 
 
 def stored(state: StreamState) -> dict:
     return json.loads(json.dumps(state.to_json()))
 
 
-# Each source with each number of ranks (of 4 files: whole files, half of them, every third row) and with each buffer,
+# Each kind with each number of ranks (of 4 files: whole files, half of them, every third row) and with each buffer,
 # and each number of ranks with each buffer.
 @pytest.mark.parametrize(
     "make,world_size,shuffle_buffer",
-    [(SOURCES[i], 1 + j, (0, 100, 5000)[(i + j) % 3]) for i in range(3) for j in range(3)],
+    [(KINDS[i], 1 + j, (0, 100, 5000)[(i + j) % 3]) for i in range(3) for j in range(3)],
 )
-def test_a_pass_goes_on_exactly_from_before_every_batch(
+def test_a_pass_resumes_exactly_before_every_batch(
     tmp_path: Path, make: Callable, world_size: int, shuffle_buffer: int
 ):
-    source = make(tmp_path)
+    data = make(tmp_path)
     seen: list[str] = []
     for rank in range(world_size):
-        straight = list(stream_of(source, rank, world_size, shuffle_buffer=shuffle_buffer).batches(3))
+        straight = list(stream_of(data, rank, world_size, shuffle_buffer=shuffle_buffer).batches(3))
         seen += sum((texts for _, texts in straight), [])
         expected = [texts for _, texts in straight]
         states = [stored(state) for state, _ in straight]  # long after the batches
@@ -89,7 +88,7 @@ def test_a_pass_goes_on_exactly_from_before_every_batch(
             again = list(stream_of(make(tmp_path), rank, world_size, shuffle_buffer=shuffle_buffer).batches(3, state))
             assert [texts for _, texts in again] == expected[k:]
             twice = stored(again[len(again) // 2][0])  # a place in a pass that itself began at one
-            third = stream_of(source, rank, world_size, shuffle_buffer=shuffle_buffer).batches(3, twice)
+            third = stream_of(data, rank, world_size, shuffle_buffer=shuffle_buffer).batches(3, twice)
             assert [texts for _, texts in third] == expected[k + len(again) // 2 :]
     assert sorted(seen) == sorted(TEXTS)
     if shuffle_buffer == 0 and world_size == 1:
@@ -101,31 +100,31 @@ def rest(folder: Path, state: dict) -> list[list[str]]:
     return [texts for _, texts in stream_of(from_jsonl(folder)).batches(0, state)]
 
 
-def test_another_process_goes_on(tmp_path: Path):
+def test_another_process_resumes(tmp_path: Path):
     straight = list(stream_of(from_jsonl(tmp_path)).batches(0))
     assert fresh.call(rest, tmp_path, stored(straight[4][0])) == [texts for _, texts in straight[4:]]
 
 
 def test_the_order_follows_seed_epoch_and_rank_and_repeats(tmp_path: Path):
-    source = from_jsonl(tmp_path)
+    data = from_jsonl(tmp_path)
 
     def order(seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> list[str]:
-        return sum((texts for _, texts in stream_of(source, rank, world_size, seed=seed).batches(epoch)), [])
+        return sum((texts for _, texts in stream_of(data, rank, world_size, seed=seed).batches(epoch)), [])
 
     assert order(0, 1) == order(0, 1)
     orders = [order(0, 0), order(0, 1), order(1, 0)]
     assert len({tuple(one) for one in orders}) == 3
     assert all(sorted(one) == sorted(TEXTS) for one in orders)
     # ranks that read the same rows would not draw the same places of their buffers
-    buffers = [next(iter(stream_of(source, rank, 2).batches(0)))[0].generator for rank in (0, 1)]
+    buffers = [next(iter(stream_of(data, rank, 2).batches(0)))[0].generator for rank in (0, 1)]
     assert buffers[0] != buffers[1]
 
 
 def test_files_are_read_in_an_order_of_their_own_in_every_epoch_only_if_rows_are_shuffled(tmp_path: Path):
-    source = from_jsonl(tmp_path)
-    firsts = {next(iter(stream_of(source, shuffle_buffer=1).batches(epoch)))[1][0] for epoch in range(12)}
+    data = from_jsonl(tmp_path)
+    firsts = {next(iter(stream_of(data, shuffle_buffer=1).batches(epoch)))[1][0] for epoch in range(12)}
     assert len({text[:6] for text in firsts}) > 2  # near the start of several files
-    kept = [sum((texts for _, texts in stream_of(source, shuffle_buffer=0).batches(epoch)), []) for epoch in (0, 7)]
+    kept = [sum((texts for _, texts in stream_of(data, shuffle_buffer=0).batches(epoch)), []) for epoch in (0, 7)]
     assert kept == [TEXTS, TEXTS]
 
 
@@ -148,18 +147,18 @@ def test_what_was_skipped_before_the_place_is_counted_too(tmp_path: Path, caplog
 
 @pytest.mark.parametrize("changes", [{"seed": 6}, {"shuffle_buffer": 99}, {"rank": 1}, {"world_size": 3}])
 def test_a_place_of_another_order_is_refused(tmp_path: Path, changes: dict):
-    source = from_jsonl(tmp_path)
-    state = next(stream_of(source, 0, 2).batches(0))[0].to_json()
+    data = from_jsonl(tmp_path)
+    state = next(stream_of(data, 0, 2).batches(0))[0].to_json()
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=rf"made with {name} .* \(now {value}\): expected the same.*give the same"):
-        next(stream_of(source, **{"rank": 0, "world_size": 2, **changes}).batches(0, state))
+        next(stream_of(data, **{"rank": 0, "world_size": 2, **changes}).batches(0, state))
     with pytest.raises(ValueError, match=r"made with epoch 0 \(now 1\)"):
-        next(stream_of(source, 0, 2).batches(1, state))
+        next(stream_of(data, 0, 2).batches(1, state))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])  # of 5 files: all, every second row, a file each
 @pytest.mark.parametrize("shuffle_buffer", [0, 100])
-def test_a_run_that_a_bad_row_ended_goes_on_without_it(tmp_path: Path, world_size: int, shuffle_buffer: int):
+def test_a_run_that_a_bad_row_ended_resumes_without_it(tmp_path: Path, world_size: int, shuffle_buffer: int):
     from_jsonl(tmp_path)
     files = [str(tmp_path / f"{i}.jsonl") for i in range(N_FILES)]
     files.append(str(tmp_path / "bad.jsonl"))
@@ -190,7 +189,7 @@ def test_a_run_that_a_bad_row_ended_goes_on_without_it(tmp_path: Path, world_siz
 
 
 class Unsteady:
-    """A source whose connection breaks before some rows, as often as it is told to."""
+    """Gives a stream whose connection breaks before some rows, as often as `breaks` says."""
 
     def __init__(self, breaks: dict[int, int], error: Exception):
         self.left, self.error, self.n_opened = dict(breaks), error, 0
@@ -236,8 +235,8 @@ def test_no_row_is_lost_or_repeated_when_the_connection_breaks(caplog, shuffle_b
 
 
 def test_a_place_from_after_a_break_is_as_good(tmp_path: Path):
-    source = Unsteady({500: 2, 501: 2}, TimeoutError("timed out")).stream()
-    straight = list(stream_of(source, sleep=lambda _: None).batches(0))
+    data = Unsteady({500: 2, 501: 2}, TimeoutError("timed out")).stream()
+    straight = list(stream_of(data, sleep=lambda _: None).batches(0))
     for k, (state, _) in enumerate(straight):
         again = stream_of(Unsteady({}, TimeoutError()).stream()).batches(0, stored(state))
         assert [texts for _, texts in again] == [texts for _, texts in straight[k:]]
@@ -245,67 +244,19 @@ def test_a_place_from_after_a_break_is_as_good(tmp_path: Path):
 
 def test_tries_without_progress_end(caplog: pytest.LogCaptureFixture):
     waits: list[float] = []
-    source = Unsteady({601: 99, 1: 10}, ConnectionError("no route")).stream()
+    data = Unsteady({601: 99, 1: 10}, ConnectionError("no route")).stream()
     seen: list[str] = []
     with pytest.raises(ConnectionError, match="10 tries .* brought no further row .*no route.*; see to the connection"):
-        for _, texts in stream_of(source, shuffle_buffer=0, sleep=waits.append).batches(0):
+        for _, texts in stream_of(data, shuffle_buffer=0, sleep=waits.append).batches(0):
             seen += texts
     assert waits == [*WAITS_S, *WAITS_S]  # as often again once rows had come
     assert 200 < len(seen) < len(TEXTS)
 
 
 def test_errors_of_the_data_are_raised_at_once_and_explained():
-    source = Unsteady({10: 1}, ValueError("bad row")).stream()
+    data = Unsteady({10: 1}, ValueError("bad row")).stream()
     with pytest.raises(ValueError, match="^bad row$"):
-        list(stream_of(source, sleep=pytest.fail).batches(0))
-    source = Unsteady({10: 1}, ValueError("bad row")).stream()
+        list(stream_of(data, sleep=pytest.fail).batches(0))
+    data = Unsteady({10: 1}, ValueError("bad row")).stream()
     with pytest.raises(ValueError, match="^file 3: bad row$"):
-        list(stream_of(source, sleep=pytest.fail, explain=lambda e: ValueError(f"file 3: {e}")).batches(0))
-
-
-def hub_error(status: int) -> HfHubHTTPError:
-    from huggingface_hub.utils import httpx
-
-    response = httpx.Response(status, request=httpx.Request("GET", "https://hub"))
-    return HfHubHTTPError(f"status {status}", response=response)
-
-
-def of_module(module: str) -> Exception:
-    return type("ClientError", (Exception,), {"__module__": module})("payload is not completed")
-
-
-def caused_by(cause: Exception) -> Exception:
-    error = datasets.exceptions.DatasetGenerationError("wrapped")
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "passes"),
-    [
-        (ConnectionError("Server Disconnected"), True),
-        (TimeoutError(), True),
-        (OSError(113, "No route to host"), True),
-        (OSError(5, "Input/output error"), True),
-        (retries.socket.gaierror(-3, "Temporary failure in name resolution"), True),
-        (retries.ssl.SSLError("record layer failure"), True),
-        (retries.http.client.IncompleteRead(b""), True),
-        (hub_error(503), True),
-        (hub_error(429), True),
-        (of_module("aiohttp.client_exceptions"), True),
-        (of_module("httpx"), True),
-        (caused_by(ConnectionError()), True),
-        (hub_error(404), False),
-        (OfflineModeIsEnabled("offline"), False),
-        (FileNotFoundError(2, "gone"), False),
-        (PermissionError(13, "denied"), False),
-        (OSError("Corrupt snappy compressed data."), False),
-        (retries.http.client.HTTPException.__base__("plain"), False),
-        (pa.ArrowInvalid("JSON parse error"), False),
-        (caused_by(pa.ArrowInvalid("JSON parse error")), False),
-        (EOFError("Compressed file ended"), False),
-    ],
-    ids=lambda value: repr(value)[:40],
-)
-def test_which_errors_another_try_may_help_against(error: Exception, passes: bool):
-    assert is_connection_trouble(error) is passes
+        list(stream_of(data, sleep=pytest.fail, explain=lambda e: ValueError(f"file 3: {e}")).batches(0))
