@@ -9,10 +9,17 @@ its own layers. The ranks share the work out; each loads one model after another
 models see the same prompts: made by the teacher's tokenizer, cut to --max_length, or else to the teacher's context.
 """
 
+import sys
+
+from arguments import EvalArguments, parse_eval_args
+from processes.exits import answer_early, run_entry
+
+if __name__ == "__main__":  # --help and options that cannot be used are answered before torch is imported
+    answer_early(parse_eval_args)
+
 import gc
 import logging
 import platform
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -24,7 +31,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from arguments import EvalArguments, parse_eval_args
 from evaluation import mmlu
 from evaluation.checks import Plan, check, check_agreement
 from evaluation.held_out import HeldOutText
@@ -33,7 +39,6 @@ from evaluation.pieces import Piece, assemble, pieces_of, share_out
 from evaluation.report import write_report
 from evaluation.scoring import Scorer
 from model_utils import apply_replacements, get_student_model, get_teacher_model
-from processes.exits import run_entry
 from processes.ranks import Ranks, is_main_rank, process_groups
 from utils import setup_logging
 

@@ -127,3 +127,13 @@ def run_entry(main: Callable[[], int | None]) -> int:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def answer_early(parse: Callable[[], Any]) -> None:
+    """Exits for --help and for options that cannot be used, before an entry imports torch, which takes seconds."""
+
+    def check() -> None:
+        parse()
+
+    if code := run_entry(check):
+        sys.exit(code)
