@@ -101,9 +101,9 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
         found.append(Section(title, note, accuracy_table(results)))
     if differences:
         note = (
-            "On the same questions: gained are those that the first model has right and the second wrong, lost the "
-            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many "
-            "comparisons there are."
+            "Of the same questions, gained counts those that the first model has right and the second wrong, lost the "
+            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for multiple "
+            "comparisons."
         )
         found.append(Section("Differences", note, difference_table(differences, parts)))
     if "held_out" in first:

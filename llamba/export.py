@@ -68,8 +68,8 @@ def main(command_line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llamba.export",
         description="Make a directory that transformers loads without this repository, by trust_remote_code=True: "
-        "weights, tokenizer, modelling code and a model card. The checkpoint is left as it is. The command runs in the "
-        "folder of this repository.",
+        "weights, tokenizer, modelling code and a model card. The checkpoint is left as it is. Run the command in "
+        "the folder of this repository.",
         epilog="example: python -m llamba.export runs/demo/latest runs/my-hybrid",
     )
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint of a run, or a Llamba written by save_pretrained")
