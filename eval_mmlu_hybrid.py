@@ -20,33 +20,27 @@ if __name__ == "__main__":  # --help and options that cannot be used are answere
 
 import gc
 import logging
-import platform
 import time
 from contextlib import nullcontext
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from evaluation import mmlu
 from evaluation.checks import CheckedInputs, check_agreement, check_inputs
 from evaluation.held_out import HeldOutText
+from evaluation.models import load_model, provenance
 from evaluation.partial_results import PartialResults, partial_folder, resumable
 from evaluation.pieces import Piece, assemble, pieces_of, share_out
+from evaluation.progress import Progress
 from evaluation.report import report_results
 from evaluation.scoring import Scorer
-from model_utils import DTYPES, apply_replacements, get_student_model, get_teacher_model
 from processes.ranks import Ranks, is_main_rank, process_groups
 from utils import setup_logging
 
 logger = logging.getLogger("train")
 
 TIMEOUT = timedelta(days=7)  # of collectives: a rank that is done may wait long for one with a long task
-LOG_INTERVAL_S = 30.0  # between log lines about the progress, where no terminal shows a bar
 
 
 def main() -> None:
@@ -109,75 +103,6 @@ def measure_models(
         gc.collect()
         torch.cuda.empty_cache()
     progress.close()
-
-
-class Progress:
-    """Shows how much of the work is done and how long the rest will take: a bar on a terminal, else log lines."""
-
-    def __init__(self, cost: int, is_main: bool) -> None:
-        self.cost, self.done, self.is_main = cost, 0, is_main
-        self.bar = tqdm(
-            total=cost,
-            disable=not (is_main and sys.stderr.isatty()),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
-        )
-        self.began = self.logged = time.monotonic()
-
-    def advance(self, model: str, piece: Piece) -> None:
-        self.done += piece.cost
-        self.bar.set_description_str(f"{model} {piece.name}")
-        self.bar.update(piece.cost)
-        now = time.monotonic()
-        if self.is_main and self.bar.disable and now - self.logged > LOG_INTERVAL_S:
-            self.logged = now
-            minutes = (now - self.began) * (self.cost - self.done) / self.done / 60
-            logger.info("%s: %d%%, about %.0f min left", model, 100 * self.done // self.cost, minutes)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def load_model(name: str, args: EvalArguments, inputs: CheckedInputs) -> PreTrainedModel:
-    """Loads one of `teacher`, `student`, `hybrid` and `hybrid_ft`, in eval mode."""
-    dtype, source = DTYPES[args.dtype], inputs.sources[name]
-    if name == "teacher":
-        return get_teacher_model(source.path, dtype, inputs.device)
-    student = get_student_model(source.path, dtype, inputs.device)
-    if name == "hybrid":
-        assert source.layers is not None
-        # The teacher is loaded into main memory, so that the device has to hold the student alone.
-        teacher = get_teacher_model(inputs.sources["teacher"].path, dtype, torch.device("cpu"), with_head=False)
-        apply_replacements(student, teacher, source.layers)
-    return student.eval()
-
-
-def provenance(name: str, args: EvalArguments, inputs: CheckedInputs) -> dict[str, Any]:
-    """Returns what it takes to reproduce a model's results: sources, options, versions of packages."""
-    packages = ["torch", "transformers", "datasets", *(["lm_eval"] if args.tasks else [])]
-    config = {
-        "which": name,
-        "teacher_model": args.teacher_model,
-        "student_model": args.student_model if name in ("student", "hybrid") else None,
-        "ckpt": inputs.sources[name].path if name == "hybrid_ft" else None,
-        "layers": inputs.sources[name].layers,
-        "max_length": inputs.max_length,
-        "batch_size": args.batch_size or "auto",
-        "dtype": args.dtype,
-        "device": str(inputs.device),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-        "limit": args.limit,
-    }
-    if args.mmlu:
-        config |= {
-            "mmlu_dir": args.mmlu_dir or mmlu.HUB_NAME,
-            "num_fewshot": args.num_fewshot,
-            "prompt": mmlu.PROMPT,
-            "questions_sha256": mmlu.fingerprint(inputs.questions),
-        }
-    for kind, is_asked in {"held_out": args.held_out, "retrieval": args.retrieval, "tasks": args.tasks}.items():
-        if is_asked:
-            config |= {option: value for option, value in vars(args).items() if option.startswith(kind)}
-    return config | ({"seed": args.seed} if args.retrieval else {})
 
 
 if __name__ == "__main__":

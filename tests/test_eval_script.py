@@ -18,7 +18,6 @@ from distillation.losses import compute_distill_loss
 from evaluation import checks, mmlu, pieces, statistics
 from evaluation.checks import check_inputs
 from evaluation.held_out import TextSource, read_windows
-from evaluation.pieces import Piece
 from model_utils import apply_replacements
 from processes.ranks import process_groups
 from tests import fresh
@@ -149,28 +148,6 @@ def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch
     report = json.loads(output.read_text())["models"]
     assert report["teacher"]["tasks"]["gsm8k"]["results"] == {"gsm8k": {"acc,none": 0.5}}
     assert "| arc_easy | 3 |  | acc,none | 0.5000 | 0.5000 |" in output.with_suffix(".md").read_text()
-
-
-def test_without_a_terminal_the_progress_is_logged(monkeypatch, caplog):
-    monkeypatch.setattr(entry, "LOG_INTERVAL_S", -1.0)
-    caplog.set_level("INFO", logger="train")
-    progress = entry.Progress(100, is_main=True)
-    progress.began -= 60
-    progress.advance("teacher", Piece("mmlu-tools", 25, lambda scorer: None))
-    progress.close()
-    assert caplog.messages == ["teacher: 25%, about 3 min left"]
-    quiet = entry.Progress(100, is_main=False)
-    quiet.advance("teacher", Piece("mmlu-tools", 25, lambda scorer: None))
-    assert len(caplog.messages) == 1
-
-
-def test_a_terminal_shows_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = entry.Progress(100, is_main=True)
-    progress.advance("teacher", Piece("mmlu-tools", 25, lambda scorer: None))
-    progress.bar.refresh()
-    progress.close()
-    assert "teacher mmlu-tools  25%|" in capsys.readouterr().err
 
 
 def test_an_output_is_never_overwritten_in_silence(options, tmp_path):
