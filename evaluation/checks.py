@@ -1,5 +1,5 @@
-"""What an evaluation checks before it reads any weights: options, models, data and outputs, all problems in one error.
-What is left of them is the `Plan`.
+"""Checks options, models, data and outputs of an evaluation before any weights are read, and reports all problems in
+one error. `check_inputs` returns what it has read on the way as `CheckedInputs`.
 """
 
 import hashlib
@@ -30,22 +30,20 @@ from text.sources import TextSource
 MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
 
 
-class Source(NamedTuple):
-    """Where a model comes from: a directory or the hub, its config there, and which layers are the teacher's (None for
-    the teacher).
-    """
+class ModelSource(NamedTuple):
+    """Holds where a model comes from."""
 
-    path: str
+    path: str  # a directory, or a name on the hub
     config: PretrainedConfig
-    layers: list[int] | None
+    layers: list[int] | None  # those that are the teacher's; None for the teacher itself
 
 
 @dataclass
-class Plan:
-    """What the checks have found."""
+class CheckedInputs:
+    """Holds what an evaluation works on, read and checked; no weights."""
 
-    sources: dict[str, Source]  # by model: those to be measured, and the teacher
-    models: list[str]  # to be measured
+    sources: dict[str, ModelSource]  # by name: the models to measure, and the teacher
+    models: list[str]  # names of those to measure
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     questions: list[mmlu.Question]  # none with --no_mmlu
@@ -54,7 +52,7 @@ class Plan:
     settings: dict[str, Any]  # what the results depend on
 
 
-def check(args: EvalArguments) -> Plan:
+def check_inputs(args: EvalArguments) -> CheckedInputs:
     """Reads everything but weights. Raises one ValueError that lists all problems."""
     problems: list[str] = []
 
@@ -71,7 +69,7 @@ def check(args: EvalArguments) -> Plan:
     student = attempt(_find_student, args, tokenizer) if {"student", "hybrid"} & set(models) else None
     sources: dict[str, Any] = {"teacher": teacher, "student": student, "hybrid_ft": trained}
     if "hybrid" in models and teacher and student:
-        sources["hybrid"] = attempt(_plan_hybrid, args, student, teacher, trained)
+        sources["hybrid"] = attempt(_find_hybrid, args, student, teacher, trained)
     questions = (attempt(_read_questions, args) or []) if args.mmlu else []
     windows = attempt(_read_held_out, args, tokenizer, max_length) if args.held_out and tokenizer else None
     if args.tasks:
@@ -85,11 +83,11 @@ def check(args: EvalArguments) -> Plan:
             attempt(check_partial, Path(args.output), settings, models, args.resume, args.overwrite)
     if problems:
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
-    return Plan(sources, models, device, tokenizer, questions, windows, max_length, settings)
+    return CheckedInputs(sources, models, device, tokenizer, questions, windows, max_length, settings)
 
 
-def _find_teacher(args: EvalArguments) -> tuple[Source, PreTrainedTokenizerBase, int]:
-    """With its tokenizer and the tokens of a prompt at most, which are there for all models."""
+def _find_teacher(args: EvalArguments) -> tuple[ModelSource, PreTrainedTokenizerBase, int]:
+    """Returns the teacher, and the tokenizer and the maximum length of a prompt (tokens) that all models share."""
     path = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
     config = read_config("--teacher_model", args.teacher_model, path)
     tokenizer = get_tokenizer("--teacher_model", path)
@@ -97,21 +95,21 @@ def _find_teacher(args: EvalArguments) -> tuple[Source, PreTrainedTokenizerBase,
     context = config.to_dict().get("max_position_embeddings")
     if context is None and args.max_length is None:
         raise ValueError(
-            f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not tell how long "
+            f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not say how long "
             "its context is; give it"
         )
-    return Source(path, config, None), tokenizer, args.max_length or context
+    return ModelSource(path, config, None), tokenizer, args.max_length or context
 
 
-def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
     path = locate_model("--student_model", args.student_model, args.local_files_only)
     config = read_llamba_config("--student_model", args.student_model, path)
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--student_model", config.vocab_size)
-    return Source(path, config, config.attention_layers)
+    return ModelSource(path, config, config.attention_layers)
 
 
-def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> Source:
+def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
     if args.ckpt is None:
         raise ValueError(
             "--which hybrid_ft: needs --ckpt, a checkpoint directory of a training run; give it, "
@@ -119,7 +117,7 @@ def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | N
         )
     if not Path(args.ckpt).is_dir():
         raise ValueError(f"--ckpt {args.ckpt}: not a directory; expected a checkpoint of a training run")
-    # A link such as `latest` may point elsewhere by the time the weights are read.
+    # A link such as `latest` may point to another checkpoint by the time the weights are read.
     path = os.path.realpath(locate_model("--ckpt", args.ckpt, local_files_only=True))
     config = read_llamba_config("--ckpt", args.ckpt, path)
     if args.layers_given and sorted(args.layers) != config.attention_layers:
@@ -129,11 +127,15 @@ def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | N
         )
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--ckpt", config.vocab_size)
-    return Source(path, config, config.attention_layers)
+    return ModelSource(path, config, config.attention_layers)
 
 
-def _plan_hybrid(args: EvalArguments, student: Source, teacher: Source, trained: Source | None) -> Source:
-    """Beside a trained hybrid the untrained one has the same layers, so that training is all that they differ by."""
+def _find_hybrid(
+    args: EvalArguments, student: ModelSource, teacher: ModelSource, trained: ModelSource | None
+) -> ModelSource:
+    """Returns the student as source of the untrained hybrid. Without --layers, its layers are those of the trained
+    hybrid, if that is measured too, so that the two differ by training alone.
+    """
     if student.layers:
         raise ValueError(
             f"--which hybrid: --student_model {args.student_model} has layers {student.layers} of a "
@@ -143,7 +145,7 @@ def _plan_hybrid(args: EvalArguments, student: Source, teacher: Source, trained:
     if not args.layers_given and trained is not None and trained.layers is not None:
         layers = trained.layers
     check_replacements(student.config, teacher.config, layers)
-    return Source(student.path, student.config, layers)
+    return ModelSource(student.path, student.config, layers)
 
 
 def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
@@ -183,12 +185,12 @@ def _check_output(args: EvalArguments) -> None:
 
 def settings_of(
     args: EvalArguments,
-    sources: dict[str, Source],
+    sources: dict[str, ModelSource],
     questions: list[mmlu.Question],
     windows: Tensor | None,
     max_length: int,
 ) -> dict[str, Any]:
-    """What another evaluation needs to have in common with this one for its pieces to stand in for this one's."""
+    """Returns all that the results of a piece depend on: a resumed evaluation has to have the same settings."""
     names = ["dtype"]
     settings: dict[str, Any] = {"--max_length": max_length}
     if args.mmlu:
@@ -205,8 +207,8 @@ def settings_of(
     return settings | {name: _identity(source) for name, source in sources.items()}
 
 
-def _identity(source: Source) -> dict[str, Any]:
-    """Where a model is, and the sizes and times of its files: a checkpoint that was written anew is another model."""
+def _identity(source: ModelSource) -> dict[str, Any]:
+    """Returns a model's path and its files' sizes and times: a checkpoint written again counts as another model."""
     if not Path(source.path).is_dir():
         return {"path": source.path, "layers": source.layers}
     stats = [(file.name, file.stat()) for file in sorted(Path(source.path).iterdir()) if file.is_file()]
@@ -214,10 +216,10 @@ def _identity(source: Source) -> dict[str, Any]:
     return {"path": os.path.realpath(source.path), "layers": source.layers, "files": files}
 
 
-def check_agreement(plan: Plan, ranks: Ranks) -> None:
-    """Each rank has looked for itself, and each node may have files of its own. Raises ValueError."""
-    models = {name: [entry[:2] for entry in model.get("files", [])] for name, model in _models(plan.settings)}
-    texts = {name: value for name, value in plan.settings.items() if not isinstance(value, dict)}
+def check_agreement(inputs: CheckedInputs, ranks: Ranks) -> None:
+    """Raises ValueError unless all ranks have found the same. Each reads for itself, and nodes may differ."""
+    models = {name: [entry[:2] for entry in model.get("files", [])] for name, model in _models(inputs.settings)}
+    texts = {name: value for name, value in inputs.settings.items() if not isinstance(value, dict)}
     if not ranks.all_have(json.dumps([models, texts]).encode()):
         raise ValueError("the ranks have not found the same models, questions and options; give all of them the same")
 

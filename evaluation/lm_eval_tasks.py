@@ -1,5 +1,5 @@
-"""Any task of lm-evaluation-harness on a model that is loaded already. The package is optional: only `--tasks` needs
-it, and it is imported when that is used.
+"""Runs tasks of lm-evaluation-harness on a model that is loaded already. The package is optional: it is imported only
+for --tasks.
 """
 
 import difflib
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from text.sources import network_forbidden
 
 PIN = "lm-eval==0.4.13"
-BATCH_SIZE = 8  # where none is given: lm-eval's own search for one starts at the longest context there is
+BATCH_SIZE = 8  # for --batch_size auto: lm-eval's own search would start at the longest possible context
 
 
 def check_tasks(names: list[str], local_files_only: bool) -> None:
-    """Raises ValueError if the package, a task or a task's data is not there: it is read here for the first time."""
+    """Raises ValueError if the package, a task or the data of a task is missing. Reads the data, so downloads it."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"--tasks {' '.join(names)}: needs lm-evaluation-harness; `pip install {PIN}`")
     known = task_manager().all_tasks
@@ -42,14 +42,14 @@ def _read_data(name: str, local_files_only: bool) -> None:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"--tasks {name}: its data is neither in the local cache nor to be had ({reason}); run the task once on a "
-            "machine with network and copy its cache"
+            f"--tasks {name}: its data is not in the local cache and cannot be downloaded ({reason}); run the task "
+            "once on a machine with network and copy its cache"
         ) from error
 
 
 @functools.cache
 def task_manager() -> Any:
-    """lm-eval's index of its tasks. To read the hundreds of files that it is made of takes seconds."""
+    """Returns lm-eval's index of its tasks. It is made once: reading hundreds of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -65,8 +65,8 @@ def run_task(
     limit: int | None,
     local_files_only: bool,
 ) -> dict[str, Any]:
-    """`results` of the task, or of a group and its tasks, as lm-eval gives them, with `n_shot`, `n_samples` and
-    `versions` beside them. Generation goes through the model's own `generate`.
+    """Returns the `results` of a task, or of a group and its tasks, as lm-eval reports them, with `n_shot`, `n_samples`
+    and `versions` beside them. The model's own `generate` generates text. Raises ValueError where lm-eval refuses.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -101,6 +101,6 @@ def run_task(
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float | None]:
-    """lm-eval's numbers by "metric,filter"; what it cannot tell ("N/A") is None."""
+    """Returns lm-eval's numbers by "metric,filter"; one that it could not compute ("N/A") is None."""
     figures = {key: value for key, value in result.items() if "," in key}
     return {key: value if isinstance(value, (int, float)) else None for key, value in figures.items()}

@@ -1,6 +1,6 @@
-"""MMLU: its groups, prompts and scores, with the numbers of lm-evaluation-harness's `mmlu` task. A prompt is scored
-against the four continuations " A" to " D"; the likeliest one is the model's answer. `load_mmlu` gives subjects,
-`build_questions` questions, `score` predictions; what they amount to is for results.py to say.
+"""MMLU: its groups, prompts and scores, with the numbers of lm-evaluation-harness's `mmlu` task. The four continuations
+" A" to " D" of a prompt are scored; the likeliest is the model's answer. `load_mmlu` returns subjects,
+`build_questions` questions, `score` predictions; statistics.py computes accuracies from those.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ GROUP_OF = {subject: group for group, names in GROUP_NAMES.items() for subject i
 
 @dataclass(frozen=True)
 class Question:
-    """A test row made ready to score: `prompt` is all that comes before the answer letter's space."""
+    """Holds a test row ready to score; `prompt` ends before the space in front of the answer letter."""
 
     subject: str
     index: int
@@ -59,6 +59,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
+    """Holds a model's answer to a question; `index` is the row in its file, from 0."""
+
     subject: str
     index: int
     answer: str
@@ -70,7 +72,9 @@ class Prediction:
 
 
 def build_questions(subjects: Iterable[Subject], num_fewshot: int, limit: int | None = None) -> list[Question]:
-    """Prompts in file order; `limit` keeps the first so many questions of each subject."""
+    """Returns questions in file order; `limit` keeps the first so many of each subject. Raises ValueError if a subject
+    has fewer than `num_fewshot` examples.
+    """
     questions = []
     for subject in subjects:
         head = _prompt_head(subject, num_fewshot)
@@ -81,7 +85,7 @@ def build_questions(subjects: Iterable[Subject], num_fewshot: int, limit: int | 
 
 
 def _prompt_head(subject: Subject, num_fewshot: int) -> str:
-    """What all prompts of a subject share: the description and the answered examples."""
+    """Returns what all prompts of a subject share: the description and the answered examples."""
     if not 0 <= num_fewshot <= len(subject.dev):
         raise ValueError(
             f"--num_fewshot {num_fewshot}: {subject.name} has {len(subject.dev)} dev rows to draw from; "
@@ -95,13 +99,13 @@ def _prompt_head(subject: Subject, num_fewshot: int) -> str:
 
 
 def _format_question(example: Example) -> str:
-    # Only the question is stripped, choices keep their spaces: so does lm-eval's template.
+    # As in lm-eval's template, only the question is stripped; choices keep their spaces.
     choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, example.choices, strict=True))
     return f"{example.question.strip()}\n{choices}Answer:"
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """SHA-256 of all prompts and answers: equal where two scores are of the same questions, asked alike."""
+    """Returns the SHA-256 of all prompts and answers: two scores with the same one are of the same questions."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(f"{question.prompt}\0{question.answer}\0".encode())
@@ -119,12 +123,12 @@ def score(
     device: torch.device,
     max_length: int | None,
 ) -> list[Prediction]:
-    """The model's answer to each question, in their order. batch_size, max_length: as `scoring.Scorer` takes them."""
+    """Returns the model's answer to each question, in their order. batch_size, max_length: as in `scoring.Scorer`."""
     return answer(Scorer(model, tokenizer, device, batch_size, max_length), questions)
 
 
 def answer(scorer: Scorer, questions: Sequence[Question]) -> list[Prediction]:
-    """As `score`. Subject by subject, whose prompts begin alike."""
+    """Returns what `score` does, by a scorer that exists. Runs subject by subject, whose prompts begin alike."""
     by_subject: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
         by_subject.setdefault(question.subject, []).append(i)

@@ -1,5 +1,5 @@
-"""What an evaluation has found so far, one small file for each piece of work, in a folder beside its output. A piece is
-whole or not there; an evaluation that is started again with the same settings does the rest.
+"""Saves the results of an evaluation while it runs, one small file for each piece of work, in a folder beside its
+output. A file is written whole or not at all; an evaluation resumed with the same settings measures what is missing.
 """
 
 import json
@@ -18,8 +18,8 @@ SETTINGS = "settings.json"
 
 
 class PartialResults:
-    """Pieces of results by model and name. folder: None keeps them in memory alone. Each process writes its own, and
-    sees those that were there when it began.
+    """Holds results by model and piece, and saves each in `folder`; None keeps them in memory alone. A process reads
+    the files that exist when it begins; it does not see what other processes save after that.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -29,12 +29,13 @@ class PartialResults:
             try:
                 self.found[file.parent.name, file.stem] = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
-                logger.warning("%s is damaged (%s): it is measured again", file, error)
+                logger.warning("%s is damaged (%s): its piece is measured again", file, error)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.found
 
     def put(self, model: str, piece: str, result: Any) -> None:
+        """Adds and saves a result, which has to be JSON. Raises ValueError if the disk refuses."""
         self.found[model, piece] = result
         if self.folder is None:
             return
@@ -49,15 +50,17 @@ class PartialResults:
 
 
 def partial_folder(output: Path) -> Path:
+    """Returns the folder for the partial results of the evaluation that writes `output`."""
     return output.with_name(f"{output.name}.partial")
 
 
 def is_interrupted(output: Path) -> bool:
+    """Returns whether an evaluation has left partial results, or is writing them now."""
     return (partial_folder(output) / SETTINGS).is_file()
 
 
 def check_partial(output: Path, settings: dict[str, Any], models: list[str], resume: bool, overwrite: bool) -> None:
-    """Whether what an interrupted evaluation left may be gone on with, or be thrown away. Raises ValueError."""
+    """Raises ValueError if partial results exist that this evaluation may neither resume from nor throw away."""
     folder = partial_folder(output)
     if not is_interrupted(output):
         if resume:
@@ -66,7 +69,7 @@ def check_partial(output: Path, settings: dict[str, Any], models: list[str], res
     if not (resume or overwrite):
         raise ValueError(
             f"--output {output}: an evaluation that was interrupted, or is still running, has its results in {folder}; "
-            "go on with --resume, or throw them away with --overwrite"
+            "resume it with --resume, or throw them away with --overwrite"
         )
     if overwrite:
         return
@@ -104,9 +107,9 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 @contextmanager
-def kept_in(output: Path | None, settings: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Keeps the folder for `output`'s partial results, for one evaluation at a time; when the block has ended well, the
-    folder goes.
+def resumable(output: Path | None, settings: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Prepares and locks the folder for partial results, and removes it when the block ends without an error. Raises
+    ValueError if another evaluation has the lock.
     """
     if output is None:
         yield
@@ -121,6 +124,6 @@ def kept_in(output: Path | None, settings: dict[str, Any], resume: bool) -> Iter
         try:
             yield
         except BaseException:
-            logger.warning("what has been found so far is in %s; go on with --resume", folder)
+            logger.warning("the results so far are in %s; resume with --resume", folder)
             raise
         shutil.rmtree(folder)

@@ -1,6 +1,6 @@
-"""The work of an evaluation in pieces, to be shared out over ranks and done in any order: a subject of MMLU, a size of
-the retrieval probe, some windows of held-out text, a task of lm-evaluation-harness. What the pieces of one model give,
-`assemble` puts together.
+"""Divides an evaluation into pieces, which ranks share and may measure in any order: a subject of MMLU, a size of the
+retrieval probe, some windows of held-out text, a task of lm-evaluation-harness. `assemble` puts the results of one
+model's pieces together.
 """
 
 import dataclasses
@@ -18,21 +18,24 @@ from evaluation.lm_eval_tasks import run_task
 from evaluation.scoring import Scorer
 from evaluation.statistics import aggregate
 
-CHARACTERS_PER_TOKEN = 4  # about: what pieces cost is compared in characters
-TASK_COST = 1_000_000  # of a task, of which nothing is known beforehand
+CHARACTERS_PER_TOKEN = 4  # about; costs are in characters
+TASK_COST = 1_000_000  # a guess: the length of a task is not known beforehand
 
 
 @dataclass(frozen=True)
 class Piece:
-    name: str  # "<kind>-<what>", fit for a file's name
-    cost: int  # beside the other pieces'
-    measure: Callable[[Scorer], Any]  # of the scorer's model; what it gives is JSON
-    window: int | None = None  # of held-out text, the first that it is about
+    """Holds a part of an evaluation that is measured as a whole."""
+
+    name: str  # "<kind>-<what>", usable as a file name
+    cost: int  # relative to other pieces'
+    measure: Callable[[Scorer], Any]  # takes a model's scorer, returns JSON
+    window: int | None = None  # of held-out text: the first of the piece's windows
 
 
 def pieces_of(
     args: EvalArguments, questions: list[mmlu.Question], held_out: HeldOutText | None, max_length: int
 ) -> list[Piece]:
+    """Returns the pieces of one model's evaluation, which are the same for every model."""
     pieces = []
     for subject in dict.fromkeys(question.subject for question in questions):
         pieces.append(_mmlu_piece(subject, [question for question in questions if question.subject == subject]))
@@ -45,7 +48,7 @@ def pieces_of(
 
 
 def share_out(pieces: list[Piece], rank: int, world_size: int) -> list[Piece]:
-    """This rank's pieces, in their order. They are dealt out the most costly first, each to who has least."""
+    """Returns this rank's pieces, in their order. The most costly are assigned first, each to the least loaded rank."""
     loads, own = [0] * world_size, set()
     for piece in sorted(pieces, key=lambda piece: -piece.cost):
         taker = loads.index(min(loads))
@@ -56,7 +59,7 @@ def share_out(pieces: list[Piece], rank: int, world_size: int) -> list[Piece]:
 
 
 def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """One model's results, from those of its pieces by name, with its config among them."""
+    """Returns one model's results from those of its pieces by name, and adds its config."""
     kinds: dict[str, dict[str, Any]] = {}
     for name, part in found.items():
         kind, what = name.split("-", 1)
@@ -103,7 +106,7 @@ def _held_out_piece(held_out: HeldOutText, start: int) -> Piece:
 
 def _retrieval_piece(args: EvalArguments, length: int, n_pairs: int, max_length: int) -> Piece:
     def measure(scorer: Scorer) -> dict[str, Any]:
-        n_questions = args.retrieval_questions if length <= max_length else 0  # beyond it the context would be cut
+        n_questions = args.retrieval_questions if length <= max_length else 0  # longer contexts would be cut
         return retrieval.probe(scorer, length, n_pairs, n_questions, args.seed)
 
     n_contexts = -(-args.retrieval_questions // retrieval.QUESTIONS_PER_CONTEXT)

@@ -1,6 +1,6 @@
-"""What an evaluation shows: tables on the screen and, with --output, everything as JSON, a report in Markdown and a bar
-chart. Scores stand beside what they were measured with, and models beside one another: of every two, how much the later
-one differs from the earlier, with an interval and a p.
+"""Reports the results of an evaluation: tables on the screen and, with --output, all results as JSON, a report in
+Markdown and a bar chart. Scores stand beside the options they were measured with. Every two models are compared: the
+difference of their accuracies, with its 95% interval and p-value.
 """
 
 import io
@@ -20,8 +20,11 @@ CHANCE = 0.25
 Table = list[list[str]]  # rows of cells, the first one its head
 
 
-def write_report(results: dict[str, dict], output: Path | None) -> None:
-    """results: by model, as `eval_pieces.assemble` gives them, with a `config`. Files first: a screen can go away."""
+def report_results(results: dict[str, dict], output: Path | None) -> None:
+    """Writes the files and prints the tables. results: by model, as `pieces.assemble` returns them.
+
+    The files come first: printing fails where a terminal has gone.
+    """
     differences = compare_all(results)
     if output is not None:
         write_files(results, differences, output)
@@ -30,7 +33,7 @@ def write_report(results: dict[str, dict], output: Path | None) -> None:
 
 
 def write_files(results: dict[str, dict], differences: list[dict[str, Any]], output: Path) -> None:
-    """All is made before any of it is written, and the JSON comes last: it tells that all is there."""
+    """Writes report, chart and JSON, all made before the first is written. The JSON comes last: it marks the end."""
     of_json, of_report, of_chart = output_files(output)
     contents = {of_report: markdown(sections(results, differences, ("groups", "subjects"))).encode() + b"\n"}
     if "acc" in next(iter(results.values())):
@@ -46,13 +49,13 @@ def write_files(results: dict[str, dict], differences: list[dict[str, Any]], out
 
 
 def output_files(output: Path) -> tuple[Path, Path, Path]:
-    """JSON, report and chart."""
+    """Returns the paths of JSON, report and chart."""
     stem = output.with_suffix("") if output.suffix == ".json" else output
     return output, stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.png")
 
 
 def compare_all(results: dict[str, dict]) -> list[dict[str, Any]]:
-    """Of every two models that answered MMLU's questions: `of`, `to`, and what `results.compare` tells."""
+    """Compares every two models with answers to MMLU: their names `of` and `to`, with `statistics.compare`'s result."""
     answers = {
         name: [Prediction(**prediction) for prediction in result["predictions"]]
         for name, result in results.items()
@@ -62,7 +65,9 @@ def compare_all(results: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def arrange(results: dict[str, dict], differences: list[dict[str, Any]]) -> dict[str, Any]:
-    """One model's result as it is; of several, each accuracy, `n`, all results under `models`, and the differences."""
+    """Returns the content of the JSON file: one model's result as it is; for several models, each accuracy, `n`, all
+    results under `models`, and the differences.
+    """
     first = next(iter(results.values()))
     if len(results) == 1:
         return first
@@ -74,7 +79,7 @@ def arrange(results: dict[str, dict], differences: list[dict[str, Any]]) -> dict
 
 
 class Section(NamedTuple):
-    """A table with what it is of and what it was measured with."""
+    """Holds a table, its title, and a note on how its figures were measured."""
 
     title: str
     note: str
@@ -82,7 +87,7 @@ class Section(NamedTuple):
 
 
 def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts: Sequence[str]) -> list[Section]:
-    """What the screen and the report show. parts: "groups", "subjects", by which differences are told."""
+    """Returns the sections of screen and report. parts: "groups", "subjects": the rows of the differences."""
     first = next(iter(results.values()))
     config = first["config"]
     found = [Section("Models", "", model_table(results))]
@@ -93,12 +98,12 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
             f"Prompt: {config['prompt']}. Data: {config['mmlu_dir']}, SHA-256 of the questions "
             f"{config['questions_sha256'][:16]}. The standard error is that within subjects, as lm-eval pools it."
         )
-        found.append(Section(title, note, score_table(results)))
+        found.append(Section(title, note, accuracy_table(results)))
     if differences:
         note = (
-            "On the same questions: gained are those that the first model has right and the second wrong, lost the "
-            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for how many "
-            "comparisons there are."
+            "Of the same questions, gained counts those that the first model has right and the second wrong, lost the "
+            "reverse. Intervals by Agresti and Min, p by McNemar's exact test; neither is corrected for multiple "
+            "comparisons."
         )
         found.append(Section("Differences", note, difference_table(differences, parts)))
     if "held_out" in first:
@@ -111,7 +116,7 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
 
 
 def options_of(config: dict[str, Any], *beginnings: str) -> str:
-    """Those options of a model's config that begin so."""
+    """Returns the options in a model's config whose names begin with one of `beginnings`, as text."""
     return ", ".join(f"{name} {value}" for name, value in config.items() if name.startswith(beginnings))
 
 
@@ -119,6 +124,7 @@ def options_of(config: dict[str, Any], *beginnings: str) -> str:
 
 
 def model_table(results: dict[str, dict]) -> Table:
+    """Returns where each model comes from and what it ran with."""
     table = [["model", "from", "teacher's layers", "dtype", "max_length", "versions"]]
     for name, result in results.items():
         config = result["config"]
@@ -129,21 +135,21 @@ def model_table(results: dict[str, dict]) -> Table:
     return table
 
 
-def score_table(results: dict[str, dict]) -> Table:
-    """Accuracy by subject, group and over all, one column per model."""
+def accuracy_table(results: dict[str, dict]) -> Table:
+    """Returns accuracies by subject, by group and over all, one column per model."""
     first = next(iter(results.values()))
     table = [["subject", "n", *results]]
     for part in ("subjects", "groups"):
         for name, counts in first[part].items():
-            cells = (number(result[part][name]["acc"]) for result in results.values())
+            cells = (format_value(result[part][name]["acc"]) for result in results.values())
             table.append([name, str(counts["n"]), *cells])
-    table.append(["all", str(first["n"]), *(number(result["acc"]) for result in results.values())])
-    return [*table, ["stderr", "", *(number(result["stderr"]) for result in results.values())]]
+    table.append(["all", str(first["n"]), *(format_value(result["acc"]) for result in results.values())])
+    return [*table, ["stderr", "", *(format_value(result["stderr"]) for result in results.values())]]
 
 
 def difference_table(differences: list[dict[str, Any]], parts: Iterable[str]) -> Table:
-    """For each pair, over all and by the names of each part ("groups", "subjects"): difference, interval, p, and what
-    it rests on.
+    """Returns a row for each pair of models, over all and by each part ("groups", "subjects"): difference, interval, p,
+    and the numbers of questions behind them.
     """
     table = [["difference", "of", "n", "diff", "95% interval", "p", "gained", "lost"]]
     for difference in differences:
@@ -157,37 +163,41 @@ def difference_table(differences: list[dict[str, Any]], parts: Iterable[str]) ->
 
 
 def held_out_table(results: dict[str, dict]) -> Table:
-    rows = [[name, *(number(value) for value in result["held_out"].values())] for name, result in results.items()]
+    """Returns the figures on held-out text, one row per model."""
+    rows = [[name, *(format_value(value) for value in result["held_out"].values())] for name, result in results.items()]
     return [["held-out text", *next(iter(results.values()))["held_out"]], *rows]
 
 
 def retrieval_table(results: dict[str, dict]) -> Table:
+    """Returns accuracies by length of the context and number of pairs, one column per model."""
     table = [["retrieval: tokens", "pairs", "n", "chance", *results]]
     for i, cell in enumerate(next(iter(results.values()))["retrieval"]):
-        scores = (number(result["retrieval"][i]["acc"]) for result in results.values())
-        table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), number(cell["chance"]), *scores])
+        scores = (format_value(result["retrieval"][i]["acc"]) for result in results.values())
+        table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), format_value(cell["chance"]), *scores])
     return table
 
 
 def task_table(results: dict[str, dict]) -> Table:
+    """Returns every metric of every task, one column per model."""
     table = [["task", "shots", "n", "metric", *results]]
     for asked, outcome in next(iter(results.values()))["tasks"].items():
         for task, figures in outcome["results"].items():
             shots, n = outcome["n_shot"].get(task, ""), outcome["n_samples"].get(task, {}).get("effective", "")
             for metric in figures:
-                scores = (number(result["tasks"][asked]["results"][task][metric]) for result in results.values())
+                scores = (format_value(result["tasks"][asked]["results"][task][metric]) for result in results.values())
                 table.append([task, str(shots), str(n), metric, *scores])
     return table
 
 
-def number(value: float | None) -> str:
+def format_value(value: float | None) -> str:
+    """Returns a count as it is, any other value with four digits, and a missing one as a dash."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def aligned(table: Table) -> str:
-    """For the screen: first column to the left, the others to the right."""
+    """Returns a table as text for the screen: the first column aligned left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = (
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
@@ -196,21 +206,23 @@ def aligned(table: Table) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-# The report
+# Files
 
 
 def markdown(found: list[Section]) -> str:
+    """Returns the whole report."""
     parts = [part for section in found for part in (f"## {section.title}", section.note, as_markdown(section.table))]
     return "\n\n".join(["# Evaluation", *filter(None, parts)])
 
 
 def as_markdown(table: Table) -> str:
+    """Returns a table in Markdown."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
 def draw_chart(results: dict[str, dict]) -> bytes:
-    """A PNG of accuracies with 95% intervals: over all, and by group, or by subject where no group of MMLU's is."""
+    """Returns a PNG of accuracies with 95% intervals: over all, and by group, or by subject if none is in a group."""
     first = next(iter(results.values()))
     part = "groups" if first["groups"] else "subjects"
     labels = ["all", *first[part]]

@@ -1,7 +1,7 @@
-"""Key-value retrieval: a context states the codes of some names among sentences that have nothing to do with them, and
-the model is asked for the code of one. To answer it has to fetch a token from far back, which attention does with ease
-and a recurrent state only as far as it has room (arXiv 2504.18574, 2602.11374). Accuracy over the length of the context
-and the number of pairs shows where a hybrid stands between the two.
+"""Probes key-value retrieval: a context states the codes of some names among unrelated sentences, and the model has to
+give the code of one name. The answer has to be copied from far back. Attention does this easily; a recurrent state only
+while it has room for the pairs (arXiv 2504.18574, 2602.11374). Accuracy over the length of the context and the number
+of pairs shows where a hybrid stands between the two.
 """
 
 import random
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.scoring import Request, Scorer
 
-QUESTIONS_PER_CONTEXT = 4  # which share its run
+QUESTIONS_PER_CONTEXT = 4  # a context runs once for all of them
 FILLERS = (
     "The wind turned to the west before noon.",
     "Two boats lay upside down on the sand.",
@@ -28,7 +28,7 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclass(frozen=True)
 class Context:
-    """A text with pairs in it, in the order of `names` and `codes`; `asked` are the places of those asked for."""
+    """Holds a text that states pairs, in the order of `names` and `codes`; `asked` are the indices of the questions."""
 
     text: str
     names: list[str]
@@ -37,8 +37,8 @@ class Context:
 
 
 def probe(scorer: Scorer, length: int, n_pairs: int, n_questions: int, seed: int) -> dict[str, Any]:
-    """Accuracy of the likeliest of the context's codes, `chance` being one in n_pairs. `acc` is None where the pairs
-    alone are longer than `length`.
+    """Returns the accuracy `acc` of the likeliest of a context's codes, beside `chance`, which is 1 / n_pairs. `acc` is
+    None if `n_questions` is 0 or the pairs alone are longer than `length` tokens.
     """
     right = n = 0
     for context in build_contexts(scorer.tokenizer, length, n_pairs, n_questions, seed):
@@ -53,8 +53,8 @@ def probe(scorer: Scorer, length: int, n_pairs: int, n_questions: int, seed: int
 def build_contexts(
     tokenizer: PreTrainedTokenizerBase, length: int, n_pairs: int, n_questions: int, seed: int
 ) -> list[Context]:
-    """As many as `n_questions` take, each with a question and its answer of `length` tokens or a few fewer; none if the
-    pairs do not fit into that. The same for every model and on every machine.
+    """Returns contexts for `n_questions`. Each, with a question and its answer, has `length` tokens or a few fewer; the
+    list is empty if the pairs do not fit. They are the same for every model and on every machine.
     """
     dice = random.Random(f"{seed} {length} {n_pairs}")
     per_context = min(QUESTIONS_PER_CONTEXT, n_pairs)
@@ -67,7 +67,7 @@ def build_contexts(
         room = length - _tokens(tokenizer, pairs, ends)
         fillers = _fillers(dice, tokenizer, room)
         lines = _scatter(dice, pairs, fillers)
-        while fillers and _tokens(tokenizer, lines, ends) > length:  # what a filler adds depends on what is around it
+        while fillers and _tokens(tokenizer, lines, ends) > length:  # a filler's tokens depend on the text around it
             lines.remove(fillers.pop())
         if _tokens(tokenizer, lines, ends) > length:
             return []
@@ -76,7 +76,7 @@ def build_contexts(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, lines: list[str], ends: list[str]) -> int:
-    """Of the lines with the longest of the ends."""
+    """Returns the number of tokens of the lines with the longest of the ends."""
     return max(len(tokenizer("\n".join([*lines, end])).input_ids) for end in ends)
 
 
@@ -85,7 +85,7 @@ def _statement(name: str) -> str:
 
 
 def _names(dice: random.Random, n: int) -> list[str]:
-    """Made up, so that no model knows anything of them, and all different."""
+    """Returns n different names, made up, so that no model has seen them in training."""
     names: dict[str, None] = {}
     while len(names) < n:
         letters = [dice.choice(CONSONANTS if i % 2 == 0 else VOWELS) for i in range(5)]
@@ -94,7 +94,7 @@ def _names(dice: random.Random, n: int) -> list[str]:
 
 
 def _fillers(dice: random.Random, tokenizer: PreTrainedTokenizerBase, room: int) -> list[str]:
-    """Sentences that take `room` tokens, or a few fewer. What each adds is counted once, after another one."""
+    """Returns sentences of `room` tokens in all, or a few fewer. Each is counted as it would be after another one."""
     start = len(tokenizer(FILLERS[0]).input_ids)
     added = {filler: len(tokenizer(f"{FILLERS[0]}\n{filler}").input_ids) - start for filler in FILLERS}
     chosen: list[str] = []
@@ -105,7 +105,7 @@ def _fillers(dice: random.Random, tokenizer: PreTrainedTokenizerBase, room: int)
 
 
 def _scatter(dice: random.Random, pairs: list[str], fillers: list[str]) -> list[str]:
-    """The pairs at random places among the fillers, both in their order."""
+    """Returns the pairs at random places among the fillers; each kind keeps its order."""
     is_pair = [True] * len(pairs) + [False] * len(fillers)
     dice.shuffle(is_pair)
     remaining = {True: iter(pairs), False: iter(fillers)}

@@ -1,6 +1,6 @@
-"""Log-likelihoods of continuations after prompts: the tokens and the numbers of lm-evaluation-harness, faster. Prompts
-that begin alike, as few-shot prompts do, have that beginning run once; each goes on from its keys, values and states.
-Logits exist for the tokens to predict alone, and at their positions alone.
+"""Computes log-likelihoods of continuations after prompts: the tokens and the numbers of lm-evaluation-harness, faster.
+The beginning that prompts share, as few-shot prompts do, runs once, and each prompt continues from its keys, values and
+states. Logits are computed for the tokens to predict only, and at their positions only.
 
 Shapes: B rows in a batch, L tokens of a row after the shared prefix, D hidden size, V columns of the head, T tokens
 of a continuation, K continuations that one row scores, N = sum of T over a batch, U different tokens to predict.
@@ -23,30 +23,32 @@ from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 
 logger = logging.getLogger("train")
 
-# Tokens of a batch where its size is left to us. A GPU is filled by this many; a CPU gains nothing from more.
+# Tokens of a batch where --batch_size is auto. This many fill a GPU; a CPU gains nothing from more.
 CUDA_BATCH_TOKENS, CPU_BATCH_TOKENS = 2**13, 2**11
 HEAD_COLUMNS = 2**14  # of the vocabulary at a time
 
 
 @dataclass(frozen=True)
 class Request:
+    """Holds a prompt and the continuations to score after it."""
+
     prompt: str
     continuations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to run through the model, and the tokens to look up at its last T positions."""
+    """Holds one sequence to run through the model, and the tokens to look up at its last T positions."""
 
     request: int  # its place in the list of requests
     choices: tuple[int, ...]  # which of the continuations it scores: K of them
     tokens: list[int]
     targets: list[list[int]]  # K lists of T tokens
-    is_cut: bool  # has lost tokens on the left
+    is_cut: bool  # whether tokens are missing on the left
 
 
 class Scorer:
-    """A model and its tokenizer as a function from requests to log-likelihoods.
+    """Maps requests to log-likelihoods, by a model and its tokenizer.
 
     batch_size: rows per forward pass; None takes as many as fit, by their length.
     max_length: longer sequences lose tokens on the left; None means that the model has no limit.
@@ -78,14 +80,15 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[Request]) -> list[list[float]]:
-        """For each request, the summed log-likelihood of each of its continuations. To be called with requests that
-        begin alike: the longer what all of them share, the less there is to do.
+        """Returns for each request the summed log-likelihood of each continuation. Requests of one call should begin
+        alike: the longer the prefix that all of them share, the less there is to compute. Raises ValueError where a
+        value is not finite.
         """
         rows = self._encode(requests)
         self._check_vocabulary(rows)
         self.tokens_plain += sum(len(row.tokens) for row in rows)
         scores = [[0.0] * len(request.continuations) for request in requests]
-        # What has lost its beginning no longer shares it.
+        # Sequences that were cut on the left no longer share the prefix.
         for members in ([row for row in rows if not row.is_cut], [row for row in rows if row.is_cut]):
             for row, values in self._score(members):
                 if not all(map(math.isfinite, values)):
@@ -98,18 +101,20 @@ class Scorer:
         return scores
 
     def _encode(self, requests: Sequence[Request]) -> list[Row]:
-        """As lm-eval does: a continuation's tokens are those of the whole beyond the count of the prompt's. That holds
-        for tokenizers that need several tokens for " A", and it adds a BOS where the tokenizer does by default.
+        """Encodes as lm-eval does: prompt and continuation together, less as many tokens as the prompt alone has. This
+        holds for tokenizers that need several tokens for " A", and adds a BOS where the tokenizer does by default.
         """
         texts = [request.prompt + end for request in requests for end in ("", *request.continuations)]
-        encoded = iter(self.tokenizer(texts).input_ids if texts else ())  # in one call: a tokenizer has threads
+        encoded = iter(self.tokenizer(texts).input_ids if texts else ())  # one call uses all threads
         rows: list[Row] = []
         for i, request in enumerate(requests):
             rows += self._rows(i, request, next(encoded), [next(encoded) for _ in request.continuations])
         return rows
 
     def _rows(self, position: int, request: Request, prompt: list[int], wholes: list[list[int]]) -> Iterator[Row]:
-        """Continuations that differ in their last token alone need the same forward pass, and share a row."""
+        """Yields the rows of a request. Continuations that differ in their last token alone share a row: they need the
+        same forward pass.
+        """
         shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for choice, whole in enumerate(wholes):
             continuation = whole[len(prompt) :]
@@ -126,18 +131,16 @@ class Scorer:
             yield Row(position, choices, kept, [targets for _, targets in members], len(kept) < len(tokens))
 
     def _check_vocabulary(self, rows: list[Row]) -> None:
-        # On a GPU an id out of range would end as a device-side assert, far from its cause.
+        # On a GPU an id out of range would cause a device-side assert, reported far from its cause.
         largest = max((max(*row.tokens, *map(max, row.targets)) for row in rows), default=0)
         known = len(next(self.model.get_input_embeddings().parameters()))
         if largest >= known:
-            raise ValueError(
-                f"the tokenizer gives token {largest}, the model knows {known}: they do not belong together"
-            )
+            raise ValueError(f"the tokenizer gives token {largest}, the model knows {known}: they do not match")
 
     def _score(self, rows: list[Row]) -> Iterator[tuple[Row, list[float]]]:
-        """Each row's K log-likelihoods."""
-        # The longest come first: a batch that does not fit in memory fails at once, and neighbours in length share
-        # batches, so that little is padded.
+        """Yields the rows in another order, each with its K log-likelihoods."""
+        # The longest rows come first, so that a batch that does not fit in memory fails at once. Rows of similar
+        # length share a batch, so that little is padded.
         rows = sorted(rows, key=lambda row: -len(row.tokens))
         prefix = self._run_prefix(rows)
         n_past = 0 if prefix is None else prefix.get_seq_length()
@@ -150,7 +153,7 @@ class Scorer:
                 rows = rows[len(batch) :]
 
     def _run_prefix(self, rows: list[Row]) -> Cache | None:
-        """The states after what all rows begin with, up to their first predicting position."""
+        """Runs the prefix that all rows share, up to their first predicting position. Returns the states after it."""
         if len(rows) < 2 or not self.shares_prefixes:
             return None
         longest = min(len(row.tokens) - len(row.targets[0]) for row in rows)
@@ -160,14 +163,14 @@ class Scorer:
         ids = torch.tensor([prefix], device=self.device)  # (1, P)
         cache = self.model.base_model(input_ids=ids, use_cache=True).past_key_values
         if not can_share(cache):
-            logger.info("a %s keeps no states to share: prompts are run whole", self.model.config.model_type)
+            logger.info("a %s keeps no states to share: prompts run whole", self.model.config.model_type)
             self.shares_prefixes = False
             return None
         self.tokens_run += len(prefix)
         return cache
 
     def _forward_if_it_fits(self, rows: list[Row], prefix: Cache | None, n_past: int) -> list[list[float]] | None:
-        """None if it did not, and smaller batches are to be tried."""
+        """Returns each row's log-likelihoods, or None if memory ran out; the next batches are then smaller."""
         try:
             return self._forward(rows, prefix, n_past)
         except torch.OutOfMemoryError as error:
@@ -176,14 +179,14 @@ class Scorer:
                 raise ValueError(f"{message}; give a smaller one, or auto") from error
             if len(rows) == 1:
                 raise
-        # Out of the handler, whose traceback would keep what was allocated.
+        # This stands outside the handler, because its traceback would keep the allocated tensors alive.
         self.batch_tokens = len(rows) * (len(rows[0].tokens) - n_past) // 2
         torch.cuda.empty_cache()
         logger.info("out of memory; batches of %d tokens from here on", self.batch_tokens)
         return None
 
     def _forward(self, rows: list[Row], prefix: Cache | None, n_past: int) -> list[list[float]]:
-        # On the right of a causal model's input, padding changes nothing before it: no mask, and any id will do.
+        # Padding on the right changes nothing before it in a causal model, so no mask is needed, and any id will do.
         tails = [torch.tensor(row.tokens[n_past:]) for row in rows]
         input_ids = nn.utils.rnn.pad_sequence(tails, batch_first=True).to(self.device)  # (B, L)
         cache = None if prefix is None else SharedPrefix(prefix, len(rows))
@@ -195,7 +198,7 @@ class Scorer:
         return self._log_likelihoods(picked, rows)
 
     def _log_likelihoods(self, hidden: Tensor, rows: list[Row]) -> list[list[float]]:
-        """hidden (N, D) at the predicting positions -> for each row, K sums over its T tokens."""
+        """Returns for each row K sums over its T tokens; hidden (N, D) at the predicting positions."""
         head = self.model.get_output_embeddings()
         ids = sorted({token for row in rows for target in row.targets for token in target})  # U
         column_of = {token: column for column, token in enumerate(ids)}
@@ -213,8 +216,8 @@ class Scorer:
 
 
 def log_normaliser(hidden: Tensor, head: nn.Linear) -> Tensor:
-    """log sum exp of all V logits, padded columns too, as the model's own distribution and lm-eval's have them:
-    (N, D) -> (N, 1), some columns at a time.
+    """Returns log sum exp of all V logits: (N, D) -> (N, 1), some columns at a time. Padded columns of the vocabulary
+    count too, as they do in the model's own distribution and in lm-eval.
     """
     weights = head.weight.split(HEAD_COLUMNS)
     biases = [None] * len(weights) if head.bias is None else head.bias.split(HEAD_COLUMNS)

@@ -1,5 +1,5 @@
-"""What predictions amount to: accuracies and their errors by subject and group, as lm-evaluation-harness counts them,
-and whether two models that answered the same questions differ.
+"""Statistics of predictions: accuracies and standard errors by subject and group, as lm-evaluation-harness computes
+them, and tests whether two models that answered the same questions differ.
 """
 
 import math
@@ -8,20 +8,21 @@ from typing import Any
 
 from evaluation.mmlu import GROUP_NAMES, GROUP_OF, Prediction
 
-Z = 1.959964  # of a normal distribution's 95%
+Z = 1.959964  # 95% of a standard normal distribution lie within +-Z
 
 
 def aggregate(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """`acc`, `stderr` and `n` of all questions, and the same by name under `groups` and `subjects`. All questions count
-    alike, so a group's accuracy is its subjects' weighted by size. Subjects that MMLU does not have are in no group.
+    """Returns `acc`, `stderr` and `n` of all questions, and the same by name under `groups` and `subjects`. All
+    questions count alike: larger subjects weigh more in their group. Subjects that MMLU lacks are in no group.
     """
     assert predictions, "nothing to aggregate"
     return {**_score(predictions), **_by_part(_score, predictions)}
 
 
 def _score(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The standard error is that of a mean over questions from k subjects, with the variance within subjects: what
-    lm-eval pools for a group, and for one subject the usual one. Too few questions have none.
+    """Returns accuracy and standard error. The error is that of a mean over questions from k subjects, from the
+    variance within subjects, as lm-eval pools it for a group; for one subject it is the usual one. It is None where
+    every subject has one question.
     """
     hits: dict[str, list[bool]] = {}
     for prediction in predictions:
@@ -36,12 +37,13 @@ def _score(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def is_right(prediction: Prediction) -> bool:
+    """Returns whether the predicted letter is the answer."""
     return prediction.prediction == prediction.answer
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[str, Any]:
-    """How much more often the second model is right than the first, on the same questions in the same order: `diff`,
-    `low` and `high` (95%), McNemar's `p`, and how many questions `gained` and `lost` decide it; the same by name under
+    """Returns how much more often the second model is right than the first, on the same questions in the same order:
+    `diff`, `low` and `high` (95%), McNemar's `p`, the number of questions `gained` and `lost`; the same by name under
     `groups` and `subjects`.
     """
     pairs = list(zip(first, second, strict=True))
@@ -59,8 +61,9 @@ def _difference(pairs: Sequence[tuple[Prediction, Prediction]]) -> dict[str, Any
 
 
 def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95% interval of a difference of paired proportions: the usual one after half a question has been added to each of
-    the four cells, which keeps its promise for few questions too (Agresti and Min, Statistics in Medicine 24, 2005).
+    """Returns the 95% interval of a difference of paired proportions: the usual (Wald) interval after half a question
+    has been added to each of the four cells, so that it holds for few questions too (Agresti and Min, Statistics in
+    Medicine 24, 2005).
     """
     gained_, lost_, n_ = gained + 0.5, lost + 0.5, n + 2
     diff = (gained_ - lost_) / n_
@@ -69,8 +72,8 @@ def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p: how likely questions on which two equal models disagree are to fall so unevenly (McNemar,
-    Psychometrika 12, 1947; the binomial test).
+    """Returns the two-sided exact p-value: the probability of a split at least as uneven between two models that are
+    equally good (McNemar, Psychometrika 12, 1947; the binomial test).
     """
     n, fewer = gained + lost, min(gained, lost)
     tail, term = 0, 1
@@ -81,7 +84,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def _by_part(summary: Callable[[Sequence[Any]], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:
-    """Predictions, or pairs of them, summed up by group and by subject."""
+    """Applies `summary` to the predictions, or pairs of them, of each group and each subject."""
     subjects: dict[str, list[Any]] = {}
     groups: dict[str, list[Any]] = {}
     for item in items:

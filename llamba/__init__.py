@@ -1,5 +1,5 @@
-"""The student's architecture: Llamba and its hybrids for transformers. Importing it registers `llamba` with
-AutoConfig and AutoModelForCausalLM.
+"""Llamba and its hybrids for transformers. Importing the package registers `llamba` with AutoConfig and
+AutoModelForCausalLM. Imports no other room; knows of no rank, option or run.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,8 +1,8 @@
 """The hybrid's cache for generation and prefix reuse: per layer either keys and values (transformers' own dynamic
 layer) or a mixer's convolution and state-space states, whose size does not grow with the sequence.
 
-It can be deep-copied, expanded and reordered over the batch; a recurrent state cannot be cut back to an earlier
-token, so `crop` is an error. `SharedPrefix` lets one prefix serve many batches of sequences.
+It can be deep-copied, expanded and reordered over the batch. A recurrent state cannot return to an earlier token, so
+`crop` is an error. `SharedPrefix` lets one prefix serve many batches of sequences.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .configuration import LlambaConfig
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """States of one mixer: conv_state (B, channels, d_conv), its last inputs; ssm_state (B, H, P, N), float32."""
+    """Holds one mixer's states: conv_state (B, channels, d_conv), its last inputs; ssm_state (B, H, P, N), float32."""
 
     is_compileable = False
 
@@ -74,7 +74,7 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 class LlambaCache(Cache):
-    """One `RecurrentLayer` or `DynamicLayer` per layer of the model, by `config.attention_layers`."""
+    """Holds one `RecurrentLayer` or `DynamicLayer` per layer of the model, by `config.attention_layers`."""
 
     def __init__(self, config: LlambaConfig) -> None:
         attention = set(config.attention_layers)
@@ -83,14 +83,14 @@ class LlambaCache(Cache):
     def reset(self) -> None:
         super().reset()
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicLayer):  # reset by transformers 5.17, it is zeros as long as before
+            if isinstance(layer, DynamicLayer):  # transformers 5.17 resets it to zeros of the same length
                 self.layers[index] = DynamicLayer()
 
 
 class SharedPrefix(Cache):
-    """What came before, for a batch of sequences that all go on from it: one row of states, kept once and seen by every
-    row of the batch. A forward pass reads it and leaves it as it was, so the same prefix serves one batch after
-    another. Works for the caches of hybrids and of Llamas alike; see `can_share`.
+    """Lets every sequence of a batch continue from the same prefix, whose states are held once. A forward pass reads
+    them and leaves them unchanged, so one prefix serves many batches. Works for the caches of hybrids and of Llamas;
+    see `can_share`.
     """
 
     def __init__(self, cache: Cache, batch_size: int) -> None:
@@ -98,26 +98,28 @@ class SharedPrefix(Cache):
 
 
 def can_share(cache: Cache) -> bool:
-    """Whether `SharedPrefix` knows all layers of a cache; a sliding window, say, forgets part of what came before."""
+    """Returns whether `SharedPrefix` supports all layers of a cache. A sliding window, for one, drops old tokens."""
     return all(type(layer) in (DynamicLayer, RecurrentLayer) for layer in cache.layers)
 
 
 class _SharedAttention(DynamicLayer):
-    """keys and values (1, heads, P, head_dim) of the prefix, never added to."""
+    """Holds the keys and values (1, heads, P, head_dim) of the prefix, which never grow."""
 
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """(B, heads, L, head_dim) -> (B, heads, P + L, head_dim), which lives as long as one layer's attention does."""
+        """Returns the prefix and then the new tokens: (B, heads, L, head_dim) -> (B, heads, P + L, head_dim). They are
+        freed after the layer's attention.
+        """
         pairs = ((self.keys, key_states), (self.values, value_states))
         keys, values = (torch.cat([past.expand(len(new), -1, -1, -1), new], dim=-2) for past, new in pairs)
         return keys, values
 
 
 class _SharedStates(RecurrentLayer):
-    """The states of the prefix as views for each row of a batch, never replaced."""
+    """Holds the states of the prefix as views, one for each row of a batch, which never change."""
 
     def __init__(self, layer: RecurrentLayer, batch_size: int) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""The model card of an exported Llamba: what the model is, by its config; how to load it; and how it was made, by the
-options of its run. It names no path of the machine that it was made on.
+"""Writes the model card of an exported Llamba: what the model is, from its config; how to load it; and how it was made,
+from the options of its run. It names no path of the machine on which it was made.
 """
 
 import re
@@ -66,8 +66,10 @@ def model_card(
     state: dict[str, Any] | None,
     near: Path,
 ) -> str:
-    """state: training_state.json of the checkpoint, or None. near: where a model's path may have begun, had it been
-    one.
+    """Returns the text of the card.
+
+    state: training_state.json of the checkpoint, or None. near: the checkpoint's folder; a name is taken for a path if
+    it exists below this folder or one of its parents. Raises KeyError or TypeError if `state` is not that of a run.
     """
     attention = config.attention_layers
     facts = {
@@ -145,7 +147,7 @@ def _rows(facts: dict[str, Any]) -> str:
 
 
 def _is_hub_name(name: str, near: Path) -> bool:
-    """Of the form `owner/name`, and no path from here or from any folder above the checkpoint."""
+    """Returns whether a name is of the form `owner/name`, and not a path from here or a folder above the checkpoint."""
     folder = near.resolve()
     begins = (Path.cwd(), folder, *folder.parents)
     return HUB_NAME.fullmatch(name) is not None and not any((begin / name).exists() for begin in begins)

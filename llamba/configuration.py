@@ -41,7 +41,7 @@ SSM_DEFAULTS = {
 }
 CONV_ACTIVATIONS = ("identity", "silu", "swish")
 
-# The most that a size may be: beyond any model there is, and short of what only a damaged or hostile file asks for.
+# Upper bounds of sizes: above those of any existing model, below what only a damaged or hostile file asks for.
 MOST_LAYERS = 1024
 MOST = {
     "vocab_size": 2**24,
@@ -61,7 +61,7 @@ FRACTIONS = ("norm_epsilon", "resid_dropout", "initializer_range")
 
 
 class LlambaConfig(PretrainedConfig):
-    """Shape of a (hybrid) Llamba.
+    """Describes the shape of a (hybrid) Llamba.
 
     vocab_size: rows of the embedding and of the head; padded up to a multiple of `pad_vocab_size_multiple`.
     mlp_cfg, ssm_cfg: the published sub-dictionaries; what they leave out has the published default.
@@ -108,15 +108,15 @@ class LlambaConfig(PretrainedConfig):
         self._check()
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As transformers', which saves the modelling files of a model that was loaded with them, and names them. One
-        that was loaded as this package saves none, and so must not go on to name those of where it came from.
+        """Saves as transformers does, without `auto_map` where no modelling files are saved. Those are saved only for a
+        model that was loaded with them; one loaded by this package must not name files that its folder lacks.
         """
         if not self.is_remote_code():
             self.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, **kwargs)
 
     def _check_kinds(self) -> None:
-        """Whether every value is of the kind that the model and the checks after this one take it for."""
+        """Raises ValueError that lists every value of the wrong type or outside its range."""
         values = dict(vars(self))
         values |= {f"mlp_cfg.{name}": value for name, value in self.mlp_cfg.items()}
         values |= {f"ssm_cfg.{name}": value for name, value in self.ssm_cfg.items()}
@@ -145,6 +145,7 @@ class LlambaConfig(PretrainedConfig):
             _check_keys("attention_cfg", self.attention_cfg, ATTENTION_FIELDS)
 
     def _check(self) -> None:
+        """Raises ValueError where values contradict one another."""
         ssm = self.ssm_cfg
         if self.d_inner % ssm["n_v_heads"]:
             raise ValueError(f"ssm_cfg.n_v_heads={ssm['n_v_heads']} does not divide d_inner={self.d_inner}")
@@ -162,7 +163,7 @@ class LlambaConfig(PretrainedConfig):
 
     @property
     def d_xBC(self) -> int:
-        """Channels of the causal convolution: x, then B, then C."""
+        """Returns the channels of the causal convolution: x, then B, then C."""
         return self.d_inner + 2 * self.ssm_cfg["n_qk_heads"] * self.ssm_cfg["d_state"]
 
     @property
@@ -170,7 +171,7 @@ class LlambaConfig(PretrainedConfig):
         return self.d_inner // self.ssm_cfg["n_v_heads"]
 
     def attention_config(self) -> LlamaConfig:
-        """The `LlamaConfig` from which the replaced layers and their rotary embedding are built."""
+        """Returns the `LlamaConfig` from which the replaced layers and their rotary embedding are built."""
         assert self.attention_cfg is not None
         config = LlamaConfig(**self.attention_cfg, num_hidden_layers=self.n_layer, vocab_size=self.vocab_size)
         config._attn_implementation = self._attn_implementation
@@ -178,7 +179,7 @@ class LlambaConfig(PretrainedConfig):
 
 
 def attention_cfg_from(teacher: LlamaConfig) -> dict[str, Any]:
-    """The part of a teacher's config that its layers take with them into a hybrid."""
+    """Returns the part of a teacher's config that its layers need in a hybrid."""
     return {name: getattr(teacher, name) for name in ATTENTION_FIELDS}
 
 

@@ -1,9 +1,10 @@
-"""Makes a directory that anyone can load, without this repository, out of a checkpoint of a (hybrid) Llamba:
+"""Makes a directory that anyone can load without this repository, from a checkpoint of a (hybrid) Llamba. Run it in the
+repository's folder:
 
     python -m llamba.export CKPT OUT
 
 OUT holds the weights, the tokenizer, the modelling files as transformers' "remote code", and a model card. What only
-a training run needs (optimizer, random state, place in the data) stays behind. Everything is checked before anything
+a training run needs (optimizer, random state, position in the data) is left out. Everything is checked before anything
 is written, and OUT appears whole or not at all.
 """
 
@@ -28,7 +29,7 @@ from .modeling import LlambaForCausalLM
 
 CODE = Path(__file__).parent / "modeling.py"  # and the files that it imports
 AUTO_MAP = {"AutoConfig": "configuration.LlambaConfig", "AutoModelForCausalLM": "modeling.LlambaForCausalLM"}
-STATE_FILE = "training_state.json"  # of a run; the card tells from it how the model was made
+STATE_FILE = "training_state.json"  # of a run; from it the card says how the model was made
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 OTHER_FILES = (
     "generation_config.json",
@@ -42,22 +43,24 @@ OTHER_FILES = (
     "chat_template.jinja",
 )
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors' names
-# What reading a weight file raises that was cut short, damaged, or holds something else.
+# The errors of reading a weight file that is cut short, damaged, or holds something else.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError, OSError)
 
 
 class Stored(NamedTuple):
+    """Holds what a file says of one of its weights."""
+
     shape: tuple[int, ...]
     dtype: str
 
 
-class Source(NamedTuple):
-    """A checkpoint that has been looked through."""
+class Checkpoint(NamedTuple):
+    """Holds what is exported of a checkpoint, checked."""
 
     folder: Path
-    values: dict[str, Any]  # its config.json as it stands there
-    files: list[str]  # names of those to copy
-    sums: dict[str, str]  # file name -> SHA-256, where the checkpoint has them
+    values: dict[str, Any]  # its config.json, unchanged
+    files: list[str]  # names of the files to copy
+    sums: dict[str, str]  # file name -> SHA-256; empty where the checkpoint has no SHA256SUMS
     card: str
 
 
@@ -65,7 +68,8 @@ def main(command_line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llamba.export",
         description="Make a directory that transformers loads without this repository, by trust_remote_code=True: "
-        "weights, tokenizer, modelling code and a model card. The checkpoint is left as it is.",
+        "weights, tokenizer, modelling code and a model card. The checkpoint is left as it is. Run the command in "
+        "the folder of this repository.",
         epilog="example: python -m llamba.export runs/demo/latest runs/my-hybrid",
     )
     parser.add_argument("ckpt", metavar="CKPT", help="checkpoint of a run, or a Llamba written by save_pretrained")
@@ -81,9 +85,9 @@ def main(command_line: list[str] | None = None) -> int:
 
 
 def export(ckpt: str, out: str) -> None:
-    """Raises ValueError that names CKPT or OUT, and leaves nothing behind, where this cannot be done."""
+    """Exports a checkpoint. Raises ValueError that names CKPT or OUT where that is impossible; nothing is left then."""
     try:
-        source = look_through(ckpt)
+        checkpoint = read_checkpoint(ckpt)
     except OSError as error:
         raise ValueError(f"CKPT {ckpt}: cannot be read: {error}; name another, or make it readable") from error
     target = Path(os.path.abspath(out))
@@ -91,12 +95,12 @@ def export(ckpt: str, out: str) -> None:
     try:
         is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
         if os.path.lexists(target) and not is_empty:
-            raise ValueError(f"OUT {out}: exists and is no empty directory; name another, or move it away")
-        if source.folder.resolve() in target.resolve().parents:
-            raise ValueError(f"OUT {out}: is within CKPT, which is to stay as it is; name another place")
+            raise ValueError(f"OUT {out}: exists and is not an empty directory; name another, or move it away")
+        if checkpoint.folder.resolve() in target.resolve().parents:
+            raise ValueError(f"OUT {out}: is within CKPT, which must not change; name another place")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        _write(source, partial)
+        _write(checkpoint, partial)
         partial.rename(target)
     except OSError as error:
         raise ValueError(f"OUT {out}: cannot be written: {error}; make room, or name another place") from error
@@ -104,45 +108,46 @@ def export(ckpt: str, out: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(source: Source, folder: Path) -> None:
-    for name in source.files:
-        _copy(source, name, folder)
-    values = {name: value for name, value in source.values.items() if name != "_name_or_path"}  # a path of ours
+def _write(checkpoint: Checkpoint, folder: Path) -> None:
+    for name in checkpoint.files:
+        _copy(checkpoint, name, folder)
+    values = {name: value for name, value in checkpoint.values.items() if name != "_name_or_path"}  # a local path
     values |= {"architectures": [LlambaForCausalLM.__name__], "auto_map": AUTO_MAP}
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     for file in {CODE, *map(Path, get_relative_import_files(CODE))}:
         shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(source.card)
+    (folder / "README.md").write_text(checkpoint.card)
 
 
-def _copy(source: Source, name: str, folder: Path) -> None:
-    """One pass: what is written is what was hashed."""
+def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:
+    """Copies and hashes a file in one pass, so that the bytes written are those that were compared."""
     digest = hashlib.sha256()
-    with (source.folder / name).open("rb") as given, (folder / name).open("wb") as copy:
+    with (checkpoint.folder / name).open("rb") as given, (folder / name).open("wb") as copy:
         while chunk := given.read(2**22):
             digest.update(chunk)
             copy.write(chunk)
         copy.flush()
         os.fsync(copy.fileno())
-    _compare(source.folder, name, digest.hexdigest(), source.sums)
+    _compare(checkpoint.folder, name, digest.hexdigest(), checkpoint.sums)
 
 
 def _compare(folder: Path, name: str, digest: str, sums: dict[str, str]) -> None:
+    """Raises ValueError if a file's SHA-256 is not the one in SHA256SUMS."""
     if sums.get(name, digest) != digest:
         raise ValueError(
-            f"CKPT {folder}: {name} is not what was written, its SHA-256 differs from that in SHA256SUMS; copy it "
+            f"CKPT {folder}: {name} is not what was written: its SHA-256 differs from that in SHA256SUMS; copy it "
             "again, or take another checkpoint"
         )
 
 
-# --- looking through a checkpoint ----------------------------------------------------------------------------
+# --- reading a checkpoint ------------------------------------------------------------------------------------
 
 
-def look_through(ckpt: str) -> Source:
-    """Raises ValueError, naming CKPT, where it is not a whole Llamba."""
+def read_checkpoint(ckpt: str) -> Checkpoint:
+    """Reads and checks all but the weights' values. Raises ValueError that names CKPT if it is not a whole Llamba."""
     folder = Path(ckpt)
     if not folder.is_dir():
-        raise ValueError(f"CKPT {ckpt}: is no directory; expected a checkpoint, such as runs/demo/checkpoint-100")
+        raise ValueError(f"CKPT {ckpt}: is not a directory; expected a checkpoint, such as runs/demo/checkpoint-100")
     values, config = _read_config(folder)
     sums = _read_sums(folder)
     used = [name for name in ("config.json", STATE_FILE) if (folder / name).is_file()]
@@ -166,7 +171,7 @@ def look_through(ckpt: str) -> Source:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"CKPT {folder}: {STATE_FILE} is not that of a run ({error!r}); copy it again") from error
-    return Source(folder, values, weights + others, sums, card)
+    return Checkpoint(folder, values, weights + others, sums, card)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], LlambaConfig]:
@@ -179,7 +184,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], LlambaConfig]:
     if values.get("model_type") != LlambaConfig.model_type:
         raise ValueError(
             f"CKPT {folder}: its config.json says model_type {values.get('model_type')!r}; expected 'llamba'; other "
-            "architectures need no export, transformers loads them as they are"
+            "architectures need no export: transformers loads them as they are"
         )
     try:
         return values, LlambaConfig(**values)
@@ -189,7 +194,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], LlambaConfig]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Of the format that transformers would take, with the index first if there is one."""
+    """Returns the names of the weight files, the index first if there is one. As transformers does, it prefers
+    safetensors.
+    """
     for name in WEIGHT_FILES:
         index = f"{name}.index.json"
         if (folder / name).is_file():
@@ -209,7 +216,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _open(folder: Path, name: str) -> list[tuple[str, Stored]]:
-    """The names of the weights in a file and what they are, without reading them."""
+    """Returns names, shapes and dtypes of the weights in a file, without reading their values."""
     try:
         if name.endswith(".bin"):
             tensors = torch.load(folder / name, map_location="meta", weights_only=True)
@@ -223,10 +230,10 @@ def _open(folder: Path, name: str) -> list[tuple[str, Stored]]:
 
 
 def _check_weights(folder: Path, model: LlambaForCausalLM, stored: dict[str, Stored]) -> None:
-    """Loading would refuse what is found here, but that is too late."""
+    """Raises ValueError unless names and shapes are the model's. Loading would refuse them too, but only later."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: kind.shape for name, kind in stored.items()}
-    if model.config.tie_embeddings:  # the head may be there, or be left to the embedding
+    if model.config.tie_embeddings:  # the file may leave the head out
         given.setdefault("lm_head.weight", expected["lm_head.weight"])
     found = {
         "missing": expected.keys() - given.keys(),
@@ -241,13 +248,13 @@ def _check_weights(folder: Path, model: LlambaForCausalLM, stored: dict[str, Sto
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256; empty where the directory was not written by a run."""
+    """Returns file name -> SHA-256; empty where there is no SHA256SUMS, as in a directory that no run has written."""
     if not (folder / "SHA256SUMS").is_file():
         return {}
     lines = (folder / "SHA256SUMS").read_text(errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines]
     if not all(matches):
-        raise ValueError(f"CKPT {folder}: SHA256SUMS is no list of SHA-256 sums; copy it again")
+        raise ValueError(f"CKPT {folder}: SHA256SUMS is not a list of SHA-256 sums; copy it again")
     return {match[2]: match[1] for match in matches if match}
 
 

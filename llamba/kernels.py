@@ -23,7 +23,7 @@ from .ssd import ssd_chunked
 
 logger = logging.getLogger("llamba")
 
-# What importing a package raises whose compiled part is missing or built for another torch.
+# The errors of importing a package whose compiled part is missing or built for another torch.
 BROKEN = (ImportError, OSError, RuntimeError)
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -31,6 +31,8 @@ Conv = Callable[..., Tensor]
 
 
 class Kernels(NamedTuple):
+    """Holds the scan and the convolution for a device, with their names for the log."""
+
     scan_name: str
     scan: Scan
     conv_name: str
@@ -41,7 +43,7 @@ _chosen: dict[tuple[str, torch.dtype], Kernels] = {}
 
 
 def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels that this machine has for tensors on `device_type` ("cuda", "cpu"); named in the log."""
+    """Returns this machine's fastest kernels for tensors on `device_type` ("cuda", "cpu"), and logs their names."""
     key = (device_type, dtype)
     if key not in _chosen:  # a plain dictionary: torch.compile looks into it, and not through functools.cache
         _chosen[key] = _choose(device_type, dtype)
@@ -64,8 +66,8 @@ def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
 
 
 def plain_scan(*inputs, **states) -> tuple[Tensor, Tensor]:
-    """`ssd_chunked` that keeps its inputs alone for backward. Its decays and scores, a chunk wide for every token and
-    head, would take more memory than all else in a block, and are cheap to make again.
+    """Runs `ssd_chunked` and keeps only its inputs for backward. Its decays and scores, a chunk wide for every token
+    and head, would take more memory than the rest of a block, and are cheap to recompute.
     """
     if not torch.is_grad_enabled():
         return ssd_chunked(*inputs, **states)
@@ -73,8 +75,8 @@ def plain_scan(*inputs, **states) -> tuple[Tensor, Tensor]:
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, past: Tensor | None) -> Tensor:
-    """Depthwise causal convolution: x (B, channels, L), weight (channels, width), past (B, channels, width) the
-    inputs before x (zeros if None). Returns (B, channels, L).
+    """Returns the depthwise causal convolution (B, channels, L) of x (B, channels, L) by weight (channels, width).
+    past (B, channels, width): the inputs before x, zeros if None.
     """
     width = weight.shape[1]
     if past is None:
@@ -93,8 +95,8 @@ def causal_conv1d_conv(
     activation: str,
     past: Tensor | None,
 ) -> Tensor:
-    """`causal_conv` through causal-conv1d; the past is put in front, since its own initial states ask for a
-    channel-last layout.
+    """Computes `causal_conv` by causal-conv1d. The past is concatenated in front, because the kernel's own initial
+    states need a channel-last layout.
     """
     n_past = 0
     if past is not None:
@@ -114,10 +116,10 @@ def mamba_ssm_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_chunked` through mamba-ssm, whose recurrence is h_t = exp(dt A) h_{t-1} + dt x B^T: with A = -1 and
+    """Computes `ssd_chunked` by mamba-ssm, whose recurrence is h_t = exp(dt A) h_{t-1} + dt x B^T: with A = -1 and
     dt = -log_decay, x is divided by the dt that the kernel multiplies by.
     """
-    dt = (-log_decay.float()).clamp_min(1e-9)  # (B, L, H); 0 would be divided by
+    dt = (-log_decay.float()).clamp_min(1e-9)  # (B, L, H); x is divided by it
     A = torch.full((x.shape[2],), -1.0, device=x.device)  # (H,)
     y, state = mamba_chunk_scan_combined(
         (x / dt[..., None]).to(x.dtype),
@@ -143,7 +145,7 @@ def fla_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_chunked` through flash-linear-attention: queries C, keys B, values x, state (B, H, N, P). It has no
+    """Computes `ssd_chunked` by flash-linear-attention: queries C, keys B, values x, state (B, H, N, P). It has no
     document index for a batch, so packed documents take the plain form.
     """
     if seq_idx is not None:
@@ -163,7 +165,7 @@ def fla_scan(
 
 
 def _optional(name: str) -> ModuleType | None:
-    """The module, or None where it is not installed; a broken installation is reported, not hidden."""
+    """Returns the module, or None where it cannot be imported; a broken installation is logged as a warning."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -175,8 +177,9 @@ def _optional(name: str) -> ModuleType | None:
 
 
 def _mamba_ssm_triton() -> ModuleType | None:
-    """mamba-ssm's Triton scan. `import mamba_ssm` itself fails where its compiled selective scan is absent or
-    built for another torch; the scan used here needs none of it, so it is then imported under a bare package.
+    """Returns the module of mamba-ssm's Triton scan, or None. `import mamba_ssm` itself fails where its compiled
+    selective scan is missing or built for another torch. The Triton scan does not need it and is then imported under
+    an empty package of that name.
     """
     spec = importlib.util.find_spec("mamba_ssm")
     if spec is None or spec.submodule_search_locations is None:

@@ -18,6 +18,8 @@ from .ssd import ssd_step
 
 
 class DiscreteMamba2(nn.Module):
+    """Mixes the tokens of u (B, L, D) by a causal convolution and a state-space scan."""
+
     def __init__(self, config: LlambaConfig) -> None:
         super().__init__()
         ssm = config.ssm_cfg
@@ -48,9 +50,9 @@ class DiscreteMamba2(nn.Module):
         token_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> Tensor:
-        """u (B, L, D) -> (B, L, D).
+        """Returns the mixed tokens: u (B, L, D) -> (B, L, D).
 
-        cache: the states that came before u; they are replaced by those after it.
+        cache: the states before u; they are replaced by those after it.
         token_mask (B, L) bool: False at padding, which then leaves no trace in the states.
         seq_idx (B, L) int: document of each token; neither convolution nor state crosses documents. It cannot be
             combined with a cache.
@@ -79,7 +81,7 @@ class DiscreteMamba2(nn.Module):
         return self.out_proj(y * F.silu(z if self.z_bias is None else z + self.z_bias))
 
     def _convolve(self, xBC: Tensor, past: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-        """(B, channels, L) -> (B, L, channels)"""
+        """Applies the convolution and its activation: (B, channels, L) -> (B, L, channels)."""
         weight = self.conv1d.weight.squeeze(1)  # (channels, d_conv)
         if seq_idx is not None:
             return _convolve_documents(xBC, weight, self.conv1d.bias, self.activation, seq_idx)
@@ -87,7 +89,7 @@ class DiscreteMamba2(nn.Module):
         return conv(xBC, weight, self.conv1d.bias, self.activation, past).transpose(1, 2)
 
     def _scan(self, x, log_decay, B_, C, state, seq_idx) -> tuple[Tensor, Tensor]:
-        """y (B, L, H, P) and the final state (B, H, P, N)"""
+        """Returns y (B, L, H, P) and the final state (B, H, P, N)."""
         if x.shape[1] == 1 and state is not None:
             y, state = ssd_step(x[:, 0], log_decay[:, 0], B_[:, 0], C[:, 0], state)
             return y[:, None], state
@@ -95,7 +97,7 @@ class DiscreteMamba2(nn.Module):
         return scan(x, log_decay, B_, C, self.chunk_size, initial_state=state, seq_idx=seq_idx)
 
     def _last_inputs(self, xBC: Tensor, past: Tensor | None) -> Tensor:
-        """The last d_conv inputs of the convolution, zeros before the first: (B, channels, d_conv)"""
+        """Returns the last d_conv inputs of the convolution, zeros before the first: (B, channels, d_conv)."""
         if past is None:
             past = xBC.new_zeros(*xBC.shape[:2], self.d_conv)
         n_new = min(xBC.shape[-1], self.d_conv)
@@ -103,7 +105,7 @@ class DiscreteMamba2(nn.Module):
 
 
 def _convolve_documents(xBC: Tensor, weight: Tensor, bias: Tensor | None, activation: str, seq_idx: Tensor) -> Tensor:
-    """The causal convolution with taps that reach into another document set to zero: (B, L, channels)."""
+    """Returns the causal convolution in which no tap reaches into another document: (B, L, channels)."""
     width = weight.shape[1]
     total = torch.zeros_like(xBC) if bias is None else bias[:, None].expand_as(xBC)
     for lag in range(width):

@@ -19,7 +19,7 @@ from .mixer import DiscreteMamba2
 
 
 class LlambaMLP(nn.Module):
-    """Llama's gated MLP: down(act(gate(x)) * up(x))."""
+    """Computes Llama's gated MLP: down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: LlambaConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class LlambaMLP(nn.Module):
 
 
 class LlambaBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): x (B, L, D) -> (B, L, D)."""
+    """Adds mixer(norm(x)) to x, then mlp(norm(x)): x (B, L, D) -> (B, L, D)."""
 
     def __init__(self, config: LlambaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class LlambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers', but every weight must be there, be known and fit: else ValueError lists them."""
+        """Loads as transformers does. Raises ValueError that lists every missing, unexpected or misshapen weight."""
         kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the rest
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
@@ -87,7 +87,7 @@ class LlambaPreTrainedModel(PreTrainedModel):
 
 
 class LlambaModel(LlambaPreTrainedModel):
-    """Embedding, blocks and final norm: input_ids (B, L) -> hidden states (B, L, D)."""
+    """Runs embedding, blocks and final norm: input_ids (B, L) -> hidden states (B, L, D)."""
 
     def __init__(self, config: LlambaConfig) -> None:
         super().__init__(config)
@@ -119,11 +119,13 @@ class LlambaModel(LlambaPreTrainedModel):
         seq_idx: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple:
-        """attention_mask (B, past + L): 0 at padding, on the left where there is a cache to go on with.
-        position_ids (B, L): by default, the number of tokens before each one that are no padding.
-        past_key_values: a LlambaCache, which this forward takes further; made here if `use_cache` asks for one.
+        """Returns hidden states (B, L, D) after the final norm, and the cache.
+
+        attention_mask (B, past + L): 0 at padding, which has to be on the left if a cache is used.
+        position_ids (B, L): by default, the number of tokens before each one that are not padding.
+        past_key_values: a LlambaCache, which this forward extends; made here if `use_cache` asks for one.
         seq_idx (B, L): the document of each token of a packed window; documents do not see one another.
-        hidden_states, if asked for: the embeddings, then every block's output, the last one after the final norm.
+        output_hidden_states: also return the embeddings and every block's output, the last one after the final norm.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -161,7 +163,7 @@ class LlambaModel(LlambaPreTrainedModel):
             )
 
     def _masks(self, x, attention_mask, position_ids, past_key_values, seq_idx):
-        """The mixers' token mask (B, L), or None where no token is padding; and what attention layers need."""
+        """Returns the mixers' token mask (B, L), None without an `attention_mask`, and attention layers' inputs."""
         length = x.shape[1]
         n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         token_mask = None
@@ -200,6 +202,8 @@ class LlambaModel(LlambaPreTrainedModel):
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
+    """Predicts the next token: a `LlambaModel` and a head."""
+
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}
 
     def __init__(self, config: LlambaConfig) -> None:
@@ -219,12 +223,12 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args) -> None:
-        """`generate()` begins with an empty LlambaCache, unless it is given a cache to go on with or shall use none."""
+        """Gives `generate()` an empty LlambaCache, unless the caller gives a cache or sets use_cache=False."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = LlambaCache(self.config)
 
-    # All arguments are named: `generate()` looks here for what it may pass, position_ids among it.
+    # All arguments are named: `generate()` inspects the signature for what it may pass, such as position_ids.
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -239,7 +243,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """input_ids (B, L) -> logits (B, L or `logits_to_keep`, vocab_size); the rest as `LlambaModel`.
+        """Returns logits (B, L or `logits_to_keep`, vocab_size) of input_ids (B, L); the rest is as in `LlambaModel`.
 
         labels (B, L): next-token cross entropy as transformers counts it (shifted inside, -100 ignored).
         """
@@ -268,7 +272,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
 
 
 def _positions(x: Tensor, n_past: int, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """Position of each token of x (B, L, D) in its sequence, or within its document: (1 or B, L)"""
+    """Returns the position of each token of x (B, L, D) in its sequence, or within its document: (1 or B, L)."""
     if seq_idx is not None:
         return _positions_in_documents(seq_idx)
     if attention_mask is not None:
@@ -277,7 +281,7 @@ def _positions(x: Tensor, n_past: int, attention_mask: Tensor | None, seq_idx: T
 
 
 def _positions_in_documents(seq_idx: Tensor) -> Tensor:
-    """Position of each token within its document: (B, L)"""
+    """Returns the position of each token within its document: (B, L)."""
     index = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]

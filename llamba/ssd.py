@@ -28,7 +28,7 @@ def ssd_definition(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token: the reference for tests. Same arguments and results as `ssd_chunked`."""
+    """Computes the recurrence token by token: the reference for tests. Same arguments and results as `ssd_chunked`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = _start_state(x, B_, initial_state, dtype)  # (B, H, P, N)
     ys = []
@@ -42,7 +42,7 @@ def ssd_definition(
 
 
 def ssd_step(x: Tensor, log_decay: Tensor, B_: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: x (B, H, P), log_decay (B, H), B_ and C (B, G, N), state (B, H, P, N).
+    """Computes one token: x (B, H, P), log_decay (B, H), B_ and C (B, G, N), state (B, H, P, N).
 
     Returns y (B, H, P) in x's dtype and the next state in the state's.
     """
@@ -63,8 +63,8 @@ def ssd_chunked(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan in chunks of Q tokens (arXiv 2405.21060, section 6): a masked matrix product inside a chunk, one
-    state handed from chunk to chunk. Linear in L for a fixed Q; any L, the last chunk is padded.
+    """Computes the scan in chunks of Q tokens (arXiv 2405.21060, section 6): a masked matrix product inside a chunk,
+    and one state passed from chunk to chunk. Linear in L for a fixed Q; any L, the last chunk is padded.
 
     Returns y (B, L, H, P) in x's dtype, and the final state (B, H, P, N) in float32 (float64 for float64
     input), in which all of the arithmetic is done.
@@ -116,7 +116,7 @@ def _start_state(x: Tensor, B_: Tensor, initial_state: Tensor | None, dtype: tor
 
 
 def _chunks(m: Tensor, Q: int) -> Tensor:
-    """(B, L, ...) -> (B, c, Q, ...), padded with zeros at the end."""
+    """Splits m into chunks, padded with zeros at the end: (B, L, ...) -> (B, c, Q, ...)."""
     padding = -m.shape[1] % Q
     if padding:
         m = F.pad(m, (0, 0) * (m.dim() - 2) + (0, padding))
@@ -124,7 +124,7 @@ def _chunks(m: Tensor, Q: int) -> Tensor:
 
 
 def _document_masks(seq_idx: Tensor | None, Q: int, n_chunks: int, device: torch.device):
-    """Which pairs of positions may see one another; without documents, causality alone decides.
+    """Returns which positions may see one another; without documents, causality alone decides.
 
     within (B, c, 1, 1, Q, Q): j may feed i; leaving (B, c, 1, 1, Q): j may feed the chunk's last state;
     entering (B, c, 1, 1, Q): the state that enters the chunk may feed i; crossing (B, c, 1, 1): it may leave it.

@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from arguments import TrainArguments
 from llamba import LlambaForCausalLM
-from llamba.parts import parts_of_student
+from llamba.parts import parameters_by_part
 from processes.ranks import Ranks
 from training_utils import Meter, Update, owned_parameters
 
@@ -65,8 +65,8 @@ class UpdateHealth:
         self.interval, self.optimizer, self.ranks = args.health_interval, optimizer, ranks
         # Masters gather what is too small to move a 16-bit weight yet, so that nothing is lost.
         self.keeps_masters = args.dtype != "float32" and args.master_weights
-        self.parts = list(parts_of_student(student))
-        part_of = {p: i for i, members in enumerate(parts_of_student(student).values()) for p in members}
+        self.parts = list(parameters_by_part(student))
+        part_of = {p: i for i, members in enumerate(parameters_by_part(student).values()) for p in members}
         owned = [parameter for _, parameter in owned_parameters(student, optimizer)]
         self.owned = [(parameter, part_of[parameter], _places(parameter, self.SAMPLE)) for parameter in owned]
         self.before: list[Tensor] = []

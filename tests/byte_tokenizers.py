@@ -1,11 +1,11 @@
-"""Byte-level tokenizers made here, of which it is known what an answer's letter becomes."""
+"""Byte-level tokenizers that encode an answer's letter in a known way."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 
 def byte_tokenizer(merges: list[tuple[str, str]], bos: bool, use_regex: bool = True):
-    """A byte-level BPE with these merges only ("Ġ" stands for the space), so what " A" becomes is known."""
+    """Returns a byte-level BPE with these merges only ("Ġ" stands for the space), so the tokens of " A" are known."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<bos>", *alphabet, *("".join(pair) for pair in merges)])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=merges))

@@ -1,4 +1,4 @@
-"""Evaluations on real processes: undisturbed, on two ranks, killed, stopped and gone on with. test_eval_resume.py looks
+"""Runs evaluations in real processes: undisturbed, on two ranks, killed, stopped and resumed. test_eval_resume.py looks
 at what they leave.
 """
 
@@ -21,14 +21,14 @@ OPTIONS = [
 ]
 
 
-def evaluate(argv: list[str], folder: Path, n_ranks: int = 1, n: int = 0, number: int = 0) -> dict:
-    """Exit codes of the ranks, what they said, and which pieces there are after them. With `n`, rank 0 sends itself the
-    signal `number` when its n-th piece is done and not yet kept.
+def evaluate(argv: list[str], folder: Path, n_ranks: int = 1, n: int = 0, signal_number: int = 0) -> dict:
+    """Returns the ranks' exit codes, what they printed, and which pieces are saved afterwards. With `n`, rank 0 sends
+    itself the signal `signal_number` when its n-th piece is measured and not yet saved.
     """
 
     def arm(rank: int) -> None:
         if rank == 0 and n:
-            trap(PartialResults, "put", n, lambda: os.kill(os.getpid(), number))
+            trap(PartialResults, "put", n, lambda: os.kill(os.getpid(), signal_number))
 
     log = folder / f"log-{len(list(folder.glob('log-*')))}"
     launch = Launch([*argv, "--output", str(folder / "eval.json")], n_ranks, log, arm, eval_mmlu_hybrid.main)
@@ -38,20 +38,21 @@ def evaluate(argv: list[str], folder: Path, n_ranks: int = 1, n: int = 0, number
 
 
 def disturbed(folder: Path, n_ranks: int) -> list[dict]:
-    """Killed in the fourth piece; started again without a word, and with another option; gone on with and stopped; gone
-    on with by one rank.
+    """Runs an evaluation that is killed in the fourth piece; started again without --resume; resumed with another
+    option; resumed and stopped; resumed by one rank.
     """
-    going_on = [*OPTIONS, "--resume"]
+    resuming = [*OPTIONS, "--resume"]
     return [
         evaluate(OPTIONS, folder, n_ranks, 4, signal.SIGKILL),
         evaluate(OPTIONS, folder),
-        evaluate([*going_on, "--dtype", "bfloat16"], folder),
-        evaluate(going_on, folder, n_ranks, 3, signal.SIGTERM),
-        evaluate(going_on, folder),
+        evaluate([*resuming, "--dtype", "bfloat16"], folder),
+        evaluate(resuming, folder, n_ranks, 3, signal.SIGTERM),
+        evaluate(resuming, folder),
     ]
 
 
 def play(root: Path) -> None:
+    """Runs all of them in folders of `root`, and saves what `evaluate` returned in facts.json."""
     for name in ("straight", "two", "disturbed1", "disturbed2"):
         (root / name).mkdir()
     facts = {

@@ -1,5 +1,5 @@
-"""An evaluation shared out over ranks, killed, stopped and gone on with: real processes on the tiny preset, whose
-results must not depend on any of it.
+"""An evaluation divided between ranks, killed, stopped and resumed: real processes on the tiny preset. None of it may
+change the results.
 """
 
 import json
@@ -13,8 +13,8 @@ import pytest
 
 from arguments import parse_eval_args
 from evaluation import partial_results
-from evaluation.checks import check
-from evaluation.partial_results import PartialResults, kept_in, partial_folder
+from evaluation.checks import check_inputs
+from evaluation.partial_results import PartialResults, partial_folder, resumable
 from evaluation.pieces import Piece, share_out
 from tests import eval_runs, fresh
 from tests.eval_runs import OPTIONS
@@ -22,19 +22,22 @@ from tests.eval_runs import OPTIONS
 ROOT = Path(__file__).parents[1]
 
 
-def results(output: Path) -> dict:
-    """All figures, without how they were come by; log-likelihoods to what batches and ranks leave of them."""
-    report = json.loads(output.read_text())
-    for result in report["models"].values():
-        del result["config"]
-        for prediction in result["predictions"]:
-            prediction["log_likelihoods"] = [round(value, 3) for value in prediction["log_likelihoods"]]
-    return report
+def assert_same_results(output: Path, expected: Path) -> None:
+    """Asserts that all but the configs is equal; log-likelihoods up to the rounding of other batches and ranks."""
+    reports = [json.loads(path.read_text()) for path in (output, expected)]
+    log_likelihoods: list[list[float]] = [[], []]
+    for report, values in zip(reports, log_likelihoods, strict=True):
+        for result in report["models"].values():
+            del result["config"]
+            for prediction in result["predictions"]:
+                values += prediction.pop("log_likelihoods")
+    assert reports[0] == reports[1]
+    assert log_likelihoods[0] == pytest.approx(log_likelihoods[1], abs=1e-4)
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory) -> Path:
-    """The folder with what all evaluations of tests/eval_runs.py have left."""
+    """Returns the folder in which all evaluations of tests/eval_runs.py have run."""
     folder = tmp_path_factory.mktemp("runs")
     fresh.call(eval_runs.play, folder)
     return folder
@@ -53,22 +56,22 @@ def test_an_undisturbed_evaluation_leaves_results_report_and_chart(played):
 def test_two_ranks_find_what_one_does(played):
     (run,) = facts_of(played, "two")
     assert run["codes"] == [0, 0], run["text"]
-    assert results(played / "two" / "eval.json") == results(played / "straight" / "eval.json")
+    assert_same_results(played / "two" / "eval.json", played / "straight" / "eval.json")
     assert run["text"].count("retrieval: tokens") == 1  # one rank speaks
 
 
 @pytest.mark.parametrize("name", ["disturbed1", "disturbed2"])
-def test_a_killed_and_then_stopped_evaluation_goes_on(played, name):
+def test_a_killed_and_then_stopped_evaluation_resumes(played, name):
     killed, again, other, stopped, finished = facts_of(played, name)
     assert killed["codes"][0] == -signal.SIGKILL and all(killed["codes"]), killed["text"]
     assert len(killed["pieces"]) >= 3 and not killed["is_done"]
-    assert again["codes"] == [2] and "go on with --resume, or throw them away" in again["text"]
+    assert again["codes"] == [2] and "resume it with --resume, or throw them away" in again["text"]
     assert other["codes"] == [2] and "--dtype was float32 and is bfloat16" in other["text"]
-    assert stopped["codes"][0] == 75 and "go on with --resume" in stopped["text"], stopped["text"]
+    assert stopped["codes"][0] == 75 and "resume with --resume" in stopped["text"], stopped["text"]
     assert set(killed["pieces"]) < set(stopped["pieces"])
     assert finished["codes"] == [0], finished["text"]
     assert finished["pieces"] == [] and not partial_folder(played / name / "eval.json").exists()
-    assert results(played / name / "eval.json") == results(played / "straight" / "eval.json")
+    assert_same_results(played / name / "eval.json", played / "straight" / "eval.json")
 
 
 def options_for(tmp_path: Path, *more: str):
@@ -76,74 +79,74 @@ def options_for(tmp_path: Path, *more: str):
     return parse_eval_args(words)
 
 
-def test_what_is_there_is_not_done_again(tmp_path):
+def test_what_is_saved_is_not_measured_again(tmp_path):
     args = options_for(tmp_path)
-    plan = check(args)
-    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, resume=False):
+    inputs = check_inputs(args)
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, resume=False):
         PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
     found = PartialResults(partial_folder(Path(args.output)))
     assert ("teacher", "mmlu-tools") in found and ("teacher", "mmlu-meals") not in found
-    assert check(options_for(tmp_path, "--resume")).settings == plan.settings  # it may go on
-    with kept_in(Path(args.output), plan.settings, resume=True):
+    assert check_inputs(options_for(tmp_path, "--resume")).settings == inputs.settings
+    with resumable(Path(args.output), inputs.settings, resume=True):
         assert PartialResults(partial_folder(Path(args.output))).found == {("teacher", "mmlu-tools"): {"found": 1}}
 
 
-def interrupt(args, plan, *pieces: str) -> None:
-    """Leaves these pieces of the teacher's behind."""
-    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, args.resume):
+def interrupt(args, inputs, *pieces: str) -> None:
+    """Leaves these pieces of the teacher's results behind."""
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, args.resume):
         for piece in pieces:
             PartialResults(partial_folder(Path(args.output))).put("teacher", piece, {"found": piece})
         raise RuntimeError("the power fails")
 
 
-def test_a_damaged_piece_is_named_and_done_again(tmp_path, caplog):
+def test_a_damaged_piece_is_named_and_measured_again(tmp_path, caplog):
     args = options_for(tmp_path)
-    interrupt(args, check(args), "mmlu-tools", "mmlu-meals")
+    interrupt(args, check_inputs(args), "mmlu-tools", "mmlu-meals")
     (partial_folder(Path(args.output)) / "teacher" / "mmlu-tools.json").write_text('{"fou')
     assert list(PartialResults(partial_folder(Path(args.output))).found) == [("teacher", "mmlu-meals")]
     assert "mmlu-tools.json is damaged" in caplog.text
     (partial_folder(Path(args.output)) / "settings.json").write_text("[]")
     with pytest.raises(ValueError, match="--resume: .*settings.json is damaged .*--overwrite"):
-        check(options_for(tmp_path, "--resume"))
+        check_inputs(options_for(tmp_path, "--resume"))
 
 
 def test_a_resumed_evaluation_names_all_models_that_were_measured(tmp_path):
     args = options_for(tmp_path, "--which", "teacher")
-    interrupt(args, check(args), "mmlu-tools")
+    interrupt(args, check_inputs(args), "mmlu-tools")
     with pytest.raises(ValueError, match="--resume: .* also has results of teacher, which --which does not name"):
-        check(options_for(tmp_path, "--resume", "--which", "student"))
-    assert check(options_for(tmp_path, "--resume")).models == ["student", "hybrid", "teacher"]  # more may be
+        check_inputs(options_for(tmp_path, "--resume", "--which", "student"))
+    assert check_inputs(options_for(tmp_path, "--resume")).models == ["student", "hybrid", "teacher"]  # more may be
 
 
-def test_a_report_that_was_half_written_is_no_hindrance(tmp_path):
-    """Nor is an older report, where --overwrite was what was interrupted."""
+def test_a_half_written_report_does_not_prevent_resuming(tmp_path):
+    """An older report does not either, where a run with --overwrite was interrupted."""
     args = options_for(tmp_path)
-    interrupt(args, check(args), "mmlu-tools")
+    interrupt(args, check_inputs(args), "mmlu-tools")
     for name in ("eval.md", "eval.json"):
         (tmp_path / name).touch()
-    check(options_for(tmp_path, "--resume"))
+    check_inputs(options_for(tmp_path, "--resume"))
     with pytest.raises(ValueError, match="exists already"):
-        check(options_for(tmp_path))
+        check_inputs(options_for(tmp_path))
 
 
-def test_another_held_out_text_under_the_same_name_is_seen(tmp_path):
+def test_a_changed_held_out_text_under_the_same_name_is_an_error(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One fine day in the woods. " * 40)
     args = options_for(tmp_path, "--held_out", str(text), "--held_out_windows", "2")
-    interrupt(args, check(args), "held_out-0")
+    interrupt(args, check_inputs(args), "held_out-0")
     text.write_text("A stormy night at sea, alas. " * 40)
     with pytest.raises(ValueError, match="--resume: .*the held-out text was"):
-        check(options_for(tmp_path, "--held_out", str(text), "--held_out_windows", "2", "--resume"))
+        check_inputs(options_for(tmp_path, "--held_out", str(text), "--held_out_windows", "2", "--resume"))
 
 
 def test_what_was_not_measured_may_change(tmp_path):
     words = ["--preset", "tiny", "--output", str(tmp_path / "eval.json"), "--limit", "3"]
     args = parse_eval_args(words)
-    interrupt(args, check(args), "mmlu-tools")
-    check(parse_eval_args([*words, "--resume", "--seed", "3", "--retrieval", "--retrieval_questions", "9"]))
+    interrupt(args, check_inputs(args), "mmlu-tools")
+    check_inputs(parse_eval_args([*words, "--resume", "--seed", "3", "--retrieval", "--retrieval_questions", "9"]))
     with pytest.raises(ValueError, match="--limit was 3 and is 4"):
-        check(parse_eval_args([*words[:-1], "4", "--resume"]))
+        check_inputs(parse_eval_args([*words[:-1], "4", "--resume"]))
 
 
 def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
@@ -155,34 +158,40 @@ def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
         PartialResults(tmp_path).put("teacher", "mmlu-a", {})
 
 
-def test_overwriting_forgets(tmp_path):
+def test_overwriting_removes_partial_results(tmp_path):
     args = options_for(tmp_path, "--overwrite")
-    plan = check(args)
-    with pytest.raises(RuntimeError), kept_in(Path(args.output), plan.settings, resume=False):
+    inputs = check_inputs(args)
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, resume=False):
         PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
-    check(args)
-    with kept_in(Path(args.output), plan.settings, args.resume):
+    check_inputs(args)
+    with resumable(Path(args.output), inputs.settings, args.resume):
         assert PartialResults(partial_folder(Path(args.output))).found == {}
 
 
-def test_a_model_that_was_written_anew_is_another(tmp_path):
+def test_a_model_that_was_written_again_is_another(tmp_path):
     student = tmp_path / "student"
     shutil.copytree(ROOT / "presets" / "tiny" / "student", student)
     args = options_for(tmp_path, "--student_model", str(student))
-    with pytest.raises(RuntimeError), kept_in(Path(args.output), check(args).settings, resume=False):
+    with (
+        pytest.raises(RuntimeError),
+        resumable(Path(args.output), check_inputs(args).settings, resume=False),
+    ):
         raise RuntimeError("the power fails")
-    check(options_for(tmp_path, "--student_model", str(student), "--resume"))
+    check_inputs(options_for(tmp_path, "--student_model", str(student), "--resume"))
     time.sleep(0.01)
     os.utime(student / "model.safetensors")
     with pytest.raises(ValueError, match="--resume: .*the student is another model, or was written anew"):
-        check(options_for(tmp_path, "--student_model", str(student), "--resume"))
+        check_inputs(options_for(tmp_path, "--student_model", str(student), "--resume"))
 
 
 def test_two_evaluations_do_not_write_to_one_place(tmp_path):
     args = options_for(tmp_path)
-    second = kept_in(Path(args.output), {}, resume=True)
-    with kept_in(Path(args.output), {}, resume=False), pytest.raises(ValueError, match="another run is writing there"):
+    second = resumable(Path(args.output), {}, resume=True)
+    with (
+        resumable(Path(args.output), {}, resume=False),
+        pytest.raises(ValueError, match="another run is writing there"),
+    ):
         second.__enter__()
 
 

@@ -18,7 +18,7 @@ LOGIC = [
 
 
 def write_mmlu(root: Path, files: dict[str, list[list[str]]]) -> Path:
-    """`files` names each file without its ending, as in {"dev/logic_dev": rows}."""
+    """Writes CSV files; `files` names each without its ending, as in {"dev/logic_dev": rows}."""
     for name, rows in files.items():
         path = root / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def write_mmlu(root: Path, files: dict[str, list[list[str]]]) -> Path:
 
 
 def write_snapshot(root: Path, subjects: list) -> Path:
-    """Subjects as a snapshot of `cais/mmlu` has them: a folder each, and a card that `datasets` finds them by."""
+    """Writes subjects as in a snapshot of `cais/mmlu`: a folder each, and the card by which `datasets` finds them."""
     card = ["---", "configs:"]
     for subject in subjects:
         card += [f"- config_name: {subject.name}", "  data_files:"]

@@ -34,13 +34,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_of_the_environment(monkeypatch):
-    """lm-eval would ask pip for all packages, each time, to put them into its report."""
+    """Keeps lm-eval from asking pip for all packages, each time, for its report."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda report: None)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A directory whose folders stand in for data sets of the hub, and a cache of its own."""
+    """Sets up a directory whose folders stand in for data sets of the hub, and a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -57,7 +57,7 @@ def make_model(kind: str, vocab: int):
 
 
 def make_subject(name: str, n_test: int) -> Subject:
-    """Rows with what real ones have: blanks at the ends, empty lines, other scripts, long and empty choices."""
+    """Returns rows like real ones: blanks at the ends, empty lines, other scripts, long and empty choices."""
     dice = random.Random(name)
 
     def text(longest: int) -> str:
@@ -78,7 +78,7 @@ def by_lm_eval(model, tokenizer, tasks: list[str], num_fewshot: int, max_length:
 
 
 def check_answers(theirs: dict, questions: list[mmlu.Question], ours: list[mmlu.Prediction]) -> None:
-    """Question by question: the prompt, the four log-likelihoods, the answer."""
+    """Compares question by question: the prompt, the four log-likelihoods, the answer."""
     for question, prediction in zip(questions, ours, strict=True):
         samples = theirs["samples"][f"mmlu_{question.subject}"]
         (sample,) = [sample for sample in samples if sample["doc_id"] == question.index]
@@ -116,7 +116,7 @@ def test_the_whole_of_mmlu_with_its_groups(hub):
 @pytest.mark.parametrize("n", [2, pytest.param(None, marks=[pytest.mark.bench, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("kind", ["llama", "hybrid"])
 def test_real_questions_with_five_shots(hub, kind, n):
-    """The first two of each subject; all 2,052 in `make test-bench`, which takes minutes."""
+    """Compares the first two of each subject; `make test-bench` compares all 2,052, which takes minutes."""
     subjects = [Subject(s.name, s.dev, s.test[:n]) for s in mmlu.load_mmlu(REAL_MMLU)]
     write_snapshot(hub / "cais" / "mmlu", subjects)
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")

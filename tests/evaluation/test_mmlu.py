@@ -123,7 +123,7 @@ def test_answers_stand_in_the_order_of_the_questions(model):
     assert len({p.prediction for p in predictions}) > 1  # else a constant answer would pass
 
 
-def test_a_fingerprint_tells_questions_apart():
+def test_a_fingerprint_differs_where_questions_do():
     questions = make_questions()
     prints = [mmlu.fingerprint(qs) for qs in (questions, questions[:-1], questions[::-1], make_questions())]
     assert prints[0] == prints[3] and len(set(prints)) == 3

@@ -1,4 +1,4 @@
-"""What is made of results for the eye: tables, the report in Markdown, the chart."""
+"""Tables, the report in Markdown and the chart that an evaluation's results become."""
 
 import json
 import struct
@@ -16,8 +16,8 @@ from evaluation.report import (
     draw_chart,
     markdown,
     output_files,
+    report_results,
     sections,
-    write_report,
 )
 
 SUBJECTS = ("astronomy", "virology")
@@ -44,7 +44,7 @@ CONFIG = {
 
 
 def made_of(letters: dict[str, str], **more) -> dict:
-    """Results of a model that gave these letters; all right answers are A."""
+    """Returns the results of a model that gave these letters; all right answers are A."""
     pieces = {
         f"mmlu-{subject}": {
             "predictions": [
@@ -159,7 +159,7 @@ def test_of_several_models_the_json_has_scores_in_front_and_differences_behind(r
 
 def test_without_mmlu_the_rest_is_reported(tmp_path, capsys):
     alone = {name: assemble(EXTRA, CONFIG) for name in ("student", "teacher")}
-    write_report(alone, tmp_path / "out" / "eval.json")
+    report_results(alone, tmp_path / "out" / "eval.json")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.json", "eval.md"]
     assert list(json.loads((tmp_path / "out" / "eval.json").read_text())) == ["models", "differences"]
     shown = capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_without_mmlu_the_rest_is_reported(tmp_path, capsys):
 
 def test_what_is_no_number_is_none_in_the_json(results, tmp_path):
     results["student"]["held_out"]["perplexity"] = float("inf")
-    write_report(results, tmp_path / "eval.json")
+    report_results(results, tmp_path / "eval.json")
     report = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
     assert report["models"]["student"]["held_out"]["perplexity"] is None
 
@@ -180,7 +180,7 @@ def test_a_screen_that_is_gone_takes_no_file_with_it(results, tmp_path, monkeypa
 
     monkeypatch.setattr("builtins.print", gone)
     with pytest.raises(BrokenPipeError):
-        write_report(results, tmp_path / "eval.json")
+        report_results(results, tmp_path / "eval.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval.md", "eval.png"]
 
 
@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_is_one_error(results, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation.report, "write_whole", full)
     with pytest.raises(ValueError, match="--output .*eval.json: cannot be written .No space left.*--resume"):
-        write_report(results, tmp_path / "eval.json")
+        report_results(results, tmp_path / "eval.json")
 
 
 @pytest.mark.parametrize("name", ["eval.json", "run-0.5", "eval"])

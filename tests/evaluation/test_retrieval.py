@@ -17,7 +17,7 @@ def tokenizer():
 
 
 class StandIn:
-    """A scorer that answers from the text alone."""
+    """Returns a scorer that answers from the text alone."""
 
     def __init__(self, tokenizer, finds: bool) -> None:
         self.tokenizer, self.finds, self.prompts = tokenizer, finds, []

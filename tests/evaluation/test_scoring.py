@@ -22,7 +22,7 @@ HEAD = "Once upon a time.\n"
 
 
 def make_model(kind: str):
-    """Weights wide enough that answers differ clearly."""
+    """Returns a model with weights so large that answers differ clearly."""
     teacher = tiny_teacher(vocab_size=VOCAB, max_position_embeddings=1024, initializer_range=0.3)
     if kind == "llama":
         return teacher
@@ -50,7 +50,7 @@ def make_requests(head: str = HEAD, n: int = 10) -> list[Request]:
 
 @torch.no_grad()
 def slow_log_likelihoods(model, tokenizer, request: Request, max_length: int | None) -> list[float]:
-    """One continuation at a time, all logits, no batch, no cache: what lm-eval defines, written plainly."""
+    """Scores as lm-eval defines it, written plainly: one continuation at a time, all logits, no batch, no cache."""
     results = []
     for text in request.continuations:
         context = tokenizer.encode(request.prompt)
@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(llama):
     assert len(asked) > 3 and scorer.batch_tokens <= limit
     n = len(asked)
     scorer(requests)
-    assert max(asked[n:]) < 10  # it has learned
+    assert max(asked[n:]) < 10  # the smaller size is kept
     with pytest.raises(ValueError, match="--batch_size 8: does not fit .* or auto"):
         Scorer(llama, TOKENIZERS["one token each"](), CPU, batch_size=8)(
             [replace(r, prompt=f"{i}{r.prompt}") for i, r in enumerate(requests)]
@@ -182,7 +182,7 @@ def test_one_sequence_that_does_not_fit_is_the_end(llama):
 
 
 def test_a_model_that_forgets_is_run_whole():
-    """A sliding window keeps no beginning to go on from."""
+    """A sliding window keeps no prefix to continue from."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
     config = MistralConfig(vocab_size=VOCAB, sliding_window=8, num_key_value_heads=2, initializer_range=0.3, **sizes)
@@ -191,7 +191,7 @@ def test_a_model_that_forgets_is_run_whole():
 
 
 def test_a_model_that_scales_its_logits_is_refused():
-    """Its hidden states and its head alone would give other scores, and nobody would notice."""
+    """Scores from its hidden states and head alone would be wrong, and nothing would show it."""
     sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
     granite = GraniteForCausalLM(GraniteConfig(vocab_size=VOCAB, num_key_value_heads=2, logits_scaling=8.0, **sizes))
     with pytest.raises(ValueError, match="granite: does more to its logits"):
@@ -199,7 +199,7 @@ def test_a_model_that_scales_its_logits_is_refused():
 
 
 def test_a_model_that_breaks_on_one_prompt_is_refused(llama):
-    """Its likeliest answer would be the first of those that are no numbers."""
+    """Its likeliest answer would be the first NaN."""
     broken = LlamaForCausalLM(llama.config).eval()
     tokenizer = byte_tokenizer([], True)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from evaluation.statistics import aggregate, compare, mcnemar, paired_interval
 
 
 def predictions_of(subject: str, pairs: list[str]) -> list[Prediction]:
-    """Each pair: the right letter and the model's."""
+    """Makes predictions from pairs: the right letter and the model's."""
     return [Prediction(subject, i, answer, prediction, (-1.0,) * 4) for i, (answer, prediction) in enumerate(pairs)]
 
 

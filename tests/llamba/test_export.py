@@ -1,9 +1,7 @@
-"""`python -m llamba.export`: what it makes loads and runs in a fresh process without this repository, and gives the
-same logits bit for bit; it goes on as a student and can be exported again; what is wrong is one line before anything
-is written.
+"""`python -m llamba.export`: an export loads and runs in a fresh process without this repository, and gives the same
+logits bit for bit; it can be trained as a student and exported again; its card says what it is.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -17,43 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from arguments import parse_train_args
-from checkpointing.files import deal_weights, partial_dir, publish, write_common, write_part
 from llamba import LlambaForCausalLM, card, export
 from llamba.export import main
-from model_utils import apply_replacements, get_configs, get_student_model, get_tokenizer, locate_model
-from tests.tiny import tiny_student, tiny_teacher, tokens
+from model_utils import get_configs, get_student_model, get_tokenizer, locate_model
+from tests.llamba.exports import ROOT, TEACHER, WEIGHTS, make_hybrid, save_checkpoint
+from tests.tiny import tiny_student, tokens
 
-ROOT = Path(__file__).parents[2]
-TEACHER = ROOT / "presets" / "tiny" / "teacher"
 CODE = {"cache.py", "configuration.py", "kernels.py", "mixer.py", "modeling.py", "ssd.py"}
-WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-RUN = ["--teacher_model", "meta-llama/Llama-3.1-8B-Instruct", "--student_model", "./somewhere/student"]
-RUN += ["--layers", "1", "3", "--output_dir", "somewhere"]
-
-
-def make_hybrid(dtype=torch.float32):
-    student = tiny_student(vocab_size=1024).to(dtype)
-    apply_replacements(student, tiny_teacher(vocab_size=1024), [1, 3])
-    return student
-
-
-def save_checkpoint(folder, student, world_size, options=RUN):
-    """As a run of so many ranks saves it."""
-    args = parse_train_args(options)
-    state = {"format": 1, "micro_step": 24, "step": 12, "tokens": 4096, "arguments": dataclasses.asdict(args)}
-    weights, partial = student.state_dict(), partial_dir(folder, 24)
-    shares = deal_weights(weights, world_size)
-    folder.mkdir(exist_ok=True)
-    for rank, share in enumerate(shares):
-        optimizer = {f"exp_avg/{rank}": torch.zeros(3)}
-        write_part(partial, rank, world_size, {name: weights[name] for name in share}, optimizer, {"row": 1})
-    write_common(partial, student, shares, AutoTokenizer.from_pretrained(TEACHER), state)
-    return publish(partial, folder, 24)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +36,6 @@ def hybrid():
 @pytest.fixture(scope="module")
 def original(hybrid, tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("run"), hybrid, world_size=2)
-
-
-@pytest.fixture
-def checkpoint(original, tmp_path):
-    """A copy to be damaged."""
-    return Path(shutil.copytree(original, tmp_path / "checkpoint-24"))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +88,7 @@ FRESH = """
 
 @pytest.fixture(scope="module")
 def fresh(exported, hybrid, tmp_path_factory):
-    """What a user without this repository gets, of a float32 hybrid in shards and of a bfloat16 one in one file."""
+    """Loads a float32 hybrid in shards and a bfloat16 one in one file, as a user without this repository does."""
     folder = tmp_path_factory.mktemp("fresh")
     half = save_checkpoint(folder / "run", make_hybrid(torch.bfloat16), world_size=1)
     assert main([str(half), str(folder / "half")]) == 0
@@ -186,7 +152,7 @@ def test_only_what_loading_needs_is_copied(exported, original):
 
 
 def test_it_can_be_read_by_others(exported):
-    """Checkpoints' weights are for their owner alone; what is made to be shared follows the umask."""
+    """Checkpoints' weights are readable by their owner alone; an export follows the umask."""
     assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
 
 
@@ -254,7 +220,7 @@ def parts_of_card(folder):
     return yaml.safe_load(front), body
 
 
-def test_the_card_tells_what_the_model_is_and_how_it_was_made(exported, hybrid):
+def test_the_card_says_what_the_model_is_and_how_it_was_made(exported, hybrid):
     front, body = parts_of_card(exported)
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
     assert front["base_model"] == ["meta-llama/Llama-3.1-8B-Instruct"]
@@ -284,7 +250,7 @@ def test_the_card_knows_nothing_of_a_run_that_left_no_state(tmp_path):
     assert "All 4 layers are Mamba-2 mixers" in body
 
 
-def test_no_path_of_this_machine_is_told(hybrid, tmp_path, monkeypatch):
+def test_no_path_of_this_machine_is_named(hybrid, tmp_path, monkeypatch):
     (tmp_path / "models" / "student").mkdir(parents=True)
     (tmp_path / "data").mkdir()
     options = ["--teacher_model", str(tmp_path / "teacher"), "--student_model", "models/student"]
@@ -313,150 +279,7 @@ def test_the_card_names_what_was_tried():
     )
 
 
-# --- what is wrong -------------------------------------------------------------------------------------------
-
-
-def error_of(capsys, *command_line):
-    """The one line on standard error of a call that fails."""
-    assert main([str(word) for word in command_line]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    return captured.err
-
-
-def change(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def cut_short(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def drop_a_weight(folder):
-    weights = load_file(folder / WEIGHTS[0])
-    weights.pop(min(weights))
-    save_file(weights, folder / WEIGHTS[0])
-
-
-def without_sums(damage):
-    """Damage that a directory without SHA256SUMS would hide."""
-
-    def both(folder):
-        (folder / "SHA256SUMS").unlink()
-        damage(folder)
-
-    return both
-
-
-def flip_a_byte(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGE = {
-    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
-    "llama": (lambda f: shutil.copy(TEACHER / "config.json", f), "model_type 'llama'; expected 'llamba'"),
-    "no type": (lambda f: (f / "config.json").write_text("{}"), "model_type None; expected 'llamba'"),
-    "no model": (lambda f: change(f / "config.json", n_layer=0), "n_layer=0: expected a whole number"),
-    "edited": (lambda f: change(f / "config.json", norm_epsilon=1e-3), "config.json is not what was written"),
-    "no shard": (lambda f: (f / WEIGHTS[1]).unlink(), f"weight shards are missing: {WEIGHTS[1]}"),
-    "no weights": (lambda f: [file.unlink() for file in f.glob("model*")], "has no weights"),
-    "no map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
-    "path": (
-        lambda f: change(f / "model.safetensors.index.json", weight_map={"a": "../b.safetensors"}),
-        "names ../b.safetensors; expected names of files beside it",
-    ),
-    "cut short": (lambda f: cut_short(f / WEIGHTS[0]), f"{WEIGHTS[0]} cannot be read as weights"),
-    "empty": (lambda f: (f / WEIGHTS[0]).write_bytes(b""), f"{WEIGHTS[0]} cannot be read as weights"),
-    "lacking": (drop_a_weight, "missing: "),
-    "misshapen": (without_sums(lambda f: change(f / "config.json", vocab_size=512)), "misshapen: backbone.embedding"),
-    "unexpected": (without_sums(lambda f: change(f / "config.json", n_layer=3, attention_layers=[1])), "unexpected: "),
-    "weights": (lambda f: flip_a_byte(f / WEIGHTS[1]), f"{WEIGHTS[1]} is not what was written"),
-    "tokenizer": (lambda f: change(f / "tokenizer_config.json", a=1), "tokenizer_config.json is not what was written"),
-    "sums": (lambda f: (f / "SHA256SUMS").write_text("?\n"), "SHA256SUMS is no list"),
-    "state": (without_sums(lambda f: (f / "training_state.json").write_text("{}")), "training_state.json is not that"),
-}
-
-
-@pytest.mark.parametrize("damage,message", DAMAGE.values(), ids=DAMAGE)
-def test_a_checkpoint_that_cannot_be_exported(checkpoint, tmp_path, capsys, damage, message):
-    damage(checkpoint)
-    error = error_of(capsys, checkpoint, tmp_path / "out")
-    assert f"CKPT {checkpoint}: " in error and message in error
-    assert list(tmp_path.iterdir()) == [checkpoint]
-
-
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"a": 3}, {"a": "print"}], ids=["list", "number", "text"])
-def test_a_bin_file_that_holds_no_weights(tmp_path, capsys, content):
-    tiny_student().config.save_pretrained(tmp_path / "bin")
-    torch.save(content, tmp_path / "bin" / "pytorch_model.bin")
-    error = error_of(capsys, tmp_path / "bin", tmp_path / "out")
-    assert f"CKPT {tmp_path / 'bin'}: pytorch_model.bin cannot be read as weights" in error
-
-
-class Command:
-    """Unpickled by a loader that trusts it, it runs."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
-def test_a_bin_file_that_runs_code_is_refused(tmp_path, capsys):
-    tiny_student().config.save_pretrained(tmp_path / "bin")
-    torch.save({"a": Command(tmp_path / "marker")}, tmp_path / "bin" / "pytorch_model.bin")
-    assert "pytorch_model.bin cannot be read as weights" in error_of(capsys, tmp_path / "bin", tmp_path / "out")
-    assert not (tmp_path / "marker").exists()
-
-
-@pytest.mark.parametrize("name", ["nothing", "file"])
-def test_a_checkpoint_that_is_no_directory(tmp_path, capsys, name):
-    (tmp_path / "file").touch()
-    error = error_of(capsys, tmp_path / name, tmp_path / "out")
-    assert f"CKPT {tmp_path / name}: is no directory; expected a checkpoint" in error
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_an_out_that_is_taken(original, tmp_path, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("mine")
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("nowhere")
-    for name in ("full", "file", "link"):
-        error = error_of(capsys, original, tmp_path / name)
-        assert f"OUT {tmp_path / name}: exists and is no empty directory; name another" in error
-    assert f"OUT {tmp_path / 'file' / 'out'}: cannot be written" in error_of(
-        capsys, original, tmp_path / "file" / "out"
-    )
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "full", "link", "mine"]
-
-
-def test_out_appears_whole_or_not_at_all(original, tmp_path, capsys, monkeypatch):
-    seen = []
-
-    def fail(error):
-        def sync(_):
-            seen.append([file.name for file in tmp_path.iterdir()])
-            if len(seen) % 3 == 0:
-                raise error
-
-        return sync
-
-    monkeypatch.setattr(os, "fsync", fail(OSError(28, "No space left on device")))
-    assert f"OUT {tmp_path / 'out'}: cannot be written: [Errno 28] No space" in error_of(
-        capsys, original, tmp_path / "out"
-    )
-    monkeypatch.setattr(os, "fsync", fail(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        main([str(original), str(tmp_path / "out")])
-    assert [len(names) for names in seen] == [1] * 6 and ["out"] not in seen
-    assert list(tmp_path.iterdir()) == []
+# --- the command ----------------------------------------------------------------------------------------------
 
 
 def test_the_command(original, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,5 @@
 """Generation with the hybrid's cache equals full forwards, token for token: greedy, beams, sampling, prompts in pieces,
-conversations, left padding, bfloat16; for a pure Llamba, a hybrid and attention layers alone. And what a cache takes.
+conversations, left padding, bfloat16; for a pure Llamba, a hybrid and attention layers alone. And the cache's memory.
 """
 
 import copy
@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, pipeline
 
 from llamba import LlambaCache, LlambaForCausalLM
+from llamba.cache import RecurrentLayer
 from model_utils import apply_replacements
 from tests.tiny import tiny_student, tiny_teacher, tokens
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-BFLOAT16 = 0.0625  # four units in the last place of logits about 4
 LAYERS = {"pure": [], "hybrid": [1, 3], "attention": [0, 1, 2, 3]}
 CHUNK = 8  # of the tiny models' scan
 DECODING = {  # length of the prompt, options
@@ -28,7 +28,7 @@ DECODING = {  # length of the prompt, options
 
 
 def make(layers, **changes):
-    """Attention as strong as the mixers: as it is initialised, it would hardly see where a token stands."""
+    """Returns a model whose attention is as strong as its mixers: initial weights would hardly depend on positions."""
     student, teacher = tiny_student(**changes), tiny_teacher(**changes)
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -53,18 +53,22 @@ def hybrid(models):
 
 
 def generate(model, ids, mask=None, **options):
-    """The mask is always given: `generate()` would guess one where a prompt holds the padding token."""
+    """Generates with a mask always: `generate()` would guess one where a prompt holds the padding token."""
     torch.manual_seed(3)
     settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
     return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **settings)
 
 
 def left_padded(*prompts):
-    """A batch of prompts (1, L) of different lengths, filled up on the left with a token that means something else."""
+    """Returns prompts (1, L) of different lengths as a batch, padded on the left with a token in use, and its mask."""
     longest = max(prompt.shape[1] for prompt in prompts)
     rows = [torch.nn.functional.pad(prompt, (longest - prompt.shape[1], 0), value=7) for prompt in prompts]
     masks = [torch.nn.functional.pad(torch.ones_like(p), (longest - p.shape[1], 0)) for p in prompts]
     return torch.cat(rows), torch.cat(masks)
+
+
+def root_mean_square(difference):
+    return difference.square().mean().sqrt()
 
 
 # --- with the cache and without ------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ def test_a_long_prompt_in_pieces(model, piece):
     assert torch.equal(generate(model, ids, mask, prefill_chunk_size=piece), generate(model, ids, mask))
 
 
-def test_a_conversation_goes_on_with_its_cache(model):
+def test_a_conversation_continues_from_its_cache(model):
     ids, mask = left_padded(tokens(1, 6, seed=5), tokens(1, 11, seed=6))
     first = generate(model, ids, mask, return_dict_in_generate=True)
     asked = torch.cat([first.sequences, tokens(2, 5, seed=4)], 1)
@@ -132,18 +136,23 @@ def test_a_row_that_ends_early_leaves_the_others_alone(hybrid):
 
 
 @torch.no_grad()
-def test_bfloat16_with_the_cache_stays_within_its_rounding(model):
+def test_bfloat16_with_the_cache_is_as_exact_as_without(model):
+    """Compares both with float32: how far they differ from one another depends on the processor's kernels."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     generated = generate(half, tokens(2, 13), max_new_tokens=20)
     full = half(generated, use_cache=False).logits.float()
     cache = LlambaCache(half.config)
     pieces = [generated[:, :13], *generated[:, 13:].split(1, dim=1)]
     cached = torch.cat([half(piece, past_key_values=cache).logits for piece in pieces], 1).float()
-    torch.testing.assert_close(cached, full, rtol=0, atol=BFLOAT16)
+    exact = half.float()(generated, use_cache=False).logits
+    assert root_mean_square(cached - exact) < 1.5 * root_mean_square(full - exact)
+    states = [layer.ssm_state for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    assert all(state.dtype == torch.float32 for state in states)
+
     best, second = full[:, 12:-1].topk(2).values.unbind(-1)
-    clear = best - second > BFLOAT16
-    assert clear.float().mean() > 0.5
-    assert torch.equal(generated[:, 13:][clear], full[:, 12:-1].argmax(-1)[clear])
+    is_clear = best - second > 2 * (cached - full).abs().max()
+    assert is_clear.float().mean() > 0.5
+    assert torch.equal(generated[:, 13:][is_clear], full[:, 12:-1].argmax(-1)[is_clear])
 
 
 # --- padding -------------------------------------------------------------------------------------------------
@@ -185,7 +194,7 @@ def test_left_padded_prompts_generate_what_they_do_alone(model, options):
         assert torch.equal(row, generate(model, prompt, **options)[0, prompt.shape[1] :])
 
 
-def test_positions_count_from_the_first_token_that_is_no_padding(hybrid):
+def test_positions_count_from_the_first_token_that_is_not_padding(hybrid):
     seen = []
     hook = hybrid.backbone.rotary_emb.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
     generate(hybrid, *left_padded(tokens(1, 2), tokens(1, 4)), max_new_tokens=3)
@@ -247,7 +256,8 @@ def test_a_cache_that_is_reset_is_as_new(model):
     cache.reset()
     assert cache.get_seq_length() == 0
     again = model(tokens(2, 3, seed=9), past_key_values=cache).logits
-    assert torch.equal(again, model(tokens(2, 3, seed=9), use_cache=False).logits)
+    new = model(tokens(2, 3, seed=9), past_key_values=LlambaCache(model.config)).logits
+    assert torch.equal(again, new)
 
 
 def test_a_cache_of_another_kind_is_refused(models):
@@ -270,7 +280,7 @@ def test_what_a_state_cannot_do_is_refused(hybrid):
 
 @torch.no_grad()
 def test_recurrent_layers_keep_their_size_and_attention_layers_grow(hybrid):
-    """In bytes that are held: a view of a larger tensor holds all of it."""
+    """Counts bytes of storage: a view of a larger tensor keeps all of it."""
 
     def held(batch, length):
         recurrent, attention, *_ = hybrid(tokens(batch, length), use_cache=True).past_key_values.layers
@@ -288,7 +298,7 @@ def test_recurrent_layers_keep_their_size_and_attention_layers_grow(hybrid):
 
 
 def test_pipeline(monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it would leave behind for other tests
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the pipeline would set it for other tests too
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "presets" / "tiny" / "teacher")
     tokenizer.padding_side = "left"
     model = make([1, 3], vocab_size=1024)

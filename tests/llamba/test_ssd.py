@@ -38,7 +38,7 @@ def state(H=4, P=3, N=5, batch=2, dtype=torch.float64, seed=1):
 
 
 def documents(length, batch=2, seed=2):
-    """Document numbers that change at random places, not the same in every row."""
+    """Returns document numbers that change at random places, different in every row."""
     starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.2
     return starts.cumsum(1)
 
@@ -142,7 +142,7 @@ def test_strong_and_weak_decay_stay_finite(A_log):
 
 @pytest.fixture
 def mamba_reference(monkeypatch):
-    """`ssd_minimal_discrete` of an installed mamba-ssm. Its module also names the Triton scan, which a machine
+    """Returns `ssd_minimal_discrete` of an installed mamba-ssm. Its module also names the Triton scan, which a machine
     without CUDA cannot import and this test does not use.
     """
     spec = importlib.util.find_spec("mamba_ssm")
@@ -174,13 +174,13 @@ def test_chunked_equals_mamba_ssm(mamba_reference, with_state):
 
 
 def mamba_stand_in(x, dt, A, B, C, chunk_size, initial_states=None, seq_idx=None, return_final_states=False):
-    """mamba_chunk_scan_combined by its recurrence: h_t = exp(dt A) h_{t-1} + dt x B^T, y_t = h_t C_t."""
+    """Computes mamba_chunk_scan_combined by its recurrence: h_t = exp(dt A) h_{t-1} + dt x B^T, y_t = h_t C_t."""
     assert return_final_states
     return ssd_definition(x * dt[..., None], dt * A, B, C, initial_states, seq_idx)
 
 
 def fla_stand_in(q, k, v, g, scale, initial_state, output_final_state):
-    """chunk_simple_gla by its recurrence: S_t = exp(g) S_{t-1} + k v^T, o_t = S_t^T (scale q), S (B, H, K, V)."""
+    """Runs chunk_simple_gla by its recurrence: S_t = exp(g) S_{t-1} + k v^T, o_t = S_t^T (scale q), S (B, H, K, V)."""
     assert output_final_state
     S = torch.zeros(*k.shape[:1], k.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
     outputs = []
