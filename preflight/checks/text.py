@@ -1,6 +1,6 @@
-"""The checks of doctor.py that look at text: is it here, does it read, is there enough, and is there room for it once
-packed. A few rows are read and none is packed; nothing is written that stays, but for lock files of `datasets` in its
-cache.
+"""The checks of doctor.py for text: whether it is on this disk, can be read and is enough, and whether there is room
+for it once packed. They read a few rows and pack none, and leave nothing on the disk but lock files of `datasets` in
+its cache.
 """
 
 import dataclasses
@@ -12,50 +12,50 @@ from collections.abc import Iterator
 import datasets
 
 from evaluation.mmlu_files import load_mmlu
-from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding, NotLookedAt
+from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import GB, default_nproc
 from preflight.checks.models import teacher_tokenizer
-from preflight.checks.storage import cannot_write, nearest
+from preflight.checks.storage import folder_problem, nearest
 from text.batch import MAKE_IT_FIT
 from text.encoding import Encoder
 from text.opening import Opened, files_read_here, local_path, open_source, open_stream
 from text.rows import only_texts
 from text.sources import TextSource, network_forbidden
 
-ROWS = 16
+ROWS = 16  # that are read of a split
 
 
-def check_data(case: Case) -> Iterator[Finding]:
-    args, step_windows = case.args, case.args.batch_size * default_nproc(case)  # of a micro step
+def check_data(run: PlannedRun) -> Iterator[Finding]:
+    args, step_windows = run.args, run.args.batch_size * default_nproc(run)  # of a micro step
     needed = step_windows
-    if not args.dataset_streaming:  # where a run counts its steps before the first of them
+    if not args.dataset_streaming:  # a run on packed data needs enough for one optimizer step
         needed = max(needed, math.ceil(args.grad_accumulation_steps * step_windows / args.epochs))
-    yield from _look_at_text(case, TextSource.for_training(args), "--dataset_name", needed)
+    yield from _check_text(run, TextSource.for_training(args), "--dataset_name", needed)
 
 
-def check_held_out_data(case: Case) -> Iterator[Finding]:
-    args = case.args
+def check_held_out_data(run: PlannedRun) -> Iterator[Finding]:
+    args = run.args
     if not args.eval_interval:
         return
-    yield from _look_at_text(case, TextSource.for_evaluation(args), "--eval_dataset_name", 1)
+    yield from _check_text(run, TextSource.for_evaluation(args), "--eval_dataset_name", 1)
     if args.eval_mmlu_dir is not None:
         subjects = load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         yield Finding(OK, f"--eval_mmlu_dir {args.eval_mmlu_dir}", f"{len(subjects)} subjects")
 
 
-def _look_at_text(case: Case, source: TextSource, flag: str, needed: int) -> Iterator[Finding]:
-    """needed: windows that there have to be."""
-    name, seq_length = f"{flag} {source.name}", case.args.seq_length
+def _check_text(run: PlannedRun, source: TextSource, flag: str, needed: int) -> Iterator[Finding]:
+    """Yields the findings on one data set. needed: windows that its text has to fill."""
+    name, seq_length = f"{flag} {source.name}", run.args.seq_length
     try:
         opened = open_here(source)
-    except NotLookedAt:
+    except CheckSkipped:
         subset = "" if source.subset is None else f"'{source.subset}', "
         command = f"datasets.load_dataset('{source.name}', {subset}split='{source.split}')"
         remedy = f'python -c "import datasets; {command}"   where there is a network, or give a local file or directory'
         if source.local_files_only:
             yield Finding(FAILURE, name, f"not prepared in {datasets.config.HF_DATASETS_CACHE}", remedy)
         else:
-            yield Finding(WARNING, name, "not on this disk; a run would fetch it while it goes", remedy)
+            yield Finding(WARNING, name, "not on this disk; a run would download it", remedy)
         return
     n_rows, texts = first_texts(opened, source)
     if texts:
@@ -65,15 +65,17 @@ def _look_at_text(case: Case, source: TextSource, flag: str, needed: int) -> Ite
     else:
         found = f"none of the first {n_rows} rows has text in column {source.text_field!r}"
         yield Finding(FAILURE, name, found, "--dataset_text_field: name the column that holds the text")
-    if texts and n_rows < ROWS:  # these are all
-        n_tokens, fewest = len(Encoder(teacher_tokenizer(case))(texts)), needed * (seq_length + 1)
+    if texts and n_rows < ROWS:  # the split has no more
+        n_tokens, fewest = len(Encoder(teacher_tokenizer(run))(texts)), needed * (seq_length + 1)
         if n_tokens < fewest:
             found = f"{n_tokens:,} tokens in all, expected {fewest:,}: {needed} window(s) of {seq_length + 1}"
             yield Finding(FAILURE, name, found, MAKE_IT_FIT)
 
 
 def open_here(source: TextSource) -> Opened:
-    """What is on this disk. NotLookedAt for a data set of the hub that is not; ValueError as a run raises it."""
+    """Opens data on this disk. Raises CheckSkipped for a data set of the hub that is not on it, and ValueError where a
+    run does.
+    """
     is_local = local_path(source) is not None
     try:
         with network_forbidden(True):
@@ -81,14 +83,14 @@ def open_here(source: TextSource) -> Opened:
     except ValueError as error:
         if is_local or "is not in the cache" not in str(error):
             raise
-        raise NotLookedAt("the data set is not on this disk") from error
+        raise CheckSkipped("the data set is not on this disk") from error
 
 
 def first_texts(opened: Opened, source: TextSource) -> tuple[int, list[str]]:
-    """How many of a split's first rows were read, and those that have text; of a part such as "train[99%:]", which
-    only a table of all rows could tell, the first of the whole.
+    """Returns how many rows of a split were read, its first ones, and the texts in them. Of a part such as
+    "train[99%:]" the first rows of the whole split are read: finding the part takes a table of all rows.
     """
-    files_read_here(opened, source)  # ValueError where it cannot go with the split
+    files_read_here(opened, source)  # raises ValueError if --skip_bad_rows cannot be used with the split
     if not source.streaming:
         whole = "+".join(dict.fromkeys(part.split("[")[0].strip() for part in source.split.split("+")))
         source = dataclasses.replace(source, split=whole)
@@ -97,31 +99,31 @@ def first_texts(opened: Opened, source: TextSource) -> tuple[int, list[str]]:
     return len(rows), list(only_texts((row[source.text_field] for row in rows), source))
 
 
-def check_room_for_packed_data(case: Case) -> Iterator[Finding]:
-    """Rows as `datasets` keeps them, and their tokens; what is compressed takes more."""
-    args = case.args
+def check_room_for_packed_data(run: PlannedRun) -> Iterator[Finding]:
+    """Estimates the rows as `datasets` keeps them, and their tokens. Compressed files take more than estimated."""
+    args = run.args
     if args.dataset_streaming:
         return
-    encoder, source = Encoder(teacher_tokenizer(case)), TextSource.for_training(args)
+    encoder, source = Encoder(teacher_tokenizer(run)), TextSource.for_training(args)
     try:
         opened = open_here(source)
         _, texts = first_texts(opened, source)
-    except ValueError as error:  # told by `check_data`
-        raise NotLookedAt("the data cannot be read") from error
+    except ValueError as error:  # reported by `check_data`
+        raise CheckSkipped("the data cannot be read") from error
     ids = encoder(texts)
     if isinstance(opened, datasets.Dataset):
         files, copies = [file["filename"] for file in opened.cache_files], 0
     else:
         files, copies = [str(file) for split in (opened.config.data_files or {}).values() for file in split], 1
     sizes = [os.stat(file).st_size for file in files if os.path.exists(file)]
-    if not sizes:  # of the hub, prepared before
+    if not sizes:  # a data set of the hub that was prepared before
         sizes, copies = [opened.info.dataset_size or 0], 0
     needed = sum(sizes) * (copies + ids.nbytes / max(1, sum(len(text.encode()) for text in texts)))
     place = nearest(source.cache_root)
-    if problem := cannot_write(place):
-        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR, one of your own")
+    if problem := folder_problem(place):
+        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR: choose one of your own")
         return
     free = shutil.disk_usage(place).free
-    found = f"about {needed / GB:.2g} GB to be packed, {free / GB:.1f} GB free"
-    status, remedy = (OK, "") if needed < free else (WARNING, "--dataset_cache_dir DIR, on a disk with more room")
+    found = f"packing takes about {needed / GB:.2g} GB, {free / GB:.1f} GB are free"
+    status, remedy = (OK, "") if needed < free else (WARNING, "--dataset_cache_dir DIR: choose a disk with more room")
     yield Finding(status, f"cache {source.cache_root}", found, remedy)
