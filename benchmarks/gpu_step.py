@@ -184,7 +184,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
 
     with (
         mock.patch.multiple(distillation.models, get_teacher_model=make_teacher, get_student_model=make_student),
-        mock.patch("optimizer.MasterWeightAdamW", Share),
+        mock.patch("training_utils.MasterWeightAdamW", Share),
         process_groups(device) as ranks,
     ):
         run(ranks)
