@@ -1,5 +1,5 @@
-"""Steps of `train_gpus.distil` with nothing around them: no checkpoints, no evaluations, no request to stop, no files
-that stay. For benchmarks, and for tests that measure a run.
+"""Steps of `train_gpus.distil` without checkpoints, evaluations, requests to stop or files that stay. For benchmarks,
+and for tests that measure a run.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from training_utils import build_optimizer
 
 
 class NoSaver(Saver):
-    """Never has anything to save."""
+    """Saves nothing."""
 
     def __init__(self) -> None:
         pass
@@ -52,12 +52,13 @@ def train_steps(
     ranks: Ranks,
     log: Any,
 ) -> None:
-    """`log` stands where a run has its RunLog: `write(row)` after each step, `flush_to_disk()` at the end."""
-    optimizer = build_optimizer(model, args)
+    """Trains for `n_steps` optimizer steps. `log` stands in for a RunLog: `distil` calls its `write(row)` after each
+    step and its `flush_to_disk()` at the end.
+    """
     with TemporaryDirectory() as folder:
         args = dataclasses.replace(args, output_dir=folder)
         stop = StopRequest(None)
-        evaluator = Evaluator(args, None, None, ranks, model.module, lane, stop)  # with nothing to evaluate on
-        rest = (model, optimizer, lane, ranks, log, NoSaver(), evaluator, stop)
-        code = train_gpus.distil(args, batches, n_steps, Progress(), *rest)
+        evaluator = Evaluator(args, None, None, ranks, model.module, lane, stop)  # has nothing to evaluate on
+        learner = (model, build_optimizer(model, args), lane)
+        code = train_gpus.distil(args, batches, n_steps, Progress(), *learner, ranks, log, NoSaver(), evaluator, stop)
     assert code == 0
