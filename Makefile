@@ -1,7 +1,9 @@
-# Two commands do everything from nothing: `make demo` and `make test`. Both make .venv and install what they need.
+# `make demo` and `make test` work in a fresh clone: both create .venv and install what they need.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Twice quiet hides pip's warnings; its errors are still printed.
+PIP_INSTALL := $(BIN)/pip install --quiet --quiet --no-compile
 DEMO := runs/demo
 BENCH := runs/bench
 BENCH_OPTIONS ?=
@@ -14,31 +16,32 @@ setup-bench: .venv/installed-bench
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile -r requirements.txt
+	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
-# Of mamba-ssm the tests need the Python files alone, as a reference; its CUDA extension is not built.
+# The tests use mamba-ssm's Python files as a reference; its CUDA extension is not built.
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --quiet --no-compile -r requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
-		$(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation mamba-ssm==2.2.4
+		$(PIP_INSTALL) --no-deps --no-build-isolation mamba-ssm==2.2.4
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt
-	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements-bench.txt
-	$(BIN)/pip install --quiet --no-compile lm-eval==0.4.13
+	$(PIP_INSTALL) --no-deps -r requirements-bench.txt
+	$(PIP_INSTALL) lm-eval==0.4.13
 	touch $@
 
-# Kernels for NVIDIA GPUs; requirements-cuda.txt tells what they are and what happens without. The second needs nvcc.
+# Kernels for NVIDIA GPUs. requirements-cuda.txt says what they are and what runs without them. The last one is compiled
+# by nvcc, which takes a quarter of an hour.
 setup-cuda: .venv/installed
-	$(BIN)/pip install --quiet setuptools==80.9.0 wheel==0.45.1 ninja packaging
+	$(PIP_INSTALL) setuptools==80.9.0 wheel==0.45.1 ninja packaging
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
-		$(BIN)/pip install --no-deps --no-build-isolation $$(grep -E '^(mamba-ssm|einops)==' requirements-cuda.txt)
+		$(PIP_INSTALL) --no-deps --no-build-isolation $$(grep -E '^(mamba-ssm|einops)==' requirements-cuda.txt)
 	CAUSAL_CONV1D_FORCE_BUILD=TRUE \
-		$(BIN)/pip install --no-deps --no-build-isolation $$(grep -E '^causal-conv1d==' requirements-cuda.txt)
+		$(PIP_INSTALL) --no-deps --no-build-isolation $$(grep -E '^causal-conv1d==' requirements-cuda.txt)
 
-# Two students and their teacher, tiny, on whatever this machine has; then all four models' scores, and a report. A demo
-# run before this one is moved aside, not overwritten.
+# Trains a tiny student on two ranks, on GPUs or CPU, scores all four models on MMLU, and draws the report. An earlier
+# demo is moved aside, not overwritten.
 demo: .venv/installed
 	if [ -e $(DEMO) ]; then mv $(DEMO) $(DEMO)-$$(date +%Y%m%d-%H%M%S); fi
 	$(BIN)/torchrun --standalone --nproc_per_node=2 train_gpus.py --preset tiny --layer_map_interval 25 \
@@ -47,20 +50,20 @@ demo: .venv/installed
 		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json
 	$(BIN)/python report.py $(DEMO)
 
-# Tensors here are tiny and many tests start several processes: more threads would only get in each other's way. Two
-# tests at a time, as most of a test of a script is waiting: for imports, ranks, a disk.
+# Runs two tests at a time, each process with one thread: the tensors are tiny, and many tests start several processes.
+# The ten slowest tests are listed at the end.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Runs killed at every moment, checkpoints damaged, disks filled: what docs/reliability.md reports.
+# Kills runs at every moment, damages checkpoints and fills disks, as docs/reliability.md reports.
 faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign
 
-# What `make test` leaves out for its length: every benchmark at its smallest, from end to end.
+# Runs what `make test` leaves out because it is slow: every benchmark at its smallest size, from end to end.
 test-bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
-# The whole installation and a short run on every Python from 3.10 on that is here: gigabytes, and minutes for each.
+# Installs everything for every Python from 3.10 to 3.13 that is found, and trains briefly: gigabytes, minutes for each.
 test-pythons:
 	$(PYTHON) tests/pythons.py $(VERSIONS)
 
@@ -69,7 +72,8 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Times mean something on a machine that does nothing else. Each prints its table and leaves its rows in runs/bench/.
+# Runs every benchmark but bench_gpu.py, in hours, on a machine that should do nothing else. Each prints a table and
+# writes its rows to runs/bench/.
 bench: .venv/installed-bench
 	for name in loss step wire overlap data save mmlu; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \

@@ -3,26 +3,26 @@ step waits for its batch.
 
     python benchmarks/bench_data.py --json data.json
 
-Packing: documents that lie in memory become windows on the disk. A case with n threads has n of the tokenizer's, in a
-process that may use n cores. The tokenizer is the default teacher's if it is on this disk, else one trained here. The
-text is repeated, which is easy for a tokenizer, and so hard for packing.
+Packing: documents in memory become windows on the disk. A case with n threads has n tokenizer threads, in a process
+that may use n cores. The tokenizer is the default teacher's if it is on this disk, else one trained here. The text is
+repeated: that makes tokenising cheaper than usual, and packing's share of the time larger.
 
-encode_batch_fast        the tokenizer's fastest call, batch by batch; what it gives is dropped
+encode_batch_fast        the tokenizer's fastest call, batch by batch; its result is dropped
 encode_batch_fast, once  the same in one call
-ours                     packing.write_token_file, flushed to the disk
+ours                     text.token_file.write_token_file, flushed to the disk
 ours, from jsonl         data.build_dataloader up to the first batch: reading the text from a file is included
 per-document loop        one call per document, all ids in one list, cut into windows, saved
 datasets.map             the usual way: map to ids, map to windows of groups, cached as Arrow; 1 or 2 processes
 
-tokens_per_s counts the ends of text between documents. peak_bytes: memory above what was held before; that of
-datasets.map with 2 processes is elsewhere, and not known.
+tokens_per_s counts the end-of-text tokens between documents. peak_bytes: memory above what was held before; that of
+datasets.map with 2 processes is in other processes, and not measured.
 
 Loading: a loop takes a batch and then sleeps for a step.
 
 step                     the sleep itself
-cached, n workers        data.CachedLoader; its file is evicted from memory before
-DataLoader               what CachedLoader is made of, alone: it reads when the step asks
-stream                   data.StreamingLoader
+cached, n workers        data.build_dataloader with a cached file, which is evicted from memory before
+DataLoader               the DataLoader inside it, alone: it reads when the step asks
+stream                   data.build_dataloader with a stream
 stream, not ahead        the same, but it reads and tokenises when the step asks
 
 seconds: the mean wait for a batch, the first left out; ratio_to_baseline: as a share of the step. batches_per_s:
@@ -51,14 +51,14 @@ from data_candidates import (
     SEQ_LEN,
     TWO_PROCESSES,
     Batches,
-    Job,
-    Source,
+    LoadInputs,
+    PackInputs,
     Windows,
     load_tokenizer,
     make_documents,
     write_jsonl,
 )
-from harness import Row, measure, parse_arguments, report, run_child
+from harness import Row, measure, parse_options, report, run_child
 
 STEP = "step"
 PACKING = ["MB=20 characters=3000 threads=1", "MB=20 characters=3000 threads=2"]
@@ -69,41 +69,32 @@ QUICK_LOADING = ["MB=0.1 B=2 S=64 step_ms=2 steps=30"]
 
 
 def main() -> None:
-    options = parse_arguments(__doc__)
-    everything, at_the_edges = list(PACK), [BARE, ONCE, "ours"]
-    if options.quick:
-        cases = {case: everything for case in QUICK_PACKING} | {case: [STEP, *LOAD] for case in QUICK_LOADING}
-    else:
-        cases = {case: everything for case in PACKING} | {case: at_the_edges for case in PACKING_AT_THE_EDGES}
-        cases |= {case: [STEP, *LOAD] for case in LOADING}
+    candidates_of: dict[str, list[str]] = dict.fromkeys(PACKING + QUICK_PACKING, [*PACK])
+    candidates_of |= dict.fromkeys(PACKING_AT_THE_EDGES, [BARE, ONCE, "ours"])
+    candidates_of |= dict.fromkeys(LOADING + QUICK_LOADING, [STEP, *LOAD])
+    cases, quick_cases = PACKING + PACKING_AT_THE_EDGES + LOADING, QUICK_PACKING + QUICK_LOADING
+    options = parse_options(__doc__, cases, [*PACK, STEP, *LOAD], [BARE, STEP], quick_cases)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run_child("data_candidates.py", "prepare", folder)
-        for case, candidates in cases.items():
-            if not _named(case, options.cases):
-                continue
-            baseline = STEP if STEP in candidates else BARE
-            candidates = [name for name in candidates if name == baseline or _named(name, options.candidates)]
-            function = "load" if baseline == STEP else "pack"
-            results = run_child(__file__, function, case, candidates, 1 if options.quick else options.rounds, folder)
+        for case in options.cases:
+            candidates = [name for name in candidates_of[case] if name in options.candidates]
+            function, baseline = ("load", STEP) if STEP in candidates else ("pack", BARE)
+            results = run_child(__file__, function, case, candidates, options.rounds, folder)
             print(f"{case}: {results}", file=sys.stderr, flush=True)
             rows += rows_of_case(case, results, baseline)
     print("tokenizer:", tokenizer["name"])
     report(rows, options.json)
 
 
-def _named(name: str, wanted: list[str] | None) -> bool:
-    return wanted is None or any(part in name for part in wanted)
-
-
 def rows_of_case(case: str, results: dict[str, list[Row]], baseline: str) -> list[Row]:
-    """One row of medians for each candidate."""
+    """Returns one row of medians for each candidate."""
     rows: list[Row] = []
     for candidate, rounds in results.items():
         medians = {key: statistics.median(result[key] for result in rounds) for key in rounds[0]}
         rows.append({"case": case, "candidate": candidate, **medians})
         if candidate == TWO_PROCESSES:
-            rows[-1]["peak_bytes"] = None  # measured was the process that waits for the two
+            rows[-1]["peak_bytes"] = None  # only the process that waits for the two was measured
     base = next(row["seconds"] for row in rows if row["candidate"] == baseline)
     return [{**row, "ratio_to_baseline": row["seconds"] / base} for row in rows]
 
@@ -116,7 +107,7 @@ def sizes_of(case: str) -> dict[str, float]:
 
 
 def pack(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str, list[Row]]:
-    """All candidates in one process, which from its start has the case's cores and tokenizer threads, no more."""
+    """Measures all candidates in one process, which from its start has the case's cores and tokenizer threads only."""
     sizes = sizes_of(case)
     threads = int(sizes["threads"])
     os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
@@ -132,13 +123,13 @@ def pack(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str
     encoder = Encoder(tokenizer)
     jsonl = write_jsonl(documents, Path(folder, "documents.jsonl"))
     table = datasets.Dataset.from_dict({"text": documents})
-    job = Job(documents, table, jsonl, tokenizer, encoder, Path(folder, "packed"))
+    inputs = PackInputs(documents, table, jsonl, tokenizer, encoder, Path(folder, "packed"))
     expected = np.concatenate([encoder(texts) for texts in text_batches(documents)])  # (tokens,)
     results: dict[str, list[Row]] = {candidate: [] for candidate in candidates}
     for _ in range(rounds):
         for candidate in candidates:
             stored: list[Windows] = []
-            row = measure(partial(pack_once, PACK[candidate], job, stored))
+            row = measure(partial(pack_once, PACK[candidate], inputs, stored))
             if candidate not in (BARE, ONCE):
                 check_windows(candidate, stored[-1], expected, most_missing=1 + len(documents) // GROUP)
             speed = len(expected) / row["seconds"]
@@ -146,15 +137,15 @@ def pack(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str
     return results
 
 
-def pack_once(form: Callable[[Job], Windows], job: Job, stored: list[Windows]) -> None:
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir()
-    stored[:] = [form(job)]
+def pack_once(form: Callable[[PackInputs], Windows], inputs: PackInputs, stored: list[Windows]) -> None:
+    shutil.rmtree(inputs.folder, ignore_errors=True)
+    inputs.folder.mkdir()
+    stored[:] = [form(inputs)]
 
 
 def check_windows(candidate: str, stored: Windows, expected: np.ndarray, most_missing: int) -> None:
-    """Raises ValueError if these are not the windows of `expected`, but for the partial one at the end of each group
-    that datasets.map drops; behind the first of these its windows are others.
+    """Raises ValueError unless the first ten windows are those of `expected` and at most `most_missing` are missing.
+    datasets.map drops the partial window at the end of each group, so its later windows are shifted.
     """
     missing = len(expected) // (SEQ_LEN + 1) - len(stored)
     first = np.stack([np.asarray(window) for window in islice(stored, 10)])  # (10, S + 1)
@@ -170,25 +161,27 @@ def load(case: str, candidates: list[str], rounds: int, folder: str) -> dict[str
     steps, step_s = int(sizes["steps"]), sizes["step_ms"] / 1000
     documents = make_documents(sizes["MB"], characters=3000)
     jsonl = write_jsonl(documents, Path(folder, "documents.jsonl"))
-    source = Source(documents, jsonl, load_tokenizer(folder), Path(folder, "cache"), int(sizes["B"]), int(sizes["S"]))
+    inputs = LoadInputs(
+        documents, jsonl, load_tokenizer(folder), Path(folder, "cache"), int(sizes["B"]), int(sizes["S"])
+    )
     results: dict[str, list[Row]] = {candidate: [] for candidate in candidates}
     for _ in range(rounds):
         for candidate in candidates:
             if candidate == STEP:
                 results[candidate].append({"seconds": step_s, "peak_bytes": 0})
                 continue
-            row = measure(partial(draw, LOAD[candidate], source, steps))
-            row |= time_waits(LOAD[candidate](source), steps, step_s)
+            row = measure(partial(draw, LOAD[candidate], inputs, steps))
+            row |= time_waits(LOAD[candidate](inputs), steps, step_s)
             results[candidate].append(row)
     return results
 
 
-def draw(form: Callable[[Source], Batches], source: Source, steps: int) -> Row:
-    return {"batches_per_s": 1 / time_waits(form(source), steps, step_s=0.0)["seconds"]}
+def draw(form: Callable[[LoadInputs], Batches], inputs: LoadInputs, steps: int) -> Row:
+    return {"batches_per_s": 1 / time_waits(form(inputs), steps, step_s=0.0)["seconds"]}
 
 
 def time_waits(batches: Batches, steps: int, step_s: float) -> Row:
-    """How long steps wait for their batches. The wait for the first is part of the start."""
+    """Returns the mean and longest wait for a batch, in seconds. The wait for the first belongs to the start."""
     waits = []
     with closing(batches):
         next(batches)

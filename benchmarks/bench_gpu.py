@@ -2,21 +2,21 @@
 
     python benchmarks/bench_gpu.py --json gpu.json
 
-Weights are random and made on the card: neither disk nor network is needed. Each part runs in a process of its own with
-a time limit; where one fails or hangs, a line tells its error, the others go on, and the exit code is 1. All of it ends
-within nine minutes. `--device cpu --quick` runs the same code at tiny sizes, in one process: a trial, no result.
+Weights are random and made on the card: neither disk nor network is needed. Each part runs in its own process with a
+time limit. If one fails or hangs, a line says why, the others still run, and the exit code is 1. Everything ends within
+nine minutes. `--device cpu --quick` runs the same code at tiny sizes, in one process: a trial, no result.
 
 seconds: medians of interleaved rounds, by device events; of a step, the median by the host's clock. peak_bytes: the
 most that was allocated beside inputs and results; of a step, all that was allocated, models included. The baseline is
-the first candidate; of steps, the first case, by seconds per token. Errors are norms of differences to float64, over
-norms.
+the first candidate; of steps, the first case, by seconds per token. Errors are relative: the norm of the difference
+from float64 over the norm.
 
-In a step one GPU stands for one rank of four: teacher and student whole, of the optimizer's float32 masters and moments
-a quarter, as ZeRO shares them out, and no traffic between ranks. A card with too little memory gets gradient
-checkpointing, then models of fewer layers; the table tells. mfu is the share of the measured matmul rate. It counts
-products with weights, two floating-point operations per weight and token: in the forward passes of both models, for the
-student's gradients by inputs, and for those by weights that are trained. Attention, scan and what checkpointing
-computes again do not count.
+In a step one GPU plays one rank of four: it has the whole teacher and student and a quarter of the optimizer's float32
+masters and moments, as ZeRO shards them, and no traffic between ranks. A card with too little memory gets gradient
+checkpointing, then models of fewer layers; the table has columns for both. mfu is the share of the measured matmul
+rate. It counts products with weights, two floating-point operations per weight and token: in the forward passes of both
+models, for the student's gradients by inputs, and for those by trained weights. Attention, the scan and what
+checkpointing recomputes do not count.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gpu_measure import Job
+from gpu_measure import PartRun
 from harness import RESULT, ROOT, Row, print_table, write_json
 
 TIME_LIMIT = 520  # seconds, for everything
@@ -41,7 +41,7 @@ LEAST_TIME = 15  # seconds; a process that has less is not started
 
 
 class Part(NamedTuple):
-    """What one process does: a function of a module, and for how many seconds at most."""
+    """Names what one process runs: a function of a module, with a limit in seconds."""
 
     section: str
     module: str
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     training_options: str = ""
 
 
-# What matters most comes first; but the scan before all steps, since Triton keeps on disk what it compiles for them.
+# The most important come first, but the scan before all steps, since Triton keeps on disk what it compiles for it.
 PARTS = [
     Part("card", "gpu_kernels", 60),
     Part("scan", "gpu_kernels", 110),
@@ -107,8 +107,8 @@ def main() -> int:
 
 
 def start_process(parts: list[Part], options: argparse.Namespace, seconds: float) -> list[Row]:
-    """Runs parts in a child process and returns their rows, with one more if it did not end well. What it had said when
-    it was stopped is kept.
+    """Runs parts in a child process and returns the rows that it printed, with an error row if it failed or was stopped
+    after `seconds`.
     """
     failure = {"section": parts[0].section, "case": parts[0].case, "candidate": "process"}
     if seconds < LEAST_TIME:
@@ -126,29 +126,29 @@ def start_process(parts: list[Part], options: argparse.Namespace, seconds: float
             end = f"stopped after {seconds:.0f} seconds"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # compilers that it left behind, too
+                os.killpg(child.pid, signal.SIGKILL)  # ends compilers that it left behind, too
             child.wait()
         output.seek(0)
-        said = [json.loads(line.removeprefix(RESULT)) for line in output if line.startswith(RESULT)]
-    rows = {(row["section"], row["case"], row["candidate"]): row for row in said}
+        printed = [json.loads(line.removeprefix(RESULT)) for line in output if line.startswith(RESULT)]
+    rows = {(row["section"], row["case"], row["candidate"]): row for row in printed}
     return [*rows.values(), *([failure | {"error": end}] if end else [])]
 
 
 def run_part(part: Part, options: argparse.Namespace) -> None:
-    """The child's side of `start_process`."""
+    """Runs a part in the child process of `start_process`; an exception becomes an error row."""
     device = torch.device("cuda:0" if options.device == "cuda" else "cpu")
-    # The rest of its time is for what has been started by then.
+    # Nothing new starts in the last 30% of its time.
     ends = time.monotonic() + 0.7 * options.seconds
-    job = Job(part.section, part.case, part.training_options, device, options.quick, ends)
+    run = PartRun(part.section, part.case, part.training_options, device, options.quick, ends)
     torch.manual_seed(0)
     try:
-        vars(importlib.import_module(part.module))[part.section](job)
+        vars(importlib.import_module(part.module))[part.section](run)
     except Exception as error:
-        job.emit_error(part.case, part.section, error)
+        run.emit_error(part.case, part.section, error)
 
 
 def add_step_ratios(rows: list[Row]) -> None:
-    """Seconds per token against the first step that was measured."""
+    """Adds the ratio of seconds per token to those of the first step that was measured."""
     steps = [row for row in rows if "tokens_per_s" in row]
     for row in steps:
         row["ratio_to_baseline"] = steps[0]["tokens_per_s"] / row["tokens_per_s"]

@@ -3,28 +3,27 @@
     python benchmarks/bench_loss.py --json loss.json
 
 All candidates compute 0.5 * CE + 0.5 * KL(teacher || student) at temperature 1, means over the unmasked tokens, and
-the gradients by the student's hidden states and head. 0.5 and 0.5 are what the peers default to.
+the gradients by the student's hidden states and head. 0.5 and 0.5 are the other libraries' defaults.
 
-plain               full logits, losses.compute_distill_loss, autograd; "compiled": that function under torch.compile.
-fused               losses.fused_distill_loss as training calls it, on CUDA compiled; "compiled": with --compile.
+plain               full logits, distillation.losses.compute_distill_loss, autograd; "compiled": under torch.compile.
+fused               distillation.losses.fused_distill_loss as training calls it, on CUDA compiled; "compiled": with
+                    --compile.
 liger               liger-kernel's LigerFusedLinearJSDLoss, beta 0 (forward KL), at its default chunk of 1024 tokens and
                     at 128; it compiles its chunks by itself.
 liger triton        liger-kernel's Triton forms, LigerFusedLinearJSD and LigerFusedLinearCrossEntropyLoss; CUDA only.
 torchtune           its chunked forward KL and chunked CE on the logits of 8 chunks, its default; "compiled": as its
-                    recipes do. It leaves out the teacher's entropy, which has no gradient; before the comparison with
-                    the reference that is added to the reference's side.
+                    recipes do. It leaves out the teacher's entropy, which has no gradient; the comparison with the
+                    reference takes that into account.
 trl                 TRL's chunked divergence, beta 0, and its chunked log-probabilities for the CE.
 trl gkd             full logits, GKDTrainer.generalized_jsd_loss, beta 0, and PyTorch's CE.
 
-peak_bytes is the peak above what has to be there: inputs, heads and the two gradients, in the inputs' dtype.
-loss_error, hidden_grad_error, head_grad_error: distance from the float64 reference, relative to its norm; the reference
-is computed from the same (in bfloat16: already rounded) inputs.
+peak_bytes is the peak above inputs, heads and the two gradients in the inputs' dtype, which every form needs.
+loss_error, hidden_grad_error, head_grad_error: distance from the float64 reference, relative to its norm. The reference
+is computed from the same inputs (in bfloat16 these are already rounded).
 """
 
 import importlib.util
-import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,23 +34,23 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from harness import NotInstalled, Row, measure, need, parse_arguments, report, run_child, run_rounds
+from harness import Row, measure, need, need_compiler, parse_options, report, run_child, run_rounds
 from torch import Tensor
 
 D_MODEL = 256  # of student and teacher
 CE_WEIGHT = KL_WEIGHT = 0.5
 BASELINE = "plain"
-# bfloat16 is there for its accuracy: CPUs without units for it are so slow that one round of a small case has to do.
+# bfloat16 shows its accuracy. CPUs without units for it are so slow that one round of a small case has to suffice.
 CASES = ["V=128256 N=1024 float32", "V=128256 N=2048 float32", "V=32000 N=1024 float32", "V=8000 N=256 bfloat16"]
 CUDA_CASES = ["V=128256 N=8192 bfloat16"]
 QUICK_CASES = ["V=2000 N=100 float32"]
 REFERENCE_CHUNK = 64  # tokens
-IGNORED = -100  # the label of a masked token, as peers want it
+IGNORED = -100  # the label of a masked token in the other libraries
 
 
 @dataclass
 class Inputs:
-    """Of N tokens; the masked ones are labelled IGNORED."""
+    """Holds the inputs of the loss, of N tokens. Masked ones have the label IGNORED."""
 
     student_hidden: Tensor  # (N, D)
     student_head: Tensor  # (V, D)
@@ -77,21 +76,21 @@ Loss = Callable[[], Tensor]
 
 
 def compiled_form(function: Callable) -> Callable:
-    need_compiler()
+    """Compiles a loss. Raises NotInstalled without a compiler."""
+    need_compiler(device_type())
     return torch.compile(function)
 
 
-def need_compiler() -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise NotInstalled(compiler)
+def device_type() -> str:
+    """Returns "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_inputs(case: str) -> Inputs:
-    """Logits with a spread of 2, of a teacher near to the student; one token in 64 is masked."""
+    """Draws inputs of a teacher near the student; the logits' deviation is 2, and one token in 64 is masked."""
     match = re.fullmatch(r"V=(\d+) N=(\d+) (\w+)", case)
     if match is None:
-        raise ValueError(f"{case!r} is no case; an example is {CASES[0]!r}")
+        raise ValueError(f"{case!r} is not the name of a case; an example is {CASES[0]!r}")
     vocab, n_tokens, dtype = int(match[1]), int(match[2]), vars(torch)[match[3]]
     generator = torch.Generator().manual_seed(0)
 
@@ -103,7 +102,7 @@ def make_inputs(case: str) -> Inputs:
     teacher_head = student_head + 0.3 * normal(vocab, D_MODEL) * 2 / D_MODEL**0.5
     labels = torch.randint(vocab, (n_tokens,), generator=generator)
     labels[::64] = IGNORED
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     student_hidden, student_head = (t.to(device, dtype).requires_grad_() for t in (student_hidden, student_head))
     teacher_hidden, teacher_head = teacher_hidden.to(device, dtype), teacher_head.to(device, dtype)
     return Inputs(student_hidden, student_head, teacher_hidden, teacher_head, labels.to(device))
@@ -130,7 +129,7 @@ def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
     if compiled is None:
         compiled = compiles_loss(inputs.student_head.device)
     elif compiled:
-        need_compiler()
+        need_compiler(device_type())
     loss_mask, vocab = inputs.loss_mask(), len(inputs.student_head)
     student, teacher = (inputs.student_hidden, inputs.student_head, None), (inputs.teacher_hidden, inputs.teacher_head)
     loss_inputs = LossInputs(*student, *teacher, inputs.labels, loss_mask, vocab)
@@ -140,7 +139,7 @@ def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
 
 def liger(inputs: Inputs, chunk_size: int = 1024) -> Loss:
     need("liger_kernel")
-    need_compiler()
+    need_compiler(device_type())
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(CE_WEIGHT, KL_WEIGHT, beta=0.0, ignore_index=IGNORED, chunk_size=chunk_size)
@@ -164,8 +163,8 @@ def liger_triton(inputs: Inputs) -> Loss:
 
 
 def torchtune_losses() -> ModuleType:
-    """torchtune.modules.loss by itself. `import torchtune` would want torchao and a dozen packages more, and this part
-    of it needs torch alone.
+    """Imports torchtune.modules.loss from its file. It needs torch alone, while `import torchtune` needs torchao and a
+    dozen packages more.
     """
     need("torchtune")
     file = distribution("torchtune").locate_file("torchtune/modules/loss/__init__.py")
@@ -245,7 +244,7 @@ CANDIDATES: dict[str, Callable[[Inputs], Loss]] = {
 
 
 def reference(case: str, folder: str) -> Row:
-    """Write loss, gradients and the teacher's entropy in float64: the plain form on a few tokens at a time."""
+    """Saves loss, gradients and the teacher's entropy in float64, by the plain form on a few tokens at a time."""
     from distillation.losses import compute_distill_loss
 
     inputs = make_inputs(case)
@@ -281,7 +280,7 @@ def reference_file(case: str, folder: str) -> Path:
 
 
 def errors(candidate: str, value: Tensor, inputs: Inputs, file: Path) -> Row:
-    """How far a loss and the gradients that it left on the inputs are from the reference."""
+    """Returns how far a loss, and the gradients that it left on the inputs, are from the reference."""
     expected, entropy, gradients = torch.load(file, map_location=value.device)
     offset = KL_WEIGHT * entropy if candidate.startswith("torchtune") else 0.0
     row = {"loss_error": ((value - offset - expected) / expected).abs().item()}
@@ -292,8 +291,8 @@ def errors(candidate: str, value: Tensor, inputs: Inputs, file: Path) -> Row:
 
 
 def run(case: str, candidate: str, folder: str) -> Row:
-    """One candidate's time, peak and errors. The gradients of the run before stand until a run begins: they are held
-    before the peak is taken, and so they are not in it.
+    """Returns one candidate's time, peak and errors. The gradients of the run before are held when a run begins, so
+    that the peak, which counts from there, does not include them.
     """
     inputs = make_inputs(case)
     loss = CANDIDATES[candidate](inputs)
@@ -311,30 +310,16 @@ def run(case: str, candidate: str, folder: str) -> Row:
 
 
 def main() -> None:
-    options = parse_arguments(__doc__)
     on_cuda = torch.cuda.is_available()
     cases = CASES + CUDA_CASES if on_cuda else CASES
     candidates = [name for name in CANDIDATES if name != "liger triton" or on_cuda]
-    unknown = set(options.candidates or ()) - set(candidates)
-    if unknown:
-        sys.exit(f"--candidates {' '.join(sorted(unknown))}: expected some of {candidates}")
-    if options.candidates:
-        candidates = [name for name in candidates if name in (BASELINE, *options.candidates)]
-    elif options.quick:
-        candidates = ["plain", "fused"]
-    if options.quick:
-        cases, options.rounds = QUICK_CASES, 1
-    if options.cases:
-        chosen = [case for case in cases if any(part in case for part in options.cases)]
-        if not chosen:
-            sys.exit(f"--cases {' '.join(options.cases)}: expected parts of {cases}")
-        cases = chosen
+    options = parse_options(__doc__, cases, candidates, [BASELINE], QUICK_CASES, ["plain", "fused"])
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
+        for case in options.cases:
             run_child(__file__, "reference", case, folder)
             rounds = options.rounds if on_cuda or not case.endswith("bfloat16") else 1
-            rows += run_rounds(__file__, {case: candidates}, rounds, BASELINE, folder)
+            rows += run_rounds(__file__, {case: options.candidates}, rounds, BASELINE, folder)
     report(rows, options.json)
 
 

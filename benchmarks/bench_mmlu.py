@@ -1,17 +1,17 @@
-"""Five-shot MMLU: mmlu.score, which runs once what the prompts of a subject share and reads no more logits than it
-needs, beside lm-evaluation-harness's HFLM, which runs every prompt whole. Both begin with text and end with
-log-likelihoods; what lm-eval takes to build its tasks is not counted.
+"""Five-shot MMLU: evaluation.mmlu, which runs once what the prompts of a subject share and computes no more logits than
+it needs, beside lm-evaluation-harness's HFLM, which runs every prompt whole. Both begin with text and end with
+log-likelihoods; the time in which lm-eval builds its tasks is not counted.
 
     python benchmarks/bench_mmlu.py --json mmlu.json
 
-The models are tiny, of random weights, with the tokenizer of the tiny preset; questions are made of words of English
-text, about as long as MMLU's. V is the vocabulary, which decides how much the full logits of HFLM cost.
+The models are tiny and have random weights and the tokenizer of the tiny preset; questions are made of English words,
+about as long as MMLU's. V is the vocabulary, which decides how much the full logits of HFLM cost.
 
 lm-eval, batch n    HFLM.loglikelihood, n sequences at a time; it shares a forward pass between the four answers
-ours                mmlu.score with --batch_size auto
+ours                evaluation.mmlu with --batch_size auto
 
-tokens: that went through the model, padding included. The second table tells how far apart the two are: answers that
-differ, and the largest difference of a log-likelihood.
+tokens: how many ran through the model, padding included. The second table compares the two: answers that differ, and
+the largest difference of a log-likelihood.
 """
 
 import logging
@@ -19,7 +19,7 @@ import random
 from typing import Any
 
 import torch
-from harness import ROOT, Row, measure, need, parse_arguments, print_table, report, run_child, run_rounds
+from harness import ROOT, Row, measure, need, parse_options, print_table, report, run_child, run_rounds
 
 LM_EVAL = {f"lm-eval, batch {n}": n for n in (1, 8)}
 OURS = "ours"
@@ -30,6 +30,7 @@ MAX_LENGTH = 4096
 
 
 def make_questions(n_questions: int) -> list[Any]:
+    """Returns five-shot questions of one subject, of random English words, the same each time."""
     from evaluation.mmlu import Example, Subject, build_questions
 
     words = (ROOT / "presets" / "tiny" / "text" / "english.txt").read_text().split()
@@ -48,6 +49,7 @@ def make_questions(n_questions: int) -> list[Any]:
 
 
 def make_model(kind: str, vocab: int) -> Any:
+    """Builds a "llama" of four layers with random weights, or a "hybrid" with one of its layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llamba import LlambaConfig, LlambaForCausalLM
@@ -78,7 +80,7 @@ def load(case: str) -> tuple[Any, Any, torch.device]:
 
 
 def answer_ours(model: Any, tokenizer: Any, device: torch.device, questions: list[Any]) -> tuple[list[Any], int]:
-    """Four log-likelihoods for each question, and the tokens that it took."""
+    """Returns four log-likelihoods for each question, and the tokens that ran through the model."""
     from evaluation import mmlu
     from evaluation.scoring import Scorer
 
@@ -120,8 +122,8 @@ def run(case: str, candidate: str, n_questions: int) -> Row:
     return measure(work)
 
 
-def agree(case: str, n_questions: int) -> Row:
-    """How far apart the two are."""
+def compare_answers(case: str, n_questions: int) -> Row:
+    """Returns how many answers differ, and the largest difference of a log-likelihood."""
     model, tokenizer, device = load(case)
     questions = make_questions(n_questions)
     ours, _ = answer_ours(model, tokenizer, device, questions)
@@ -136,13 +138,11 @@ def agree(case: str, n_questions: int) -> Row:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__)
-    wanted = [name for name in CASES if not args.cases or any(part in name for part in args.cases)]
-    names = [name for name in (*LM_EVAL, OURS) if not args.candidates or name in (*args.candidates, BASELINE)]
-    n_questions = QUICK_QUESTIONS if args.quick else N_QUESTIONS
-    cases = dict.fromkeys(wanted[:1] if args.quick else wanted, names)
-    agreement = [run_child(__file__, "agree", case, n_questions) for case in cases]
-    report(run_rounds(__file__, cases, 1 if args.quick else args.rounds, BASELINE, n_questions), args.json)
+    options = parse_options(__doc__, CASES, [*LM_EVAL, OURS], [BASELINE])
+    n_questions = QUICK_QUESTIONS if options.quick else N_QUESTIONS
+    cases = dict.fromkeys(options.cases, options.candidates)
+    agreement = [run_child(__file__, "compare_answers", case, n_questions) for case in cases]
+    report(run_rounds(__file__, cases, options.rounds, BASELINE, n_questions), options.json)
     print_table(agreement)
 
 

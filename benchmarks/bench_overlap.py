@@ -1,8 +1,8 @@
-"""What waiting for the teacher costs: two students and a stand-in teacher of known delays, through the product's own
-lane, with hidden states of real size (2 x 1024 x 4096 in bfloat16 a rank) on the wire.
+"""What waiting for the teacher costs: two students ask a stand-in teacher of known delays by the project's own code,
+with hidden states of real size (2 x 1024 x 4096 in bfloat16 a rank) on the wire.
 
-In sequence a step takes the sum of the teacher's time for both ranks and a student's step; one step ahead it should
-take the longer of the two; colocated, a student's step and the teacher's time for one rank.
+In sequence, a step takes the teacher's time for both ranks plus a student's step; one step ahead, it should take the
+longer of the two; colocated, a student's step plus the teacher's time for one rank.
 
     python benchmarks/bench_overlap.py [--json FILE] [--quick]
 """
@@ -11,11 +11,12 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import torch.multiprocessing as mp
-from harness import parse_arguments, report, run_rounds
+from harness import parse_options, report, run_rounds
 
 CASES = {  # the teacher's milliseconds for one rank's batch, and a student's for its step
     "teacher 2 x 40 ms, student 100 ms": (0.040, 0.100),
@@ -26,7 +27,7 @@ RANKS, BATCH, SEQ_LEN, D_TEACHER = 2, 2, 1024, 4096
 
 
 class StandIn:
-    """A teacher that takes `seconds` for a batch, on a device that the CPU has nothing to do with meanwhile."""
+    """Answers each batch after sleeping for `seconds`: like a teacher on a GPU, it leaves the CPU free meanwhile."""
 
     width = D_TEACHER
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -41,15 +42,17 @@ class StandIn:
 
 
 def run(case: str, candidate: str, steps: int) -> dict:
+    """Runs both ranks. Returns the first rank's median seconds of a step, and what it waited for the teacher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (case, candidate, steps, results), nprocs=RANKS)
+    mp.spawn(run_rank, (case, candidate, steps, results.put), nprocs=RANKS)
     return results.get()
 
 
-def _rank(rank: int, case: str, candidate: str, steps: int, results) -> None:
+def run_rank(rank: int, case: str, candidate: str, steps: int, give: Callable[[dict], None]) -> None:
+    """Runs one rank; the first calls `give` with its figures."""
     from distillation.teacher import ColocatedTeacher, TeacherLane, ask_ahead
     from processes.ranks import process_groups
     from text.batch import Batch
@@ -73,16 +76,14 @@ def _rank(rank: int, case: str, candidate: str, steps: int, results) -> None:
         lane.close()
     if rank == 0:
         laps = [after - before for before, after in zip(ends[1:-1], ends[2:], strict=True)]
-        results.put({"seconds": statistics.median(laps), "teacher_wait_s": waited})
+        give({"seconds": statistics.median(laps), "teacher_wait_s": waited})
 
 
 def main() -> None:
-    args = parse_arguments(__doc__)
-    wanted = [name for name in CASES if not args.cases or any(part in name for part in args.cases)]
-    names = [name for name in CANDIDATES if not args.candidates or name in (*args.candidates, CANDIDATES[0])]
-    cases = dict.fromkeys(wanted[:1] if args.quick else wanted, names)
-    rows = run_rounds(__file__, cases, 1 if args.quick else args.rounds, CANDIDATES[0], 5 if args.quick else 20)
-    report(rows, args.json)
+    options = parse_options(__doc__, CASES, CANDIDATES, CANDIDATES[:1])
+    cases = dict.fromkeys(options.cases, options.candidates)
+    rows = run_rounds(__file__, cases, options.rounds, CANDIDATES[0], 5 if options.quick else 20)
+    report(rows, options.json)
 
 
 if __name__ == "__main__":

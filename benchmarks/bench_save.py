@@ -1,6 +1,6 @@
-"""How long training stands still for a checkpoint, beside how long a step takes: the product's own Saver, model and
-optimizer on one rank, in float32. `seconds` is the standstill; `step_s` a step of one short
-window, the shortest that it can be compared with; `written_s` is when the checkpoint is there.
+"""How long training stands still for a checkpoint, beside how long a step takes: the project's Saver, model and
+optimizer on one rank, in float32. `seconds` is the standstill; `step_s` is a step of one short window, the shortest
+that it can be compared with; `written_s` is the time until the checkpoint is complete.
 
     python benchmarks/bench_save.py [--json FILE] [--quick]
 """
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import parse_arguments, report, run_rounds
+from harness import parse_options, report, run_rounds
 
 CASES = {  # d_model, layers, vocabulary
     "14 M weights": (256, 8, 16000),
@@ -21,7 +21,8 @@ CANDIDATES = ["in the foreground", "in the background"]
 SEQ_LEN, STEPS = 128, 5
 
 
-def run(case: str, candidate: str, _: int) -> dict:
+def run(case: str, candidate: str) -> dict:
+    """Trains `STEPS` steps on one rank and saves after each. Medians leave out the first."""
     from transformers import AutoTokenizer
 
     from arguments import parse_train_args
@@ -75,11 +76,9 @@ def run(case: str, candidate: str, _: int) -> dict:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__)
-    wanted = [name for name in CASES if not args.cases or any(part in name for part in args.cases)]
-    names = [name for name in CANDIDATES if not args.candidates or name in (*args.candidates, CANDIDATES[0])]
-    cases = dict.fromkeys(wanted[:1] if args.quick else wanted, names)
-    report(run_rounds(__file__, cases, 1 if args.quick else args.rounds, CANDIDATES[0], 1), args.json)
+    options = parse_options(__doc__, CASES, CANDIDATES, CANDIDATES[:1])
+    cases = dict.fromkeys(options.cases, options.candidates)
+    report(run_rounds(__file__, cases, options.rounds, CANDIDATES[0]), options.json)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ the same random models and the same windows of tokens; tokens per second and mem
 
     python benchmarks/bench_step.py --json step.json
 
-A step is teacher forward, student forward, backward, clipping and AdamW, in float32. The bodies are tiny (4 layers):
-the vocabulary decides.
+A step is teacher forward, student forward, backward, clipping and AdamW, in float32. The models have 4 small layers, so
+that the vocabulary decides the time.
 
 ours               train_gpus.distil with its default options: hidden states from the teacher, one batch ahead, fused
                    loss of CE and KL, AdamW in ZeRO shards.
@@ -13,66 +13,37 @@ plain loop         full logits broadcast to all ranks, float32 loss of CE and KL
 trl gkd            GKDTrainer off-policy (lmbda 0): forward KL over full logits, no CE; a teacher on every rank, AdamW
                    whole on every rank.
 trl distillation   DistillationTrainer: forward KL in chunks of the vocabulary, no CE; teacher and AdamW as GKD. It
-                   learns from what it generates; here the windows stand in the place of that.
+                   would train on what it generates; here it trains on the windows instead.
 
-Both TRL trainers run the models on whole windows, one token more than the others. They are given no gradient
-checkpointing and no bfloat16, which they would have by default and the others do not.
+Both TRL trainers run the models on whole windows, one token more than the others. Their
+defaults, gradient checkpointing and bfloat16, are switched off, since the others have neither.
 
-seconds, tokens_per_s: the median step of a run but for its first and its last (which has no next batch to ask the
+seconds, tokens_per_s: the median step of a run without its first and its last (which has no next batch to ask the
 teacher about), with a caching allocator; default_*: with glibc's. peak_bytes: a rank's highest resident memory less
-what it held before the first step, on the rank where that is most. It has gradients and AdamW's moments in it, which
-no candidate holds before the first step, and not the models' weights. loss, kl, ce: of the first step, averaged over
-ranks; a candidate that has one of them must have the baseline's.
+what it held before the first step, on the rank where that is most: gradients and AdamW's moments are included, the
+models' weights are not. loss, kl, ce: of the first step, averaged over ranks; each must equal the baseline's.
 """
 
 import math
 import os
 import statistics
-from dataclasses import dataclass
 
 import torch
-from harness import NotInstalled, Row, need, parse_arguments, report, run_rounds
+from harness import Row, need, need_compiler, parse_options, report, run_rounds
+from step_case import Case
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 BASELINE = "plain loop"
 CANDIDATES = (BASELINE, "ours", "ours --compile", "trl gkd", "trl distillation")
 CASES = [f"V={vocab} ranks={ranks}" for vocab in (32000, 128256) for ranks in (1, 2)]
 QUICK_CASES = [f"V=1000 ranks={ranks} d_model=64 seq_len=32" for ranks in (1, 2)]
-STEPS = 5  # of one run; the first and the last are not timed
 TOLERANCE = 1e-5  # relative, between first losses: float32 sums in another order
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a case's name says."""
-
-    vocab: int
-    ranks: int
-    d_model: int = 256
-    seq_len: int = 512
-    batch_size: int = 2
-
-    @classmethod
-    def parse(cls, name: str) -> "Case":
-        sizes = {key: int(value) for key, value in (part.split("=") for part in name.split())}
-        return cls(vocab=sizes.pop("V"), **sizes)
-
-    @property
-    def tokens(self) -> int:
-        """That a step learns from, on all ranks."""
-        return self.ranks * self.batch_size * self.seq_len
-
-
 def main() -> None:
-    options = parse_arguments(__doc__)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is on the CPU, on a machine with GPUs too
-    candidates = [name for name in CANDIDATES if name in (BASELINE, *(options.candidates or CANDIDATES))]
-    cases = {
-        case: candidates
-        for case in (QUICK_CASES if options.quick else CASES)
-        if any(part in case for part in options.cases or [""])
-    }
-    rows = run_rounds(__file__, cases, 1 if options.quick else options.rounds, BASELINE)
+    options = parse_options(__doc__, CASES, CANDIDATES, [BASELINE], QUICK_CASES)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is measured, on a machine with GPUs too
+    rows = run_rounds(__file__, dict.fromkeys(options.cases, options.candidates), options.rounds, BASELINE)
     for row in rows:
         add_tokens_per_s(row)
     check_losses(rows)
@@ -80,6 +51,7 @@ def main() -> None:
 
 
 def add_tokens_per_s(row: Row) -> None:
+    """Adds tokens per second, over all ranks, beside each of the row's seconds."""
     tokens = Case.parse(row["case"]).tokens
     for kind in ("", "default_"):
         if row.get(f"{kind}seconds"):
@@ -87,7 +59,7 @@ def add_tokens_per_s(row: Row) -> None:
 
 
 def check_losses(rows: list[Row]) -> None:
-    """Raises ValueError where two candidates claim the same figure of the first step and do not have it."""
+    """Raises ValueError where a loss of the first step differs from the baseline's: that is not the same work."""
     for row in rows:
         base = next(base for base in rows if (base["case"], base["candidate"]) == (row["case"], BASELINE))
         for name in ("loss", "kl", "ce"):
@@ -102,11 +74,11 @@ def check_losses(rows: list[Row]) -> None:
 
 
 def run(case: str, candidate: str) -> Row:
-    """All ranks of one candidate, as torchrun would start them; their figures in one."""
+    """Runs all ranks of a candidate, started as torchrun does. Returns their means, and the largest peak."""
     if candidate.startswith("trl"):
         need("trl")
     if candidate.endswith("--compile"):
-        need_compiler()
+        need_compiler("cpu")
     ranks = Case.parse(case).ranks
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // ranks))
     launch = LaunchConfig(1, 1, ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
@@ -115,15 +87,8 @@ def run(case: str, candidate: str) -> Row:
     return row | {"peak_bytes": max(result["peak_bytes"] for result in results)}
 
 
-def need_compiler() -> None:
-    from processes.devices import can_compile
-
-    if not can_compile("cpu"):
-        raise NotInstalled("a C++ compiler")
-
-
 def run_rank(case: str, candidate: str) -> Row:
-    """One rank of it, in a process of its own."""
+    """Runs one rank, in a process of its own."""
     from step_candidates import train
 
     return train(Case.parse(case), candidate)

@@ -2,20 +2,20 @@
 
     python benchmarks/bench_wire.py --json wire.json
 
-Each rank's input_ids go to the first rank; its teacher answers all of them at once and at no cost (the answers lie
-ready), in bfloat16; each rank gets its own answer, and has to have exactly that one.
+Each rank's input_ids go to the first rank; its teacher answers all of them at once and at no cost (the answers are
+prepared), in bfloat16; each rank gets its own answer, which is checked.
 
 broadcast logits   the original way: every rank's logits go to every rank
-scatter logits     every rank's logits go to that rank alone
+scatter logits     each rank's logits go to that rank alone
 scatter hidden     the teacher's last hidden states instead, from which a rank forms the logits in its loss
-ours               what training does: teacher.TeacherLane with hidden states, asked and waited for at once
+ours               what training does: distillation.teacher.TeacherLane with hidden states, waited for at once
 ours, logits       the same with --teacher_signal logits
-ours, ahead        as ours, but a student's step of 0.1 s (asleep) lies between asking and waiting: seconds is what
-                   the step still has to wait
+ours, ahead        as ours, but a student's step of 0.1 s (a sleep) lies between asking and waiting: seconds is what
+                   the step still waits
 
-seconds: of the slowest rank, until it has its answer; default_seconds: with glibc's default allocator, for which every
-new buffer is paged in again. peak_bytes: of the rank that takes most, without the teacher's answers, which exist
-before. wire_bytes: what leaves one process for another, ids and answers, computed from their shapes.
+seconds: of the slowest rank, until it has its answer; default_seconds: with glibc's default allocator, with which every
+new buffer is paged in again. peak_bytes: of the rank with the highest peak, without the teacher's answers, which exist
+before. wire_bytes: ids and answers that are sent from one process to another, computed from their shapes.
 """
 
 import os
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import CACHING, Row, measure, parse_arguments, report, run_child
+from harness import CACHING, Row, measure, parse_options, report, run_child
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -41,13 +41,13 @@ REPEATS = 3  # of a candidate in one round
 STEP_S = 0.1
 DTYPE = torch.bfloat16
 
-# Takes a rank's input_ids (B, S) and gives a function that waits for their answer (B, S, width).
+# Sends a rank's input_ids (B, S) and returns a function that waits for their answer (B, S, width).
 Ask = Callable[[Tensor], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a case's name says, and how wide the answers of a candidate are."""
+    """Holds the sizes that the name of a case gives, and the width of a candidate's answers."""
 
     ranks: int
     batch: int
@@ -60,22 +60,23 @@ class Case:
         return cls(sizes["ranks"], sizes["B"], sizes["S"], sizes["V" if "logits" in candidate else "D"])
 
     def wire_bytes(self, copies: int) -> int:
-        """`copies` of each answer and one of the ids cross between processes; a rank's own copy does not."""
+        """Returns the bytes of the ids and of `copies` of each answer, without what the first rank keeps to itself."""
         id_bytes, answer_bytes = torch.int64.itemsize, self.width * DTYPE.itemsize
         return (self.ranks - 1) * self.batch * self.seq_len * (id_bytes + copies * answer_bytes)
 
     def input_ids(self, rank: int) -> Tensor:
-        """They name the rank: by them the stand-in teacher finds the answer."""
+        """Returns ids that are all the rank's number, by which the stand-in teacher finds the answer."""
         return torch.full((self.batch, self.seq_len), rank)  # (B, S)
 
     def answer_row(self, rank: int, row: int) -> Tensor:
-        """Tokens and columns that are near one another differ; all are whole numbers that bfloat16 has."""
+        """Returns whole numbers that bfloat16 can hold; those of nearby tokens and columns differ."""
         first = (rank * self.batch + row) * self.seq_len
         tokens = (torch.arange(first, first + self.seq_len) % 121).to(torch.uint8)  # (S,)
         columns = (torch.arange(self.width) % 121).to(torch.uint8)  # (width,)
         return (tokens[:, None] + columns).to(DTYPE)  # (S, width)
 
     def all_answers(self) -> Tensor:
+        """Returns the answers of all ranks, (W*B, S, width)."""
         answers = torch.empty(self.ranks * self.batch, self.seq_len, self.width, dtype=DTYPE)  # (W*B, S, width)
         for i, answer in enumerate(answers):
             answer.copy_(self.answer_row(i // self.batch, i % self.batch))
@@ -93,20 +94,14 @@ class Case:
 
 def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo moves what is in the CPU's memory
-    options = parse_arguments(__doc__)
-    cases = [case for case in (QUICK_CASES if options.quick else CASES) if _named(case, options.cases)]
-    candidates = [name for name in FORMS if name == BASELINE or _named(name, options.candidates)]
-    rounds = 1 if options.quick else options.rounds
-    report([row for case in cases for row in measure_case(case, candidates, rounds)], options.json)
-
-
-def _named(name: str, wanted: list[str] | None) -> bool:
-    return wanted is None or any(part in name for part in wanted)
+    options = parse_options(__doc__, CASES, FORMS, [BASELINE], QUICK_CASES)
+    rows = [row for case in options.cases for row in measure_case(case, options.candidates, options.rounds)]
+    report(rows, options.json)
 
 
 def measure_case(case: str, candidates: list[str], rounds: int) -> list[Row]:
-    """A row of medians for each candidate: time with a caching allocator, as CUDA's pinned memory has one, and with
-    glibc's; memory with glibc's, which gives back what is free.
+    """Returns a row of medians for each candidate: time with a caching allocator, as for CUDA's pinned memory, and with
+    glibc's; memory with glibc's, which returns what is free.
     """
     caching = run_child(__file__, "run", case, candidates, rounds, environment=CACHING)
     default = run_child(__file__, "run", case, candidates, rounds)
@@ -127,8 +122,8 @@ def measure_case(case: str, candidates: list[str], rounds: int) -> list[Row]:
 
 
 def run(case: str, candidates: list[str], rounds: int) -> Row:
-    """All ranks, started as torchrun would; their figures are alike, the first rank's are taken."""
-    from distillation import teacher  # noqa: F401  (here, once: the ranks are forked)
+    """Starts all ranks as torchrun would. Returns the first rank's figures, which are reduced over ranks."""
+    from distillation import teacher  # noqa: F401  (once, before the ranks are forked)
 
     ranks = Case.parse(case, BASELINE).ranks
     launch = LaunchConfig(
@@ -138,7 +133,7 @@ def run(case: str, candidates: list[str], rounds: int) -> Row:
 
 
 def run_rank(name: str, candidates: list[str], rounds: int) -> dict[str, Row]:
-    """Figures of each candidate, one for every round."""
+    """Returns seconds and peak bytes of each candidate, one of each per round."""
     from processes.ranks import process_groups
 
     figures: dict[str, Row] = {candidate: {"seconds": [], "peak_bytes": []} for candidate in candidates}
@@ -152,13 +147,13 @@ def run_rank(name: str, candidates: list[str], rounds: int) -> dict[str, Row]:
                     case.check(ask(case.input_ids(ranks.rank))(), ranks.rank)
                     seconds = time_exchanges(ask, case.input_ids(ranks.rank), STEP_S if "ahead" in candidate else 0.0)
                 peak = measure(partial(exchange_once, open_form, case.input_ids(ranks.rank)))["peak_bytes"]
-                figures[candidate]["seconds"].append(of_all_ranks(seconds))
-                figures[candidate]["peak_bytes"].append(of_all_ranks(peak))
+                figures[candidate]["seconds"].append(largest_of_ranks(seconds))
+                figures[candidate]["peak_bytes"].append(largest_of_ranks(peak))
     return figures
 
 
 def time_exchanges(ask: Ask, input_ids: Tensor, step_s: float) -> float:
-    """The median, less what a step takes between asking and waiting."""
+    """Returns the median seconds of an exchange, without the step between asking and waiting."""
     times = []
     for _ in range(REPEATS):
         dist.barrier()
@@ -173,19 +168,19 @@ def time_exchanges(ask: Ask, input_ids: Tensor, step_s: float) -> float:
 
 
 def exchange_once(open_form: Callable[[], AbstractContextManager[Ask]], input_ids: Tensor) -> None:
-    """From nothing to nothing: what a form keeps between two answers counts as its memory."""
+    """Opens a form, exchanges once and closes it, so that what it keeps between two answers counts as its memory."""
     with open_form() as ask:
         ask(input_ids)()
 
 
-def of_all_ranks(value: float) -> float:
-    """The largest."""
+def largest_of_ranks(value: float) -> float:
+    """Returns the largest of the ranks' values."""
     largest = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()
 
 
-# --- the forms: each is opened on all ranks, and gives a function that asks ----------------------------------
+# --- the forms: each is opened on all ranks, and yields a function that asks ---------------------------------
 
 
 def gather_ids(input_ids: Tensor, ranks: Any) -> None:
@@ -195,7 +190,7 @@ def gather_ids(input_ids: Tensor, ranks: Any) -> None:
 
 @contextmanager
 def broadcast(case: Case, answers: Tensor | None, ranks: Any) -> Iterator[Ask]:
-    """A rank keeps its own answer, and takes the others' into one buffer."""
+    """Broadcasts every answer to every rank. A rank keeps its own, and receives the others into one buffer."""
 
     def exchange(input_ids: Tensor) -> Tensor:
         gather_ids(input_ids, ranks)
@@ -213,6 +208,8 @@ def broadcast(case: Case, answers: Tensor | None, ranks: Any) -> Iterator[Ask]:
 
 @contextmanager
 def scatter(case: Case, answers: Tensor | None, ranks: Any) -> Iterator[Ask]:
+    """Scatters the answers: each rank gets its own alone."""
+
     def exchange(input_ids: Tensor) -> Tensor:
         gather_ids(input_ids, ranks)
         own = case.empty_answer()
@@ -224,7 +221,7 @@ def scatter(case: Case, answers: Tensor | None, ranks: Any) -> Iterator[Ask]:
 
 @contextmanager
 def lane(case: Case, answers: Tensor | None, ranks: Any) -> Iterator[Ask]:
-    """The project's own, with a teacher that only looks up what to answer."""
+    """Opens the project's own TeacherLane, with a teacher that only looks up its answer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from distillation.teacher import Teacher, TeacherLane

@@ -1,5 +1,5 @@
-"""The candidates of bench_data.py, and the text and tokenizer that they are given. PACK: from documents to stored
-windows. LOAD: from stored windows, or from documents, to batches.
+"""The candidates of bench_data.py, and the text and tokenizer that they get. PACK: from documents to stored windows.
+LOAD: from stored windows, or from documents, to batches.
 """
 
 import json
@@ -23,13 +23,13 @@ VOCAB = 32000  # of the tokenizer that is trained here
 
 
 def read_text() -> str:
-    """All real English at hand."""
+    """Returns all real English text that is here."""
     files = [ROOT / "presets/tiny/text/english.txt", *sorted(ROOT.parent.glob("shared/data/text/*.txt"))]
     return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def prepare(folder: str) -> Row:
-    """Leaves a tokenizer of real size in `folder`."""
+    """Saves a tokenizer of real size: the default teacher's if it is on this disk, else one trained here."""
     from transformers import AutoTokenizer
 
     teacher = json.loads((ROOT / "presets/llamba-8b/preset.json").read_text())["common"]["teacher_model"]
@@ -57,7 +57,7 @@ def train_tokenizer() -> Any:
 
 
 def make_documents(megabytes: float, characters: float) -> list[str]:
-    """Paragraphs, joined until they have so many characters, again and again until there are so many megabytes."""
+    """Joins paragraphs into documents of at least `characters`, until there are `megabytes` of them."""
     paragraphs = read_text().split("\n\n")
     documents: list[str] = []
     parts: list[str] = []
@@ -85,7 +85,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def open_loader(jsonl: Path, cache: Path, tokenizer: Any, options: str) -> Any:
-    """What training would read from, for one rank."""
+    """Builds the loader of a training run with one rank."""
     import datasets
 
     from arguments import parse_train_args
@@ -100,60 +100,60 @@ def open_loader(jsonl: Path, cache: Path, tokenizer: Any, options: str) -> Any:
 
 
 @dataclass
-class Job:
-    """What all candidates of a case are given. `folder` is empty each time."""
+class PackInputs:
+    """Holds what every packing candidate of a case gets. `folder` is empty before each run."""
 
     documents: list[str]
     table: Any  # datasets.Dataset of the documents
     jsonl: Path
     tokenizer: Any
-    encoder: Any  # packing.Encoder
+    encoder: Any  # text.encoding.Encoder
     folder: Path
 
 
-Windows = Any  # those that were stored, a sequence of (S + 1,) each, not read yet
+Windows = Any  # what was stored: a sequence of windows (S + 1,), read when indexed
 
 
-def bare(job: Job) -> Windows:
+def bare(inputs: PackInputs) -> Windows:
     from text.encoding import text_batches
 
-    for texts in text_batches(job.documents):
-        job.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for texts in text_batches(inputs.documents):
+        inputs.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return ()
 
 
-def bare_once(job: Job) -> Windows:
-    job.tokenizer.backend_tokenizer.encode_batch_fast(job.documents, add_special_tokens=False)
+def bare_once(inputs: PackInputs) -> Windows:
+    inputs.tokenizer.backend_tokenizer.encode_batch_fast(inputs.documents, add_special_tokens=False)
     return ()
 
 
-def ours(job: Job) -> Windows:
+def ours(inputs: PackInputs) -> Windows:
     from data import PackedTextDataset
     from text.token_file import write_token_file
 
-    write_token_file(job.folder / "ours", job.documents, job.encoder, {})
-    return PackedTextDataset(job.folder / "ours", SEQ_LEN)
+    write_token_file(inputs.folder / "ours", inputs.documents, inputs.encoder, {})
+    return PackedTextDataset(inputs.folder / "ours", SEQ_LEN)
 
 
-def ours_from_jsonl(job: Job) -> Windows:
-    options = f"--no_dataset_streaming --seq_length {SEQ_LEN} --dataset_cache_dir {job.folder}"
-    loader = open_loader(job.jsonl, job.folder, job.tokenizer, options)
+def ours_from_jsonl(inputs: PackInputs) -> Windows:
+    options = f"--no_dataset_streaming --seq_length {SEQ_LEN} --dataset_cache_dir {inputs.folder}"
+    loader = open_loader(inputs.jsonl, inputs.folder, inputs.tokenizer, options)
     next(iter(loader))
     return loader.batches.dataset
 
 
-def per_document(job: Job) -> Windows:
+def per_document(inputs: PackInputs) -> Windows:
     ids = []
-    for document in job.documents:
-        ids += job.tokenizer(document, add_special_tokens=False)["input_ids"]
-        ids.append(job.tokenizer.eos_token_id)
+    for document in inputs.documents:
+        ids += inputs.tokenizer(document, add_special_tokens=False)["input_ids"]
+        ids.append(inputs.tokenizer.eos_token_id)
     full = len(ids) // (SEQ_LEN + 1) * (SEQ_LEN + 1)
-    np.save(job.folder / "windows.npy", np.array(ids[:full], job.encoder.dtype).reshape(-1, SEQ_LEN + 1))
-    return np.load(job.folder / "windows.npy", mmap_mode="r")
+    np.save(inputs.folder / "windows.npy", np.array(ids[:full], inputs.encoder.dtype).reshape(-1, SEQ_LEN + 1))
+    return np.load(inputs.folder / "windows.npy", mmap_mode="r")
 
 
-def datasets_map(job: Job, processes: int) -> Windows:
-    tokenizer, size = job.tokenizer, SEQ_LEN + 1
+def datasets_map(inputs: PackInputs, processes: int) -> Windows:
+    tokenizer, size = inputs.tokenizer, SEQ_LEN + 1
 
     def to_ids(rows: dict) -> dict:
         encoded = tokenizer(rows["text"], add_special_tokens=False, return_attention_mask=False)
@@ -163,7 +163,7 @@ def datasets_map(job: Job, processes: int) -> Windows:
         ids = list(chain.from_iterable(rows["ids"]))
         return {"ids": [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]}
 
-    table = job.table
+    table = inputs.table
     for step, function in enumerate((to_ids, to_windows)):
         table = table.map(
             function,
@@ -171,13 +171,13 @@ def datasets_map(job: Job, processes: int) -> Windows:
             batch_size=GROUP,
             remove_columns=table.column_names,
             num_proc=processes if processes > 1 else None,
-            cache_file_name=str(job.folder / f"step-{step}.arrow"),
+            cache_file_name=str(inputs.folder / f"step-{step}.arrow"),
             load_from_cache_file=False,
         )
     return table.with_format("numpy")["ids"]
 
 
-PACK: dict[str, Callable[[Job], Windows]] = {
+PACK: dict[str, Callable[[PackInputs], Windows]] = {
     BARE: bare,
     ONCE: bare_once,
     "ours": ours,
@@ -190,11 +190,13 @@ PACK: dict[str, Callable[[Job], Windows]] = {
 
 # --- loading -------------------------------------------------------------------------------------------------
 
-Batches = Generator[Any, None, None]  # of this rank, in one epoch
+Batches = Generator[Any, None, None]  # one rank's, of one epoch
 
 
 @dataclass
-class Source:
+class LoadInputs:
+    """Holds what every loading candidate of a case gets."""
+
     documents: list[str]
     jsonl: Path
     tokenizer: Any
@@ -207,39 +209,39 @@ class Source:
         return open_loader(self.jsonl, self.cache, self.tokenizer, options)
 
     def open_cached(self, workers: int) -> Any:
-        """Its file leaves memory, as far as no other process has it open."""
+        """Opens the cached file after evicting it from memory, as far as no other process has it open."""
         for file in self.cache.glob("packed/*/tokens.bin"):
             with open(file, "rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return self.open(f"--no_dataset_streaming --dataset_workers {workers}")
 
 
-def cached(source: Source, workers: int) -> Batches:
-    return iter(source.open_cached(workers))
+def cached(inputs: LoadInputs, workers: int) -> Batches:
+    return iter(inputs.open_cached(workers))
 
 
-def data_loader(source: Source) -> Batches:
-    yield from source.open_cached(workers=0).batches
+def data_loader(inputs: LoadInputs) -> Batches:
+    yield from inputs.open_cached(workers=0).batches
 
 
-def stream(source: Source) -> Batches:
-    return iter(source.open("--shuffle_buffer 0"))
+def stream(inputs: LoadInputs) -> Batches:
+    return iter(inputs.open("--shuffle_buffer 0"))
 
 
-def stream_not_ahead(source: Source) -> Batches:
+def stream_not_ahead(inputs: LoadInputs) -> Batches:
     import torch
 
     from text.batch import Batch
     from text.encoding import Encoder, blocks, text_batches
 
-    encoder = Encoder(source.tokenizer)
-    arrays = (encoder(texts) for texts in text_batches(source.documents))
-    for stack in blocks(arrays, source.batch_size * (source.seq_len + 1)):
+    encoder = Encoder(inputs.tokenizer)
+    arrays = (encoder(texts) for texts in text_batches(inputs.documents))
+    for stack in blocks(arrays, inputs.batch_size * (inputs.seq_len + 1)):
         for block in stack:
-            yield Batch.from_windows(torch.from_numpy(block.astype(np.int64)).view(source.batch_size, -1))
+            yield Batch.from_windows(torch.from_numpy(block.astype(np.int64)).view(inputs.batch_size, -1))
 
 
-LOAD: dict[str, Callable[[Source], Batches]] = {
+LOAD: dict[str, Callable[[LoadInputs], Batches]] = {
     "cached, 0 workers": partial(cached, workers=0),
     "cached, 2 workers": partial(cached, workers=2),
     "DataLoader": data_loader,

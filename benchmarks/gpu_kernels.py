@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from gpu_measure import Job, Work, compare, matmul_rate, relative_error, timed
+from gpu_measure import PartRun, Work, compare, matmul_rate, relative_error, timed
 from harness import NotInstalled, describe_machine, need
 from torch import Tensor
 
-from distillation import losses
 from distillation.fused_loss import fused_distill_loss
-from distillation.losses import LossWeights, compute_distill_loss
+from distillation.losses import LossInputs, LossWeights, compute_distill_loss
 from llamba import LlambaConfig
 from llamba.kernels import Conv, Scan, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
@@ -26,30 +25,31 @@ from training_utils import compiles_loss
 CE_WEIGHT, KL_WEIGHT, TEMPERATURE = 1.0, 0.1, 1.0  # the defaults of training
 PLAIN = "plain PyTorch"  # what llamba.kernels calls it
 Form = Callable[..., tuple[Tensor, ...]]
-INPUT_SETS = 4  # taken in turn, so that the scan does not find its inputs in the card's cache
+INPUT_SETS = 4  # used in turn, so that the inputs are not in the card's cache
 
 
 # --- the card ------------------------------------------------------------------------------------------------
 
 
-def card(job: Job) -> None:
-    """What it is, and the two rates that bound all the rest, measured."""
-    job.emit("machine", "", machine=", ".join([describe_machine(), *describe_card(job.device)]))
-    n = 2**20 if job.quick else 2**30
-    source = torch.randint(-9, 9, (n,), dtype=torch.int16, device=job.device)
+def card(run: PartRun) -> None:
+    """Describes the card, and measures the two rates that bound everything else: of copies and of matrix products."""
+    run.emit("machine", "", machine=", ".join([describe_machine(), *describe_card(run.device)]))
+    n = 2**20 if run.quick else 2**30
+    source = torch.randint(-9, 9, (n,), dtype=torch.int16, device=run.device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
-    timed(copy, job.device, 5)
-    seconds = statistics.median(timed(copy, job.device, 10) for _ in range(5))
+    timed(copy, run.device, 5)
+    seconds = statistics.median(timed(copy, run.device, 10) for _ in range(5))
     moved = 2 * source.nbytes  # read and written
-    job.emit("copy on the device", "torch", seconds=seconds, GB_per_s=round(moved / seconds / 1e9))
-    job.emit("product in bfloat16", "torch", TFLOP_per_s=round(matmul_rate(job) / 1e12, 3))
+    run.emit("copy on the device", "torch", seconds=seconds, GB_per_s=round(moved / seconds / 1e9))
+    run.emit("product in bfloat16", "torch", TFLOP_per_s=round(matmul_rate(run) / 1e12, 3))
 
 
 def describe_card(device: torch.device) -> list[str]:
+    """Returns the card's properties, free memory, driver and CUDA version."""
     if device.type != "cuda":
         return ["no GPU"]
     properties = torch.cuda.get_device_properties(device)
@@ -72,7 +72,9 @@ def describe_card(device: torch.device) -> list[str]:
 # --- the loss ------------------------------------------------------------------------------------------------
 
 
-class LossInputs(NamedTuple):
+class LossTensors(NamedTuple):
+    """Holds the inputs of the loss, of N tokens."""
+
     hidden: Tensor  # (N, D), of the student
     head: Tensor  # (V, D)
     teacher: Tensor  # (N, D)
@@ -81,45 +83,45 @@ class LossInputs(NamedTuple):
     loss_mask: Tensor  # (N,)
 
     @classmethod
-    def draw(cls, job: Job) -> "LossInputs":
-        """Of the size of a step's, if the card has memory for the plain form; student and teacher differ a little."""
+    def draw(cls, run: PartRun) -> "LossTensors":
+        """Draws inputs as large as a step's, if the card has memory for the plain form; both models differ a little."""
         n, vocab, d_model = 2048, 128256, 4096
-        if job.quick:
+        if run.quick:
             n, vocab, d_model = 48, 300, 32
         elif torch.cuda.mem_get_info()[0] < 40e9:
             n = 512
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=job.device, dtype=torch.bfloat16)
+            return torch.randn(*shape, device=run.device, dtype=torch.bfloat16)
 
         hidden, head = normal(n, d_model), normal(vocab, d_model) * (2 / d_model**0.5)  # logits of deviation 2
         teacher, teacher_head = hidden + 0.1 * normal(n, d_model), head + 0.1 * head.std() * normal(vocab, d_model)
-        labels = torch.randint(0, vocab, (n,), device=job.device)
-        loss_mask = torch.rand(n, device=job.device) < 0.98
+        labels = torch.randint(0, vocab, (n,), device=run.device)
+        loss_mask = torch.rand(n, device=run.device) < 0.98
         return cls(hidden.requires_grad_(), head.requires_grad_(), teacher, teacher_head, labels, loss_mask)
 
 
-def loss(job: Job) -> None:
-    """Hidden states and heads in; the loss and its gradients by the student's hidden states and head out."""
-    inputs = LossInputs.draw(job)
+def loss(run: PartRun) -> None:
+    """Compares forms of the loss from hidden states and heads, with the gradients by the student's."""
+    inputs = LossTensors.draw(run)
     n_tokens, d_model = inputs.hidden.shape
     vocab = inputs.head.shape[0]
     case = f"V={vocab} N={n_tokens} bfloat16"
-    compiles = compiles_loss(job.device)
-    forms: dict[str, Callable[[LossInputs], Tensor]] = {"plain": plain_loss}
+    compiles = compiles_loss(run.device)
+    forms: dict[str, Callable[[LossTensors], Tensor]] = {"plain": plain_loss}
     if compiles:
         forms["plain, compiled"] = functools.partial(plain_loss, loss_of=torch.compile(compute_distill_loss))
     forms["fused"] = functools.partial(fused_loss, compiled=compiles)
     forms["fused, eager"] = fused_loss
-    for chunk_tokens in (16, 32) if job.quick else (64, 128, 256, 512, 1024):
+    for chunk_tokens in (16, 32) if run.quick else (64, 128, 256, 512, 1024):
         form = functools.partial(fused_loss, chunk_tokens=chunk_tokens, compiled=compiles)
         forms[f"fused, chunks of {chunk_tokens}"] = form
     candidates: dict[str, Callable[[], Work]] = {
         name: functools.partial(with_gradients, inputs, form) for name, form in forms.items()
     }
-    candidates["liger"] = lambda: with_gradients(inputs, liger_triton(job.device))
-    candidates["liger, KL alone"] = lambda: with_gradients(inputs, liger_triton(job.device, 0.0), comparable=False)
-    candidates["liger, chunked"] = lambda: with_gradients(inputs, liger_chunked(job.device))
+    candidates["liger"] = lambda: with_gradients(inputs, liger_triton(run.device))
+    candidates["liger, KL alone"] = lambda: with_gradients(inputs, liger_triton(run.device, 0.0), comparable=False)
+    candidates["liger, chunked"] = lambda: with_gradients(inputs, liger_chunked(run.device))
 
     truth = exact_loss(inputs)
 
@@ -132,12 +134,12 @@ def loss(job: Job) -> None:
 
     # A batch's chunks are of one size: compiled code that takes any size is not what training runs.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        compare(job, case, candidates, errors)
+        compare(run, case, candidates, errors)
     # Both models' logits and two gradients: no form can be faster.
-    job.emit(case, "four products", seconds=4 * 2 * n_tokens * vocab * d_model / matmul_rate(job))
+    run.emit(case, "four products", seconds=4 * 2 * n_tokens * vocab * d_model / matmul_rate(run))
 
 
-def with_gradients(inputs: LossInputs, form: Callable[[LossInputs], Tensor], comparable: bool = True) -> Work:
+def with_gradients(inputs: LossTensors, form: Callable[[LossTensors], Tensor], comparable: bool = True) -> Work:
     def work() -> tuple[Tensor, ...] | None:
         total = form(inputs)
         result = total.detach(), *torch.autograd.grad(total, [inputs.hidden, inputs.head])
@@ -146,21 +148,21 @@ def with_gradients(inputs: LossInputs, form: Callable[[LossInputs], Tensor], com
     return work
 
 
-def plain_loss(p: LossInputs, loss_of: Callable[..., tuple[Tensor, ...]] = compute_distill_loss) -> Tensor:
+def plain_loss(p: LossTensors, loss_of: Callable[..., tuple[Tensor, ...]] = compute_distill_loss) -> Tensor:
     logits, teacher_logits = F.linear(p.hidden, p.head), F.linear(p.teacher, p.teacher_head)  # (N, V)
     weights = (CE_WEIGHT, KL_WEIGHT, TEMPERATURE)
     return loss_of(logits[None], teacher_logits[None], p.labels[None], p.loss_mask[None], *weights)[0]
 
 
-def fused_loss(p: LossInputs, chunk_tokens: int | None = None, compiled: bool = False) -> Tensor:
+def fused_loss(p: LossTensors, chunk_tokens: int | None = None, compiled: bool = False) -> Tensor:
     vocab, teacher = p.head.shape[0], (p.teacher, p.teacher_head)
-    inputs = losses.LossInputs(p.hidden, p.head, None, *teacher, p.labels, p.loss_mask, vocab)
+    inputs = LossInputs(p.hidden, p.head, None, *teacher, p.labels, p.loss_mask, vocab)
     weights = LossWeights(CE_WEIGHT, KL_WEIGHT, TEMPERATURE)
     return fused_distill_loss(inputs, weights, chunk_tokens, compiled)[0]
 
 
-def liger_triton(device: torch.device, ce_weight: float = CE_WEIGHT) -> Callable[[LossInputs], Tensor]:
-    """Its fused linear JSD, which is the forward KL at beta 0, and its fused linear cross entropy beside it."""
+def liger_triton(device: torch.device, ce_weight: float = CE_WEIGHT) -> Callable[[LossTensors], Tensor]:
+    """Builds Liger's fused linear JSD, which is the forward KL at beta 0, plus its fused linear cross entropy."""
     if device.type != "cuda":
         raise NotInstalled("a GPU for its Triton kernels")
     need("liger_kernel")
@@ -168,7 +170,7 @@ def liger_triton(device: torch.device, ce_weight: float = CE_WEIGHT) -> Callable
 
     kl_of, ce_of = LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE), LigerFusedLinearCrossEntropyLoss()
 
-    def form(p: LossInputs) -> Tensor:
+    def form(p: LossTensors) -> Tensor:
         labels = p.labels.masked_fill(~p.loss_mask, -100)
         kl = KL_WEIGHT * kl_of(p.hidden, p.head, p.teacher, p.teacher_head, labels)
         return kl + ce_weight * ce_of(p.head, p.hidden, labels) if ce_weight else kl
@@ -176,8 +178,8 @@ def liger_triton(device: torch.device, ce_weight: float = CE_WEIGHT) -> Callable
     return form
 
 
-def liger_chunked(device: torch.device) -> Callable[[LossInputs], Tensor]:
-    """Its chunked JSD with CE, which compiles itself."""
+def liger_chunked(device: torch.device) -> Callable[[LossTensors], Tensor]:
+    """Builds Liger's chunked JSD with CE, which compiles itself."""
     need("liger_kernel")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -185,21 +187,21 @@ def liger_chunked(device: torch.device) -> Callable[[LossInputs], Tensor]:
         CE_WEIGHT, KL_WEIGHT, 0.0, temperature=TEMPERATURE, compiled=device.type == "cuda"
     )
 
-    def form(p: LossInputs) -> Tensor:
+    def form(p: LossTensors) -> Tensor:
         labels = p.labels.masked_fill(~p.loss_mask, -100)
         return loss_of(p.hidden, p.head, p.teacher, p.teacher_head, labels)
 
     return form
 
 
-def exact_loss(p: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64, by the reference, in chunks of tokens: the loss, and its gradients kept in float32."""
+def exact_loss(p: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the reference's loss in float64, computed in chunks of tokens, and its gradients rounded to float32."""
     hidden, head = (m.detach().double().requires_grad_() for m in (p.hidden, p.head))
     teacher_head = p.teacher_head.double()
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for start in range(0, hidden.shape[0], 128):
         chunk = slice(start, start + 128)
-        part = LossInputs(
+        part = LossTensors(
             hidden[chunk], head, p.teacher[chunk].double(), teacher_head, p.labels[chunk], p.loss_mask[chunk]
         )
         share = part.loss_mask.sum().double() / p.loss_mask.sum()
@@ -213,14 +215,14 @@ def exact_loss(p: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
 # --- the scan ------------------------------------------------------------------------------------------------
 
 
-def scan(job: Job) -> None:
-    """The plain forms against those that llamba.kernels finds, on the shapes of one mixer of an 8B student."""
+def scan(run: PartRun) -> None:
+    """Compares the plain forms with those that llamba.kernels finds, on the shapes of one mixer of an 8B student."""
     batch, length, config = 2, 1024, LlambaConfig()
-    if job.quick:
+    if run.quick:
         ssm = {"d_state": 4, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 8}
         batch, length, config = 1, 20, LlambaConfig(d_model=32, ssm_cfg=ssm)
     chunk_size, activation = config.ssm_cfg["chunk_size"], config.ssm_cfg["activation"]
-    kernels = kernels_for(job.device.type, torch.bfloat16)
+    kernels = kernels_for(run.device.type, torch.bfloat16)
 
     def scan_by(form: Scan) -> Form:
         return lambda x, log_decay, B_, C: form(x, log_decay, B_, C, chunk_size)
@@ -232,11 +234,11 @@ def scan(job: Job) -> None:
     scans = {PLAIN: scan_by(ssd_chunked), kernels.scan_name: scan_by(kernels.scan)}
     for name, forms in (("convolution", convs), ("scan", scans)):
         if len(forms) == 1:
-            job.emit(name, "kernel", note="plain only: no kernel for it is installed")
-    if job.device.type == "cuda" and can_compile(job.device.type):
+            run.emit(name, "kernel", note="plain only: no kernel for it is installed")
+    if run.device.type == "cuda" and can_compile(run.device.type):
         scans["compiled by torch"] = scan_by(torch.compile(ssd_chunked))
-    compare_forms(job, "convolution", [draw_conv(config, batch, length, job.device) for _ in range(INPUT_SETS)], convs)
-    compare_forms(job, "scan", [draw_scan(config, batch, length, job.device) for _ in range(INPUT_SETS)], scans)
+    compare_forms(run, "convolution", [draw_conv(config, batch, length, run.device) for _ in range(INPUT_SETS)], convs)
+    compare_forms(run, "scan", [draw_scan(config, batch, length, run.device) for _ in range(INPUT_SETS)], scans)
 
 
 def draw_scan(config: LlambaConfig, batch: int, length: int, device: torch.device) -> list[Tensor]:
@@ -259,8 +261,8 @@ def draw_conv(config: LlambaConfig, batch: int, length: int, device: torch.devic
     return [m.requires_grad_() for m in (x, weight, bias)]
 
 
-def compare_forms(job: Job, name: str, input_sets: list[list[Tensor]], forms: dict[str, Form]) -> None:
-    """The first form is the plain one, which also tells the truth, in float64."""
+def compare_forms(run: PartRun, name: str, input_sets: list[list[Tensor]], forms: dict[str, Form]) -> None:
+    """Compares forms of an operation. The first is the plain one; in float64 it also gives the truth."""
     plain = next(iter(forms.values()))
     d_y = torch.randn_like(plain(*input_sets[0])[0])
 
@@ -273,16 +275,18 @@ def compare_forms(job: Job, name: str, input_sets: list[list[Tensor]], forms: di
         return torch.autograd.grad(y, inputs, d_y.to(y.dtype))
 
     exact_inputs = [m.detach().double().requires_grad_() for m in input_sets[0]]
-    for title, run in (("forward", forward), ("forward and backward", forward_and_backward)):
-        candidates = {form_name: functools.partial(in_turn, run, form, input_sets) for form_name, form in forms.items()}
-        truth = run(plain, exact_inputs)
-        compare(job, f"{name}, {title}", candidates, functools.partial(errors_of_all, truth=truth))
+    for title, call in (("forward", forward), ("forward and backward", forward_and_backward)):
+        candidates = {
+            form_name: functools.partial(in_turn, call, form, input_sets) for form_name, form in forms.items()
+        }
+        truth = call(plain, exact_inputs)
+        compare(run, f"{name}, {title}", candidates, functools.partial(errors_of_all, truth=truth))
 
 
-def in_turn(run: Callable, form: Form, input_sets: list[list[Tensor]]) -> Work:
-    """Work that takes the next set of inputs at each call, the first one first."""
+def in_turn(call: Callable, form: Form, input_sets: list[list[Tensor]]) -> Work:
+    """Returns work that takes the next set of inputs at each call."""
     sets = itertools.cycle(input_sets)
-    return lambda: run(form, next(sets))
+    return lambda: call(form, next(sets))
 
 
 def errors_of_all(out: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:

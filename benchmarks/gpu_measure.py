@@ -1,5 +1,5 @@
 """How bench_gpu.py measures: time by device events, memory by the allocator, candidates in interleaved rounds, and rows
-that go to the parent process as soon as they are known.
+that are printed for the parent process as soon as they are known.
 """
 
 import gc
@@ -26,8 +26,8 @@ Errors = Callable[[Any], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a child process is to do, and how it tells what it found."""
+class PartRun:
+    """Holds what a child process of bench_gpu.py has to measure, and prints its rows."""
 
     section: str
     case: str
@@ -37,12 +37,13 @@ class Job:
     ends: float  # by time.monotonic(); nothing new is started after it
 
     def emit(self, case: str, candidate: str, **values: Any) -> None:
-        """A row; it takes the place of an earlier one of the same case and candidate."""
+        """Prints a row. It replaces an earlier one of the same case and candidate."""
         row: Row = {"section": self.section, "case": case, "candidate": candidate}
         row |= {"seconds": None, "peak_bytes": None, "ratio_to_baseline": None, **values}
         print(RESULT + json.dumps(row), flush=True)
 
     def emit_error(self, case: str, candidate: str, error: Exception) -> None:
+        """Prints a row with the error, or with a note where something is not installed."""
         if isinstance(error, NotInstalled):
             self.emit(case, candidate, note=f"not installed: {error}")
             return
@@ -52,7 +53,7 @@ class Job:
 
 
 def timed(work: Work, device: torch.device, calls: int = 1) -> float:
-    """Seconds of one of `calls` calls that follow one another without a pause."""
+    """Returns the mean seconds of `calls` calls without a pause between them."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -67,8 +68,8 @@ def timed(work: Work, device: torch.device, calls: int = 1) -> float:
     return start.elapsed_time(end) / 1000 / calls
 
 
-def forget_peak(device: torch.device) -> int:
-    """Returns the bytes that are held now."""
+def reset_peak(device: torch.device) -> int:
+    """Resets the record of the peak. Returns the bytes that are held now."""
     gc.collect()
     if device.type != "cuda":
         return peak_memory(device)
@@ -78,47 +79,47 @@ def forget_peak(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since `forget_peak`, without waiting for the device. On a CPU it is the process's most ever: enough for a
-    trial.
+    """Returns the most bytes held since `reset_peak`, without waiting for the device; on a CPU the most since the
+    process began, which is enough for a trial.
     """
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.cuda.max_memory_allocated()
 
 
-def compare(job: Job, case: str, candidates: Mapping[str, Callable[[], Work]], errors: Errors) -> None:
-    """Rows of all candidates; the first is the baseline. A candidate is made, then worked with; its result (tensors, or
-    None where it is not comparable) is held to the truth by `errors`.
+def compare(run: PartRun, case: str, candidates: Mapping[str, Callable[[], Work]], errors: Errors) -> None:
+    """Prints rows of all candidates; the first is the baseline. Each value of `candidates` prepares the work of one.
+    `errors` compares what the work returns with the truth, unless that is None.
     """
     works: dict[str, Work] = {}
     rows: dict[str, Row] = {}
     for name, make in candidates.items():
-        if time.monotonic() > job.ends:
-            job.emit(case, name, note="not run: out of time")
+        if time.monotonic() > run.ends:
+            run.emit(case, name, note="not run: out of time")
             continue
         try:
             work = make()
-            rows[name] = try_out(work, job.device, errors)
+            rows[name] = try_out(work, run.device, errors)
         except Exception as error:
-            job.emit_error(case, name, error)
+            run.emit_error(case, name, error)
             continue
         works[name] = work
-        job.emit(case, name, **rows[name])  # what is known should the next candidate hang
+        run.emit(case, name, **rows[name])  # so that it is known even if the next candidate hangs
     calls = {name: max(1, min(50, int(LEAST_TIME / max(row["seconds"], 1e-6)))) for name, row in rows.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(1 if job.quick else ROUNDS):
+    for _ in range(1 if run.quick else ROUNDS):
         for name, work in works.items():
-            seconds[name].append(timed(work, job.device, calls[name]))
+            seconds[name].append(timed(work, run.device, calls[name]))
     baseline = next(iter(candidates))
     for name, row in rows.items():
         row["seconds"] = statistics.median(seconds[name])
         if baseline in seconds:
             row["ratio_to_baseline"] = row["seconds"] / statistics.median(seconds[baseline])
-        job.emit(case, name, **row)
+        run.emit(case, name, **row)
 
 
 def try_out(work: Work, device: torch.device, errors: Errors) -> Row:
-    """Errors of the first run, which also compiles; memory of the second, seconds of the third."""
+    """Returns the errors of a first run, which also compiles, the memory of a second and the seconds of a third."""
     row: Row = {}
     result = work()
     if result is not None:
@@ -127,7 +128,7 @@ def try_out(work: Work, device: torch.device, errors: Errors) -> Row:
         if not all(error <= TOLERANCE for error in found.values()):
             row["error"] = "wrong result: " + ", ".join(f"{name} {error:.3g}" for name, error in found.items())
     del result
-    before = forget_peak(device)
+    before = reset_peak(device)
     result = work()
     row["peak_bytes"] = max(0, peak_memory(device) - before - held_bytes(result))
     del result
@@ -136,13 +137,14 @@ def try_out(work: Work, device: torch.device, errors: Errors) -> Row:
 
 
 def held_bytes(result: Any) -> int:
+    """Returns the bytes of the tensors in a result."""
     if isinstance(result, (tuple, list)):
         return sum(map(held_bytes, result))
     return result.nbytes if torch.is_tensor(result) else 0
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
-    """||out - truth|| / ||truth|| in float64, in blocks of rows: no second large float64 tensor is made."""
+    """Returns ||out - truth|| / ||truth|| in float64, by blocks, so that no second large float64 tensor is made."""
     sums = torch.zeros(2, dtype=torch.float64, device=out.device)
     rows = [tensor.detach().reshape(-1, out.shape[-1]).split(8192) for tensor in (out, truth)]
     for one, other in zip(*rows, strict=True):
@@ -151,14 +153,14 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     return (sums[0] / sums[1]).sqrt().item()
 
 
-def matmul_rate(job: Job) -> float:
-    """Floating-point operations per second of a large product in bfloat16."""
-    n = 64 if job.quick else 8192
-    a, b = (torch.randn(n, n, device=job.device, dtype=torch.bfloat16) for _ in range(2))
+def matmul_rate(run: PartRun) -> float:
+    """Returns the floating-point operations per second of a large product in bfloat16."""
+    n = 64 if run.quick else 8192
+    a, b = (torch.randn(n, n, device=run.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
 
     def work() -> None:
         torch.mm(a, b, out=out)
 
-    timed(work, job.device, 5)
-    return 2 * n**3 / statistics.median(timed(work, job.device, 10) for _ in range(5))
+    timed(work, run.device, 5)
+    return 2 * n**3 / statistics.median(timed(work, run.device, 10) for _ in range(5))

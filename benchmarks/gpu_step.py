@@ -1,5 +1,5 @@
 """The sections of bench_gpu.py that train: steps of `train_gpus.distil` with 8B shapes and random weights on one
-device, and where the time of one of them goes, by kernel and by part of the models.
+device, and the time of one step by kernel and by part of the models.
 """
 
 import re
@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from bare_run import train_steps
-from gpu_measure import Job, forget_peak, matmul_rate, peak_memory
+from gpu_measure import PartRun, matmul_rate, peak_memory, reset_peak
 from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -31,12 +31,12 @@ from model_utils import DTYPES, apply_replacements, freeze_student_layers, freez
 from processes.devices import choose_devices
 from processes.ranks import Ranks, process_groups
 from text.batch import Batch
-from training_utils import DistillationModel, wrap_ddp
+from training_utils import DistillationModel
 
-RANKS = 4  # that share the optimizer's state
+RANKS = 4  # one of which is measured: it has a quarter of the optimizer's state
 STEPS, WARM_UP = 10, 3  # the first steps compile and allocate; the last has no batch to be ahead for
-# Bytes that backward needs of a layer, per token and d_model: of a mixer's with its MLP frozen, and of a frozen layer
-# of the teacher's. As plan.py has them for the production run, rounded up.
+# Bytes that backward needs of a layer, per token and d_model: of a mixer's layer with its MLP frozen, and of a frozen
+# layer of the teacher's. From the plan of the production run, rounded up.
 MIXER_ACTIVATIONS, ATTENTION_ACTIVATIONS = 55, 40
 PART, REST = "part of the step: ", "optimizer and the rest"
 BACKWARD = "autograd::engine::evaluate_function"
@@ -47,7 +47,7 @@ ROOM = 0.95  # of a card's memory that models and steps may take; the rest is fr
 
 
 class Shapes(NamedTuple):
-    """What teacher and student look like, and which of the teacher's layers the student has."""
+    """Holds both models' configurations, the teacher's layers that the student has, and the length of a window."""
 
     teacher: LlamaConfig
     student: LlambaConfig
@@ -56,7 +56,7 @@ class Shapes(NamedTuple):
 
 
 def real_shapes(n_layer: int) -> Shapes:
-    """Llama 3.1 8B and Llamba 8B, or the same with fewer layers."""
+    """Returns the shapes of Llama 3.1 8B and Llamba 8B, or the same with fewer layers."""
     preset = PRESETS / "llamba-8b"
     teacher = LlamaConfig.from_pretrained(preset / "teacher", num_hidden_layers=n_layer)
     student = LlambaConfig.from_pretrained(preset / "student", n_layer=n_layer)
@@ -65,6 +65,7 @@ def real_shapes(n_layer: int) -> Shapes:
 
 
 def tiny_shapes() -> Shapes:
+    """Returns shapes for a trial on a CPU."""
     teacher = LlamaConfig(
         vocab_size=300,
         hidden_size=32,
@@ -81,33 +82,33 @@ def tiny_shapes() -> Shapes:
 # --- what fits -----------------------------------------------------------------------------------------------
 
 
-def plan(job: Job) -> tuple[Shapes, TrainArguments]:
-    """The largest models that this card can train, by arithmetic, and options that let the case fit."""
-    if job.quick:
+def choose_shapes(run: PartRun) -> tuple[Shapes, TrainArguments]:
+    """Returns the largest models that fit on this card, and the options. Raises ValueError if none fit."""
+    if run.quick:
         shapes = tiny_shapes()
-        return shapes, train_arguments(job, shapes)
-    room = ROOM * torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else float("inf")
+        return shapes, train_arguments(run, shapes)
+    room = ROOM * torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else float("inf")
     for n_layer in (32, 24, 16, 8):
         shapes = real_shapes(n_layer)
         for extra in ("", "--gradient_checkpointing"):
-            args = train_arguments(job, shapes, extra)
+            args = train_arguments(run, shapes, extra)
             if memory_need(shapes, args) <= room:
                 return shapes, args
     raise ValueError(f"{room / 1e9:.0f} GB of memory are too few for 8 layers of these models")
 
 
-def train_arguments(job: Job, shapes: Shapes, extra: str = "") -> TrainArguments:
-    """The production command, on one device."""
+def train_arguments(run: PartRun, shapes: Shapes, extra: str = "") -> TrainArguments:
+    """Returns the options of the production command, on one device."""
     options = f"--dtype bfloat16 --seq_length {shapes.seq_length} --freeze_mlp --freeze_replaced_layers"
     options += f" --layers {' '.join(map(str, shapes.layers))} --max_steps {STEPS} --save_interval 0"
-    options += f" {job.training_options} {extra}"
-    if "colocated" not in job.training_options:
-        options += f" --teacher_device {job.device}"
+    options += f" {run.training_options} {extra}"
+    if "colocated" not in run.training_options:
+        options += f" --teacher_device {run.device}"
     return parse_train_args(options.split())
 
 
 def memory_need(shapes: Shapes, args: TrainArguments) -> int:
-    """Bytes, by arithmetic: weights, gradients, one rank's masters and moments, what backward needs, and the loss."""
+    """Estimates the bytes of weights, gradients, one rank's masters and moments, activations and the loss."""
     meta = torch.device("meta")
     dtype, d_model, n_layer = DTYPES[args.dtype], shapes.student.d_model, shapes.student.n_layer
     teacher, student = build(shapes.teacher, dtype, meta), build(shapes.student, dtype, meta)
@@ -128,7 +129,7 @@ def memory_need(shapes: Shapes, args: TrainArguments) -> int:
 
 
 class Share(MasterWeightAdamW):
-    """Steps on the parameters that one of `RANKS` ranks would own, shared out by size; has no state for others."""
+    """Steps only on the parameters that one of `RANKS` ranks would own, and has no state for others."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
@@ -149,19 +150,20 @@ class Share(MasterWeightAdamW):
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Random weights, drawn where they stay and in the dtype that they have."""
+    """Builds a model with random weights, drawn on its device and in its dtype."""
     with torch.device(device):
         return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, attn_implementation="sdpa")
 
 
 def random_batches(shapes: Shapes, batch_size: int) -> Iterator[Batch]:
+    """Yields batches of random tokens without end."""
     while True:
         yield Batch.from_windows(torch.randint(shapes.teacher.vocab_size, (batch_size, shapes.seq_length + 1)))
 
 
 def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
-    """The training script from the loading of the models on; they are made in memory. `log` stands where a run has its
-    log: `begin(model, teacher)` before the first step, `write(metrics)` after each, `flush_to_disk()` at the end.
+    """Trains as train_gpus.py does, with models made in memory. Calls `log.begin(model, teacher)` before the first
+    step; see `train_steps` for what else a log needs.
     """
     device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=True)
     vocab = shared_vocab(shapes.student.vocab_size, shapes.teacher.vocab_size)
@@ -174,17 +176,17 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
     def make_student(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedModel:
         return build(shapes.student, dtype, place)
 
-    def run(ranks: Ranks) -> None:  # a function: what uses the process groups has to be gone before them
+    def run(ranks: Ranks) -> None:  # a function, so that what uses the process groups is freed before them
         student, head, lane = load_models(args, Models("", "", vocab, None), ranks, teacher_device)
-        model = wrap_ddp(DistillationModel(student, head, vocab, args), device)
-        log.begin(model.module, teachers.pop())
+        model = DistillationModel(student, head, vocab, args)
+        log.begin(model, teachers.pop())
         batches = random_batches(shapes, args.batch_size)
         train_steps(args, batches, STEPS, model, lane, ranks, log)
         lane.close()
 
     with (
         mock.patch.multiple(distillation.models, get_teacher_model=make_teacher, get_student_model=make_student),
-        mock.patch("optimizer.MasterWeightAdamW", Share),
+        mock.patch("training_utils.MasterWeightAdamW", Share),
         process_groups(device) as ranks,
     ):
         run(ranks)
@@ -194,37 +196,35 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
 
 
 class StepLog:
-    """Takes down what a run says of its steps, and the memory that it took."""
+    """Records the metrics of each step, and the peak of memory in bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rows = device, list[dict[str, float]]()
         self.peak_bytes = self.flops_per_token = 0
 
     def begin(self, model: DistillationModel, teacher: PreTrainedModel) -> None:
-        forget_peak(self.device)
+        reset_peak(self.device)
         self.flops_per_token = flops_per_token(model.student, teacher)
 
     def write(self, metrics: dict[str, float]) -> None:
         self.rows.append(metrics)
         self.peak_bytes = peak_memory(self.device)
 
-    def flush_to_disk(self) -> None:
-        pass
-
     def median(self, name: str) -> float:
         return statistics.median(row[name] for row in self.rows[WARM_UP:-1])
 
 
-def step(job: Job) -> None:
-    shapes, args = plan(job)
-    rate = matmul_rate(job)
-    log = StepLog(job.device)
+def step(run: PartRun) -> None:
+    """Measures the median step of a case."""
+    shapes, args = choose_shapes(run)
+    rate = matmul_rate(run)
+    log = StepLog(run.device)
     train(shapes, args, log)
     seconds = log.median("step_time_s")
     tokens_per_s = args.batch_size * args.seq_length / seconds
-    job.emit(
-        job.case,
-        job.training_options,
+    run.emit(
+        run.case,
+        run.training_options,
         seconds=seconds,
         peak_bytes=log.peak_bytes,
         planned_bytes=memory_need(shapes, args),
@@ -233,13 +233,13 @@ def step(job: Job) -> None:
         teacher_wait_s=log.median("teacher_wait_s"),
         n_layer=shapes.student.n_layer,
         checkpointing="yes" if args.gradient_checkpointing else "no",
-        scan=kernels_for(job.device.type, DTYPES[args.dtype]).scan_name,
+        scan=kernels_for(run.device.type, DTYPES[args.dtype]).scan_name,
         loss=log.rows[-1]["loss"],
     )
 
 
 def flops_per_token(student: nn.Module, teacher: nn.Module) -> int:
-    """Of products with weights: forward passes, the student's gradients by inputs, and those by trained weights."""
+    """Counts products with weights: both forward passes, the student's gradients by inputs and by trained weights."""
     of_student, of_teacher = (
         [m.weight for m in model.modules() if isinstance(m, nn.Linear)] for model in (student, teacher)
     )
@@ -251,7 +251,7 @@ def flops_per_token(student: nn.Module, teacher: nn.Module) -> int:
 
 
 class ProfilingLog(StepLog):
-    """Profiles the first step after the warm-up; parts of the models are marked in it."""
+    """Profiles the first step after the warm-up, with parts of the models marked."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -272,8 +272,8 @@ class ProfilingLog(StepLog):
 
 
 def mark_parts(model: DistillationModel, teacher: PreTrainedModel) -> None:
-    """In a profile, what the innermost of these modules does is its part: the loss is what is left of the whole model
-    beside its backbone, the scan (with its convolution and gate) what is left of a mixer beside its projections.
+    """Marks parts of the models for a profile. An operator belongs to the innermost mark around it: the loss is the
+    whole model without its backbone, the scan (with convolution and gate) is a mixer without its projections.
     """
     mark(model, "loss")
     mark(model.student.backbone, "student")
@@ -286,6 +286,7 @@ def mark_parts(model: DistillationModel, teacher: PreTrainedModel) -> None:
 
 
 def mark(module: nn.Module, part: str) -> None:
+    """Opens a profiler range of this name around every forward pass of a module."""
     open_ranges: list[record_function] = []
 
     def enter(*_: Any) -> None:
@@ -299,25 +300,26 @@ def mark(module: nn.Module, part: str) -> None:
     module.register_forward_hook(leave, always_call=True)  # checkpointing leaves a forward pass by an exception
 
 
-def profile(job: Job) -> None:
-    shapes, args = plan(job)
-    log = ProfilingLog(job.device)
+def profile(run: PartRun) -> None:
+    """Profiles one step: seconds by kernel, by part of the models, and idle."""
+    shapes, args = choose_shapes(run)
+    log = ProfilingLog(run.device)
     train(shapes, args, log)
     found = breakdown(log.profiler.events())
     total = found.kernels.total()
-    job.emit(job.case, "all kernels", seconds=total, share=1.0)
-    job.emit(job.case, "matrix products", seconds=found.products, share=found.products / total)
+    run.emit(run.case, "all kernels", seconds=total, share=1.0)
+    run.emit(run.case, "matrix products", seconds=found.products, share=found.products / total)
     for part, seconds in found.parts.most_common():
-        job.emit(job.case, f"part: {part}", seconds=seconds, share=seconds / total)
+        run.emit(run.case, f"part: {part}", seconds=seconds, share=seconds / total)
     for name, seconds in found.kernels.most_common(12):
-        job.emit(job.case, f"kernel: {name}", seconds=seconds, share=seconds / total)
-    job.emit(job.case, "from first to last", seconds=found.span)
-    job.emit(job.case, "idle in that time", seconds=found.span - found.busy, share=1 - found.busy / found.span)
+        run.emit(run.case, f"kernel: {name}", seconds=seconds, share=seconds / total)
+    run.emit(run.case, "from first to last", seconds=found.span)
+    run.emit(run.case, "idle in that time", seconds=found.span - found.busy, share=1 - found.busy / found.span)
 
 
 class Breakdown(NamedTuple):
-    """Seconds: of kernels by name, by part of the models, and of matrix products; from the first to the last of them,
-    and of that with at least one running.
+    """Holds seconds of kernels by name, by part of the models, and of matrix products; `span` is from the start of the
+    first kernel to the end of the last, `busy` the part of it in which at least one ran.
     """
 
     kernels: Counter[str]
@@ -328,8 +330,8 @@ class Breakdown(NamedTuple):
 
 
 def breakdown(events: Iterable[FunctionEvent]) -> Breakdown:
-    """Where there are no kernels of a GPU, the CPU's operators count in their place, without those that they call."""
-    work = [event for event in events if not event.is_user_annotation]  # a mark has a GPU side too, which is no kernel
+    """Adds up a profile's kernels; without a GPU, the CPU's operators by their own time, without those they call."""
+    work = [event for event in events if not event.is_user_annotation]  # marks on the GPU are no kernels
     operators = [event for event in work if event.device_type == DeviceType.CPU]
     running = [event for event in work if event.device_type != DeviceType.CPU]
     part_of = parts_of(operators)
@@ -339,7 +341,7 @@ def breakdown(events: Iterable[FunctionEvent]) -> Breakdown:
             kernels[short(event.name)] += event.time_range.elapsed_us() / 1e6
         for event in operators:
             parts[part_of(event)] += sum(kernel.duration for kernel in event.kernels) / 1e6
-        # What no profiled thread started comes from the teacher's own thread.
+        # Kernels that no profiled thread started are the teacher's, which has a thread of its own.
         parts["teacher"] += kernels.total() - parts.total()
     else:
         running = operators
@@ -356,8 +358,8 @@ def breakdown(events: Iterable[FunctionEvent]) -> Breakdown:
 
 
 def parts_of(operators: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
-    """Which part of the models an operator works for: that of the innermost mark around it; in backward, that of the
-    operator in forward which has the same sequence number.
+    """Returns a function from an operator to its part of the models: that of the innermost mark around it; in backward,
+    that of the forward operator with the same sequence number.
     """
     forward: dict[tuple[int, int | None], str] = {}
 
@@ -373,7 +375,7 @@ def parts_of(operators: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
 
     for event in sorted(operators, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0 and not in_backward(event):
-            forward[event.sequence_nr, event.thread] = part_of(event)  # the last of a number is the one that took it
+            forward[event.sequence_nr, event.thread] = part_of(event)  # of several with one number, the last counts
     return part_of
 
 

@@ -1,6 +1,6 @@
-"""The training loop of the original design, the baseline of bench_step.py: the teacher on rank 0 sees the gathered
+"""The training loop of the original design, the baseline of bench_step.py. The teacher on rank 0 runs the gathered
 batch, its full logits are broadcast to every rank, the loss takes both models' full logits in float32, and AdamW steps
-on the weights as they are. Models, data and loss are the project's; only the loop differs.
+on the weights without masters. Models, data and loss are the project's; only the loop differs.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ def train(
     args: TrainArguments,
     after_step: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
-    """One optimizer step for each batch of this rank. The teacher is there on rank 0 alone. `after_step` is given the
+    """Takes one optimizer step for each batch of this rank. Only rank 0 has a teacher. `after_step` is called with the
     loss, the KL and the cross entropy of this rank's batch.
     """
     model = DistributedDataParallel(student)
@@ -57,7 +57,7 @@ def train(
 
 @torch.no_grad()
 def ask_teacher(teacher: PreTrainedModel | None, input_ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """This rank's part of the logits of all ranks, (B, S, V), a view of the whole: everybody gets everything."""
+    """Returns this rank's part of the teacher's logits, (B, S, V), a view of the logits of all ranks."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     gathered = [torch.empty_like(input_ids) for _ in range(world_size)]  # of (B, S)
     dist.all_gather(gathered, input_ids)

@@ -4,10 +4,10 @@ import tempfile
 from typing import Any
 
 import torch
-from bench_step import STEPS, Case
 from datasets import Dataset
 from harness import ROOT
-from step_candidates import Recorder, build_student, build_teacher, train_options, windows_of
+from step_case import STEPS, Case
+from step_models import Recorder, build_student, build_teacher, train_options, windows_of
 from torch import Tensor
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
@@ -15,22 +15,25 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 
 def train(case: Case, candidate: str, recorder: Recorder) -> None:
-    build_trainer = {"trl gkd": gkd, "trl distillation": distillation}[candidate]
+    """Trains one of the two trainers for `STEPS` steps on this rank."""
+    build_trainer = {"trl gkd": build_gkd, "trl distillation": build_distillation}[candidate]
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(case, common_settings(case, folder))
-        trainer.add_callback(TellRecorder(recorder, trainer))
+        trainer.add_callback(RecordSteps(recorder, trainer))
         trainer.train()
 
 
 class KeepsLoss(Trainer):
-    """For a trainer to inherit from as well: the loss of the last step, which its log would round."""
+    """Mixin of a trainer that keeps the loss of the last step, which the trainer's log would round."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.last_loss: Tensor = super().training_step(*args, **kwargs)
         return self.last_loss
 
 
-class TellRecorder(TrainerCallback):
+class RecordSteps(TrainerCallback):
+    """Marks the trainer's steps in a recorder."""
+
     def __init__(self, recorder: Recorder, trainer: KeepsLoss) -> None:
         self.recorder, self.trainer = recorder, trainer
 
@@ -43,6 +46,7 @@ class TellRecorder(TrainerCallback):
 
 
 def common_settings(case: Case, folder: str) -> dict[str, Any]:
+    """Returns the settings of both trainers: sizes and optimizer as in our runs, float32 on CPU."""
     ours = train_options(case)
     return {
         "output_dir": folder,
@@ -65,7 +69,7 @@ def common_settings(case: Case, folder: str) -> dict[str, Any]:
 
 
 def models_and_data(case: Case, column: str) -> dict[str, Any]:
-    """Every rank has its teacher. The tokenizer is asked for, but has nothing to do."""
+    """Returns what both trainers are built from. Every rank has a teacher; the tokenizer is required but not used."""
     return {
         "model": build_student(case),
         "teacher_model": build_teacher(case),
@@ -78,21 +82,23 @@ def models_and_data(case: Case, column: str) -> dict[str, Any]:
 
 
 class Gkd(KeepsLoss, GKDTrainer):
-    pass
+    """Runs GKDTrainer unchanged, and keeps its loss."""
 
 
-def gkd(case: Case, settings: dict[str, Any]) -> Gkd:
+def build_gkd(case: Case, settings: dict[str, Any]) -> Gkd:
+    """Builds the trainer of generalized knowledge distillation, off-policy."""
     config = GKDConfig(
         **settings,
         lmbda=0.0,  # learn from the windows, not from what the student generates
         train_sampling_strategy="sequential",
-        # Else TRL 1.16 divides by the tokens of all ranks, and DDP by the ranks once more.
+        # With True, TRL 1.16 divides by the tokens of all ranks, and DDP divides by the ranks once more.
         average_tokens_across_devices=False,
     )
     return Gkd(args=config, data_collator=collate, **models_and_data(case, "window"))
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
+    """Makes a batch of whole windows, each (B, S + 1); the trainer shifts the labels."""
     input_ids = torch.tensor([row["window"] for row in rows])  # (B, S + 1)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
 
@@ -101,7 +107,7 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
 
 
 class OffPolicyDistillation(KeepsLoss, DistillationTrainer):
-    """Takes windows in the place of the prompts and completions that it would generate."""
+    """Trains on given windows instead of the completions that it would generate."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,6 +117,7 @@ class OffPolicyDistillation(KeepsLoss, DistillationTrainer):
         return [window[:1] for window in prompts], [window[1:] for window in prompts], None, None, None
 
 
-def distillation(case: Case, settings: dict[str, Any]) -> OffPolicyDistillation:
+def build_distillation(case: Case, settings: dict[str, Any]) -> OffPolicyDistillation:
+    """Builds the trainer of distillation in chunks of the vocabulary."""
     config = DistillationConfig(**settings, shuffle_dataset=False)
     return OffPolicyDistillation(args=config, **models_and_data(case, "prompt"))

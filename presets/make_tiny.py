@@ -1,12 +1,12 @@
 """Makes presets/tiny: text, tokenizer, a small Llama that answers questions from their own text, and the Llamba made
-from it. On two CPU cores the teacher takes about an hour, the rest a minute; a teacher that does not answer is set
-aside, and another --seed has to be tried (presets/tiny/README.md tells how runs went):
+from it. On two CPU cores the teacher takes about an hour, the rest a minute. A teacher that does not answer is saved as
+teacher.rejected; try another --seed then (presets/tiny/README.md says how runs ended):
 
     python -m presets.make_tiny --out presets/tiny
     python -m presets.make_tiny --out /tmp/tiny --only text tokenizer
 
-The text and the tokenizer come out the same on every machine; the weights do not, to the bit, because sums are
-rounded in another order where the number of threads or the processor differs.
+The text and the tokenizer are the same on every machine. The weights differ in their last bits, because the order of
+sums depends on the number of threads and the processor.
 
 Shapes: D width, H heads, P head width, N state.
 """
@@ -37,7 +37,7 @@ PARTS = ("text", "tokenizer", "teacher", "student")
 
 
 def tokenizer_corpus(english: str) -> Iterator[str]:
-    """The words of the questions are repeated so often that each of them becomes one token, its space included."""
+    """Yields English, and the words of the questions so often that each becomes one token, its space included."""
     yield english
     rng = random.Random(0)
     for subject in text.SUBJECTS * 740:
@@ -48,7 +48,7 @@ def tokenizer_corpus(english: str) -> Iterator[str]:
 
 
 def make_tokenizer(english: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text goes in and comes out unchanged, and nothing is added to it."""
+    """Trains a byte-level BPE that decodes any text unchanged and adds no tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,6 +73,7 @@ def make_tokenizer(english: str) -> PreTrainedTokenizerFast:
 
 
 def student_config(teacher: LlamaConfig) -> LlambaConfig:
+    """Returns the shapes of a student as wide and as deep as the teacher."""
     return LlambaConfig(
         vocab_size=teacher.vocab_size,
         d_model=teacher.hidden_size,
@@ -95,8 +96,8 @@ def student_config(teacher: LlamaConfig) -> LlambaConfig:
 
 
 def make_student(teacher: LlamaForCausalLM, seed: int) -> LlambaForCausalLM:
-    """The teacher with Mamba-2 mixers for attention, begun from its projections: x from V, B from K, C from Q and
-    the output from O ('The Mamba in the Llama', arXiv 2408.15237). Everything else is copied.
+    """Builds the teacher with Mamba-2 mixers in place of attention, initialised from its projections: x from V, B from
+    K, C from Q and the output from O ('The Mamba in the Llama', arXiv 2408.15237). Everything else is copied.
     """
     torch.manual_seed(seed)
     student = LlambaForCausalLM(student_config(teacher.config))
@@ -107,12 +108,13 @@ def make_student(teacher: LlamaForCausalLM, seed: int) -> LlambaForCausalLM:
     for block, layer in zip(backbone.layers, teacher.model.layers, strict=True):
         for part in ("input_layernorm", "post_attention_layernorm", "mlp"):
             block.get_submodule(part).load_state_dict(layer.get_submodule(part).state_dict())
-        begin_mixer(block.mixer, layer.self_attn)
+        init_mixer(block.mixer, layer.self_attn)
     return student
 
 
 @torch.no_grad()
-def begin_mixer(mixer: DiscreteMamba2, attention: LlamaAttention) -> None:
+def init_mixer(mixer: DiscreteMamba2, attention: LlamaAttention) -> None:
+    """Initialises a mixer from the projections of an attention layer."""
     n_heads, width, n_state = mixer.n_v_heads, attention.head_dim, mixer.d_state
     d_model = attention.q_proj.in_features
 
@@ -120,15 +122,15 @@ def begin_mixer(mixer: DiscreteMamba2, attention: LlamaAttention) -> None:
         weight = projection.weight.unflatten(0, (-1, width))
         return weight.repeat_interleave(n_heads // weight.shape[0], dim=0)
 
-    # Of each rotated pair (i, i + P/2) the last N/2: they turn slowest, so they match content, not distance.
+    # The last N/2 of the rotated pairs (i, i + P/2): they turn slowest, so they match content, not distance.
     half = torch.arange(width // 2 - n_state // 2, width // 2)
     kept = torch.cat([half, half + width // 2])  # (N,)
     x = heads(attention.v_proj).reshape(-1, d_model)  # (H*P, D)
     B = heads(attention.k_proj)[:, kept].reshape(-1, d_model)  # (H*N, D)
     C = heads(attention.q_proj)[:, kept].reshape(-1, d_model) / width**0.5  # (H*N, D)
-    mixer.in_proj.weight[: mixer.d_xBC] = torch.cat([x, B, C])  # z and A_log stay as they were drawn
+    mixer.in_proj.weight[: mixer.d_xBC] = torch.cat([x, B, C])  # z and A_log stay random
     mixer.conv1d.weight.zero_()
-    mixer.conv1d.weight[:, 0, -1] = 1.0  # at first each token sees itself alone
+    mixer.conv1d.weight[:, 0, -1] = 1.0  # at first the convolution passes each token through
     mixer.conv1d.bias.zero_()
     mixer.D.zero_()  # attention has no such path
     mixer.z_bias.fill_(1.2785)  # silu(1.2785) = 1: the gate starts open
@@ -136,6 +138,7 @@ def begin_mixer(mixer: DiscreteMamba2, attention: LlamaAttention) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves a tokenizer so that transformers 4 can load it too."""
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     # transformers 5 writes a class name that transformers 4 does not know; both know this one.
@@ -145,12 +148,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def save(model: LlamaForCausalLM | LlambaForCausalLM, folder: Path) -> None:
+    """Saves a model in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """A stage that was not learned shows in the end only, as a teacher at chance. Such a one is set aside, and the
-    parts that would be made from it are not.
+    """Saves the teacher if it answers the questions. Otherwise saves it as teacher.rejected and exits: a stage that was
+    not learned shows only here, as a teacher at chance, and no student should be made from it.
     """
     questions = mmlu.build_questions(mmlu.load_mmlu(out / "mmlu"), num_fewshot=0)
     accuracy = statistics.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, torch.device("cpu"), 1024))[
@@ -166,6 +170,7 @@ def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 
 
 def make(out: Path, seed: int, scale: float, parts: list[str]) -> None:
+    """Makes the named parts of the preset in `out`. Each part needs those before it."""
     english = ENGLISH.read_text(encoding="utf-8")
     if "text" in parts:
         text.write_files(out, {"text/english.txt": english, **text.make_text(english, seed), **text.make_mmlu(seed)})

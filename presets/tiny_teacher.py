@@ -1,7 +1,7 @@
 """The tiny preset's teacher: the curriculum that makes a small Llama answer questions from their own text, and its
-training. Training on whole questions from the start stays at chance; a table of stages, each with documents that
-teach one step more, can get there in 3,800 steps. It does not always: stages end by their number of steps, not by
-what has been learned (presets/tiny/README.md says how two runs went).
+training. Training on whole questions from the start stays at chance; a table of stages, each with documents that teach
+one step more, can succeed in 3,800 steps. It does not always, since stages end after a number of steps, whatever has
+been learned (presets/tiny/README.md says how two runs ended).
 
 Shapes: B windows, S tokens, V vocabulary, K matrices of a shape.
 """
@@ -26,8 +26,8 @@ Maker = Callable[[random.Random], list[text.Piece]]
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` batches of `batch` windows of `length` tokens, drawn from `kinds` (share, maker). `filler` is the
-    weight of tokens that cannot be found by looking back. `layers`, if given, first rebuilds the model from the
+    """Describes `steps` batches of `batch` windows of `length` tokens, drawn from `kinds` (share, maker). `filler` is
+    the weight of tokens that cannot be found by looking back. `layers`, if given, first rebuilds the model from the
     layers with these indices; -1 is a new layer that changes nothing until it is trained.
     """
 
@@ -60,10 +60,10 @@ def whiches(low: int, marked: tuple[float, ...] = (0.0,)) -> Maker:
 
 
 def exams(
-    low: int, high: int, facts: int = 4, told: float = 0.0, headed: float = 1.0, marked: tuple[float, ...] = (0.0,)
+    low: int, high: int, facts: int = 4, named: float = 0.0, headed: float = 1.0, marked: tuple[float, ...] = (0.0,)
 ) -> Maker:
     return lambda rng: text.exam_document(
-        rng, rng.randint(low, high), rng.randint(facts, 4), told, rng.choice(marked), headed
+        rng, rng.randint(low, high), rng.randint(facts, 4), named, rng.choice(marked), headed
     )
 
 
@@ -73,17 +73,18 @@ def english_documents() -> Maker:
 
 
 def stages() -> tuple[Stage, ...]:
-    """Each stage rests on what the ones before have learned; whole questions mixed in early stayed at chance.
+    """Returns the curriculum. Each stage builds on the ones before; with whole questions mixed in early, training
+    stayed at chance.
 
-    Looking up what followed a word comes first, then what stood near it (side by side before at a distance),
-    then which letter a value has. To answer a whole question, a choice has to be recognised as the right one
-    before it can be looked for: lines of choices that say so themselves (`marked`) teach the first half, lines
-    that say so now and then the second.
+    The model first learns to look up what followed a word, then what was near it (first side by side, then at a
+    distance), then which letter a value has. To answer a whole question, it has to recognise the right choice before
+    it can look for it: lines of choices that are always `marked` as right or wrong teach the first half, lines that
+    are sometimes marked the second.
     """
     whole, half, some = (1.0,) * 7 + (0.0,) * 3, (0.0, 0.5, 0.5, 1.0), (0.0, 0.25, 0.5)
     light = (8, recalls(3, 4, 0.1)), (7, letters(4, 0.1)), (5, repeats(4, 12))
-    seek = (*light, (40, whiches(2, some)), (40, exams(1, 1, 2, told=0.4, headed=0.1, marked=some)))
-    answer = (*light, (15, whiches(2, some)), (68, exams(1, 1, 2, told=0.2, headed=0.1, marked=some)))
+    seek = (*light, (40, whiches(2, some)), (40, exams(1, 1, 2, named=0.4, headed=0.1, marked=some)))
+    answer = (*light, (15, whiches(2, some)), (68, exams(1, 1, 2, named=0.2, headed=0.1, marked=some)))
     mixture = (
         (10, recalls(2, 6)),
         (5, repeats(6, 20)),
@@ -99,7 +100,7 @@ def stages() -> tuple[Stage, ...]:
         (5, repeats(4, 12)),
         (25, letters(4, 0.2)),
         (20, whiches(4)),
-        (30, exams(1, 2, told=0.5, headed=0.3)),
+        (30, exams(1, 2, named=0.5, headed=0.3)),
     )
     prompts = (
         (6, recalls(4, 6)),
@@ -119,11 +120,11 @@ def stages() -> tuple[Stage, ...]:
         Stage("seek", 300, 28, 80, seek, filler=0.02),
         Stage("seek slowly", 300, 40, 80, seek, 0.008, 1e-3, filler=0.02),
         Stage("answer", 300, 40, 80, answer, 0.01, 1e-3, filler=0.02),
-        # The right choice is recognised in the last layer, too late to be looked for: two layers more.
+        # The last layer recognises the right choice, too late for another to look for it: two layers are added.
         Stage("deeper", 300, 40, 80, answer, 0.01, 1e-3, filler=0.02, layers=(0, 1, 2, 3, 4, 5, -1, -1)),
         Stage("prompts", 200, 10, 256, prompts, 0.01, 1e-3, filler=0.05),
         Stage("mixture", 300, 14, 256, mixture, 0.012, 2e-3, filler=0.3),
-        # Without the attention of layers 1 and 2 the answers stay as good: they go.
+        # Without layers 1 and 2 the answers are as good: they are removed.
         Stage("settle", 800, 12, 256, mixture, 0.012, 2e-3, filler=0.3, decay=0.75, layers=(0, 3, 4, 5, 6, 7)),
     )
 
@@ -134,12 +135,12 @@ def recognise(marked: tuple[float, ...]) -> tuple[tuple[int, Maker], ...]:
         (8, letters(4, 0.2)),
         (5, repeats(4, 12)),
         (40, whiches(2, marked)),
-        (35, exams(1, 1, 2, told=0.6, headed=0.1, marked=marked)),
+        (35, exams(1, 1, 2, named=0.6, headed=0.1, marked=marked)),
     )
 
 
 class Windows:
-    """Documents of a stage, each after an END token, cut into windows without a gap."""
+    """Cuts documents of a stage, each after an END token, into windows without a gap."""
 
     def __init__(self, stage: Stage, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
         self.stage, self.rng = stage, rng
@@ -149,7 +150,7 @@ class Windows:
         self.weights: list[float] = []
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs, labels and the labels' weights, (B, S) each"""
+        """Returns inputs, labels and the labels' weights, (B, S) each."""
         shape = (self.stage.batch, self.stage.length)
         n_tokens = shape[0] * shape[1]
         while len(self.ids) <= n_tokens:
@@ -174,8 +175,8 @@ class Windows:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz (Jordan et al. 2024), in float32, all matrices of a shape at once:
-    PyTorch's own goes one by one and in bfloat16, which a CPU without bfloat16 arithmetic is slow at.
+    """Steps along momentum made orthogonal by Newton-Schulz (Jordan et al. 2024), in float32, all matrices of a shape
+    at once. PyTorch's own takes one at a time, in bfloat16, which is slow on a CPU without bfloat16 arithmetic.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -199,7 +200,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The matrices (K, rows, columns) with all singular values moved near 1."""
+    """Returns the matrices (K, rows, columns) with all singular values moved near 1."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -210,6 +211,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def teacher_config(n_layer: int) -> LlamaConfig:
+    """Returns the teacher's shapes with `n_layer` layers."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -226,7 +228,7 @@ def teacher_config(n_layer: int) -> LlamaConfig:
 
 
 def with_layers(model: LlamaForCausalLM, layers: tuple[int, ...]) -> LlamaForCausalLM:
-    """The model rebuilt from its layers with these indices; -1 is a new one that adds nothing to its input yet."""
+    """Rebuilds the model from its layers with these indices; -1 is a new layer that adds nothing to its input yet."""
     rebuilt = LlamaForCausalLM(teacher_config(len(layers)))
     for part in ("embed_tokens", "norm"):
         rebuilt.model.get_submodule(part).load_state_dict(model.model.get_submodule(part).state_dict())
@@ -241,6 +243,7 @@ def with_layers(model: LlamaForCausalLM, layers: tuple[int, ...]) -> LlamaForCau
 
 
 def train_stage(model: LlamaForCausalLM, stage: Stage, windows: Windows, steps: int) -> None:
+    """Trains the model for `steps` steps: matrices by Muon, everything else by AdamW."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = set(matrices)
     rest = [p for p in model.parameters() if p not in known]
@@ -268,6 +271,7 @@ def train_stage(model: LlamaForCausalLM, stage: Stage, windows: Windows, steps: 
 
 
 def make_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, scale: float) -> LlamaForCausalLM:
+    """Trains a teacher through all stages, with `scale` times their steps."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(teacher_config(n_layer=6))
     for index, stage in enumerate(stages()):

@@ -1,12 +1,12 @@
 """The text of the tiny preset: what its teacher is trained on, what the demo distils on, and its MMLU files.
 
-English comes from a copy of a part of Python's documentation (`tiny/text/english.txt`). The rest is generated:
-notes that state who likes what, questions about them with and without choices, lists of lettered choices, and
-words said twice. What is asked cannot be known beforehand, it has to be fetched from the text in front of it:
-the ability that a recurrent student lacks and that a few attention layers bring.
+English comes from a copy of a part of Python's documentation (`tiny/text/english.txt`). The rest is generated: notes
+that state who likes what, questions about them with and without choices, lists of lettered choices, and words said
+twice. The answers cannot be memorised; they have to be retrieved from the text before them. A recurrent student lacks
+this ability, and a few attention layers restore it.
 
-A (name, value) pair that `is_reserved` is stated in no generated training document, and every test question asks
-about one, so no test question can have been seen in training.
+Every test question asks about a (name, value) pair that `is_reserved`, and no generated training document states one,
+so no test question can have been seen in training.
 """
 
 import csv
@@ -27,15 +27,15 @@ MEALS = "rice soup bread cake corn beans meat eggs figs nuts peas pie ham jam ka
 TOOLS = "rope nail saw axe lamp pump drill file hook knife glue tape wire bolt chain brush spade key fork tongs"
 NAMES = tuple(FIRST_NAMES.split())
 
-# A document is a list of pieces: a text, and the weight of its tokens in the teacher's loss. Answers that can be
-# found by looking back weigh ANSWER, the letter after the choices CHOICE; FILLER stands for what a stage says.
+# A document is a list of pieces: a text, and the weight of its tokens in the teacher's loss. Answers that can be found
+# by looking back have the weight ANSWER, the letter after the choices CHOICE; for FILLER, the stage sets the weight.
 Piece = tuple[str, float | None]
 FILLER, ANSWER, CHOICE = None, 1.0, 3.0
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One MMLU subject: `{name} {states} {value}.` in a note, `What does {name} {asks}?` in its question."""
+    """Holds the words of an MMLU subject: `{name} {states} {value}.` in a note, `What does {name} {asks}?` to ask."""
 
     name: str
     states: str
@@ -54,6 +54,8 @@ WORDS = [*NAMES, *(value for subject in SUBJECTS for value in subject.values)]
 
 @dataclass(frozen=True)
 class Question:
+    """Holds a question with its choices and the letter of the right one."""
+
     text: str
     choices: tuple[str, ...]
     answer: str  # letter
@@ -62,12 +64,12 @@ class Question:
     def value(self) -> str:
         return self.choices[LETTERS.index(self.answer)]
 
-    def pieces(self, rng: random.Random, told: float = 0.0, marked: float = 0.0) -> list[Piece]:
-        """The solved question. With probability `told` the value itself is said before the choices, and each
-        line of choices has with probability `marked` a word after it that says whether it is the answer.
+    def pieces(self, rng: random.Random, named: float = 0.0, marked: float = 0.0) -> list[Piece]:
+        """Returns the solved question. With probability `named` the value itself stands before the choices; with
+        probability `marked`, for each choice, a word after it says whether it is the answer.
         """
         pieces: list[Piece] = [(self.text, FILLER)]
-        if rng.random() < told:
+        if rng.random() < named:
             pieces.append((f" {self.value}", ANSWER))
         for letter, choice in zip(LETTERS[: len(self.choices)], self.choices, strict=True):
             pieces += [(f"\n{letter}. {choice}", FILLER)]
@@ -77,12 +79,12 @@ class Question:
 
 
 def is_reserved(name: str, subject: Subject, value: str) -> bool:
-    """True for one pair in five: the pairs that test questions ask about."""
+    """Returns True for one pair in five: those that test questions ask about."""
     return (NAMES.index(name) + subject.values.index(value)) % 5 == 0
 
 
 def draw_facts(rng: random.Random, subject: Subject, count: int) -> dict[str, str]:
-    """name -> value, names and values distinct, none of the pairs reserved."""
+    """Draws `count` distinct names with distinct values, none of the pairs reserved."""
     names = rng.sample(NAMES, count)
     while True:
         values = rng.sample(subject.values, count)
@@ -91,7 +93,7 @@ def draw_facts(rng: random.Random, subject: Subject, count: int) -> dict[str, st
 
 
 def draw_question(rng: random.Random, subject: Subject, facts: int = 4, reserved: bool = False) -> Question:
-    """A question whose choices are the values in its note; with `reserved`, the pair asked about is reserved."""
+    """Draws a question whose choices are the values in its note; with `reserved`, it asks about a reserved pair."""
     stated = draw_facts(rng, subject, facts)
     name = rng.choice(list(stated))
     if reserved:
@@ -104,22 +106,23 @@ def draw_question(rng: random.Random, subject: Subject, facts: int = 4, reserved
 
 
 def heading(subject: Subject) -> str:
+    """Returns MMLU's heading of a subject."""
     return f"The following are multiple choice questions (with answers) about {subject.name}.\n\n"
 
 
-# Documents. Each kind trains one step of answering a question that has choices. The short forms, in which what
-# belongs together stands side by side, are for the start: there a step is found in minutes instead of hours.
+# Documents. Each kind trains one step of answering a question that has choices. The short forms put related words side
+# by side, for the first stages: a step is learned there in minutes instead of hours.
 
 
 def repeat_document(rng: random.Random, count: int) -> list[Piece]:
-    """Words in no order, said twice: the second time each follows from the one before it."""
+    """Draws random words and says them twice: the second time each can be predicted from the one before it."""
     words = rng.sample(WORDS, count)
     said = "".join(f" {word}" for word in words)
     return [(f"Say:{said}. Again: {words[0]}", FILLER), *((f" {w}", ANSWER) for w in words[1:]), (".", FILLER)]
 
 
 def recall_document(rng: random.Random, count: int, short: float = 0.0) -> list[Piece]:
-    """A note, then all its facts asked for in another order; short forms with probability `short`."""
+    """Draws a note, then asks for all its facts in another order; short forms with probability `short`."""
     subject = rng.choice(SUBJECTS)
     facts = draw_facts(rng, subject, count)
     states = "" if rng.random() < short else f" {subject.states}"
@@ -132,7 +135,7 @@ def recall_document(rng: random.Random, count: int, short: float = 0.0) -> list[
 
 
 def letters_document(rng: random.Random, count: int = 4, short: float = 0.0) -> list[Piece]:
-    """Lettered choices, then which letter each has; short forms with probability `short`."""
+    """Draws lettered choices, then asks for the letter of each; short forms with probability `short`."""
     values = rng.sample(rng.choice(SUBJECTS).values, count)
     dot = "" if rng.random() < short else "."
     query = "\n" if rng.random() < short else "\nWhich is"
@@ -145,7 +148,7 @@ def letters_document(rng: random.Random, count: int = 4, short: float = 0.0) -> 
 
 
 def which_document(rng: random.Random, choices: int = 4, marked: float = 0.0) -> list[Piece]:
-    """A question that names the value itself: only its letter has to be found."""
+    """Draws a question that names the value itself: only its letter has to be found."""
     values = rng.sample(rng.choice(SUBJECTS).values, choices)
     letter = rng.choice(LETTERS[:choices])
     question = Question(f"Which is {values[LETTERS.index(letter)]}?", tuple(values), letter)
@@ -156,21 +159,21 @@ def exam_document(
     rng: random.Random,
     count: int,
     facts: int = 4,
-    told: float = 0.0,
+    named: float = 0.0,
     marked: float = 0.0,
     headed: float = 1.0,
 ) -> list[Piece]:
-    """`count` solved questions of one subject, with probability `headed` under MMLU's heading."""
+    """Draws `count` solved questions of one subject, with probability `headed` under MMLU's heading."""
     subject = rng.choice(SUBJECTS)
     pieces: list[Piece] = [(heading(subject), FILLER)] if rng.random() < headed else []
     for index in range(count):
         pieces += [("\n\n", FILLER)] if index else []
-        pieces += draw_question(rng, subject, facts).pieces(rng, told, marked)
+        pieces += draw_question(rng, subject, facts).pieces(rng, named, marked)
     return pieces
 
 
 def english_documents(text: str, longest: int = 1500) -> list[str]:
-    """The copy's paragraphs, put together into documents of up to `longest` characters."""
+    """Joins the copy's paragraphs into documents of up to `longest` characters."""
     documents = [""]
     for paragraph in text.split("\n\n"):
         if documents[-1] and len(documents[-1]) + len(paragraph) > longest:
@@ -180,13 +183,13 @@ def english_documents(text: str, longest: int = 1500) -> list[str]:
 
 
 def split_english(text: str) -> tuple[list[str], list[str]]:
-    """(train, held out): every twentieth document is held out."""
+    """Returns (train, held out): every twentieth document is held out."""
     documents = english_documents(text)
     return [document for index, document in enumerate(documents) if index % 20], documents[::20]
 
 
 def generated_document(rng: random.Random) -> str:
-    """One document of the mixture that the committed text holds."""
+    """Draws one document of the mixture in the committed text."""
     kind = rng.choices(("recall", "repeat", "letters", "which", "exam"), (20, 8, 15, 12, 45))[0]
     if kind == "recall":
         pieces = recall_document(rng, rng.randint(2, 6))
@@ -205,7 +208,7 @@ def generated_document(rng: random.Random) -> str:
 
 
 def make_text(english: str, seed: int, characters: int = 1_250_000) -> dict[str, str]:
-    """file -> contents: `characters` of generated documents shuffled among the English, a twentieth held out."""
+    """Returns contents by file: `characters` of generated documents shuffled among the English, 5% held out."""
     rng = random.Random(seed)
     files = {}
     for name, documents, share in zip(("train", "heldout"), split_english(english), (0.95, 0.05), strict=True):
@@ -220,7 +223,7 @@ def make_text(english: str, seed: int, characters: int = 1_250_000) -> dict[str,
 
 
 def make_mmlu(seed: int, test_rows: int = 100) -> dict[str, str]:
-    """file -> contents, in the layout of the published MMLU files."""
+    """Returns contents by file, in the layout of the published MMLU files."""
     rng = random.Random(seed + 1)
     files = {}
     for subject in SUBJECTS:
@@ -236,6 +239,7 @@ def make_mmlu(seed: int, test_rows: int = 100) -> dict[str, str]:
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Writes files into a folder, with Unix line ends."""
     for name, contents in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

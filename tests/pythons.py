@@ -3,8 +3,8 @@ environment:
 
     python tests/pythons.py [3.12 ...]
 
-For all but the Python that a CPU build of torch is at hand for, that is 3 GB to fetch and 6 GB of disk, for a while.
-tests/project/test_pythons.py makes the checks that cost little. Standard library only.
+Each needs 3 GB of downloads and 6 GB of disk while it runs, less where pip finds a CPU build of torch.
+tests/project/test_pythons.py makes the checks that cost little. Uses the standard library only.
 """
 
 import os
@@ -21,12 +21,12 @@ RUN = "--preset tiny --max_steps 2 --seq_length 32 --batch_size 2 --eval_interva
 
 
 def interpreters() -> dict[str, Path]:
-    """Version -> Python, of those on the path, and of pyenv's."""
+    """Returns the Pythons on the path and pyenv's, by version."""
     found: dict[str, Path] = {}
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for version in VERSIONS:
         places = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python{version}"))]
-        for place in filter(None, places):  # pyenv has shims for versions that are not chosen, which only fail
+        for place in filter(None, places):  # a shim of pyenv fails where its version is not selected
             if subprocess.run([place, "-c", ""], capture_output=True).returncode == 0:
                 found[version] = Path(place)
                 break
@@ -34,11 +34,11 @@ def interpreters() -> dict[str, Path]:
 
 
 def try_out(python: Path, folder: Path) -> None:
-    """Installs what `make setup` installs, trains, scores, exports and reports. Raises CalledProcessError."""
+    """Installs what `make setup` does, trains, scores, exports and reports. Raises CalledProcessError if one fails."""
     venv = folder / "venv"
     subprocess.run([python, "-m", "venv", venv], check=True)
     requirements = ["-r", ROOT / "requirements.txt"]
-    subprocess.run([venv / "bin" / "pip", "install", "--quiet", "--no-compile", *requirements], check=True)
+    subprocess.run([venv / "bin" / "pip", "install", "--quiet", "--quiet", "--no-compile", *requirements], check=True)
 
     def run(*words: str | Path) -> None:
         environment = {**os.environ, "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -64,11 +64,11 @@ def main(versions: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 try_out(python, Path(folder))
-                told = "well"
+                outcome = "passed"
             except subprocess.CalledProcessError as error:
                 failed.append(version)
-                told = f"failed: {' '.join(map(str, error.cmd))}"
-        print(f"Python {version}, {python}: {told}, {(time.monotonic() - began) / 60:.1f} min", flush=True)
+                outcome = f"failed: {' '.join(map(str, error.cmd))}"
+        print(f"Python {version}, {python}: {outcome}, {(time.monotonic() - began) / 60:.1f} min", flush=True)
     return int(bool(failed))
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/bench_data.py: its trial run from end to end, and what holds its candidates to the same work."""
+"""benchmarks/bench_data.py: its trial run from end to end, and the checks that its candidates do the same work."""
 
 import json
 import os
@@ -13,11 +13,6 @@ import pytest
 pytestmark = pytest.mark.bench
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks" / "bench_data.py"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
 
 
 def test_trial_run(tmp_path):

@@ -1,5 +1,5 @@
-"""benchmarks/bench_gpu.py without a GPU: its trial run from end to end, and what decides on a GPU, with stand-ins for
-the card: what fits, how kernels are attributed, what becomes of a part that fails.
+"""benchmarks/bench_gpu.py without a GPU: its trial run from end to end, and, with stand-ins for the card, which models
+fit, how kernels are attributed, and what a failed part leaves.
 """
 
 import argparse
@@ -23,15 +23,10 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def part_run(training_options="", device=CPU, quick=True, seconds=60.0):
+    from gpu_measure import PartRun
 
-
-def job(training_options="", device=CPU, quick=True, seconds=60.0):
-    from gpu_measure import Job
-
-    return Job("a section", "a case", training_options, device, quick, time.monotonic() + seconds)
+    return PartRun("a section", "a case", training_options, device, quick, time.monotonic() + seconds)
 
 
 def emitted(capsys):
@@ -93,7 +88,7 @@ def test_a_candidate_that_fails_leaves_the_others(capsys):
         "nan": lambda: lambda: one * float("nan"),
         "not comparable": lambda: lambda: None,
     }
-    compare(job(), "case", candidates, lambda out: {"error_of_it": (out - one).norm().item() / one.norm().item()})
+    compare(part_run(), "case", candidates, lambda out: {"error_of_it": (out - one).norm().item() / one.norm().item()})
     rows = {row["candidate"]: row for row in emitted(capsys)}  # the last row of a name counts
     assert set(rows) == set(candidates)
     assert rows["good"]["error_of_it"] == 0 and rows["good"]["ratio_to_baseline"] == 1 and "error" not in rows["good"]
@@ -107,7 +102,7 @@ def test_a_candidate_that_fails_leaves_the_others(capsys):
 def test_nothing_is_started_when_time_is_up(capsys):
     from gpu_measure import compare
 
-    compare(job(seconds=-1), "case", {"late": lambda: pytest.fail("started")}, lambda out: {})
+    compare(part_run(seconds=-1), "case", {"late": lambda: pytest.fail("started")}, lambda out: {})
     assert emitted(capsys)[0]["note"] == "not run: out of time"
 
 
@@ -165,15 +160,15 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     "free_gb,n_layer,checkpointing", [(85, 32, False), (60, 32, True), (56, 24, True), (30, 8, False), (20, None, None)]
 )
 def test_what_fits_is_chosen_by_arithmetic(monkeypatch, free_gb, n_layer, checkpointing):
-    from gpu_step import plan
+    from gpu_step import choose_shapes
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 85 * 10**9))
-    asked = job("--batch_size 2", torch.device("cuda:0"), quick=False)
+    asked = part_run("--batch_size 2", torch.device("cuda:0"), quick=False)
     if n_layer is None:
         with pytest.raises(ValueError, match="19 GB of memory are too few"):
-            plan(asked)
+            choose_shapes(asked)
         return
-    shapes, args = plan(asked)
+    shapes, args = choose_shapes(asked)
     assert (shapes.student.n_layer, args.gradient_checkpointing) == (n_layer, checkpointing)
     assert shapes.teacher.num_hidden_layers == n_layer and set(args.layers) < set(range(n_layer))
     assert args.freeze_mlp and args.freeze_replaced_layers and args.seq_length == 1024 and args.batch_size == 2
@@ -223,7 +218,7 @@ def test_one_rank_steps_on_a_quarter_of_the_weights():
 
 
 def test_a_run_trains_with_that_optimizer(monkeypatch):
-    """Else its masters and moments, 35 GB, would not fit beside the models."""
+    """The masters and moments of all ranks, 35 GB, would not fit beside the models."""
     import gpu_step
 
     seen = []
@@ -235,8 +230,8 @@ def test_a_run_trains_with_that_optimizer(monkeypatch):
     monkeypatch.setattr(gpu_step, "STEPS", 1)
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    asked = job("--batch_size 1")
-    gpu_step.train(*gpu_step.plan(asked), Watch(CPU))
+    asked = part_run("--batch_size 1")
+    gpu_step.train(*gpu_step.choose_shapes(asked), Watch(CPU))
     (optimizer,) = seen
     owned = sum(parameter.numel() for parameter in optimizer.state)
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -247,7 +242,7 @@ def test_a_run_trains_with_that_optimizer(monkeypatch):
 
 
 def test_backward_belongs_to_the_part_that_ran_forward():
-    """With checkpointing, forward operators run a second time inside backward, and their module may be left early."""
+    """With checkpointing, forward operators run again inside backward, and may leave their module by an exception."""
     from gpu_step import BACKWARD, REST, mark, parts_of
 
     class Block(torch.nn.Module):
@@ -277,7 +272,7 @@ def test_backward_belongs_to_the_part_that_ran_forward():
 
 
 def test_kernels_of_a_gpu_are_counted_once():
-    """Events as torch makes them of a GPU's trace: kernels on the device, each also in the list of its operator."""
+    """The events are like those of a GPU's trace: each kernel is on the device and in the list of its operator."""
     from gpu_step import PART, breakdown
 
     def event(name, start, end, parent=None, kernels=(), **values):

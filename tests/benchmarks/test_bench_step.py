@@ -1,5 +1,5 @@
-"""benchmarks/bench_step.py in its quick mode, with the candidates that need no peer: what its rows say, and that the
-losses which it compares are those of the whole batch of all ranks, worked out here in one piece.
+"""benchmarks/bench_step.py in its quick mode, with the candidates that need no other library: its rows, and its losses
+against those of all ranks' batch, computed here in one piece.
 """
 
 import json
@@ -18,19 +18,14 @@ ROOT = Path(__file__).parents[2]
 KEYS = ("seconds", "default_seconds", "peak_bytes", "ratio_to_baseline", "tokens_per_s")
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def logits_and_batch(case):
-    """Student's and teacher's logits, and the batch, of all ranks' windows in the first step."""
-    import step_candidates
+    """Returns both models' logits, and the batch, of all ranks' windows in the first step."""
+    from step_models import build_student, build_teacher, windows_of
 
-    batch = Batch.from_windows(step_candidates.windows_of(case)[0].flatten(0, 1))  # (W*B, S)
+    batch = Batch.from_windows(windows_of(case)[0].flatten(0, 1))  # (W*B, S)
     with torch.no_grad():
-        student = step_candidates.build_student(case)(batch.input_ids).logits  # (W*B, S, V)
-        teacher = step_candidates.build_teacher(case)(batch.input_ids).logits  # (W*B, S, V)
+        student = build_student(case)(batch.input_ids).logits  # (W*B, S, V)
+        teacher = build_teacher(case)(batch.input_ids).logits  # (W*B, S, V)
     return student, teacher, batch
 
 
@@ -41,7 +36,8 @@ def losses_of(student, teacher, batch, labels=None):
 
 
 def test_quick_mode_from_end_to_end(tmp_path):
-    from bench_step import QUICK_CASES, Case
+    from bench_step import QUICK_CASES
+    from step_case import Case
 
     file = tmp_path / "rows.json"
     options = ["--quick", "--cases", "ranks=1", "--candidates", "ours", "--json", file]
@@ -64,8 +60,9 @@ def test_quick_mode_from_end_to_end(tmp_path):
 
 @pytest.mark.parametrize("candidate", ["plain loop", "ours"])
 def test_two_ranks_learn_from_their_own_parts(candidate):
-    from bench_step import QUICK_CASES, Case
+    from bench_step import QUICK_CASES
     from harness import run_child
+    from step_case import Case
 
     result = run_child(str(ROOT / "benchmarks" / "bench_step.py"), "run", QUICK_CASES[1], candidate)
     case = Case.parse(QUICK_CASES[1])
@@ -75,9 +72,10 @@ def test_two_ranks_learn_from_their_own_parts(candidate):
     assert result["seconds"] > 0 and result["peak_bytes"] > 0
 
 
-def test_every_way_to_go_wrong_shows_in_the_losses():
-    """What the comparison of first losses is worth: each mistake moves them by far more than the tolerance."""
-    from bench_step import TOLERANCE, Case
+def test_every_mistake_shows_in_the_losses():
+    """Each mistake moves the first losses by far more than the tolerance of their comparison."""
+    from bench_step import TOLERANCE
+    from step_case import Case
 
     student, teacher, batch = logits_and_batch(Case(vocab=1000, ranks=2, d_model=64, seq_len=32))
     right = losses_of(student, teacher, batch)
@@ -110,7 +108,8 @@ def test_losses_that_differ_are_refused():
 
 
 def test_a_case_is_what_its_name_says():
-    from bench_step import CASES, Case
+    from bench_step import CASES
+    from step_case import Case
 
     assert Case.parse("V=1000 ranks=2 d_model=64 seq_len=32") == Case(1000, 2, 64, 32)
     assert {(case.vocab, case.ranks, case.tokens) for case in map(Case.parse, CASES)} == {
@@ -130,7 +129,8 @@ def test_what_a_candidate_lacks_is_named(candidate, needed, monkeypatch):
 
 
 def test_the_recorder_leaves_out_what_was_held_before():
-    from step_candidates import STEPS, Recorder
+    from step_case import STEPS
+    from step_models import Recorder
 
     held = torch.ones(2**25)  # 128 MiB
     recorder = Recorder()

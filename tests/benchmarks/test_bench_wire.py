@@ -16,11 +16,6 @@ FORMS = ["broadcast logits", "scatter logits", "scatter hidden", "ours", "ours, 
 NAME = "ranks=3 B=2 S=5 V=130 D=70"
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
-
-
 def test_trial_run(tmp_path):
     command = [sys.executable, str(BENCHMARK), "--quick", "--json", str(tmp_path / "wire.json")]
     run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -53,7 +48,7 @@ def test_every_form_gives_every_rank_its_own_answer():
 
 
 def answers_got():
-    """For each form and each of three ranks: which of the three answers it has received."""
+    """Returns, for each form and each of three ranks, which of the three answers it received."""
     import bench_wire
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -1,7 +1,6 @@
 """The harness of the benchmarks, on candidates whose cost is known."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 TOY = """
 import resource, sys
 import harness, torch
@@ -28,7 +28,6 @@ def run(case, candidate):
 
 @pytest.fixture
 def harness(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     import harness
 
@@ -42,6 +41,7 @@ def toy(tmp_path):
     return str(script)
 
 
+@pytest.mark.bench
 def test_peaks_and_notes_of_real_children(harness, toy):
     rows = harness.run_rounds(toy, {"MB": ["100", "50", "elsewhere"]}, 1, "100")
     assert [row["candidate"] for row in rows] == ["100", "50", "elsewhere"]
@@ -53,8 +53,9 @@ def test_peaks_and_notes_of_real_children(harness, toy):
     assert rows[2]["seconds"] is rows[2]["peak_bytes"] is rows[2]["ratio_to_baseline"] is None
 
 
+@pytest.mark.bench
 def test_the_caching_allocator_keeps_what_is_freed(harness, toy):
-    """50 MB are 12 thousand pages of 4 KiB; once they are there, no more are asked for."""
+    """50 MB are 12 thousand pages of 4 KiB: after the first run the process requests no more."""
     result = harness.run_child(toy, "run", "case", "50", environment=harness.CACHING)
     assert result["faults"] < 1000
     assert result["peak_bytes"] < 5e6
@@ -100,19 +101,49 @@ def test_rows_are_written_and_shown(harness, tmp_path, capsys):
     ]
 
 
-def test_make_bench_runs_every_benchmark_and_git_ignores_the_rows(tmp_path):
+@pytest.fixture
+def parse(harness, monkeypatch):
+    def parse_options(*words, quick_cases=(), quick_candidates=()):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+        names = ["S=8 B=1", "S=8 B=2", "S=16 B=1"], ["plain", "ours", "ours, ahead"], ["plain"]
+        options = harness.parse_options("about it", *names, quick_cases, quick_candidates)
+        return options.cases, options.candidates, options.rounds
+
+    return parse_options
+
+
+def test_cases_are_chosen_by_parts_and_candidates_by_names(parse):
+    every_case, every_candidate = ["S=8 B=1", "S=8 B=2", "S=16 B=1"], ["plain", "ours", "ours, ahead"]
+    assert parse() == (every_case, every_candidate, 3)
+    chosen = ["S=8 B=1", "S=16 B=1"], ["plain", "ours"], 7
+    assert parse("--cases", "B=1", "--candidates", "ours", "--rounds", "7") == chosen
+    assert parse("--quick", "--rounds", "7") == (["S=8 B=1"], every_candidate, 1)
+    assert parse("--quick", "--cases", "S=16")[0] == ["S=16 B=1"]
+    quick = {"quick_cases": ["S=2 B=1", "S=2 B=2"], "quick_candidates": ["ours"]}
+    assert parse("--quick", **quick) == (quick["quick_cases"], ["plain", "ours"], 1)
+    assert parse("--quick", "--candidates", "ours, ahead", **quick)[1] == ["plain", "ours, ahead"]
+    assert parse(**quick) == parse()
+
+
+@pytest.mark.parametrize(
+    "words,error",
+    [
+        (
+            ("--cases", "S=8", "S=9"),
+            "--cases 'S=9': expected a part of one of these names: 'S=8 B=1', 'S=8 B=2', 'S=16 B=1'",
+        ),
+        (("--candidates", "our"), "--candidates 'our': expected one of these names: 'plain', 'ours', 'ours, ahead'"),
+    ],
+)
+def test_a_value_that_matches_nothing_is_an_error(parse, words, error):
+    with pytest.raises(SystemExit) as raised:
+        parse(*words)
+    assert raised.value.code == error
+
+
+def test_make_bench_runs_every_benchmark_and_git_ignores_the_rows():
     lines = subprocess.run(["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = lines.split("for name in ")[1].split(";")[0].split()
-    assert {"loss", "step", "wire", "data"} <= set(names)
+    assert {f"bench_{name}.py" for name in [*names, "gpu"]} == {file.name for file in BENCHMARKS.glob("bench_*.py")}
     folder = lines.split("--json ")[1].split("/")[0]
     assert f"{folder}/" in (ROOT / ".gitignore").read_text().splitlines()
-    for name in names:
-        assert (ROOT / "benchmarks" / f"bench_{name}.py").exists()
-
-
-def test_a_script_starts_without_a_path_being_set(toy, tmp_path):
-    """`python benchmarks/bench_loss.py` from anywhere: only what is beside the script is imported at its start."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_loss.py"), "--help"]
-    output = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "--quick" in output

@@ -1,5 +1,5 @@
-"""The tiny preset as it is committed: its tokenizer, text and questions, what its models can do, and that
-presets/make_tiny.py makes the same text, questions and tokenizer again.
+"""The committed tiny preset: its tokenizer, text and questions, what its models can do, and that presets/make_tiny.py
+makes the same text, questions and tokenizer again.
 """
 
 import copy

@@ -1,5 +1,5 @@
-"""Every Python from 3.10 to 3.13 that this machine has: that the sources are readable to it, and the options work.
-`make test-pythons` installs everything for each and trains, which takes gigabytes.
+"""Every Python from 3.10 to 3.13 that this machine has can compile the sources and parse the options. `make
+test-pythons` installs everything for each and trains, which takes gigabytes.
 """
 
 import os
@@ -52,7 +52,7 @@ def test_sources_compile(python, tmp_path):
 
 
 def test_options_are_parsed(python, tmp_path):
-    """With the only package that takes."""
+    """They need one package, which is the only one given to it."""
     (tmp_path / "yaml").symlink_to(Path(yaml.__file__).parent)
     code = (
         "import arguments; a = arguments.parse_train_args(['--config', 'configs/8b-4gpus.yaml']); print(a.batch_size)"
