@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillation.fused_loss import choose_chunk_tokens
-from distillation.losses import mask_unknown_labels, shared_vocab
+from distillation.losses import LossInputs, mask_unknown_labels, shared_vocab
 from text.encoding import Encoder, blocks, text_batches
 from text.opening import explain_fault, open_source, open_stream, open_table
 from text.sources import TextSource, network_forbidden
@@ -101,30 +101,16 @@ class HeldOutSums:
 
 
 @torch.no_grad()
-def held_out_sums(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    student_bias: Tensor | None,
-    teacher_signal: Tensor | None,
-    teacher_head: Tensor | None,
-    labels: Tensor,
-    loss_mask: Tensor,
-    vocab: int,
-    temperature: float,
-    chunk_tokens: int,
-) -> HeldOutSums:
-    """Returns the sums over the unmasked of N tokens, of any leading shape (...). Works in chunks of `chunk_tokens`, so
-    that no more logits exist at a time.
-
-    student_hidden (..., D), student_head (V_s, D), student_bias (V_s,) or None; teacher_signal: its hidden states
-    (..., D_t) with teacher_head (vocab, D_t), its logits (..., vocab) with None, or None without a teacher;
-    labels, loss_mask (...). Softmax runs over the first `vocab` entries; labels outside them are left out.
+def held_out_sums(inputs: LossInputs, temperature: float, chunk_tokens: int) -> HeldOutSums:
+    """Returns the sums over the unmasked tokens. Works in chunks of `chunk_tokens`, so that no more logits exist at a
+    time. Softmax runs over the first `inputs.vocab` entries; labels outside them are left out.
     """
-    hidden, labels = student_hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
-    mask, _ = mask_unknown_labels(labels, loss_mask.flatten().bool(), vocab)  # (N,)
+    vocab, teacher, teacher_head = inputs.vocab, inputs.teacher, inputs.teacher_head
+    hidden, labels = inputs.student_hidden.flatten(0, -2), inputs.labels.flatten()  # (N, D), (N,)
+    mask, _ = mask_unknown_labels(labels, inputs.loss_mask.flatten().bool(), vocab)  # (N,)
     labels = labels.masked_fill(~mask, 0)
-    head, bias = student_head[:vocab], None if student_bias is None else student_bias[:vocab]
-    signal = None if teacher_signal is None else teacher_signal.flatten(0, -2)  # (N, D_t) or (N, vocab)
+    head, bias = inputs.student_head[:vocab], None if inputs.student_bias is None else inputs.student_bias[:vocab]
+    signal = None if teacher is None else teacher.flatten(0, -2)  # (N, D_t) or (N, vocab)
     sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
     for start in range(0, len(labels), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -134,7 +120,7 @@ def held_out_sums(
             teacher_logits = signal[chunk] if teacher_head is None else _logits(signal[chunk], teacher_head, None)
         columns = _token_figures(logits, teacher_logits, labels[chunk], temperature)  # (4, n)
         sums += torch.where(mask[chunk], columns, 0.0).sum(dim=1, dtype=torch.float64)
-    return HeldOutSums(sums.cpu(), teacher_signal is not None)
+    return HeldOutSums(sums.cpu(), teacher is not None)
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
@@ -198,18 +184,10 @@ class HeldOutText:
         assert self.head is not None
         labels = self._windows(start)[:, 1:]  # (n, S)
         vocab = shared_vocab(len(head.weight), len(self.head))
-        return held_out_sums(
-            hidden,
-            head.weight,
-            head.bias,
-            self.hidden[start].to(self.device),
-            self.head[:vocab],
-            labels,
-            torch.ones_like(labels, dtype=torch.bool),
-            vocab,
-            temperature=1.0,
-            chunk_tokens=choose_chunk_tokens(vocab, hidden.dtype, self.device),
-        )
+        mask = torch.ones_like(labels, dtype=torch.bool)
+        reference = (self.hidden[start].to(self.device), self.head[:vocab])
+        inputs = LossInputs(hidden, head.weight, head.bias, *reference, labels, mask, vocab)
+        return held_out_sums(inputs, 1.0, choose_chunk_tokens(vocab, hidden.dtype, self.device))
 
     def _windows(self, start: int) -> Tensor:
         return self.windows[start : start + WINDOWS_AT_ONCE].to(self.device)

@@ -139,20 +139,7 @@ class Evaluator:
             if self._is_asked_to_stop():
                 return None
             batch, signal = to_device(batch, device), asked.result()  # (B, S, D_t) or (B, S, vocab)
-            hidden = model.student.backbone(batch.input_ids, use_cache=False).last_hidden_state  # (B, S, D)
-            head = model.student.lm_head
-            sums = held_out_sums(
-                hidden,
-                head.weight,
-                head.bias,
-                signal,
-                model.teacher_head,
-                batch.labels,
-                batch.loss_mask,
-                model.vocab,
-                self.args.temperature,
-                model.chunk_tokens,
-            )
+            sums = held_out_sums(model.loss_inputs(batch, signal), self.args.temperature, model.chunk_tokens)
             by_batch[i * world_size + self.ranks.rank] = sums.values
         return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.kl_weight > 0)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from distillation.losses import compute_distill_loss
+from distillation.losses import LossInputs, compute_distill_loss
 from evaluation import held_out
-from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
+from evaluation.held_out import HeldOutSums, read_windows
 from tests.faults.launch import ROOT
 from text.encoding import Encoder
 from text.sources import SourceFlags, TextSource
@@ -122,13 +122,18 @@ def logits_of(hidden, head, bias, teacher, teacher_head, labels, mask):
     return student, teacher
 
 
+def sums_of(*inputs):
+    *of_the_loss, temperature, chunk_tokens = inputs
+    return held_out.held_out_sums(LossInputs(*of_the_loss), temperature, chunk_tokens)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 22, 100])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("signal,bias", [("hidden", False), ("hidden", True), ("logits", False), (None, True)])
 def test_figures_are_those_of_the_reference_loss(chunk_tokens, temperature, signal, bias):
     inputs = case(signal=signal, bias=bias)
     vocab = 36 if signal else 40
-    figures = held_out_sums(*inputs, vocab, temperature, chunk_tokens).figures(0.7, 0.3)
+    figures = sums_of(*inputs, vocab, temperature, chunk_tokens).figures(0.7, 0.3)
     student, teacher = logits_of(*inputs)
     labels, mask = inputs[-2:]
     total, kl, ce = compute_distill_loss(student, teacher, labels, mask, 0.7, 0.3, temperature)
@@ -149,33 +154,33 @@ def test_logits_are_not_rounded_to_sixteen_bits(dtype):
     inputs = case(dtype)
     labels, mask = inputs[-2:]
     _, kl, ce = compute_distill_loss(*logits_of(*inputs), labels, mask, 1.0, 1.0, 1.0)
-    figures = held_out_sums(*inputs, 36, 1.0, 5).figures(1.0, 1.0)
+    figures = sums_of(*inputs, 36, 1.0, 5).figures(1.0, 1.0)
     assert (figures["ce"], figures["kl"]) == pytest.approx((ce.item(), kl.item()), rel=1e-5)
 
 
 def test_a_model_agrees_with_itself():
     hidden, head, _, _, _, labels, mask = case(torch.bfloat16)
-    figures = held_out_sums(hidden, head, None, hidden, head, labels, mask, 40, 2.0, 5).figures(1.0, 1.0)
+    figures = sums_of(hidden, head, None, hidden, head, labels, mask, 40, 2.0, 5).figures(1.0, 1.0)
     assert figures["agreement"] == 1.0 and figures["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_sums_of_parts_add_up_and_masked_windows_count_nothing():
     hidden, head, bias, teacher, teacher_head, labels, mask = case()
-    whole = held_out_sums(hidden, head, bias, teacher, teacher_head, labels, mask, 36, 1.0, 4)
+    whole = sums_of(hidden, head, bias, teacher, teacher_head, labels, mask, 36, 1.0, 4)
     first, second = (
-        held_out_sums(hidden[i], head, bias, teacher[i], teacher_head, labels[i], mask[i], 36, 1.0, 4) for i in (0, 1)
+        sums_of(hidden[i], head, bias, teacher[i], teacher_head, labels[i], mask[i], 36, 1.0, 4) for i in (0, 1)
     )
     added = first + second
     assert added.values.dtype == torch.float64 and added.with_teacher
     torch.testing.assert_close(added.values, whole.values)
     spoilt = hidden.masked_fill(~mask[..., None], float("nan"))
-    assert torch.equal(held_out_sums(spoilt, *case()[1:], 36, 1.0, 4).values, whole.values)
+    assert torch.equal(sums_of(spoilt, *case()[1:], 36, 1.0, 4).values, whole.values)
 
 
 def test_no_more_logits_than_a_chunk_exist(monkeypatch):
     made, real = [], held_out._logits
     monkeypatch.setattr(held_out, "_logits", lambda *args: made.append(real(*args)) or made[-1])
-    held_out_sums(*case(), 36, 1.0, 5)
+    sums_of(*case(), 36, 1.0, 5)
     assert {len(logits) for logits in made} == {5, 2}  # of 22 tokens
 
 
