@@ -139,7 +139,7 @@ def ours_from_jsonl(inputs: PackInputs) -> Windows:
     options = f"--no_dataset_streaming --seq_length {SEQ_LEN} --dataset_cache_dir {inputs.folder}"
     loader = open_loader(inputs.jsonl, inputs.folder, inputs.tokenizer, options)
     next(iter(loader))
-    return loader.batches.dataset
+    return loader.batches.dataset.windows
 
 
 def per_document(inputs: PackInputs) -> Windows:

@@ -24,7 +24,7 @@ def train(case: Case, candidate: str, recorder: Recorder) -> None:
 
 
 class KeepsLoss(Trainer):
-    """Mixin of a trainer that keeps the loss of the last step, which the trainer's log would round."""
+    """Keeps the loss of the last step, which a trainer's log would round. Both trainers inherit from it."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.last_loss: Tensor = super().training_step(*args, **kwargs)
