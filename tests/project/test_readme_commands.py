@@ -1,6 +1,6 @@
-"""Every command that the README shows, run as it stands there but for the tiny preset and fewer steps and ranks, in the
-order of the README and in one folder. The Chinese README has the same commands (test_readme.py). What needs a
-network, or is not for a test to do, is skipped and says why.
+"""Commands of the README and of docs/, run as they are there but for the tiny preset and fewer steps and ranks, in that
+order and in one folder. The Chinese README has the same commands (test_readme.py). What needs a network, or is not for
+a test to do, is skipped and says why.
 """
 
 import json
@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,18 +18,18 @@ import doctor
 import eval_mmlu_hybrid
 import report
 import train_gpus
+from llamba import export
 from tests import fresh
-from tests.project.test_readme import ENGLISH, ROOT, commands, read
+from tests.project.markdown import ENGLISH, ROOT, commands, read
 
 TINY = ROOT / "presets" / "tiny"
-COMMANDS = list(commands(read(ENGLISH)))
+PAGES = (ENGLISH, *(f"docs/{page}.md" for page in ("evaluation", "reliability", "logs", "data")))
 BIN = Path(sys.executable).parent
-
 MAINS = {module.__name__ + ".py": module.main for module in (train_gpus, eval_mmlu_hybrid, doctor, report)}
 
 # Appended, and so before what the command says of the same.
 TRAIN = "--preset tiny --layers 1 2 3 --dtype float32 --max_steps 2 --seq_length 32 --batch_size 1 --save_interval 0"
-TRAIN += " --grad_accumulation_steps 1 --eval_windows 2"
+TRAIN += " --grad_accumulation_steps 1 --eval_windows 2 --teacher_device cpu"
 EVALUATE = "--preset tiny --limit 2 --num_fewshot 0 --held_out_windows 2 --held_out_seq_length 32 --batch_size 2"
 EVALUATE += " --retrieval_lengths 64 --retrieval_pairs 4 --retrieval_questions 2 --dtype float32 --layers 1 2 3"
 
@@ -47,23 +46,27 @@ SMALLER = (
 # By how a command begins: why it is not run here.
 NOT_HERE = {
     "make demo": "tests/test_demo.py runs it",
-    "make": "it is what runs these tests, installs for them, or takes hours",
+    "make test": "it is what runs these tests",
     "source": "the tests have an environment",
-    "pkill": "it would signal the runs of other tests; tests/test_faults.py sends SIGUSR1 to its own",
+    "kill": "no run is going on here; tests/test_faults.py signals its own",
     "hf auth": "needs a network and an account",
     "hf download": "needs a network",
     "python -c import datasets": "needs a network",
     "wandb sync": "needs a network; tests/monitoring/test_trackers.py reads what it would send",
-    "python3 -m pip": "needs a network",
-    "PIP_NO_INDEX=1": "needs the wheels of the command before it",
-    "python3 -m venv": "`make setup` does so",
-    ".venv/bin/pip install": "needs a network, and a driver to choose by",
 }
 
 
-def why_not(words):
-    line = " ".join(words)
-    return next((why for start, why in NOT_HERE.items() if line.startswith(start)), None)
+def shown():
+    """(page, words) of each command, once."""
+    seen = set()
+    for page in PAGES:
+        for words in commands(read(page)):
+            if " ".join(words) not in seen:
+                seen.add(" ".join(words))
+                yield page, words
+
+
+COMMANDS = list(shown())
 
 
 @pytest.fixture(scope="module")
@@ -81,46 +84,46 @@ def folder(tmp_path_factory):
 
 
 def environment_of(folder):
-    ours = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(folder / "cache"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-    }
-    return ours | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    ours = {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    return ours | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
-def start(line, folder):
+def run_whole(command, folder):
+    """In a process of its own, as a shell starts it."""
     environment = {**os.environ, **environment_of(folder)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(line, cwd=folder, env=environment, **pipes)
+    ended = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+    )
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    return ended.stdout
 
 
-def told(process, code=0):
-    """What a command printed; it has to end with that exit code."""
-    printed, _ = process.communicate(timeout=280)
-    assert process.returncode == code, printed[-5000:]
-    return printed
-
-
-def forked(command, folder):
-    """The same of an entry of ours, in a fork of a process that has imported everything; torchrun's one rank too."""
-    (i,) = (i for i, word in enumerate(command) if Path(word).name in MAINS)
-    main, environment = MAINS[Path(command[i]).name], environment_of(folder)
-    if "torchrun" in command:
-        (code,), printed = fresh.ranks(command[i + 1 :], 1, main, **environment)
+def run_forked(command, folder):
+    """The same of a program of ours, in a fork of a process that has imported everything; torchrun's one rank too."""
+    environment = environment_of(folder)
+    if command[1:2] == ["-m"]:
+        code, printed = fresh.script(command[3:], export.main, **environment)
+    elif command[1:2] == ["-c"]:
+        code, printed = fresh.script(command[2:], run_code, **environment)
     else:
-        code, printed = fresh.script(command[i + 1 :], main, **environment)
-    assert code == 0, printed[-5000:]
+        (i,) = (i for i, word in enumerate(command) if Path(word).name in MAINS)
+        main = MAINS[Path(command[i]).name]
+        if "torchrun" in command:
+            (code,), printed = fresh.ranks(command[i + 1 :], 1, main, **environment)
+        else:
+            code, printed = fresh.script(command[i + 1 :], main, **environment)
+    assert not code, printed[-5000:]
     return printed
+
+
+def run_code():
+    exec(sys.argv[1], {})
 
 
 def small(words, index):
-    """The command on the tiny preset. A run that neither is the first nor goes on has a directory of its own."""
+    """The command on the tiny preset. A run that neither is the first nor resumes has a directory of its own."""
     line = " ".join(words)
-    if "train_gpus.py" in line:
-        line += f" {TRAIN}" if "colocated" in line else f" {TRAIN} --teacher_device cpu"
-    if "doctor.py" in line:
+    if "train_gpus.py" in line or "doctor.py" in line:
         line += f" {TRAIN}"
     if "eval_mmlu_hybrid.py" in line:
         line += f" {EVALUATE}"
@@ -132,40 +135,25 @@ def small(words, index):
 
 
 def test_every_reason_is_needed():
-    lines = [" ".join(words) for words in COMMANDS]
+    lines = [" ".join(words) for _, words in COMMANDS]
     assert [start for start in NOT_HERE if not any(line.startswith(start) for line in lines)] == []
 
 
-@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i])[:60])
-def test_a_command_of_the_readme(folder, index, monkeypatch):
-    words = COMMANDS[index]
-    if reason := why_not(words):
+@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i][1])[:60])
+def test_a_command(folder, index, monkeypatch):
+    words = COMMANDS[index][1]
+    line = " ".join(words)
+    if reason := next((why for start, why in NOT_HERE.items() if line.startswith(start)), None):
         pytest.skip(reason)
-    if words[1] in ("-c", "-m"):  # what is exported and loaded must need nothing of this process
-        assert told(start(words, folder)).strip()
-        return
-    command = small(words, index)
     monkeypatch.chdir(folder)
-    if "--nnodes=2" in command:
-        two_nodes(command, folder)
-    elif any("bench_gpu" in word for word in command):
-        assert "GPU" in told(start(command, folder), code=2)
-    else:
-        printed = (
-            told(start(command, folder)) if "nohup" in command or command[0] == "tail" else forked(command, folder)
-        )
-        if "--dry_run" in words:
-            assert "rank 0" in printed and "fits" in printed
-        elif any("train_gpus.py" in word for word in words):
-            assert_trained(folder / command[len(command) - 1 - command[::-1].index("--output_dir") + 1])
-
-
-def two_nodes(command, folder):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    line = " ".join(command).replace("HOST", "127.0.0.1").replace("29543", str(port))
-    nodes = [start(shlex.split(line.replace("--node_rank=0", f"--node_rank={node}")), folder) for node in (0, 1)]
-    assert "complete: 2 of 2" in [told(node) for node in nodes][0]
+    command = words if words[1] in ("-c", "-m") else small(words, index)
+    printed = (run_whole if words[0] in ("nohup", "tail") else run_forked)(command, folder)
+    if "--dry_run" in words:
+        assert "rank 0" in printed and "fits" in printed
+    elif "train_gpus.py" in words:
+        assert_trained(folder / command[len(command) - 1 - command[::-1].index("--output_dir") + 1])
+    elif words[0] == "python":
+        assert printed.strip()
 
 
 def assert_trained(output_dir):
@@ -175,7 +163,7 @@ def assert_trained(output_dir):
 
 
 def test_what_the_commands_have_left(folder):
-    """All that the README says a command leaves."""
+    """All that README and docs say a command leaves."""
     scores = json.loads((folder / "DIR" / "eval.json").read_text())
     assert {"teacher", "student", "hybrid", "hybrid_ft", "n"} <= scores.keys()
     for name in ("DIR/eval.md", "DIR/eval.png", "DIR/beyond.json", "runs/before.json", "DIR/report/index.html"):
