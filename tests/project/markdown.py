@@ -26,7 +26,7 @@ LAUNCHER |= {"--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
 WRITTEN_BY_A_RUN = str(ROOT / "configs" / "production.yaml")  # stands in for the args.yaml of a run
 ROOMS = sorted(folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").is_file())
 FOLDERS = [*ROOMS, "presets", "tests", "benchmarks", "docs", "configs", ".github", ".ci"]
-NO_MEMBERS = {"layer_map.own", "layer_map.stream", "data.tar"}  # fields of metrics.jsonl, and a file of MMLU's
+NO_MEMBERS = {"layer_map.own", "layer_map.stream", "data.tar", "__init__.py"}  # fields of metrics.jsonl, files
 OURS = re.compile(rf"[a-z][\w-]*\.(py|toml)|requirements[\w-]*\.txt|({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*")
 
 
@@ -145,7 +145,7 @@ def defined_in(node: ast.Module | ast.ClassDef) -> set[str]:
 
 def link_problems(name: str, text: str) -> list[str]:
     found = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+    for link in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", prose(text)):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")

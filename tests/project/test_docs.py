@@ -81,7 +81,7 @@ def test_the_licence_is_apache_2_and_has_a_holder():
         ("docs/scaling.md", command_problems, "; fi\n", "\n", "bash: "),
         ("README.md", target_problems, "make demo\n", "make demonstration\n", "make demonstration is no target"),
         ("CONTRIBUTING.md", target_problems, "make setup-dev", "make set-up", "make set-up is no target"),
-        ("README.md", name_problems, "`presets/tiny/`", "`presets/tiniest/`", "presets/tiniest/ is not there"),
+        ("README.md", name_problems, "`train_gpus.py`", "`train.py`", "train.py is not there"),
         ("docs/architecture.md", name_problems, "`Ranks.maximum`", "`Ranks.highest`", "Ranks has no highest"),
         ("docs/distillation.md", math_problems, "$Q$", "$Q", "a lone $"),
         ("docs/distillation.md", math_problems, r"\end{cases}", "", "what is opened is not closed"),
