@@ -60,7 +60,7 @@ def test_fewer_windows_than_asked_for(tokenizer, caplog):
 
 
 def test_a_part_of_a_split(tokenizer):
-    """Which a stream does not have."""
+    """It is read from a table, because a stream has no parts."""
     windows = read_windows(source(split="train[50%:]", streaming=False), tokenizer, 2, 16)
     ids = Encoder(tokenizer)(documents()[round(0.5 * len(documents())) :])
     assert windows.flatten().tolist() == ids[:34].tolist()
@@ -101,7 +101,7 @@ def test_mistakes_name_the_option_that_was_given(tokenizer, tmp_path, monkeypatc
 
 
 def case(dtype=torch.float32, bias=False, signal="hidden"):
-    """2 x 11 tokens of a student with 40 entries and a teacher with 36, some labels in neither, some masked."""
+    """Returns 2 x 11 tokens of a student with 40 entries and a teacher with 36; some labels are unknown or masked."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape):
