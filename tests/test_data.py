@@ -90,7 +90,7 @@ def test_epochs_and_seeds_differ_and_repeat(tmp_path: Path):
 
 
 def test_a_micro_step_may_end_one_epoch_and_begin_another(tmp_path: Path):
-    """So that only the very last windows of the order can be left over, fewer than one micro step."""
+    """So only the last windows of the whole order can be left over, fewer than one micro step takes."""
     documents = random_documents(4, 60)
     path, n = write_jsonl(tmp_path / "a.jsonl", documents), len(expected_windows(documents))
     one_by_one = ids_of(loader(options(path, epochs=3, batch_size=1)))
@@ -323,7 +323,7 @@ def test_cache_directory_can_be_chosen(tmp_path: Path):
 
 
 def build_and_hang(cache: Path, path: Path) -> None:
-    """In the sixth batch of texts."""
+    """Builds a token file and hangs in the sixth batch of texts."""
     datasets.config.HF_DATASETS_CACHE = cache
     encode, batches = encoding.Encoder.__call__, iter(range(10**9))
     encoding.Encoder.__call__ = lambda *a: encode(*a) if next(batches) < 5 else time.sleep(600)

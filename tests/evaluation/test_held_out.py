@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from distillation.losses import LossInputs, compute_distill_loss
 from evaluation import held_out
-from evaluation.held_out import HeldOutSums, read_windows
+from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
 from tests.faults.launch import ROOT
 from text.encoding import Encoder
 from text.sources import SourceFlags, TextSource
@@ -60,7 +60,7 @@ def test_fewer_windows_than_asked_for(tokenizer, caplog):
 
 
 def test_a_part_of_a_split(tokenizer):
-    """Which a stream does not have."""
+    """It is read from a table, because a stream has no parts."""
     windows = read_windows(source(split="train[50%:]", streaming=False), tokenizer, 2, 16)
     ids = Encoder(tokenizer)(documents()[round(0.5 * len(documents())) :])
     assert windows.flatten().tolist() == ids[:34].tolist()
@@ -101,7 +101,7 @@ def test_mistakes_name_the_option_that_was_given(tokenizer, tmp_path, monkeypatc
 
 
 def case(dtype=torch.float32, bias=False, signal="hidden"):
-    """2 x 11 tokens of a student with 40 entries and a teacher with 36, some labels in neither, some masked."""
+    """Returns 2 x 11 tokens of a student with 40 entries and a teacher with 36; some labels are unknown or masked."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape):
@@ -112,19 +112,19 @@ def case(dtype=torch.float32, bias=False, signal="hidden"):
     labels = torch.randint(0, 38, (2, 11), generator=generator)
     mask = torch.rand(2, 11, generator=generator) < 0.8
     teacher = {"hidden": (teacher_hidden, teacher_head), "logits": (teacher_hidden @ teacher_head.T, None)}
-    return hidden, head, random(40) if bias else None, *teacher.get(signal, (None, None)), labels, mask
+    student_bias, vocab = random(40) if bias else None, 36 if signal else 40
+    return LossInputs(hidden, head, student_bias, *teacher.get(signal, (None, None)), labels, mask, vocab)
 
 
-def logits_of(hidden, head, bias, teacher, teacher_head, labels, mask):
-    student = hidden.double() @ head.double().T + (0 if bias is None else bias.double())
-    if teacher is not None and teacher_head is not None:
-        teacher = teacher.double() @ teacher_head.double().T
-    return student, teacher
-
-
-def sums_of(*inputs):
-    *of_the_loss, temperature, chunk_tokens = inputs
-    return held_out.held_out_sums(LossInputs(*of_the_loss), temperature, chunk_tokens)
+def reference_loss(inputs, *weights):
+    """Returns total, KL and CE of the readable loss, and the student's and the teacher's logits, in float64."""
+    student = inputs.student_hidden.double() @ inputs.student_head.double().T
+    if inputs.student_bias is not None:
+        student += inputs.student_bias.double()
+    teacher = inputs.teacher
+    if inputs.teacher_head is not None:
+        teacher = teacher.double() @ inputs.teacher_head.double().T
+    return *compute_distill_loss(student, teacher, inputs.labels, inputs.loss_mask, *weights), student, teacher
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 22, 100])
@@ -132,19 +132,16 @@ def sums_of(*inputs):
 @pytest.mark.parametrize("signal,bias", [("hidden", False), ("hidden", True), ("logits", False), (None, True)])
 def test_figures_are_those_of_the_reference_loss(chunk_tokens, temperature, signal, bias):
     inputs = case(signal=signal, bias=bias)
-    vocab = 36 if signal else 40
-    figures = sums_of(*inputs, vocab, temperature, chunk_tokens).figures(0.7, 0.3)
-    student, teacher = logits_of(*inputs)
-    labels, mask = inputs[-2:]
-    total, kl, ce = compute_distill_loss(student, teacher, labels, mask, 0.7, 0.3, temperature)
+    figures = held_out_sums(inputs, temperature, chunk_tokens).figures(0.7, 0.3)
+    total, kl, ce, student, teacher = reference_loss(inputs, 0.7, 0.3, temperature)
     assert (figures["loss"], figures["ce"]) == pytest.approx((total.item(), ce.item()), rel=1e-5)
     assert figures["perplexity"] == pytest.approx(ce.exp().item(), rel=1e-5)
-    known = mask & (labels < vocab)
+    known = inputs.loss_mask & (inputs.labels < inputs.vocab)
     assert figures["tokens"] == known.sum()
     if teacher is None:
         assert figures.keys() == {"loss", "ce", "perplexity", "tokens"}
     else:
-        same = student[..., :vocab].argmax(-1) == teacher.argmax(-1)
+        same = student[..., : inputs.vocab].argmax(-1) == teacher.argmax(-1)
         assert figures["kl"] == pytest.approx(kl.item(), rel=1e-5)
         assert figures["agreement"] == pytest.approx(same[known].double().mean().item())
 
@@ -152,35 +149,34 @@ def test_figures_are_those_of_the_reference_loss(chunk_tokens, temperature, sign
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_not_rounded_to_sixteen_bits(dtype):
     inputs = case(dtype)
-    labels, mask = inputs[-2:]
-    _, kl, ce = compute_distill_loss(*logits_of(*inputs), labels, mask, 1.0, 1.0, 1.0)
-    figures = sums_of(*inputs, 36, 1.0, 5).figures(1.0, 1.0)
+    _, kl, ce, *_ = reference_loss(inputs, 1.0, 1.0, 1.0)
+    figures = held_out_sums(inputs, 1.0, 5).figures(1.0, 1.0)
     assert (figures["ce"], figures["kl"]) == pytest.approx((ce.item(), kl.item()), rel=1e-5)
 
 
 def test_a_model_agrees_with_itself():
-    hidden, head, _, _, _, labels, mask = case(torch.bfloat16)
-    figures = sums_of(hidden, head, None, hidden, head, labels, mask, 40, 2.0, 5).figures(1.0, 1.0)
+    inputs = case(torch.bfloat16)
+    inputs = inputs._replace(teacher=inputs.student_hidden, teacher_head=inputs.student_head, vocab=40)
+    figures = held_out_sums(inputs, 2.0, 5).figures(1.0, 1.0)
     assert figures["agreement"] == 1.0 and figures["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_sums_of_parts_add_up_and_masked_windows_count_nothing():
-    hidden, head, bias, teacher, teacher_head, labels, mask = case()
-    whole = sums_of(hidden, head, bias, teacher, teacher_head, labels, mask, 36, 1.0, 4)
-    first, second = (
-        sums_of(hidden[i], head, bias, teacher[i], teacher_head, labels[i], mask[i], 36, 1.0, 4) for i in (0, 1)
-    )
-    added = first + second
+    inputs = case()
+    whole = held_out_sums(inputs, 1.0, 4)
+    by_token = ("student_hidden", "teacher", "labels", "loss_mask")
+    parts = [inputs._replace(**{name: getattr(inputs, name)[i] for name in by_token}) for i in (0, 1)]
+    added = held_out_sums(parts[0], 1.0, 4) + held_out_sums(parts[1], 1.0, 4)
     assert added.values.dtype == torch.float64 and added.with_teacher
     torch.testing.assert_close(added.values, whole.values)
-    spoilt = hidden.masked_fill(~mask[..., None], float("nan"))
-    assert torch.equal(sums_of(spoilt, *case()[1:], 36, 1.0, 4).values, whole.values)
+    spoilt = inputs.student_hidden.masked_fill(~inputs.loss_mask[..., None], float("nan"))
+    assert torch.equal(held_out_sums(inputs._replace(student_hidden=spoilt), 1.0, 4).values, whole.values)
 
 
 def test_no_more_logits_than_a_chunk_exist(monkeypatch):
     made, real = [], held_out._logits
     monkeypatch.setattr(held_out, "_logits", lambda *args: made.append(real(*args)) or made[-1])
-    sums_of(*case(), 36, 1.0, 5)
+    held_out_sums(case(), 1.0, 5)
     assert {len(logits) for logits in made} == {5, 2}  # of 22 tokens
 
 

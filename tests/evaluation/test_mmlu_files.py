@@ -88,7 +88,7 @@ def test_a_snapshot_gives_the_rows_of_the_original_release(mmlu_dir, snapshot):
 
 
 def put_all_together(snapshot: Path, subjects: list) -> Path:
-    """As cais/mmlu's own configuration `all` has them; the folders by subject stay."""
+    """Adds a folder `all` with the rows of every subject, as cais/mmlu has; the folders by subject stay."""
     for split in ("dev", "test"):
         parts = [snapshot / s.name / f"{split}-00000-of-00001.parquet" for s in subjects]
         (snapshot / "all").mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_question(mmlu_dir):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path, mmlu_dir, snapshot):
-    """A stand-in for the hub: `datasets` is handed a local folder in the place of the name, and the cache is empty."""
+    """Stands in for the hub: `datasets` gets a local folder instead of the name, and the cache is empty."""
     card = ["---", "configs:", "- config_name: all", "  data_files:"]
     card += [line for split in ("dev", "test") for line in (f"  - split: {split}", f"    path: all/{split}-*")]
     put_all_together(snapshot, load_mmlu(mmlu_dir))

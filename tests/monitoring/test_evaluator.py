@@ -32,7 +32,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(TINY / "teacher")
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """The folder of all runs, played by one process."""
+    """Returns the folder of all runs, played by one process."""
     folder = tmp_path_factory.mktemp("evaluation")
     fresh.call(evaluator_runs.play, folder)
     return folder
@@ -44,7 +44,7 @@ def facts(stage, name):
 
 
 def evaluations(stage, name):
-    """The evaluated figures by step."""
+    """Returns the evaluated figures by step."""
     lines = (stage / name / "metrics.jsonl").read_text().splitlines()
     return {row["step"]: row["eval"] for row in map(json.loads, lines) if "eval" in row}
 
@@ -99,7 +99,7 @@ def test_a_signal_ends_an_evaluation_and_the_run(stage):
 
 
 def test_figures_are_those_of_a_plain_computation(stage):
-    """One process, the checkpoint's weights, the logits of all tokens at once."""
+    """In one process, from the checkpoint's weights, with the logits of all tokens at once."""
     found = evaluations(stage, "with")[6]
     student = LlambaForCausalLM.from_pretrained(stage / "with" / "checkpoint-6").eval()
     teacher = AutoModelForCausalLM.from_pretrained(stage / "teacher").eval()
@@ -171,14 +171,14 @@ def arguments(*more):
 
 @pytest.fixture
 def alone(no_torchrun):
-    """The one rank of a run."""
+    """Gives the one rank of a run."""
     with process_groups(torch.device("cpu")) as ranks:
         yield ranks
 
 
 @pytest.fixture
 def evaluator(alone):
-    """Without a teacher; its student is ruined."""
+    """Makes an evaluator without a teacher, and with a ruined student."""
     args = arguments("--kl_weight", "0", "--eval_mmlu_dir", str(TINY / "mmlu"), "--seq_length", "32", "--layers", "-1")
     student = tiny_student(vocab_size=1024)
     student.lm_head.weight.data.fill_(float("nan"))

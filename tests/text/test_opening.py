@@ -65,7 +65,7 @@ def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache_as_hub_dataset(tmp_path: Path, documents: list[str]) -> None:
-    """Leave in datasets' cache what a download of `someone/something` leaves there."""
+    """Leaves in the cache of `datasets` what a download of `someone/something` leaves there."""
     source = write_jsonl(tmp_path / "src" / "a.jsonl", documents)
     builder = datasets.load_dataset_builder("json", data_files=str(source))
     builder.download_and_prepare()

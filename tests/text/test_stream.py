@@ -28,7 +28,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch):
 
 
 def parts() -> list[list[str | None]]:
-    """Files of unequal length, one of them shorter than what is read at once."""
+    """Returns the rows of files of unequal length, one of them shorter than what is read at once."""
     cuts = [0, 100, 437, 700, N_ROWS]
     return [ROWS[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
 

@@ -120,7 +120,7 @@ def test_a_process_that_never_closes_a_stream_ends(tmp_path: Path):
 
 
 def test_streaming_ranks_do_not_agree_at_every_step(tmp_path: Path, monkeypatch):
-    """To agree is to wait for the slowest rank; they do it when one of them needs more text."""
+    """Agreeing means to wait for the slowest rank. Ranks do so only when one of them needs more text."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     agreements = []
     all_reduce = dist.all_reduce
@@ -132,7 +132,7 @@ def test_streaming_ranks_do_not_agree_at_every_step(tmp_path: Path, monkeypatch)
 
 
 def read_two_shares(folder: Path, path: Path, rank: int) -> list:
-    """Numbers of batches of three passes, and whether a share that fills no batch is an error."""
+    """Returns the numbers of batches in three passes, and checks that a share that fills no batch is an error."""
     datasets.config.HF_DATASETS_CACHE = folder / "hf"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     args = options(path, dataset_streaming=True)

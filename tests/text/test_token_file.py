@@ -119,7 +119,7 @@ def test_no_documents_give_no_windows(tmp_path: Path):
 
 
 def run_times() -> dict[str, int]:
-    """Of all threads of this process, in ns."""
+    """Returns how long each thread of this process has run, in ns."""
     times = {}
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # one may have ended meanwhile
@@ -128,7 +128,7 @@ def run_times() -> dict[str, int]:
 
 
 def busy_threads(folder: Path) -> int:
-    """Threads not of Python that have had a part in the packing of a file."""
+    """Returns how many threads, other than Python's, had a part in packing a file."""
     documents = random_documents(0, 20_000)
     write(folder / "first", documents[:100])
     list(DataLoader(range(4), num_workers=1))  # its worker is forked, behind the tokenizer's back
@@ -140,6 +140,6 @@ def busy_threads(folder: Path) -> int:
 
 
 def test_packing_keeps_the_tokenizers_threads_beside_forked_workers(tmp_path: Path):
-    """In a forked process the tokenizer has one thread, and says nothing of it. Packing has to stay out of those."""
+    """In a forked process the tokenizer silently has one thread, so packing must not happen there."""
     # of three, should a busy machine let one of them sleep
     assert fresh.call(busy_threads, tmp_path, RAYON_NUM_THREADS="3") >= 2
