@@ -194,7 +194,7 @@ def test_a_task_that_is_not_there_gets_the_nearest_names():
 
 
 def test_a_task_without_its_data_is_one_error(hub):
-    with pytest.raises(ValueError, match="--tasks arc_easy: its data is neither in the local cache"):
+    with pytest.raises(ValueError, match="--tasks arc_easy: its data is not in the local cache"):
         check_tasks(["arc_easy"], local_files_only=True)
 
 
