@@ -1,11 +1,11 @@
-"""One page of one or several training runs: how they stand, charts, layers against the teacher, scores, options and
-warnings. Several runs are laid over each other.
+"""Draws one page of one or several training runs: status, charts, layers against the teacher, scores, options and
+warnings. Several runs are drawn into the same charts.
 
     python report.py runs/llamba-8b
     python report.py runs/first runs/second --output comparison.html
 
-The page is a single file that needs no network. Its charts lie beside it as PNG too, named after it. Runs may be going
-on, or have died.
+The page is a single file that needs no network. Its charts are also written beside it as PNG files. A run may still be
+running, or have been killed.
 """
 
 import argparse
@@ -13,16 +13,12 @@ import sys
 from pathlib import Path
 
 from processes.exits import run_entry
-from report_page.charts import draw
-from report_page.page import make_page
-from report_page.run_data import read_runs
-from report_page.series import charts_of, span_of
 from utils import write_whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="One page, and PNGs, of one or several training runs.", allow_abbrev=False
+        description="Draw one page, and PNG files, of one or several training runs.", allow_abbrev=False
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="--output_dir of a training run")
     parser.add_argument(
@@ -32,11 +28,19 @@ def main() -> None:
         "report/comparison/index.html in the first)",
     )
     args = parser.parse_args()
-    print(write_report(args.run_dirs, args.output))
+    print(write_page(args.run_dirs, args.output))
 
 
-def write_report(run_dirs: list[Path], output: Path | None) -> Path:
-    """Makes all before any of it is written, and returns where the page is. Raises ValueError."""
+def write_page(run_dirs: list[Path], output: Path | None) -> Path:
+    """Draws page and charts, then writes all of them, and returns the page's path. Raises ValueError if a directory is
+    not a run's, or if the page cannot be written.
+    """
+    # Imported here: --help and a wrong option do not wait for matplotlib.
+    from report_page.charts import draw
+    from report_page.page import make_page
+    from report_page.run_data import read_runs
+    from report_page.series import charts_of, span_of
+
     runs = read_runs(run_dirs)
     if output is None:
         output = runs[0].folder / "report" / ("index.html" if len(runs) == 1 else "comparison/index.html")

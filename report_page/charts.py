@@ -1,4 +1,6 @@
-"""The pictures of a report: lines over optimizer steps, and heat maps of layers. A run has one colour in all."""
+"""Draws the pictures of a report: lines over optimizer steps, and heat maps of layers. A run has the same colour in
+all of them.
+"""
 
 import io
 import math
@@ -14,12 +16,12 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from report_page.series import Chart, Drawing, HeatMap, is_log, smooth, smoothing_width, thin
 
-CHANCE = 0.25  # of four answers
-ROUND = [1, 2, 2.5, 5, 10]  # what the ticks of an axis are multiples of
+CHANCE = 0.25  # accuracy of guessing one of four answers
+ROUND = [1, 2, 2.5, 5, 10]  # the ticks of an axis are multiples of these
 MOST_MAPS = 300  # columns of a heat map
-# Told apart on white and on black.
+# Distinguishable on white and on black.
 COLOURS = ("#2f7ed8", "#e8743b", "#1f9e77", "#b05cc6", "#d6405f", "#8a7a2f", "#27a3b8", "#7d8590")
-DASHES = ("-", "--", ":", "-.")  # when the colours are used up
+DASHES = ("-", "--", ":", "-.")  # the next one is taken when all colours are used
 INK, LINES = "#57606b", "#d9dee4"
 FONTS = "system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial"
 STYLE: dict[Any, Any] = {
@@ -29,7 +31,7 @@ STYLE: dict[Any, Any] = {
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": LINES, "grid.linewidth": 0.6, "axes.axisbelow": True},
     **{"ytick.minor.size": 0, "xtick.major.size": 3, "svg.fonttype": "none", "svg.hashsalt": "report"},
 }
-LEAST_SHARE = 0.05  # at the top of an axis of shares: what is below does not matter, and shall look so
+LEAST_SHARE = 0.05  # least top of an axis of shares, so that shares too small to matter look small
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 4.8, 2.7, 0.62, 0.14, 0.46, 0.1  # inches
@@ -40,8 +42,8 @@ def colour_of(i: int) -> str:
 
 
 def draw(drawing: Drawing, names: Sequence[str], span: tuple[float, float], kind: str) -> bytes:
-    """kind: "svg", bare and in the colours of the page around it, light or dark; "png", with title and legend. span:
-    first and last step, so that all charts of a page have the same.
+    """Returns a picture in a file format. kind: "svg" has no title and takes the colours of the page around it, light
+    or dark; "png" has title and legend. span: first and last step of the axis, the same for all charts of a page.
     """
     is_file = kind == "png"
     rows = math.ceil(len(names) / 3) if is_file and len(names) > 1 and isinstance(drawing, Chart) else 0

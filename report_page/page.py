@@ -1,5 +1,5 @@
-"""The page of a report: what stands in it and in which order. One file that needs nothing else, has no scripts and may
-load nothing; what comes from a run is escaped.
+"""Writes the HTML of a report: what it contains and in which order. The page is one file, has no scripts and is not
+allowed to load anything. Everything that comes from a run is escaped.
 """
 
 import base64
@@ -12,21 +12,29 @@ from report_page.charts import colour_of, dash_of
 from report_page.run_data import Run, Score, Series
 from report_page.series import Drawing, HeatMap, smoothing_width
 from report_page.style import CSS
-from report_page.tables import Table, facts_of, measure_table, option_tables, score_table, summary_table, warning_table
+from report_page.tables import (
+    Table,
+    accuracy_table,
+    facts_of,
+    measure_table,
+    option_tables,
+    summary_table,
+    warning_table,
+)
 
 
 def make_page(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> str:
-    """pictures: SVG, one of each drawing."""
+    """Returns the HTML. pictures: one SVG per drawing."""
     title = " · ".join(run.name for run in runs)
     body = [
         _header(runs),
         *(_note(text) for run in runs for text in _remarks(run)),
         _section("Summary", _summary(runs)),
         *_charts(runs, drawings, pictures),
-        _section("Scores", _table(score_table(runs)) + _table(measure_table(runs))),
+        _section("Scores", _table(accuracy_table(runs)) + _table(measure_table(runs))),
         _section("Options", _options(runs)),
         _section("Warnings", _table(warning_table(runs), "texts")),
-        "<footer>Made by report.py from metrics.jsonl and what stands beside it.</footer>",
+        "<footer>Made by report.py from metrics.jsonl and the files beside it.</footer>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -55,23 +63,23 @@ def _pill(run: Run) -> str:
 
 
 def _swatch(i: int) -> str:
-    """A stroke of the line that the run has in the charts."""
+    """Returns a stroke in the colour and dash of the run's lines in the charts, as SVG."""
     dash = {"--": ' stroke-dasharray="5 3"', ":": ' stroke-dasharray="2 3"', "-.": ' stroke-dasharray="6 2 2 2"'}
     line = f'<line x1="0" y1="5" x2="18" y2="5" stroke="{colour_of(i)}" stroke-width="3"{dash.get(dash_of(i), "")}/>'
     return f'<svg class="swatch" width="18" height="10" aria-hidden="true">{line}</svg>'
 
 
 def _remarks(run: Run) -> list[str]:
-    """What whoever reads the numbers has to know."""
+    """Returns what a reader has to know before trusting the numbers, in sentences."""
     found = []
     if run.status.get("status") == "running":
-        found.append("has not told that it ended: it is going on, or has died")
+        found.append("has not reported its end: it is still running, or was killed")
     if run.is_cut:
-        found.append("the last line of metrics.jsonl is cut short, as a crash leaves it, and left out")
+        found.append("the last line of metrics.jsonl is left out: it is cut short, as a crash leaves it")
     if run.damaged:
-        found.append(f"{run.damaged} lines of metrics.jsonl cannot be read, and are left out")
+        found.append(f"{run.damaged} lines of metrics.jsonl are left out: they cannot be read")
     if run.abandoned:
-        found.append(f"{run.abandoned} rows were computed again after the run had stopped; the first ones are left out")
+        found.append(f"{run.abandoned} rows were computed again after a resume; the earlier ones are left out")
     return [f"{run.name}: {text}." for text in found]
 
 
@@ -82,7 +90,7 @@ def _note(text: str) -> str:
 def _summary(runs: Sequence[Run]) -> str:
     widths = sorted({width for run in runs if (width := smoothing_width(len(run.step))) > 1})
     steps = " or ".join(f"{width:,}" for width in widths)
-    text = f"Losses here, and thick lines below, are running medians of {steps} steps. Thin lines are every step."
+    text = f"Losses here, and thick lines below, are running medians of {steps} steps. Thin lines show every step."
     note = f'\n<p class="note">{text}</p>' if widths else ""
     if len(runs) > 1:
         return _table(summary_table(runs)) + note
@@ -93,7 +101,7 @@ def _summary(runs: Sequence[Run]) -> str:
 def _options(runs: Sequence[Run]) -> str:
     parts = []
     for title, table in option_tables(runs).items():
-        shown = _table(table) if len(table) > 1 else '<p class="note">Nowhere.</p>'
+        shown = _table(table) if len(table) > 1 else '<p class="note">None.</p>'
         is_long = title.startswith("All")
         parts.append(
             f"<details><summary>{title}</summary>{shown}</details>" if is_long else f"<h3>{title}</h3>\n{shown}"
@@ -135,16 +143,18 @@ def _figure_of(drawing: Drawing, picture: bytes, runs: Sequence[Run]) -> str:
     source = f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
     return (
         f"<figure><figcaption>{escape(drawing.title)}{unit}</figcaption>"
-        f'<img src="{source}" alt="{escape(describe(drawing, runs))}" width="480" height="270">{note}</figure>'
+        f'<img src="{source}" alt="{escape(alt_text(drawing, runs))}" width="480" height="270">{note}</figure>'
     )
 
 
-def describe(drawing: Drawing, runs: Sequence[Run]) -> str:
-    """The chart in words."""
+def alt_text(drawing: Drawing, runs: Sequence[Run]) -> str:
+    """Describes a drawing in words, for readers who cannot see it."""
     if isinstance(drawing, HeatMap):
         layers, n = drawing.layers.error.shape
         last = drawing.layers.error[:, -1]
-        worst = f"; at the end layer {np.nanargmax(last)} is furthest off" if np.isfinite(last).any() else ""
+        worst = (
+            f"; at the end layer {np.nanargmax(last)} is furthest from the teacher" if np.isfinite(last).any() else ""
+        )
         return f"Heat map: {drawing.title} ({drawing.unit}), {layers} layers at {n} steps{worst}."
     lines = [
         f"{runs[i].name} {_course(found)}" for i, found in drawing.series.items() if np.isfinite(found.value).any()

@@ -1,6 +1,5 @@
-"""What a run directory tells: the rows of metrics.jsonl as columns, how the run stands, its options, its warnings and
-the scores of its evaluations. metrics.jsonl has to be there; all else may be missing, cut short or damaged, as a crash
-leaves it, and is then left out.
+"""Reads the directory of a run: the rows of metrics.jsonl, status, options, warnings and scores. metrics.jsonl is
+required. All other files may be missing, cut short or damaged, as a crash leaves them, and are then left out.
 """
 
 import json
@@ -15,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-# Of every row. Those that stand in some rows only are Run.sometimes.
+# The fields of every row. Those that only some rows have are in Run.sometimes.
 FIELDS = (
     *("micro_step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"),
     *("teacher_wait_s", "data_wait_s", "skipped_updates", "mfu", "memory_gb"),
@@ -25,28 +24,32 @@ HELD_OUT = {"perplexity": "perplexity", "kl": "KL", "agreement": "agreement"}
 
 
 class Series(NamedTuple):
-    step: NDArray
-    value: NDArray  # NaN where there is none
+    """Holds one value per optimizer step."""
+
+    step: NDArray  # (n,)
+    value: NDArray  # (n,); NaN where a row has none
 
 
-class LayerMap(NamedTuple):
+class LayerErrors(NamedTuple):
+    """Holds the layer maps of a run: how far each layer is from the teacher's."""
+
     step: NDArray  # (maps,)
     error: NDArray  # (layers, maps)
 
 
 class Score(NamedTuple):
-    """Accuracy of a model on MMLU, from a file that eval_mmlu_hybrid.py wrote."""
+    """Holds a model's accuracy on MMLU, from a file that eval_mmlu_hybrid.py wrote."""
 
     file: str
     model: str
     acc: float
     stderr: float
-    n: int
-    step: float | None  # of the run's checkpoint that was scored
+    n: int  # questions
+    step: float | None  # optimizer step, if the model is a checkpoint of this run
 
 
 class Measure(NamedTuple):
-    """Anything else that such a file tells of a model."""
+    """Holds any other result of such a file: held-out text, retrieval or a task."""
 
     file: str
     model: str
@@ -55,10 +58,10 @@ class Measure(NamedTuple):
     step: float | None
 
 
-class Warned(NamedTuple):
-    """A warning and those that differ from it in numbers alone."""
+class RepeatedWarning(NamedTuple):
+    """Counts a warning and those that differ from it in numbers alone."""
 
-    text: str  # of the first
+    text: str  # of the first one
     times: int
     ranks: tuple[int, ...]
     first: float  # seconds since the epoch
@@ -67,19 +70,21 @@ class Warned(NamedTuple):
 
 @dataclass
 class Run:
+    """Holds all that the page shows of a run."""
+
     folder: Path
     name: str
     step: NDArray
     columns: dict[str, NDArray]  # by FIELDS
     sometimes: dict[str, dict[str, Series]]  # "eval" and "update_health", by their keys
-    layer_maps: dict[str, LayerMap]  # by MAPS, those that there are
-    is_cut: bool  # whether the last line of metrics.jsonl is not whole
-    damaged: int  # lines before it that are no rows
-    abandoned: int  # rows that were computed again
-    written: float  # when the last row was, in seconds since the epoch
+    layer_maps: dict[str, LayerErrors]  # by those of MAPS that the run has
+    is_cut: bool  # whether the last line of metrics.jsonl is cut short
+    damaged: int  # lines before it that are not rows
+    abandoned: int  # rows that were computed again after a resume
+    written: float  # when the last row was written, in seconds since the epoch
     status: dict[str, Any]
-    options: dict[str, Any]  # none where they are not recorded
-    warnings: list[Warned]
+    options: dict[str, Any]  # empty if they are not recorded
+    warnings: list[RepeatedWarning]
     scores: list[Score]
     measures: list[Measure]
 
@@ -88,22 +93,23 @@ class Run:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Each directory once. Raises ValueError for what is no run directory."""
+    """Returns one run per directory; a directory named twice counts once. Raises ValueError if one is not a run's."""
     unique = list(dict.fromkeys(folder.resolve() for folder in folders))
     return [read_run(folder, name) for folder, name in zip(unique, distinct_names(unique), strict=True)]
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
-    """Of different directories: their own names, with as many of those above them as it takes to tell them apart."""
+    """Returns the directories' own names, preceded by as many parent directories as make all names distinct."""
     names = [folder.name or str(folder) for folder in folders]
     n = 1
     while len(set(names)) < len(names):
         n += 1
         names = ["/".join(folder.parts[-n:]) for folder in folders]
-    return [name.encode(errors="replace").decode() for name in names]  # of bytes that are no text
+    return [name.encode(errors="replace").decode() for name in names]  # a file name may hold bytes that are not UTF-8
 
 
 def read_run(folder: Path, name: str) -> Run:
+    """Reads a run's directory. Raises ValueError if it has no metrics.jsonl, or no row in it."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         missing = "no metrics.jsonl in it" if folder.is_dir() else "no such directory"
@@ -112,7 +118,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not rows:
         raise ValueError(f"RUN_DIR {folder}: metrics.jsonl has no row yet; come back after the first optimizer step")
     step = np.array([row["step"] for row in rows], dtype=float)
-    columns = {field: np.array([number(row.get(field)) for row in rows]) for field in FIELDS}
+    columns = {field: np.array([finite_or_nan(row.get(field)) for row in rows]) for field in FIELDS}
     step_at = dict(zip(columns["micro_step"], step, strict=True))
     abandoned = folder / "metrics.abandoned.jsonl"
     return Run(
@@ -121,7 +127,7 @@ def read_run(folder: Path, name: str) -> Run:
         step=step,
         columns=columns,
         sometimes={field: _inner_series(rows, field) for field in ("eval", "update_health")},
-        layer_maps={kind: found for kind in MAPS if (found := _layer_map(rows, kind))},
+        layer_maps={kind: found for kind in MAPS if (found := _layer_errors(rows, kind))},
         is_cut=is_cut,
         damaged=damaged,
         abandoned=len(abandoned.read_bytes().splitlines()) if abandoned.is_file() else 0,
@@ -135,24 +141,24 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_rows(file: Path) -> tuple[list[dict[str, Any]], bool, int]:
-    """The rows by rising step, whether the last line is not whole, and how many other lines are no rows."""
+    """Returns the rows by rising step, whether the last line is cut short, and how many other lines are not rows."""
     *lines, last = file.read_bytes().split(b"\n")
-    found = [_row(line) for line in [*lines, last] if line.strip()]
+    found = [_parse_row(line) for line in [*lines, last] if line.strip()]
     is_cut = bool(last.strip()) and found[-1] is None
-    by_step = {row["step"]: row for row in found if row is not None}  # of a step that stands twice, what came last
+    by_step = {row["step"]: row for row in found if row is not None}  # the last row of a step counts
     return [by_step[step] for step in sorted(by_step)], is_cut, found.count(None) - is_cut
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and math.isfinite(number(row.get("step"))) else None
+    return row if isinstance(row, dict) and math.isfinite(finite_or_nan(row.get("step"))) else None
 
 
-def number(value: Any) -> float:
-    """NaN for null, for infinity, for what is no number and for what is too large for one."""
+def finite_or_nan(value: Any) -> float:
+    """Returns a number as it is, and NaN for null, infinity, anything else, and integers too large for a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     try:
@@ -166,29 +172,29 @@ def _inner_series(rows: list[dict[str, Any]], field: str) -> dict[str, Series]:
     for row in rows:
         if isinstance(row.get(field), dict):
             for key, value in row[field].items():
-                points.setdefault(key, []).append((row["step"], number(value)))
+                points.setdefault(key, []).append((row["step"], finite_or_nan(value)))
     return {key: Series(*np.array(pairs, dtype=float).T) for key, pairs in points.items()}
 
 
-def _layer_map(rows: list[dict[str, Any]], kind: str) -> LayerMap | None:
+def _layer_errors(rows: list[dict[str, Any]], kind: str) -> LayerErrors | None:
     maps = [(row["step"], row["layer_map"][kind]) for row in rows if _has_map(row.get("layer_map"), kind)]
     if not maps:
         return None
     error = np.full((max(len(column) for _, column in maps), len(maps)), math.nan)
     for i, (_, column) in enumerate(maps):
-        error[: len(column), i] = [number(value) for value in column]
-    return LayerMap(np.array([step for step, _ in maps], dtype=float), error)
+        error[: len(column), i] = [finite_or_nan(value) for value in column]
+    return LayerErrors(np.array([step for step, _ in maps], dtype=float), error)
 
 
 def _has_map(found: Any, kind: str) -> bool:
     return isinstance(found, dict) and isinstance(found.get(kind), list) and bool(found[kind])
 
 
-# Beside metrics.jsonl
+# The files beside metrics.jsonl
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """From args.yaml, or as the newest checkpoint has them."""
+    """Returns the options in args.yaml, else those of the newest checkpoint that has any, else none."""
     try:
         options = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -207,8 +213,8 @@ def _micro_step(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_warnings(file: Path) -> list[Warned]:
-    """Those that differ in numbers alone are one, in the order in which the first of each came."""
+def read_warnings(file: Path) -> list[RepeatedWarning]:
+    """Returns the warnings in their order. Those that differ in numbers alone are counted as one."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
@@ -219,33 +225,36 @@ def read_warnings(file: Path) -> list[Warned]:
             alike.setdefault(re.sub(r"\d+", "0", warning["text"]), []).append(warning)
     found = []
     for warnings in alike.values():
-        times = [number(warning.get("time")) for warning in warnings]
+        times = [finite_or_nan(warning.get("time")) for warning in warnings]
         ranks = sorted({warning["rank"] for warning in warnings if isinstance(warning.get("rank"), int)})
-        found.append(Warned(warnings[0]["text"], len(warnings), tuple(ranks), min(times), max(times)))
+        found.append(RepeatedWarning(warnings[0]["text"], len(warnings), tuple(ranks), min(times), max(times)))
     return found
 
 
 def read_scores(folder: Path, step_at: dict[float, float]) -> list[Score]:
-    """Of all results of evaluations in the directory. step_at: optimizer step by micro step."""
+    """Returns the MMLU scores of all evaluations in the directory. step_at: optimizer step by micro step."""
     found = []
     for file, model, result in _results_in(folder):
-        if not math.isnan(acc := number(result.get("acc"))):
-            n, step = result.get("n"), _step_of_checkpoint(result.get("config"), folder, step_at)
-            found.append(Score(file, model, acc, number(result.get("stderr")), n if isinstance(n, int) else 0, step))
+        if not math.isnan(acc := finite_or_nan(result.get("acc"))):
+            n, stderr = result.get("n"), finite_or_nan(result.get("stderr"))
+            step = _step_of_checkpoint(result.get("config"), folder, step_at)
+            found.append(Score(file, model, acc, stderr, n if isinstance(n, int) else 0, step))
     return found
 
 
 def read_measures(folder: Path, step_at: dict[float, float]) -> list[Measure]:
+    """Returns the other results of all evaluations in the directory. step_at: optimizer step by micro step."""
     found = []
     for file, model, result in _results_in(folder):
         step = _step_of_checkpoint(result.get("config"), folder, step_at)
-        named = ((name, number(value)) for name, value in _measures(result))
-        found += [Measure(file, model, name, value, step) for name, value in named if not math.isnan(value)]
+        for name, value in _values_beside_mmlu(result):
+            if not math.isnan(value := finite_or_nan(value)):
+                found.append(Measure(file, model, name, value, step))
     return found
 
 
-def _measures(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of each task the first of its metrics, which the task's authors name first."""
+def _values_beside_mmlu(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields name and value. A task has only its first metric, the one that the task's authors list first."""
     for key, name in HELD_OUT.items():
         yield f"held-out {name}", _dict(result.get("held_out")).get(key)
     cells = result.get("retrieval")
@@ -258,7 +267,7 @@ def _measures(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _results_in(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """File name, model and what was measured."""
+    """Yields file name, model and the model's result."""
     for file in sorted(folder.glob("*.json")):
         content = _dict_in(file)
         config = content.get("config")
@@ -268,7 +277,7 @@ def _results_in(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _step_of_checkpoint(config: Any, folder: Path, step_at: dict[float, float]) -> float | None:
-    """None for a model that is no checkpoint of this run. The directory may have been moved, but not renamed."""
+    """Returns the optimizer step of a scored checkpoint; None if it is not of a run in a directory of this name."""
     if not isinstance(config, dict) or not isinstance(config.get("ckpt"), str):
         return None
     checkpoint = Path(config["ckpt"])
@@ -279,7 +288,7 @@ def _step_of_checkpoint(config: Any, folder: Path, step_at: dict[float, float]) 
 
 
 def _dict_in(file: Path) -> dict[str, Any]:
-    """Empty if the file is not there, or holds something else."""
+    """Returns the object in a JSON file; an empty one if the file is missing or holds something else."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
-"""Which charts there are of some runs and what each of them shows; and what is left of long series for the eye: the
-extremes, and a running median. A chart that would show nothing is left out.
+"""Chooses the charts of some runs and what each shows, and shortens long series for drawing: to their extremes, and to
+a running median. A chart that would show nothing is left out.
 """
 
 import math
@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from report_page.run_data import MAPS, LayerMap, Run, Score, Series
+from report_page.run_data import MAPS, LayerErrors, Run, Score, Series
 
-BUCKETS = 400  # a chart is about as many pixels wide
-PLACES = 300  # of a smoothed curve
-FEWEST_TO_SMOOTH = 30
-LOG_FROM = 30  # times the smallest value that the largest is
+BUCKETS = 400  # stretches of a thinned series; a chart is about as many pixels wide
+PLACES = 300  # points of a smoothed curve
+FEWEST_TO_SMOOTH = 30  # rows
+LOG_FROM = 30  # an axis is logarithmic if its largest value is so many times its smallest
 
 
 @dataclass
 class Chart:
-    """Lines over optimizer steps, one a run."""
+    """Shows lines over optimizer steps, one per run."""
 
     section: str
-    key: str  # for the name of its file
+    key: str  # names its file
     title: str
     unit: str
-    series: dict[int, Series]  # by the run's place
-    dense: bool = False  # a value a step: thinned out
+    series: dict[int, Series]  # by the run's index
+    dense: bool = False  # one value per step, so that long runs are thinned
     smooth: bool = False
     percent: bool = False
     from_zero: bool = False
@@ -37,13 +37,13 @@ class Chart:
 
 @dataclass
 class HeatMap:
-    """Layers over optimizer steps, of one run. The scale is that of all heat maps."""
+    """Shows the errors of one run's layers over optimizer steps. All heat maps of a page share their scale."""
 
     section: str
     key: str
     title: str
     unit: str
-    layers: LayerMap
+    layers: LayerErrors
     marked: list[int]
     scale: tuple[float, float]
     note: str = ""
@@ -53,12 +53,13 @@ Drawing = Chart | HeatMap
 
 
 def charts_of(runs: Sequence[Run]) -> list[Drawing]:
+    """Returns the line charts that show anything, then the heat maps."""
     found = [chart for chart in _line_charts(runs) if chart.scores or any(map(_shows, chart.series.values()))]
     return [*found, *_heat_maps(runs)]
 
 
 def _shows(series: Series) -> bool:
-    """Whether there is anything but zeros."""
+    """Says whether there is anything but zeros."""
     return bool(np.any(np.isfinite(series.value) & (series.value != 0)))
 
 
@@ -111,7 +112,7 @@ def _line_charts(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def share_of_time(run: Run, name: str) -> NDArray:
-    """A column in seconds, by the time of its step."""
+    """Returns a column in seconds as a share of each step's time: (n,), NaN where the time is not known."""
     time = run.columns["step_time_s"]
     return np.divide(run.columns[name], time, out=np.full_like(time, np.nan), where=time > 0)
 
@@ -122,7 +123,8 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
     errors = errors[np.isfinite(errors)]
     if not errors.size:
         return
-    # Layers that are the teacher's own have no error, which no logarithm shows: they get the lowest colour.
+    # A layer taken over from the teacher has an error of 0, which a logarithmic scale cannot show: it gets the lowest
+    # colour.
     high, positive = errors.max(), errors[errors > 0]
     scale = (max(positive.min(), high / 1000), high) if is_log(positive) else (0.0, high)
     titles = {"own": "Each layer alone", "stream": "All layers up to this one"}
@@ -144,8 +146,8 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
 
 
 def thin(series: Series, buckets: int = BUCKETS) -> Series:
-    """At most two points of each of so many stretches: its lowest and its highest. A stretch without a value keeps one
-    point, for a gap in the line.
+    """Splits a long series into `buckets` stretches and keeps the lowest and the highest point of each. A stretch
+    without values keeps one point, which leaves a gap in the line.
     """
     if len(series.step) <= 2 * buckets:
         return series
@@ -162,13 +164,13 @@ def thin(series: Series, buckets: int = BUCKETS) -> Series:
 
 
 def smoothing_width(n: int) -> int:
-    """Steps of the running median for so many rows; 1 where it would tell nothing."""
+    """Returns the window of the running median for `n` rows, in steps; 1 for too few rows to smooth."""
     return 1 if n < FEWEST_TO_SMOOTH else max(9, n // 100 * 2 + 1)
 
 
 def smooth(series: Series, places: int = PLACES) -> Series:
-    """The running median, at so many places at most, the last one among them: other than a mean, it does not make a
-    plateau of a spike.
+    """Returns the running median at up to `places` steps, the last one included. Unlike a running mean, a median does
+    not widen a spike into a plateau.
     """
     n = len(series.step)
     half = smoothing_width(n) // 2
@@ -181,13 +183,15 @@ def smooth(series: Series, places: int = PLACES) -> Series:
 
 
 def is_log(values: NDArray) -> bool:
-    """Whether a logarithmic axis shows more: all positive, and far apart."""
+    """Says whether to draw values on a logarithmic axis: they are all positive and far apart."""
     values = values[np.isfinite(values)]
     return bool(values.size and values.min() > 0 and values.max() >= LOG_FROM * values.min())
 
 
 def span_of(runs: Sequence[Run]) -> tuple[float, float]:
-    """First and last step of all charts; the first is 0 unless much is missing before it."""
+    """Returns the first and the last step of all charts. The first is 0 unless more than 5% of the steps are missing
+    before the first row.
+    """
     first, last = min(run.step[0] for run in runs), max(run.step[-1] for run in runs)
     has_start = any(score.step == 0 for run in runs for score in run.scores)
     return (0.0 if has_start or first <= 0.05 * last else float(first)), float(last)

@@ -1,4 +1,4 @@
-"""The numbers and tables of a report as text: summaries, scores, options and warnings of runs."""
+"""Writes the numbers of a report as text: summary, scores, options and warnings of runs."""
 
 import dataclasses
 import math
@@ -11,30 +11,30 @@ from numpy.typing import NDArray
 
 from arguments import TrainArguments
 from inputs.options import preset_values
-from report_page.run_data import Run, number
+from report_page.run_data import Run, finite_or_nan
 from report_page.series import share_of_time, smooth
 from utils import format_duration
 
-Table = list[list[str]]  # rows of cells, the first one its head
-MOST_WARNINGS = 50  # of a run
+Table = list[list[str]]  # rows of cells, the first one is the head; no rows if there is nothing to show
+MOST_WARNINGS = 50  # per run
 NONE = "–"
-DIRECTORY = "output_dir"  # tells a run from others, but not what it computes
+DIRECTORY = "output_dir"  # differs between any two runs, and does not change what they compute
 EVALUATED = {"ce": "CE", "kl": "KL", "perplexity": "perplexity", "agreement": "agreement", "mmlu": "MMLU"}
 
 
 def facts_of(run: Run) -> dict[str, str]:
-    """The summary, by label; what a run does not tell is not in it. Losses are those of the curves that are drawn."""
+    """Returns the summary by label, without what the run has no record of. Losses are those of the smoothed curves."""
     columns, found = run.columns, {}
     if "text" in run.status:
         found["Ended"] = str(run.status["text"])
-    found["Started"] = _moment(number(run.status.get("launched")))
+    found["Started"] = _moment(finite_or_nan(run.status.get("launched")))
     found["Last row"] = _moment(run.written)
     found["Optimizer steps"] = f"{run.step[-1]:,.0f}"
     if isinstance(most := run.options.get("max_steps"), int):
         found["Optimizer steps"] += f" (--max_steps {most:,})"
     found["Tokens"] = _figure(_last(columns["tokens"]), "{:,.0f}")
     a_step = _median(np.diff(columns["tokens"]) / np.diff(run.step))
-    found["Tokens"] += _figure(a_step, " ({:,.0f} a step)") if math.isfinite(a_step) else ""
+    found["Tokens"] += _figure(a_step, " ({:,.0f} per step)") if math.isfinite(a_step) else ""
     time = np.nansum(columns["step_time_s"])
     found["Time of steps"] = format_duration(time) if time else NONE
     for field, label in {"loss": "Loss", "ce": "CE", "kl": "KL"}.items():
@@ -85,29 +85,29 @@ def _moment(seconds: float) -> str:
         return NONE
     try:
         return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    except (OverflowError, ValueError, OSError):  # of no year that there is
+    except (OverflowError, ValueError, OSError):  # outside the years of a datetime
         return NONE
 
 
-# Tables, the first row of each its head; empty where there is nothing to tell
+# Tables
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """A column for each run."""
+    """Returns the summaries side by side, one column per run."""
     facts = [facts_of(run) for run in runs]
     labels = dict.fromkeys(label for found in facts for label in found)
     rows = [[label, *(found.get(label, NONE) for found in facts)] for label in labels]
     return [["", *(run.name for run in runs)], ["Directory", *(str(run.folder) for run in runs)], *rows]
 
 
-def score_table(runs: Sequence[Run]) -> Table:
+def accuracy_table(runs: Sequence[Run]) -> Table:
     table = [["run", "model", "MMLU accuracy ± stderr", "questions", "step", "file"]]
     for run in runs:
         for score in run.scores:
             error = "" if math.isnan(score.stderr) else f" ± {score.stderr:.4f}"
             step = _figure(math.nan if score.step is None else score.step, "{:,.0f}")
             table.append([run.name, score.model, f"{score.acc:.4f}{error}", f"{score.n:,}", step, score.file])
-    return _for_so_many(runs, table)
+    return _trimmed(runs, table)
 
 
 def measure_table(runs: Sequence[Run]) -> Table:
@@ -116,7 +116,7 @@ def measure_table(runs: Sequence[Run]) -> Table:
         for found in run.measures:
             step = _figure(math.nan if found.step is None else found.step, "{:,.0f}")
             table.append([run.name, found.model, found.name, f"{found.value:.4f}", step, found.file])
-    return _for_so_many(runs, table)
+    return _trimmed(runs, table)
 
 
 def warning_table(runs: Sequence[Run]) -> Table:
@@ -130,18 +130,20 @@ def warning_table(runs: Sequence[Run]) -> Table:
         if len(run.warnings) > MOST_WARNINGS:
             more = f"and {len(run.warnings) - MOST_WARNINGS} more kinds, in warnings.jsonl"
             table.append([run.name, more, NONE, NONE, NONE, NONE])
-    return _for_so_many(runs, table)
+    return _trimmed(runs, table)
 
 
-def _for_so_many(runs: Sequence[Run], table: Table) -> Table:
-    """Without the column that names the run if there is one run, and without a head that nothing follows."""
+def _trimmed(runs: Sequence[Run], table: Table) -> Table:
+    """Returns the table without the runs' names if there is only one run, and nothing if it has no row but its head."""
     if len(table) == 1:
         return []
     return [row[1:] for row in table] if len(runs) == 1 else table
 
 
 def option_tables(runs: Sequence[Run]) -> dict[str, Table]:
-    """By title: where runs differ from each other, where from the defaults, and all. None if nothing is recorded."""
+    """Returns tables by title: options in which the runs differ, options changed from their defaults, and all options.
+    Returns none if no run has its options recorded.
+    """
     names = list(dict.fromkeys(name for run in runs for name in run.options))
     if not names:
         return {}
@@ -150,19 +152,19 @@ def option_tables(runs: Sequence[Run]) -> dict[str, Table]:
     tables: dict[str, Table] = {}
     if len(runs) > 1:
         differing = [row for name, row in rows.items() if len(set(row[1:])) > 1 and name != DIRECTORY]
-        tables["Where the runs differ"] = [head, *differing]
+        tables["Different between the runs"] = [head, *differing]
     defaults = [defaults_of(run.options) for run in runs]
     pairs = [(run.options, usual) for run, usual in zip(runs, defaults, strict=True) if run.options]
     changed = [name for name in names if any(_value(own, name) != _value(usual, name) for own, usual in pairs)]
     usually = {name: " / ".join(dict.fromkeys(_value(usual, name) for usual in defaults)) for name in names}
     special = [[*rows[name], usually[name]] for name in changed if name != DIRECTORY]
-    tables["Changed from the defaults, or the preset's"] = [[*head, "default"], *special]
+    tables["Changed from the defaults and the preset"] = [[*head, "default"], *special]
     tables[f"All {len(names)} options"] = [head, *rows.values()]
     return tables
 
 
 def defaults_of(options: dict[str, Any]) -> dict[str, Any]:
-    """What they would be if none was given but the preset."""
+    """Returns the values of all options of training if only the preset of `options` were given."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(TrainArguments):
         if field.default_factory is not dataclasses.MISSING:
@@ -172,7 +174,7 @@ def defaults_of(options: dict[str, Any]) -> dict[str, Any]:
     preset = str(options.get("preset", TrainArguments.preset))
     try:
         return {**values, **preset_values(preset, TrainArguments, "train"), "preset": preset}
-    except ValueError:  # of a version with other presets
+    except ValueError:  # the run was made by a version with other presets
         return values
 
 
