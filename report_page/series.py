@@ -128,7 +128,10 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
     high, positive = errors.max(), errors[errors > 0]
     scale = (max(positive.min(), high / 1000), high) if is_log(positive) else (0.0, high)
     titles = {"own": "Each layer alone", "stream": "All layers up to this one"}
-    units = {"own": "error by what the teacher's layer adds", "stream": "distance by the teacher's length"}
+    units = {
+        "own": "error relative to what the teacher's layer adds",
+        "stream": "distance relative to the teacher's norm",
+    }
     for i, run in enumerate(runs):
         layers = run.options.get("layers")
         marked = [layer for layer in layers if isinstance(layer, int)] if isinstance(layers, list) else []

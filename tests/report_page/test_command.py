@@ -9,7 +9,7 @@ import pytest
 
 import report
 from processes.exits import run_entry
-from tests.report_page.run_folders import build, full_run, row_of
+from tests.report_page.run_folders import build, row_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, cap
 def test_a_page_is_drawn_without_torch(tmp_path):
     """In a process of its own: torch and transformers take seconds to import."""
     program = "import json, sys, report; report.main(); print(json.dumps(sorted(sys.modules)))"
-    command = [sys.executable, "-c", program, str(full_run(tmp_path))]
+    command = [sys.executable, "-c", program, str(build(tmp_path / "run", [row_of(1)]))]
     page, modules = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert Path(page).is_file()
     assert not {"torch", "transformers", "datasets", "llamba"} & set(json.loads(modules))

@@ -18,7 +18,7 @@ from report_page.charts import colour_of
 from report_page.page import make_page
 from report_page.run_data import read_run
 from report_page.tables import facts_of
-from tests.report_page.run_folders import NASTY, build, keys, row_of
+from tests.report_page.run_folders import NASTY, build, full_run, keys, row_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -60,6 +60,22 @@ class Parsed(HTMLParser):
         return {image["alt"]: base64.b64decode(image["src"].removeprefix(prefix)) for image in found}
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run that has everything, with its report."""
+    run = full_run(tmp_path_factory.mktemp("one"))
+    return run, write_page([run], None)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Runs of one name; of the second nothing but its rows is there."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [full_run(folder / "a"), build(folder / "b" / "full", [row_of(step) for step in range(1, 6)])]
+    (runs[1] / "status.json").unlink()
+    return runs, write_page(runs, folder / "out" / "both.html")
+
+
 def test_the_page_shows_the_run(one):
     run, page = one
     assert page == run / "report" / "index.html"
@@ -81,8 +97,8 @@ def test_every_chart_is_a_picture_with_words(one):
     assert all(svg.startswith(b"<?xml") and b"</svg>" in svg for svg in images.values())
     assert "Cross entropy over optimizer steps: full from 9.5 to 5, between 5 and 9.5." in images
     assert (
-        "Heat map: Each layer alone (error by what the teacher's layer adds), 3 layers at 2 steps; at the end layer 0 "
-        "is furthest from the teacher." in images
+        "Heat map: Each layer alone (error relative to what the teacher's layer adds), 3 layers at 2 steps; at the end "
+        "layer 0 is furthest from the teacher." in images
     )
     mmlu = next(alt for alt in images if alt.startswith("MMLU"))
     assert mmlu.endswith("between 0.3 and 0.3; full hybrid_ft 0.5000 at step 10.")

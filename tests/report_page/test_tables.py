@@ -6,11 +6,11 @@ import pytest
 
 from report_page.run_data import read_run, read_runs
 from report_page.tables import accuracy_table, facts_of, option_tables, summary_table, warning_table
-from tests.report_page.run_folders import NASTY, build, options, row_of
+from tests.report_page.run_folders import NASTY, build, full_run, options, row_of
 
 
-def test_the_summary_has_the_numbers(one):
-    facts = facts_of(read_run(one[0], "full"))
+def test_the_summary_has_the_numbers(tmp_path):
+    facts = facts_of(read_run(full_run(tmp_path), "full"))
     assert facts.pop("Last row").endswith(" UTC")
     assert facts == {
         "Ended": "complete: all",
@@ -63,8 +63,9 @@ def test_options_of_an_unknown_preset_are_compared_with_the_plain_defaults(tmp_p
     assert changed[1:] == [["epochs", "3", "1"], ["news", "none", "–"], ["preset", "../gone", "llamba-8b"]]
 
 
-def test_tables_name_the_run_where_there_are_several(one, two):
-    alone, both = read_runs([one[0]]), read_runs(two[0])
+def test_tables_name_the_run_where_there_are_several(tmp_path):
+    folders = [full_run(tmp_path / "a"), build(tmp_path / "b" / "full", [row_of(step) for step in range(1, 6)])]
+    alone, both = read_runs(folders[:1]), read_runs(folders)
     assert accuracy_table(alone) == [
         ["model", "MMLU accuracy ± stderr", "questions", "step", "file"],
         ["student", "0.2500 ± 0.0100", "400", "–", "eval.json"],
