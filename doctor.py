@@ -1,11 +1,11 @@
-"""Whether this machine can do a run, looked at before any GPU time is spent on it: packages, GPUs, kernels, links,
-models, tokenizer, data, disk, loss. Takes the options of train_gpus.py besides its own:
+"""Checks whether this machine can do a run, before any GPU time is spent on it: packages, GPUs, kernels, links, models,
+tokenizer, data, disk, loss. Takes the options of train_gpus.py besides its own:
 
     python doctor.py --local_files_only --no_dataset_streaming --output_dir DIR
 
-Each line says ok, warning or failure, what was looked at and what was found; the next, what to do. The exit code is 1
-if anything failed. Nothing is downloaded, nothing is left on the disk but lock files of `datasets` and logs of W&B, and
-of models none is loaded but a small teacher.
+Each line says ok, warning or failure, what was checked and what was found; the next line says what to do. The exit code
+is 1 if anything failed. Nothing is downloaded, and nothing is left on the disk but lock files of `datasets` and logs of
+W&B. No model is loaded but a small teacher.
 """
 
 from __future__ import annotations
@@ -22,23 +22,88 @@ from preflight.checks.basics import (
     FAILURE,
     OK,
     WARNING,
-    Case,
     Finding,
+    PlannedRun,
     check_imports,
     check_optional_packages,
     check_packages,
     check_python,
+    file_problem,
     run_check,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from preflight.checks.basics import Check
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Check whether this machine can do a run. Takes all options of train_gpus.py, and:",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--nproc_per_node",
+        type=int,
+        metavar="N",
+        help="ranks on this machine, as given to torchrun (default: one per GPU, without the teacher's)",
+    )
+    parser.add_argument("--collectives", action="store_true", help="also start that many processes and time all-reduce")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
+    options, rest = parser.parse_known_args(argv)
+
+    if options.json is not None and (problem := file_problem(options.json)):
+        print(f"error: --json {options.json}: {problem}; name another file", file=sys.stderr)
+        return 2
+    findings = shown(first_findings())
+    if is_unusable(findings):
+        return end(findings, options.json)
+    from processes.exits import run_entry  # not readable to a Python that is too old
+
+    return run_entry(lambda: examine(rest, options, findings))
+
+
+def first_findings() -> Iterator[Finding]:
+    """Yields the findings that nothing has to be imported for, and whether the options of training can be read."""
+    yield from check_python()
+    yield from check_packages()
+    yield from check_imports(("yaml",))
+
+
+def examine(rest: list[str], options: argparse.Namespace, findings: list[Finding]) -> int:
+    """Checks a run. rest: its options of training. Returns the exit code; raises ValueError for a wrong option, before
+    torch is imported.
+    """
+    from arguments import parse_train_args
+
+    nproc = options.nproc_per_node
+    if nproc is not None and nproc < 1:
+        raise ValueError(
+            f"--nproc_per_node {nproc}: expected at least 1; leave it out for as many as there are GPUs for"
+        )
+    run = PlannedRun(parse_train_args(rest), nproc, options.collectives)
+    findings = findings + shown(check_imports())
+    if not is_unusable(findings):
+        findings += shown(all_findings(run))
+    return end(findings, options.json)
+
+
+def all_findings(run: PlannedRun) -> Iterator[Finding]:
+    """Yields what all checks find."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    for name, check in all_checks().items():
+        yield from run_check(name, check, run)
+
+
 def all_checks() -> dict[str, Check]:
-    """By name, the cheap ones first. Imported here: the packages they need have been looked for before."""
+    """Returns the checks by name, the cheap ones first. They are imported only here, after their packages."""
     from preflight.checks import links, loss, machine, models, storage, text
 
     return {
@@ -53,7 +118,7 @@ def all_checks() -> dict[str, Check]:
         "--log_file": storage.check_log_file,
         "--output_dir": storage.check_output_dir,
         "--resume": models.check_resume,
-        "models": models.check_models,
+        "models": models.check_model_files,
         "configs": models.check_configs,
         "tokenizer": models.check_tokens,
         "special tokens": models.check_special_tokens,
@@ -70,83 +135,26 @@ def all_checks() -> dict[str, Check]:
     }
 
 
-def first_findings() -> Iterator[Finding]:
-    yield from check_python()
-    yield from check_packages()
-    yield from check_imports()
+def shown(findings: Iterable[Finding]) -> list[Finding]:
+    """Prints each finding as it comes, and returns all of them."""
+    found = []
+    for finding in findings:
+        print(f"{finding.status:<8} {finding.name}: {finding.found}", flush=True)
+        if finding.remedy:
+            print(f"{'':<8} -> {finding.remedy}", flush=True)
+        found.append(finding)
+    return found
 
 
-def examine(rest: list[str], nproc: int | None, collectives: bool) -> Iterator[Finding]:
-    """rest: the options of training."""
-    import datasets
-    from transformers.utils import logging
-
-    from arguments import parse_train_args
-
-    if nproc is not None and nproc < 1:
-        raise ValueError(
-            f"--nproc_per_node {nproc}: expected at least 1; leave it out for as many as there are GPUs for"
-        )
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
-    case = Case(parse_train_args(rest), nproc, collectives)
-    for name, check in all_checks().items():
-        yield from run_check(name, check, case)
-
-
-def show(finding: Finding) -> None:
-    print(f"{finding.status:<8} {finding.name}: {finding.found}", flush=True)
-    if finding.remedy:
-        print(f"{'':<8} -> {finding.remedy}", flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Whether this machine can do a run. Takes all options of train_gpus.py, and:", allow_abbrev=False
-    )
-    parser.add_argument(
-        "--nproc_per_node",
-        type=int,
-        metavar="N",
-        help="ranks on this machine, as torchrun will be told (default: one a GPU, but for the teacher's)",
-    )
-    parser.add_argument("--collectives", action="store_true", help="also start that many processes and time all-reduce")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
-    options, rest = parser.parse_known_args(argv)
-
-    if options.json is not None and (problem := cannot_write(options.json)):
-        print(f"error: --json {options.json}: cannot be written ({problem}); name another file", file=sys.stderr)
-        return 2
-    findings = []
-    for finding in first_findings():
-        show(finding)
-        findings.append(finding)
-    if any(finding.status == FAILURE and finding.name in ("Python", "imports") for finding in findings):
-        print("\nNothing else can be looked at without these.")
-        return end(findings, options.json)
-    from processes.exits import run_entry  # as every entry; it needs torch
-
-    def rest_of_main() -> int:
-        for finding in examine(rest, options.nproc_per_node, options.collectives):
-            show(finding)
-            findings.append(finding)
-        return end(findings, options.json)
-
-    return run_entry(rest_of_main)
-
-
-def cannot_write(file: Path) -> str | None:
-    """Why not, found out before it takes minutes to have something to write."""
-    try:
-        with file.open("a"):
-            return None
-    except OSError as error:
-        return error.strerror
+def is_unusable(findings: list[Finding]) -> bool:
+    """Says whether Python or its packages do not let any other check run."""
+    return any(finding.status == FAILURE and finding.name in ("Python", "imports") for finding in findings)
 
 
 def end(findings: list[Finding], file: Path | None) -> int:
-    """Returns the exit code."""
+    """Prints how many findings there are, writes them to `file`, and returns the exit code."""
+    if is_unusable(findings):
+        print("\nNothing else can be checked before this is corrected.")
     counts = Counter(finding.status for finding in findings)
     print(f"\n{counts[OK]} ok, {counts[WARNING]} warning(s), {counts[FAILURE]} failure(s)")
     if file is not None:

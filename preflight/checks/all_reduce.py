@@ -1,5 +1,5 @@
-"""All-reduces of real processes, timed for doctor.py. A module of its own, for each of them loads it: with torch alone
-that takes less than half the time.
+"""Times all-reduces of real processes for doctor.py. Each process loads this module, so it imports torch alone: that
+takes less than half the time.
 """
 
 import statistics
@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 REPEATS = 5
-PATIENCE_S = 120.0  # until all of them are done
+PATIENCE_S = 120.0  # for all processes to finish
 
 
 def all_reduce_rate(n_ranks: int, n_bytes: int, on_gpus: bool, patience_s: float = PATIENCE_S) -> float:
-    """GB/s of a tensor's own bytes. Raises ValueError where the ranks do not come to an end."""
+    """Returns a tensor's bytes by the median time of an all-reduce, in GB/s. Raises ValueError if the processes do not
+    finish in `patience_s` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.spawn(_all_reduce, (n_ranks, n_bytes, on_gpus, folder), n_ranks, join=False)
         ends = time.monotonic() + patience_s
@@ -25,14 +27,14 @@ def all_reduce_rate(n_ranks: int, n_bytes: int, on_gpus: bool, patience_s: float
                 for process in context.processes:
                     process.kill()
                     process.join()
-                remedy = "try it with NCCL_P2P_DISABLE=1" if on_gpus else "is the name of this host in /etc/hosts?"
-                raise ValueError(f"{n_ranks} processes have not met within {patience_s:.0f} s; {remedy}")
+                remedy = "try NCCL_P2P_DISABLE=1" if on_gpus else "check that /etc/hosts has the name of this host"
+                raise ValueError(f"{n_ranks} processes have not finished within {patience_s:.0f} s; {remedy}")
         seconds = float((Path(folder) / "seconds").read_text())
     return n_bytes / seconds / 1e9
 
 
 def _all_reduce(rank: int, n_ranks: int, n_bytes: int, on_gpus: bool, folder: str) -> None:
-    """A process of `all_reduce_rate`."""
+    """Runs in each process of `all_reduce_rate`."""
     device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
     if on_gpus:
         torch.cuda.set_device(device)

@@ -1,5 +1,6 @@
-"""What a check of doctor.py says, how checks are run so that none ends the others, and the first of them: Python and
-the packages. Standard library only, and readable to a Python that is too old for all else, so that it can be told.
+"""The findings of doctor.py, how a check is run so that its error does not end the others, and the first checks: Python
+and the packages. Standard library only, and in a syntax that old Pythons read: they have to report that they are too
+old.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
     from arguments import TrainArguments
 
-    Check = Callable[["Case"], Iterator["Finding"]]
+    Check = Callable[["PlannedRun"], Iterator["Finding"]]
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 OLDEST_PYTHON = (3, 10)
-OLDEST = {"torch": "2.11", "transformers": "5.17"}  # that the README promises to work
-# Of what requirements.txt lists, what most runs do without.
+OLDEST = {"torch": "2.11", "transformers": "5.17"}  # the README promises that these work
+# Packages of requirements.txt that most runs do not need.
 NEEDED_FOR = {"wandb": "--wandb", "tqdm": "evaluations", "matplotlib": "the charts of evaluations"}
 OPTIONAL = {
     "mamba-ssm": "fast scan on GPUs",
@@ -40,7 +41,9 @@ OPTIONAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """status: ok, warning or failure. name: what was looked at. remedy: what to do at once; empty where all is well."""
+    """Holds a line of the doctor's report. status: ok, warning or failure. name: what was checked. remedy: what to do;
+    empty if all is well.
+    """
 
     status: str
     name: str
@@ -49,15 +52,15 @@ class Finding:
 
     @classmethod
     def of_error(cls, status: str, name: str, message: str) -> Finding:
-        """Of a message in the way of this project: what is wrong; what to do. A name is not told twice."""
+        """Splits an error text of this project, "what is wrong; what to do". A name that it begins with is left out."""
         found, separator, remedy = " ".join(message.removeprefix(f"{name}: ").split()).rpartition("; ")
         return cls(status, name, found, remedy) if separator else cls(status, name, remedy)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # so that what is found out for it can be kept in a cache
-class Case:
-    """What is looked at: a run with these options, of this many ranks on this machine (None: as many as it has GPUs
-    for).
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, for functions that cache what they find out about a run
+class PlannedRun:
+    """Holds what is checked: a run with these options. nproc: its ranks on this machine (None: as many as there are
+    GPUs for). collectives: whether to time all-reduces of real processes too.
     """
 
     args: TrainArguments
@@ -65,28 +68,35 @@ class Case:
     collectives: bool = False
 
 
-class NotLookedAt(Exception):
-    """A check cannot be made for want of something that another check has told of."""
+class CheckSkipped(Exception):
+    """Raised by a check that needs something that another check has reported missing."""
 
 
-def run_check(name: str, check: Check, case: Case) -> list[Finding]:
-    """All that a check finds, and what the project's own loggers warned of meanwhile. Whatever it raises is a finding
-    too.
-    """
+def file_problem(file: Path) -> str | None:
+    """Returns why a file cannot be written, or None. Makes the file if it is not there."""
+    try:
+        file.open("a").close()
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
+    return None
+
+
+def run_check(name: str, check: Check, run: PlannedRun) -> list[Finding]:
+    """Returns a check's findings, and as findings also what it raised and what the project's loggers warned of."""
     warned = _Warnings()
     loggers = [logging.getLogger(name) for name in ("train", "llamba")]
     for logger in loggers:
         logger.addHandler(warned)
     findings: list[Finding] = []
     try:
-        findings += check(case)
-    except NotLookedAt as error:
-        findings.append(Finding(WARNING, name, f"not looked at: {error}, see above"))
+        findings += check(run)
+    except CheckSkipped as error:
+        findings.append(Finding(WARNING, name, f"skipped: {error}, see above"))
     except ValueError as error:
         findings.append(Finding.of_error(FAILURE, name, str(error)))
-    except Exception as error:  # whatever it is, the other checks go on
+    except Exception as error:  # the other checks still run
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        findings.append(Finding(FAILURE, name, text, f"a run would meet this too. It comes from {_where(error)}"))
+        findings.append(Finding(FAILURE, name, text, f"a run would fail with it too; raised in {_where(error)}"))
     finally:
         for logger in loggers:
             logger.removeHandler(warned)
@@ -103,7 +113,7 @@ class _Warnings(logging.Handler):
 
 
 def _where(error: Exception) -> str:
-    """File and line that raised it."""
+    """Returns file and line that raised an error."""
     traceback = error.__traceback__
     assert traceback is not None
     while traceback.tb_next is not None:
@@ -125,11 +135,11 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
-    """What is installed against what requirements.txt pins for this Python."""
+    """Compares what is installed with what requirements.txt pins for this Python."""
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
-        return  # what needs it does not load either, which `check_imports` tells
+        return  # the packages that need it are missing too, and `check_imports` reports them
     lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
     for requirement in [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]:
         if requirement.marker is None or requirement.marker.evaluate():
@@ -151,14 +161,14 @@ def _compare(requirement: Requirement) -> Finding:
     if oldest is not None and installed < Version(oldest):
         return Finding(FAILURE, name, f"{installed}, expected {oldest} or newer", pip_line)
     if not requirement.specifier.contains(installed, prereleases=True):
-        return Finding(WARNING, name, f"{installed}; tested with {tested}", f"if it makes trouble: {pip_line}")
+        return Finding(WARNING, name, f"{installed}; tested with {tested}", f"if it causes trouble: {pip_line}")
     return Finding(OK, name, str(installed))
 
 
 def check_imports(
-    names: tuple[str, ...] = ("yaml", "torch", "transformers", "datasets", "accelerate"),
+    names: tuple[str, ...] = ("torch", "transformers", "datasets", "accelerate"),
 ) -> Iterator[Finding]:
-    """Whether what is installed also loads: nothing else can be looked at without it."""
+    """Yields a failure if a package cannot be imported; no other check can run then."""
     problems: dict[str, list[str]] = {}
     for name in names:
         try:
@@ -169,17 +179,17 @@ def check_imports(
             problems.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", []).append(name)
     if problems:
         text = "; ".join(f"{', '.join(names)} ({why})" for why, names in problems.items())
-        yield Finding(FAILURE, "imports", f"do not load: {text}", _install())
+        yield Finding(FAILURE, "imports", f"cannot be imported: {text}", _how_to_install())
 
 
-def _install() -> str:
+def _how_to_install() -> str:
     venv = REQUIREMENTS.with_name(".venv")
     if venv.is_dir() and Path(sys.prefix) != venv:
-        return f"source {venv}/bin/activate, then again: there the packages may be"
+        return f"source {venv}/bin/activate, then run this again: the packages may be there"
     return "make setup   (or: python -m pip install -r requirements.txt)"
 
 
-def check_optional_packages(case: Case) -> Iterator[Finding]:
+def check_optional_packages(run: PlannedRun) -> Iterator[Finding]:
     for name, purpose in OPTIONAL.items():
         try:
             found = metadata.version(name)

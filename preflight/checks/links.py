@@ -1,5 +1,5 @@
-"""The checks of doctor.py that measure the way between GPUs: copies one at a time, and with --collectives what
-ranks reach together.
+"""The checks of doctor.py that time copies between GPUs, one at a time, and with --collectives all-reduces of real
+processes.
 """
 
 import itertools
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import torch
 
 from preflight.checks.all_reduce import all_reduce_rate
-from preflight.checks.basics import OK, WARNING, Case, Finding
+from preflight.checks.basics import OK, WARNING, Finding, PlannedRun
 from preflight.checks.machine import GB, default_nproc
 
-SLOW_LINK = 8.0  # GB/s; PCIe 4.0 with all its lanes does 25
+SLOW_COPY = 8.0  # GB/s; PCIe 4.0 with all its lanes reaches 25
 LINK_BYTES, LINK_COPIES = 256 * 2**20, 5
 
 
-def check_links(case: Case) -> Iterator[Finding]:
-    """Copies between each GPU and the host, and between each two GPUs, one at a time."""
+def check_links(run: PlannedRun) -> Iterator[Finding]:
+    """Times copies between each GPU and the host, and between each two GPUs, one at a time."""
     n_gpus = torch.cuda.device_count()
     if n_gpus == 0:
         yield Finding(OK, "links", "no GPU, nothing to measure")
@@ -33,24 +33,24 @@ def check_links(case: Case) -> Iterator[Finding]:
 
 
 def judge_links(name: str, rates: dict[tuple, float]) -> Finding:
-    """rates: (from, to), None for the host -> GB/s."""
+    """Returns the finding on some links. rates: (from, to) -> GB/s; None is the host."""
     slowest = min(rates, key=rates.__getitem__)
     way = " to ".join("host" if end is None else str(end) for end in slowest)
     found = f"{rates[slowest]:.1f} GB/s ({way}) to {max(rates.values()):.1f} GB/s"
-    if rates[slowest] >= SLOW_LINK:
+    if rates[slowest] >= SLOW_COPY:
         return Finding(OK, name, found)
-    remedy = "--teacher_signal hidden (the default), a higher --grad_accumulation_steps, --freeze_mlp: less travels"
-    return Finding(WARNING, name, f"{found}; below {SLOW_LINK:g} GB/s is slow", remedy)
+    remedy = "send less: --teacher_signal hidden (the default), a higher --grad_accumulation_steps, --freeze_mlp"
+    return Finding(WARNING, name, f"{found}; below {SLOW_COPY:g} GB/s is slow", remedy)
 
 
 def copy_rate(source: torch.device | None, target: torch.device | None) -> float:
-    """GB/s, median of some copies; None is the host's pinned memory."""
+    """Returns the median rate of some copies in GB/s. None is pinned memory of the host."""
     given, taken = (
         torch.empty(LINK_BYTES, dtype=torch.uint8, device=place or "cpu", pin_memory=place is None)
         for place in (source, target)
     )
     seconds = []
-    with torch.cuda.device(source or target):  # the copy runs on a stream of that one
+    with torch.cuda.device(source or target):  # the copy runs on a stream of this device
         for _ in range(1 + LINK_COPIES):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -64,19 +64,20 @@ def copy_rate(source: torch.device | None, target: torch.device | None) -> float
 # --- collectives ---------------------------------------------------------------------------------------------
 
 
-def check_collectives(case: Case) -> Iterator[Finding]:
-    """All-reduces of real processes, as DDP makes them of gradients."""
-    if not case.collectives:
+def check_collectives(run: PlannedRun) -> Iterator[Finding]:
+    """Times all-reduces of real processes, as DDP makes them of gradients."""
+    if not run.collectives:
         return
     on_gpus = torch.cuda.device_count() > 0
-    n_ranks, n_bytes = max(default_nproc(case), 1 if on_gpus else 2), 2**28 if on_gpus else 2**24
+    n_ranks, n_bytes = max(default_nproc(run), 1 if on_gpus else 2), 2**28 if on_gpus else 2**24
     name = f"all-reduce among {n_ranks} by {'NCCL' if on_gpus else 'gloo'}"
     if n_ranks == 1:
-        yield Finding(OK, "collectives", "one rank talks to nobody")
+        yield Finding(OK, "collectives", "one rank, nothing to measure")
         return
     rate = all_reduce_rate(n_ranks, n_bytes, on_gpus)
     found = f"{n_bytes / 2**20:.0f} MiB at {rate:.2f} GB/s"
-    if on_gpus and rate < SLOW_LINK / 2:
-        yield Finding(WARNING, name, f"{found}, which is slow", "a higher --grad_accumulation_steps, --freeze_mlp")
+    if on_gpus and rate < SLOW_COPY / 2:
+        remedy = "send less: a higher --grad_accumulation_steps, --freeze_mlp"
+        yield Finding(WARNING, name, f"{found}, which is slow", remedy)
     else:
         yield Finding(OK, name, found)

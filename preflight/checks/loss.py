@@ -1,4 +1,6 @@
-"""The checks of doctor.py that compute: has a student that equals its teacher no loss. Only a small model is read."""
+"""The checks of doctor.py that compute a loss: a student equal to its teacher must have none. Weights are read only if
+the teacher is small.
+"""
 
 from collections.abc import Iterator
 
@@ -12,26 +14,26 @@ from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import DTYPES, apply_replacements, get_teacher_model
-from preflight.checks.basics import FAILURE, OK, Case, Finding
+from preflight.checks.basics import FAILURE, OK, Finding, PlannedRun
 from preflight.checks.machine import run_device
 from preflight.checks.models import PROBE, configs, skeletons, teacher_place, teacher_tokenizer
 from text.encoding import Encoder
 from training_utils import compiles_loss
 
-SMALL_MODEL = 200_000_000  # parameters that take seconds to read
-# What rounding explains. Equal inputs give equal logits in any dtype; two ways to the same logits do not.
+SMALL_MODEL = 200_000_000  # parameters; they take seconds to read
+# Bounds on what rounding causes. Two models that compute the same in different ways differ in their last digits.
 MOST_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 MOST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of CE and hidden states
 EQUAL = "student equal to its teacher ({})"
 
 
-def check_loss(case: Case) -> Iterator[Finding]:
-    """Random hidden states and a head of some size, as student and as teacher."""
-    device, dtype = run_device(), DTYPES[case.args.dtype]
+def check_loss(run: PlannedRun) -> Iterator[Finding]:
+    """Computes the loss with the same random hidden states and head as student and as teacher."""
+    device, dtype = run_device(), DTYPES[run.args.dtype]
     hidden, head = torch.randn(64, 256, device=device, dtype=dtype), torch.randn(4096, 256, device=device, dtype=dtype)
     head /= 8  # logits of deviation 2
     labels = torch.randint(4096, (64,), device=device)
-    kl, ce = kl_and_ce(case.args, hidden, head, hidden, head, labels)
+    kl, ce = kl_and_ce(run.args, hidden, head, hidden, head, labels)
     plain_ce = F.cross_entropy(F.linear(hidden.float(), head.float()), labels).item()
     yield judge("loss alone", dtype, kl, abs(ce / plain_ce - 1), f"CE {ce:.4f}")
 
@@ -39,7 +41,9 @@ def check_loss(case: Case) -> Iterator[Finding]:
 def kl_and_ce(
     args: TrainArguments, hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor
 ) -> tuple[float, float]:
-    """As training computes them of hidden states (N, D), (N, D_t) and heads (V, D), (V, D_t); labels (N,)."""
+    """Returns KL and CE as training computes them, from hidden states (N, D), (N, D_t), heads (V, D), (V, D_t) and
+    labels (N,).
+    """
     vocab, signal = len(teacher_head), teacher
     signal_head: Tensor | None = teacher_head
     if args.teacher_signal == "logits":
@@ -52,44 +56,44 @@ def kl_and_ce(
 
 
 def judge(name: str, dtype: torch.dtype, kl: float, difference: float, more: str) -> Finding:
-    """difference: relative, of what has to be equal beside the KL."""
+    """Returns the finding on a KL that has to be 0. difference: the relative one of all else that has to be equal."""
     title = EQUAL.format(name)
-    found = f"KL {kl:.2g}, {more}, off by {difference:.1g}"
+    found = f"KL {kl:.2g}, {more}, relative difference {difference:.1g}"
     if abs(kl) <= MOST_KL[dtype] and difference <= MOST_DIFFERENCE[dtype]:
         return Finding(OK, title, found)
     expected = f"expected a KL below {MOST_KL[dtype]:g} and a difference below {MOST_DIFFERENCE[dtype]:g}"
-    remedy = "do not train on this machine as it is: try --dtype float32, another torch, and without the fast kernels"
+    remedy = "do not train on this machine yet: try --dtype float32, another torch, or without the fast kernels"
     return Finding(FAILURE, title, f"{found}; {expected}", remedy)
 
 
-def check_equal_models(case: Case) -> Iterator[Finding]:
-    """All of the teacher's layers, its embedding, norm and head in a student's frame: nothing to learn is left."""
-    teacher_config, student_config = configs(case)
-    if case.args.kl_weight == 0:
+def check_equal_models(run: PlannedRun) -> Iterator[Finding]:
+    """Computes the loss of a student that consists of the teacher's layers, embedding, norm and head."""
+    teacher_config, student_config = configs(run)
+    if run.args.kl_weight == 0:
         return
-    skeleton, _ = skeletons(case)
+    skeleton, _ = skeletons(run)
     n_parameters = sum(p.numel() for p in skeleton.parameters())
     if n_parameters > SMALL_MODEL or teacher_config.model_type != "llama":
         found = f"not tried with {n_parameters / 1e9:.1f} billion parameters ({teacher_config.model_type})"
-        yield Finding(OK, EQUAL.format("whole models"), found + ", only the loss was")
+        yield Finding(OK, EQUAL.format("whole models"), f"{found}; the loss alone was")
         return
-    place = teacher_place(case, needs_weights=True)
-    device, dtype = run_device(), DTYPES[case.args.dtype]
+    place = teacher_place(run, needs_weights=True)
+    device, dtype = run_device(), DTYPES[run.args.dtype]
     teacher = get_teacher_model(place, dtype, device)
     student = teacher_as_student(teacher, student_config)
-    ids = torch.from_numpy(Encoder(teacher_tokenizer(case))([PROBE]).astype("int64")).to(device)  # (N + 1,)
+    ids = torch.from_numpy(Encoder(teacher_tokenizer(run))([PROBE]).astype("int64")).to(device)  # (N + 1,)
     with torch.no_grad():
         of_teacher = teacher.base_model(ids[None, :-1], use_cache=False).last_hidden_state[0]  # (N, D)
         of_student = student.backbone(ids[None, :-1], use_cache=False).last_hidden_state[0]
         head, own_head = teacher.get_output_embeddings().weight, student.lm_head.weight
-        kl, ce = kl_and_ce(case.args, of_student, own_head, of_teacher, head, ids[1:])
-        _, ce_of_teacher = kl_and_ce(case.args, of_teacher, head, of_teacher, head, ids[1:])
+        kl, ce = kl_and_ce(run.args, of_student, own_head, of_teacher, head, ids[1:])
+        _, ce_of_teacher = kl_and_ce(run.args, of_teacher, head, of_teacher, head, ids[1:])
     difference = ((of_student - of_teacher).float().norm() / of_teacher.float().norm()).item()
     yield judge("whole models", dtype, kl, max(difference, abs(ce / ce_of_teacher - 1)), f"CE {ce:.4f}")
 
 
 def teacher_as_student(teacher: PreTrainedModel, config: LlambaConfig) -> LlambaForCausalLM:
-    """config: of the student, for its mixers, which give way to the teacher's layers."""
+    """Builds a student of the teacher's own modules. config: the student's, for the mixers that they replace."""
     given = teacher.config
     config = LlambaConfig(
         vocab_size=given.vocab_size,

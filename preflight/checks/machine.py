@@ -1,5 +1,5 @@
-"""The checks of doctor.py that look at the machine: its settings, its GPUs and the kernels for them. How
-many ranks a run has here, and on which device, is told here for all checks.
+"""The checks of doctor.py for the machine: environment variables, GPUs and the kernels for them. The other checks learn
+here how many ranks a run has on this machine, and on which devices.
 """
 
 import math
@@ -18,41 +18,42 @@ from llamba import LlambaConfig
 from llamba.kernels import Kernels, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
 from model_utils import DTYPES
-from preflight.checks.basics import FAILURE, OK, WARNING, Case, Finding
+from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
 from processes.devices import check_compiler, choose_devices, default_prefetch
 
 GB = 1e9
-PLAIN = "plain PyTorch"  # what llamba.kernels calls it
+PLAIN = "plain PyTorch"  # as llamba.kernels names it
 
-# Settings, the values that cost something, and what they cost.
+# Environment variables, the values that cost speed, and what happens.
 COSTLY = (
     (
         "NCCL_P2P_DISABLE",
         "1",
         "GPUs copy to each other through the host; an all-reduce takes several times as long",
     ),
-    ("NCCL_SHM_DISABLE", "1", "ranks of one box talk through sockets; an all-reduce takes several times as long"),
-    ("NCCL_IB_DISABLE", "1", "nodes talk by TCP and not by InfiniBand; on a single box it costs nothing"),
+    ("NCCL_SHM_DISABLE", "1", "ranks of one machine talk through sockets; an all-reduce takes several times as long"),
+    ("NCCL_IB_DISABLE", "1", "nodes talk by TCP and not by InfiniBand; on a single machine it costs nothing"),
     ("NCCL_DEBUG", "INFO TRACE", "NCCL fills the log; TRACE also slows every call"),
-    ("NCCL_LAUNCH_BLOCKING", "1", "every collective is waited for; nothing overlaps with it"),
-    ("TORCH_NCCL_BLOCKING_WAIT", "1", "every collective is waited for; nothing overlaps with it"),
-    ("CUDA_LAUNCH_BLOCKING", "1", "every kernel is waited for: a step takes up to several times as long"),
-    ("TORCH_DISTRIBUTED_DEBUG", "DETAIL", "ranks compare notes before every collective"),
+    ("NCCL_LAUNCH_BLOCKING", "1", "ranks wait for every collective; nothing overlaps with it"),
+    ("TORCH_NCCL_BLOCKING_WAIT", "1", "ranks wait for every collective; nothing overlaps with it"),
+    ("CUDA_LAUNCH_BLOCKING", "1", "ranks wait for every kernel: a step takes up to several times as long"),
+    ("TORCH_DISTRIBUTED_DEBUG", "DETAIL", "ranks check each other's arguments before every collective"),
     ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "every tensor waits for the driver; a step takes many times as long"),
-    ("TOKENIZERS_PARALLELISM", "0 false no off", "the tokenizer takes one core"),
+    ("TOKENIZERS_PARALLELISM", "0 false no off", "the tokenizer uses one core only"),
 )
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def default_nproc(case: Case) -> int:
+def default_nproc(run: PlannedRun) -> int:
+    """Returns the ranks of the run on this machine: --nproc_per_node, or as many as there are GPUs for."""
     n_gpus = torch.cuda.device_count()
-    has_its_own = case.args.kl_weight > 0 and case.args.teacher_placement == "dedicated"
-    return case.nproc or max(1, n_gpus - (has_its_own and case.args.teacher_device is None))
+    has_its_own = run.args.kl_weight > 0 and run.args.teacher_placement == "dedicated"
+    return run.nproc or max(1, n_gpus - (has_its_own and run.args.teacher_device is None))
 
 
 @contextmanager
 def launched_as(n_ranks: int) -> Iterator[None]:
-    """As torchrun would start rank 0 of as many."""
+    """Sets the environment in which torchrun would start rank 0 of `n_ranks`, as far as `choose_devices` reads it."""
     before = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(n_ranks)
     try:
@@ -64,30 +65,30 @@ def launched_as(n_ranks: int) -> Iterator[None]:
 
 
 class Devices(NamedTuple):
-    """Of rank 0's student and of its teacher, and the batches that a teacher there works ahead by default."""
+    """Holds the devices of rank 0."""
 
     student: torch.device
     teacher: torch.device
-    prefetch: int
+    prefetch: int  # batches that a teacher on its device works ahead by default
 
 
-def devices(case: Case) -> Devices:
-    """Raises ValueError, as a run would, if GPUs are short."""
-    args = case.args
-    with launched_as(default_nproc(case)):
+def devices(run: PlannedRun) -> Devices:
+    """Returns the devices of rank 0. Raises ValueError, as a run does, if there are too few GPUs."""
+    args = run.args
+    with launched_as(default_nproc(run)):
         student, teacher = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
         return Devices(student, teacher, default_prefetch(teacher))
 
 
 def run_device() -> torch.device:
-    """Of rank 0's student."""
+    """Returns the device of rank 0's student."""
     return torch.device("cuda:0" if torch.cuda.device_count() else "cpu")
 
 
 # --- settings ------------------------------------------------------------------------------------------------
 
 
-def check_environment(case: Case) -> Iterator[Finding]:
+def check_environment(run: PlannedRun) -> Iterator[Finding]:
     found = False
     for name, costly, cost in COSTLY:
         value = os.environ.get(name, "")
@@ -97,9 +98,9 @@ def check_environment(case: Case) -> Iterator[Finding]:
     for name in ALLOCATOR:
         if "cudaMallocAsync" in os.environ.get(name, "") or "max_split_size_mb" in os.environ.get(name, ""):
             found = True
-            cost = "memory is handed out in another way than the one that the plan and --loss_chunk_tokens reckon with"
+            cost = "memory is allocated in another way than the plan and --loss_chunk_tokens expect"
             yield Finding(WARNING, f"{name}={os.environ[name]}", cost, f"export {name}=expandable_segments:True")
-    n_cores, n_ranks = len(os.sched_getaffinity(0)), default_nproc(case)
+    n_cores, n_ranks = len(os.sched_getaffinity(0)), default_nproc(run)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if torch.cuda.device_count() == 0:
         share = max(1, n_cores // n_ranks)
@@ -115,13 +116,13 @@ def check_environment(case: Case) -> Iterator[Finding]:
         yield Finding(OK, "environment", "nothing in it costs speed")
 
 
-def check_shared_memory(case: Case, place: str = "/dev/shm") -> Iterator[Finding]:
-    """Of NCCL between GPUs without a direct way, and of the loader's workers."""
+def check_shared_memory(run: PlannedRun, place: str = "/dev/shm") -> Iterator[Finding]:
+    """Checks shared memory, which NCCL uses between GPUs without a direct link, and which loader workers use."""
     size = shutil.disk_usage(place).total
-    needed = torch.cuda.device_count() > 1 or case.args.dataset_workers > 0
+    needed = torch.cuda.device_count() > 1 or run.args.dataset_workers > 0
     if needed and size < 1e9:
         remedy = "start the container with --ipc=host, or --shm-size=8g"
-        yield Finding(WARNING, place, f"{size / 1e6:.0f} MB; NCCL and --dataset_workers may want more", remedy)
+        yield Finding(WARNING, place, f"{size / 1e6:.0f} MB; NCCL and --dataset_workers may need more", remedy)
     else:
         yield Finding(OK, place, f"{size / GB:.1f} GB" + ("" if needed else ", not needed here"))
 
@@ -133,7 +134,7 @@ def has_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
-def check_gpus(case: Case) -> Iterator[Finding]:
+def check_gpus(run: PlannedRun) -> Iterator[Finding]:
     n_gpus, cuda = torch.cuda.device_count(), torch.version.cuda
     if n_gpus == 0 and not has_driver():
         yield Finding(OK, "GPUs", f"none, and no NVIDIA driver (torch {torch.__version__}): the run is on the CPU")
@@ -150,10 +151,10 @@ def check_gpus(case: Case) -> Iterator[Finding]:
         hidden = "unset CUDA_VISIBLE_DEVICES" if visible is not None else f"nvidia-smi: is its CUDA {cuda} or newer?"
         yield Finding(WARNING, "GPUs", found, f"{hidden}; in a container: docker run --gpus all")
     for index in range(n_gpus):
-        yield from _look_at_gpu(index, case)
+        yield from _check_gpu(index, run)
 
 
-def _look_at_gpu(index: int, case: Case) -> Iterator[Finding]:
+def _check_gpu(index: int, run: PlannedRun) -> Iterator[Finding]:
     device, name = torch.device("cuda", index), f"cuda:{index}"
     major, minor = torch.cuda.get_device_capability(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -164,16 +165,16 @@ def _look_at_gpu(index: int, case: Case) -> Iterator[Finding]:
         return
     if free < 0.9 * total:
         remedy = f"nvidia-smi -i {index}   names the processes; end them, or leave this GPU out of CUDA_VISIBLE_DEVICES"
-        yield Finding(WARNING, name, f"{facts}: something else holds the rest", remedy)
-    elif case.args.dtype == "bfloat16" and major < 8:
+        yield Finding(WARNING, name, f"{facts}: other processes hold the rest", remedy)
+    elif run.args.dtype == "bfloat16" and major < 8:
         remedy = "--dtype float16, or GPUs of compute capability 8.0 and newer"
-        yield Finding(WARNING, name, f"{facts}; capability {major}.{minor} has no bfloat16 and imitates it", remedy)
+        yield Finding(WARNING, name, f"{facts}; capability {major}.{minor} has no bfloat16 and emulates it", remedy)
     else:
         yield Finding(OK, name, f"{facts}, capability {major}.{minor}, torch for CUDA {torch.version.cuda}")
 
 
 def kernel_problem(device: torch.device) -> str | None:
-    """Of a GPU that is broken, or that this torch is not built for."""
+    """Returns why no kernel runs on a GPU, or None: it may be broken, or this torch was not built for it."""
     try:
         torch.ones(8, device=device).sum().item()
         return None
@@ -181,47 +182,47 @@ def kernel_problem(device: torch.device) -> str | None:
         return " ".join(str(error).split())[:200]
 
 
-def check_ranks(case: Case) -> Iterator[Finding]:
-    n_ranks = default_nproc(case)
-    args = case.args
-    student, teacher, _ = devices(case)
+def check_ranks(run: PlannedRun) -> Iterator[Finding]:
+    n_ranks = default_nproc(run)
+    args = run.args
+    student, teacher, _ = devices(run)
     where = "students on the CPU" if student.type == "cpu" else f"students on cuda:0 to cuda:{n_ranks - 1}"
     if args.kl_weight > 0:
         where += f", teacher {'beside each' if args.teacher_placement == 'colocated' else f'on {teacher}'}"
     yield Finding(OK, f"--nproc_per_node {n_ranks}", where)
 
 
-def check_compile(case: Case) -> Iterator[Finding]:
-    if case.args.compile:
+def check_compile(run: PlannedRun) -> Iterator[Finding]:
+    if run.args.compile:
         check_compiler(run_device().type)
-        yield Finding(OK, "--compile", "its compiler is there")
+        yield Finding(OK, "--compile", "its compiler is installed")
 
 
 # --- kernels -------------------------------------------------------------------------------------------------
 
-# How far a kernel may be from the plain form in float32, ||out - truth|| / ||truth||. In bfloat16 a rounding is up to
-# 0.4%; a scan rounds its inputs, scores, states and results, and the gradient of a decay sums up differences of such
-# numbers: 1% is usual. In float32 Triton multiplies in TF32, a rounding of up to 0.05%. What mixes up heads, chunks or
-# tokens is off by some 100%.
+# How far a kernel may be from the plain form in float32, ||out - truth|| / ||truth||. Rounding to bfloat16 changes a
+# number by up to 0.4%; a scan rounds inputs, scores, states and results, and the gradient of a decay sums differences
+# of such numbers: 1% is usual. In float32 Triton multiplies in TF32, which rounds by up to 0.05%. A kernel that mixes
+# up heads, chunks or tokens is off by about 100%.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.01}
 
 
-def check_kernels(case: Case) -> Iterator[Finding]:
+def check_kernels(run: PlannedRun) -> Iterator[Finding]:
     device = run_device()
     if device.type == "cpu":
         yield Finding(OK, "kernels", "plain PyTorch, as always on a CPU")
         return
-    own = DTYPES[case.args.dtype]
+    own = DTYPES[run.args.dtype]
     for dtype in dict.fromkeys((own, torch.bfloat16, torch.float32)):
         for finding in compare_kernels(kernels_for(device.type, dtype), device, dtype, LlambaConfig()):
-            if dtype == own or finding.status != WARNING:  # that a kernel is not there is told once
+            if dtype == own or finding.status != WARNING:  # a kernel that is not installed is reported once
                 yield finding
 
 
 def compare_kernels(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig
 ) -> Iterator[Finding]:
-    """The chosen forms against the plain ones, on random inputs of one mixer of such a model."""
+    """Compares the chosen kernels with the plain forms, on random inputs of one mixer of such a model."""
     scan, chunk_size = draw_scan(config, device, dtype), config.ssm_cfg["chunk_size"]
     conv, activation = draw_conv(config, device, dtype), config.ssm_cfg["activation"]
     trials: tuple[tuple[str, str, str, list[Tensor], Callable[..., Tensor], Callable[..., Tensor]], ...] = (
@@ -245,20 +246,22 @@ def compare_kernels(
     for name, chosen, package, inputs, fast, plain in trials:
         title = f"{name}, {str(dtype).removeprefix('torch.')}"
         if chosen == PLAIN:
-            remedy = f"make setup-cuda   (it brings {package}; requirements-cuda.txt tells what that takes)"
-            yield Finding(WARNING, title, "plain PyTorch: right, and slower than a kernel", remedy)
+            remedy = f"make setup-cuda   (installs {package}; requirements-cuda.txt lists what it needs)"
+            yield Finding(WARNING, title, "plain PyTorch: correct, but slower than a kernel", remedy)
             continue
         error = largest_error(fast, plain, inputs)
         found = f"{chosen} differs by {error:.2g} from the plain form in float32, {TOLERANCE[dtype]:g} is allowed"
         if error <= TOLERANCE[dtype]:
             yield Finding(OK, title, found)
         else:
-            remedy = f"python -m pip uninstall {chosen}   (the plain form takes over), or install another version of it"
+            remedy = f"python -m pip uninstall {chosen}   (the plain form replaces it), or install another version"
             yield Finding(FAILURE, title, found, remedy)
 
 
 def largest_error(fast: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """Of the result and of the gradients of all inputs; infinity for what is not finite."""
+    """Returns the largest relative error of the result and of the gradients of all inputs; infinity if one is not
+    finite.
+    """
     exact = [m.detach().float().requires_grad_() for m in inputs]
     truth = plain(*exact)
     d_y = torch.randn_like(truth)
@@ -271,7 +274,7 @@ def largest_error(fast: Callable[..., Tensor], plain: Callable[..., Tensor], inp
 
 
 def draw_scan(config: LlambaConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """x (B, L, H, P), log_decay (B, L, H) in float32, B_ and C (B, L, G, N); a last chunk that is not full."""
+    """Draws x (B, L, H, P), log_decay (B, L, H) in float32, B_ and C (B, L, G, N). The last chunk is not full."""
     ssm, length = config.ssm_cfg, 2 * config.ssm_cfg["chunk_size"] + 44
 
     def normal(*shape: int) -> Tensor:
@@ -283,7 +286,7 @@ def draw_scan(config: LlambaConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """x (B, channels, L), laid out as the mixer has it, weight (channels, width), bias (channels,)."""
+    """Draws x (B, channels, L), laid out as the mixer has it, weight (channels, width) and bias (channels,)."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
