@@ -1,10 +1,9 @@
-"""What one training step takes, in bytes and in operations, found without a weight and without a GPU: teacher and
-student are built on the meta device, where a tensor has a shape and no memory, and the run's own code is sent through
-a step on them while `LiveMemory` adds up what is alive.
+"""Measures what one training step takes, in bytes and in operations, without weights and without a GPU: teacher and
+student are built on the meta device, where a tensor has a shape and no memory, and a step of the run's own code is
+computed on them while `LiveMemory` adds up the storages that are alive.
 
-So activations, recomputation, the loss's buffers and the optimizer's work are those of the code as it is. What is put
-in from outside: attention in its flash form, as GPUs have it, DDP's buckets and the optimizer's shards. The scan is the
-plain one.
+Activations, recomputation, the loss's buffers and the optimizer's work are therefore those of the code itself. Flash
+attention, DDP's buckets and the optimizer's shards are modelled here. The scan is the plain one.
 """
 
 import dataclasses
@@ -21,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from arguments import TrainArguments, parse_train_args
+from arguments import TrainArguments
 from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
 from distillation.teacher import Teacher, teacher_head
-from inputs.options import PRESETS
+from inputs.options import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import (
     DTYPES,
@@ -42,33 +41,31 @@ from text.batch import Batch
 from training_utils import DistillationModel, parameter_groups
 
 aten = torch.ops.aten
-Items = dict[str, int]  # bytes or operations, by what they are for
+Items = dict[str, int]  # bytes or operations, by purpose
 
-# In a product (..., n, k) (..., k, m): which argument is the left factor. Each result takes 2k operations.
+# Which argument is the left factor of a product (..., n, k) (..., k, m). Each entry of the result takes 2k operations.
 LEFT_FACTOR = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
 
 
 @dataclass(frozen=True)
 class TeacherFootprint:
-    """Bytes of the weights, of what lives beside them at the peak of a forward over one rank's part of the batch, of
-    the answer for that part, and of the head that goes with answers that are hidden states.
-    """
+    """Holds what a teacher takes, in bytes and operations, for one rank's part of the batch."""
 
     weights: int
-    work: int
+    work: int  # beside the weights, at the peak of the forward pass
     operations: int
     answer: int
-    head: int
+    head: int  # of the output weight that a student holds if answers are hidden states
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """One rank's share of a micro step.
+    """Holds one rank's share of a micro step.
 
-    student: on the meta device, frozen as asked.
-    weights: bytes of the student by what becomes of them.
-    forward, backward: bytes that live beside weights, gradients and optimizer state when either is at its largest.
-    left: those of them that still live when the optimizer steps.
+    student: on the meta device, frozen by the run's options.
+    weights: bytes of the student's weights: trained, frozen, or of replaced layers.
+    forward, backward: bytes beside weights, gradients and optimizer state at the peak of each pass.
+    left: those of them that are still alive when the optimizer steps.
     operations: of the student, recomputation included.
     """
 
@@ -82,7 +79,7 @@ class Footprint:
 
 
 def measure_footprint(args: TrainArguments) -> Footprint:
-    """Raises ValueError, as a run would, where models and options do not go together."""
+    """Raises ValueError, as a run does, if models and options do not go together."""
     teacher, student = build_models(args)
     vocab = shared_vocab(student.config.vocab_size, teacher.config.vocab_size)
     shape = (args.batch_size, args.seq_length)
@@ -102,30 +99,26 @@ def measure_footprint(args: TrainArguments) -> Footprint:
             answer.nbytes,
             0 if head is None else head.nbytes,
         )
-    model = DistillationModel(student, head, vocab, with_loss_of_gpu(args, vocab)).train()
-    forward, backward, left, operations = trace_step(model, batch, answer)
-    return Footprint(
-        student,
-        weights_by_fate(student, args.layers),
-        forward,
-        backward,
-        left,
-        operations,
-        teacher_footprint,
-    )
+    # A compiled loss would take fewer buffers.
+    uncompiled = dataclasses.replace(args, compile=False)
+    model = DistillationModel(student, head, vocab, uncompiled, gpu_chunk_tokens(args.dtype, vocab)).train()
+    weights = weights_by_fate(student, args.layers)
+    return Footprint(student, weights, *trace_step(model, batch, answer), teacher_footprint)
 
 
 # --- models without weights ----------------------------------------------------------------------------------
 
 
 def find_configs(args: TrainArguments) -> tuple[PretrainedConfig, LlambaConfig]:
-    """A preset that names models of the hub may have copies of their configs, so that planning needs no network."""
-    preset = parse_train_args(["--preset", args.preset])
+    """Returns the configs of teacher and student. Those of a preset's models on the hub are read from the preset's own
+    copies, so that planning needs no network.
+    """
+    preset = preset_values(args.preset, TrainArguments, "train")
     places = []
     for role in ("teacher", "student"):
         option = f"{role}_model"
         name, copy = vars(args)[option], PRESETS / args.preset / role
-        if name == vars(preset)[option] and not Path(name).is_dir() and copy.is_dir():
+        if name == preset.get(option) and not Path(name).is_dir() and copy.is_dir():
             places.append(str(copy))
         else:
             places.append(locate_model(f"--{option}", name, args.local_files_only, needs_weights=False))
@@ -133,7 +126,7 @@ def find_configs(args: TrainArguments) -> tuple[PretrainedConfig, LlambaConfig]:
 
 
 def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausalLM]:
-    """Teacher and student as a run has them when training begins, on the meta device."""
+    """Builds teacher and student as a run has them when training begins, on the meta device."""
     teacher_config, student_config = find_configs(args)
     check_replacements(student_config, teacher_config, args.layers)
     check_checkpoint_blocks(student_config, args.checkpoint_blocks)
@@ -150,31 +143,25 @@ def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausal
 
 
 def attention_on_meta(module, query: Tensor, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, None]:
-    """Causal attention: query (B, H, S, P), key and value (B, K, S, P) -> (B, S, H, P). On the meta device torch would
-    choose the form that writes out all scores.
+    """Causal flash attention: query (B, H, S, P), key and value (B, K, S, P) -> (B, S, H, P). On the meta device torch
+    itself would choose the form that holds all scores in memory.
     """
     return aten._scaled_dot_product_flash_attention(query, key, value, is_causal=True)[0].transpose(1, 2), None
 
 
-def with_loss_of_gpu(args: TrainArguments, vocab: int) -> TrainArguments:
-    """The loss takes as many tokens at a time as on a GPU with room, and runs without a compiler, which would save it
-    some of its buffers.
-    """
-    chunk = args.loss_chunk_tokens
-    if chunk is None:
-        on_cpu = choose_chunk_tokens(vocab, DTYPES[args.dtype], torch.device("cpu"))
-        chunk = on_cpu * (CUDA_CHUNK_BYTES // CPU_CHUNK_BYTES)
-    return dataclasses.replace(args, loss_chunk_tokens=chunk, compile=False)
+def gpu_chunk_tokens(dtype: str, vocab: int) -> int:
+    """Returns the tokens that the loss takes at a time on a GPU with free memory."""
+    return choose_chunk_tokens(vocab, DTYPES[dtype], torch.device("cpu")) * (CUDA_CHUNK_BYTES // CPU_CHUNK_BYTES)
 
 
 # --- counting ------------------------------------------------------------------------------------------------
 
 
 class LiveMemory(TorchDispatchMode):
-    """Follows every storage that is made while it is active, until it is freed. Storages and operations count under
-    the item that `enter` named last; `at_peak` is what the items had when the sum of their bytes was largest.
+    """Counts the bytes of every storage that is made within it, until the storage is freed, and operations. Both count
+    under the item that `enter` named last. `at_peak` holds the items' bytes when their sum was largest.
 
-    given: tensors that were there before; they do not count.
+    given: tensors that existed before; they do not count.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -221,7 +208,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def count_operations(packet: Any, args: Sequence[Any], result: Any) -> int:
-    """Multiplications and additions of matrix products and of causal attention; all else is small beside them."""
+    """Returns the multiplications and additions of matrix products and causal attention; all others are few."""
     if packet in LEFT_FACTOR:
         return 2 * result.numel() * args[LEFT_FACTOR[packet]].shape[-1]
     if packet is aten._scaled_dot_product_flash_attention:  # two products, of which half is masked
@@ -232,12 +219,12 @@ def count_operations(packet: Any, args: Sequence[Any], result: Any) -> int:
 
 
 def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> tuple[Items, Items, Items, Items]:
-    """One micro step: forward, backward, left and operations of a `Footprint`."""
+    """Computes one micro step and returns forward, backward, left and operations of a `Footprint`."""
     given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.labels, batch.loss_mask]
     memory = LiveMemory(given if answer is None else [*given, answer])
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # DDP copies a gradient into its bucket, which counts on its own, and lets go of it.
+            # DDP copies a gradient into its bucket, which `gradient_bytes` counts, and frees it.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     backbone = model.student.backbone
     backbone.register_forward_pre_hook(lambda *_: memory.enter("activations"))
@@ -249,7 +236,7 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
         memory.enter("backward's own")
         loss.backward()
         backward, left = memory.at_peak, dict(memory.live)
-    # The loop holds `loss`, and what hangs on it, until the next forward has made another.
+    # The training loop holds `loss`, and what it refers to, until the next forward pass has computed another.
     forward = dict(Counter(forward) + Counter(left))
     return forward, backward, left, dict(memory.operations)
 
@@ -262,6 +249,7 @@ def n_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
+    """Returns the bytes of weights that are trained, that are frozen, and of replaced layers."""
     replaced = {id(p) for index in layers for p in student.backbone.layers[index].parameters()}
     fates = {"weights, trained": 0, "weights, frozen": 0, "weights of replaced layers": 0}
     for parameter in student.parameters():
@@ -271,12 +259,12 @@ def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
 
 
 def gradient_bytes(student: nn.Module) -> int:
-    """DDP's buckets."""
+    """Returns the bytes of DDP's buckets."""
     return n_bytes(p for p in student.parameters() if p.requires_grad)
 
 
 def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> tuple[int, int]:
-    """Of the rank with the largest shard: what the optimizer keeps, and what a step takes beside it."""
+    """Returns the bytes that the optimizer keeps on the rank with the largest shard, and what a step takes besides."""
     shard = max(shards(parameter_groups(student, args.weight_decay), n_ranks), key=n_bytes)
     for parameter in shard:
         parameter.grad = torch.empty_like(parameter)
@@ -293,8 +281,8 @@ def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> t
 
 
 def shards(groups: list[dict], n_ranks: int) -> list[list[nn.Parameter]]:
-    """Parameters by rank, as ZeroRedundancyOptimizer deals them out: the largest first, each to the rank that has
-    least.
+    """Returns the parameters by rank as ZeroRedundancyOptimizer distributes them: the largest first, each to the rank
+    that has least.
     """
     dealt: list[list[nn.Parameter]] = [[] for _ in range(n_ranks)]
     sizes = [0] * n_ranks

@@ -1,6 +1,5 @@
-"""What a run will take, before it takes it: what every GPU holds and whether that fits, how long a step is on paper,
-on which GPU the teacher should sit, and what to change where it does not fit. From configs alone, without a GPU.
-plan_report.py prints it.
+"""Plans a run from configs alone, without a GPU: what every GPU holds and whether it fits, how long a step takes on
+paper, where to put the teacher, and which options to change if the run does not fit. plan_report.py prints the plan.
 """
 
 import dataclasses
@@ -17,60 +16,57 @@ from preflight.footprint import Footprint, Items, gradient_bytes, measure_footpr
 from processes.ranks import launched_world_size, local_world_size, was_launched
 
 GB = 1e9
-# The box of the README's long run, where there is no GPU to look at: 5 H100.
+# Without visible GPUs: the machine of the README's long run, five H100.
 N_GPUS, GPU_BYTES, PEAK = 5, 80 * GB, 989e12
-REACHED = 0.8  # of a GPU's peak, by its large matrix products
-# For the CUDA context and its kernels, the buffers of NCCL and cuBLAS, and the crumbs between blocks. Not computed.
+REACHED_SHARE = 0.8  # of a GPU's peak that large matrix products reach
+# Estimated, not computed: the CUDA context, kernels, buffers of NCCL and cuBLAS, and fragmentation.
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
 RECOMPUTE = "--gradient_checkpointing"
 
-Moments = dict[str, Items]  # what a GPU holds at the largest moment of each phase of a step
-Change = tuple[str, TrainArguments, Footprint]  # an option to change, and what the run is then
+Moments = dict[str, Items]  # bytes of a GPU at the peak of each phase of a step
+Change = tuple[str, TrainArguments, Footprint]  # options to change, as text, and the run with them
 
 
 @dataclass(frozen=True)
-class Box:
-    """One node: its GPUs, the bytes of each, and the operations per second that matrix products reach on one; how many
-    such nodes there are; and the students that torchrun has started on each, if it has.
-    """
+class Machine:
+    """Holds one node, and how many such nodes there are."""
 
     n_gpus: int
-    gpu_bytes: float
-    speed: float
+    gpu_bytes: float  # of each GPU
+    speed: float  # operations per second that matrix products reach on a GPU
     n_nodes: int = 1
-    n_students: int | None = None
+    n_students: int | None = None  # that torchrun has started on each node, if it has
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with its teacher in one place. gpus: kind of GPU -> moments; seconds are of a micro step; n_students are
-    those of a node.
-    """
+    """Holds what a run takes with its teacher in one place."""
 
     placement: str
-    n_students: int
+    n_students: int  # per node
     n_ranks: int
-    gpus: dict[str, Moments]
-    student_seconds: float
+    gpus: dict[str, Moments]  # by kind of GPU
+    student_seconds: float  # per micro step, as the next two
     teacher_seconds: float
     seconds: float
     tokens_per_second: float
 
     @property
     def largest(self) -> int:
+        """Returns the most bytes that any GPU holds at any moment."""
         return max(largest_moment(moments)[1] for moments in self.gpus.values())
 
-    def fits(self, box: Box) -> bool:
-        return self.largest <= box.gpu_bytes
+    def fits(self, machine: Machine) -> bool:
+        return self.largest <= machine.gpu_bytes
 
 
 # --- the machine ---------------------------------------------------------------------------------------------
 
 
-def find_box(args: TrainArguments) -> Box:
-    """What the options say of the machine, else torchrun and the visible GPUs, else a box of five H100. Raises
-    ValueError if it has too few GPUs.
+def find_machine(args: TrainArguments) -> Machine:
+    """Returns the machine that the options describe; what they leave out, torchrun and the visible GPUs say, or else it
+    is a machine with five H100. Raises ValueError if it has too few GPUs.
     """
     visible = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpu_bytes, peak = GPU_BYTES, PEAK
@@ -85,17 +81,17 @@ def find_box(args: TrainArguments) -> Box:
             f"--gpus {n_gpus}: too few, this run takes {needed}; one GPU holds both models with "
             "--teacher_placement colocated"
         )
-    return Box(
+    return Machine(
         n_gpus,
         gpu_bytes if args.gpu_gb is None else args.gpu_gb * GB,
-        REACHED * (peak if args.tflops is None else args.tflops * 1e12),
+        REACHED_SHARE * (peak if args.tflops is None else args.tflops * 1e12),
         args.nodes or launched_world_size() // local_world_size(),
         n_students,
     )
 
 
 def gpus_needed(args: TrainArguments, n_students: int) -> int:
-    """Of a node with that many students."""
+    """Returns the GPUs that a node needs for its students and their teacher."""
     if args.kl_weight == 0 or args.teacher_placement == "colocated" or args.teacher_device == "cpu":
         return n_students
     if args.teacher_device is None:
@@ -109,34 +105,35 @@ def gpus_needed(args: TrainArguments, n_students: int) -> int:
 # --- one placement -------------------------------------------------------------------------------------------
 
 
-def asked_placement(args: TrainArguments, box: Box) -> str:
-    """Besides `colocated`, and `dedicated` on a GPU without a student: `shared`, one teacher on a student's GPU, and
-    `none`, no teacher on any.
+def asked_placement(args: TrainArguments, machine: Machine) -> str:
+    """Returns where the options put the teacher: `colocated`, beside every student; `dedicated`, on a GPU without a
+    student; `shared`, one teacher on a student's GPU; or `none`, not on a GPU.
     """
     if args.kl_weight == 0 or args.teacher_device == "cpu":
         return "none"
     if args.teacher_device is not None:
-        n_students = box.n_students or max(box.n_gpus - 1, 1)
-        return "shared" if teacher_index(args, box) < n_students else "dedicated"
+        n_students = machine.n_students or max(machine.n_gpus - 1, 1)
+        return "shared" if teacher_index(args, machine) < n_students else "dedicated"
     return args.teacher_placement
 
 
-def teacher_index(args: TrainArguments, box: Box) -> int:
-    """Of the GPU of a node's one teacher."""
-    return box.n_gpus - 1 if args.teacher_device is None else int(args.teacher_device.removeprefix("cuda:"))
+def teacher_index(args: TrainArguments, machine: Machine) -> int:
+    """Returns the index of the GPU that holds a node's only teacher."""
+    return machine.n_gpus - 1 if args.teacher_device is None else int(args.teacher_device.removeprefix("cuda:"))
 
 
-def make_plan(args: TrainArguments, footprint: Footprint, box: Box, placement: str) -> Plan:
-    n_students = box.n_gpus - 1 if placement == "dedicated" else box.n_gpus
-    if box.n_students is not None and placement == asked_placement(args, box):
-        n_students = box.n_students
-    student_s, teacher_s = sum(footprint.operations.values()) / box.speed, 0.0
+def make_plan(args: TrainArguments, footprint: Footprint, machine: Machine, placement: str) -> Plan:
+    """Plans the run on this machine with its teacher in this place."""
+    n_students = machine.n_gpus - 1 if placement == "dedicated" else machine.n_gpus
+    if machine.n_students is not None and placement == asked_placement(args, machine):
+        n_students = machine.n_students
+    student_s, teacher_s = sum(footprint.operations.values()) / machine.speed, 0.0
     if placement != "none":
         assert footprint.teacher is not None
-        teacher_s = footprint.teacher.operations / box.speed * (1 if placement == "colocated" else n_students)
+        teacher_s = footprint.teacher.operations / machine.speed * (1 if placement == "colocated" else n_students)
     works_ahead = placement == "dedicated" and args.teacher_prefetch != 0
     seconds = max(student_s, teacher_s) if works_ahead else student_s + teacher_s
-    n_ranks = n_students * box.n_nodes
+    n_ranks = n_students * machine.n_nodes
     return Plan(
         placement,
         n_students,
@@ -150,6 +147,7 @@ def make_plan(args: TrainArguments, footprint: Footprint, box: Box, placement: s
 
 
 def gpu_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placement: str) -> dict[str, Moments]:
+    """Returns what each kind of GPU holds, in bytes."""
     student = student_moments(args, footprint, n_ranks, placement)
     if placement == "colocated":
         return {"every GPU": student}
@@ -159,13 +157,13 @@ def gpu_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placem
     teacher = {"teacher's weights": footprint.teacher.weights, "teacher's work": footprint.teacher.work}
     if placement == "dedicated":
         return {"student GPU": student, "teacher GPU": {"forward": {**teacher, **ALLOWANCE}}}
-    # The teacher works at any moment of the student's; a head on the same device is its own.
+    # The teacher may work during any phase of the student, and its head is not copied to its own device.
     both = {moment: {**items, "teacher's head": 0, **teacher} for moment, items in student.items()}
     return {"student GPU": student, "GPU of student and teacher": both}
 
 
 def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placement: str) -> Moments:
-    """Of a student's GPU; where its teacher is colocated, with that."""
+    """Returns what a student's GPU holds, in bytes; with the teacher if that is colocated."""
     state, work = optimizer_bytes(footprint.student, args, n_ranks)
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
@@ -186,14 +184,15 @@ def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, pl
 
 
 def largest_moment(moments: Moments) -> tuple[str, int]:
+    """Returns the phase in which a GPU holds most, and its bytes."""
     totals = {moment: sum(items.values()) for moment, items in moments.items()}
     moment = max(totals, key=totals.__getitem__)
     return moment, totals[moment]
 
 
 def wire_bytes(args: TrainArguments, footprint: Footprint, plan: Plan) -> Items:
-    """What a rank receives in an optimizer step, by what it is for. A ring takes a gradient around twice, but for
-    a rank's own part; updated weights come from the ranks that have stepped them.
+    """Returns the bytes that a rank receives in an optimizer step, by purpose. In a ring all-reduce a rank receives all
+    gradients but its own part, twice. It receives updated weights from the ranks whose optimizer steps them.
     """
     trained, others = gradient_bytes(footprint.student), (plan.n_ranks - 1) / plan.n_ranks
     items = {"gradients": round(2 * others * trained), "updated weights": round(others * trained)}
@@ -210,7 +209,7 @@ def other_placements(placement: str) -> list[str]:
 
 
 def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
-    """Single changes that may save memory, the least costly first."""
+    """Yields single changes that may save memory, the least costly first: as text, and the options with it."""
     if args.teacher_signal == "logits":
         yield "--teacher_signal hidden", dataclasses.replace(args, teacher_signal="hidden")
     if not args.gradient_checkpointing or args.checkpoint_blocks is not None:
@@ -228,29 +227,29 @@ def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
         yield "--dtype bfloat16", dataclasses.replace(args, dtype="bfloat16")
 
 
-def remedies(box: Box, plan: Plan, changes: list[Change]) -> list[tuple[str, Plan]]:
-    """Each change with the plan that it leads to; those that save nothing are left out. Where recomputing all blocks
-    is enough, the fewest that are come before it.
+def remedies(machine: Machine, plan: Plan, changes: list[Change]) -> list[tuple[str, Plan]]:
+    """Returns the changes that save memory, each with its plan. If recomputing all blocks makes the run fit, the fewest
+    blocks that do come before it.
     """
     found: list[tuple[str, Plan]] = []
     for change, args, footprint in changes:
-        changed = make_plan(args, footprint, box, plan.placement)
-        if change == RECOMPUTE and changed.fits(box):
-            found += fewest_blocks(args, footprint, box, plan, changed)
+        changed = make_plan(args, footprint, machine, plan.placement)
+        if change == RECOMPUTE and changed.fits(machine):
+            found += fewest_blocks(args, footprint, machine, plan, changed)
         if changed.largest < plan.largest:
             found.append((change, changed))
     return found
 
 
 def fewest_blocks(
-    args: TrainArguments, footprint: Footprint, box: Box, plan: Plan, all_blocks: Plan
+    args: TrainArguments, footprint: Footprint, machine: Machine, plan: Plan, all_blocks: Plan
 ) -> Iterator[tuple[str, Plan]]:
-    """Where it does not take `all_blocks`: as few to recompute as make `plan` fit."""
+    """Yields the fewest blocks to recompute that make `plan` fit, if they are fewer than all."""
     n_layer = footprint.student.config.n_layer
-    part = (plan.largest - box.gpu_bytes) / (plan.largest - all_blocks.largest)
+    part = (plan.largest - machine.gpu_bytes) / (plan.largest - all_blocks.largest)
     for n_blocks in range(math.ceil(n_layer * part), n_layer):
         some = dataclasses.replace(args, checkpoint_blocks=n_blocks)
-        changed = make_plan(some, measure_footprint(some), box, plan.placement)
-        if changed.fits(box):
+        changed = make_plan(some, measure_footprint(some), machine, plan.placement)
+        if changed.fits(machine):
             yield f"{RECOMPUTE} --checkpoint_blocks {n_blocks}", changed
             return

@@ -1,9 +1,9 @@
-"""The plan of a run on the screen, what `train_gpus.py --dry_run` prints:
+"""Prints the plan of a run, for `train_gpus.py --dry_run`:
 
     python train_gpus.py --dry_run --gpus 5 --gpu_gb 80 --freeze_mlp --freeze_replaced_layers
 
-Who sits where, what each GPU holds, how long it takes and what it leaves on the disk, and at the end whether it fits
-and what to change if it does not. GB are 10^9 bytes.
+Which process has which GPU, what each GPU holds, how long the run takes and what it leaves on the disk; at the end,
+whether it fits and what to change if it does not. GB are 10^9 bytes.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from monitoring.speed import peak_operations
 from preflight.footprint import Footprint, gradient_bytes, measure_footprint
 from preflight.plan import (
     GB,
-    REACHED,
-    Box,
+    REACHED_SHARE,
+    Machine,
     Moments,
     Plan,
     alternatives,
     asked_placement,
-    find_box,
+    find_machine,
     largest_moment,
     make_plan,
     other_placements,
@@ -39,45 +39,45 @@ from preflight.plan import (
 )
 from utils import format_duration
 
-SLOW_LINK = 5 * GB  # bytes per second, of the order that copies through the host's memory reach
+HOST_LINK = 5 * GB  # bytes per second, about what copies through the host's memory reach
 
-# --- what it says, part by part ------------------------------------------------------------------------------
+# --- the parts of a plan -------------------------------------------------------------------------------------
 
 
-def machine_text(args: TrainArguments, box: Box) -> str:
+def machine_text(args: TrainArguments, machine: Machine) -> str:
     n_visible = torch.cuda.device_count()
-    nodes = "" if box.n_nodes == 1 else f"{box.n_nodes} nodes, each with "
-    text = f"Planned for {nodes}{box.n_gpus} GPU(s) of {box.gpu_bytes / GB:.3g} GB"
+    nodes = "" if machine.n_nodes == 1 else f"{machine.n_nodes} nodes, each with "
+    text = f"Planned for {nodes}{machine.n_gpus} GPU(s) of {machine.gpu_bytes / GB:.3g} GB"
     missing = [f"--{name}" for name in ("gpus", "gpu_gb", "tflops") if vars(args)[name] is None]
     if n_visible == 0 and missing:
-        text += f". None is visible here: name yours with {', '.join(missing)}"
+        text += f". No GPU is visible here: describe yours with {', '.join(missing)}"
     elif args.gpus is None and args.gpu_gb is None:
         text += f": {torch.cuda.get_device_name(0)}"
     return text + "."
 
 
-def seats(plan: Plan, args: TrainArguments, box: Box) -> str:
-    """Which process of a node has which GPU."""
+def seats(plan: Plan, args: TrainArguments, machine: Machine) -> str:
+    """Returns a table of which process of a node has which GPU."""
     teacher = ""
     if plan.placement == "colocated":
         teacher = "a teacher beside its student"
     elif args.kl_weight > 0:
-        place = "the CPU" if plan.placement == "none" else f"cuda:{teacher_index(args, box)}"
+        place = "the CPU" if plan.placement == "none" else f"cuda:{teacher_index(args, machine)}"
         teacher = f"runs the teacher on {place}"
     students = range(plan.n_students)
-    idle = set(range(plan.n_students, box.n_gpus))
+    idle = set(range(plan.n_students, machine.n_gpus))
     if plan.placement == "dedicated":
-        idle.discard(teacher_index(args, box))
-    rows = [("process", "student on", "besides")]
+        idle.discard(teacher_index(args, machine))
+    rows = [("process", "student on", "also")]
     rows += [(f"rank {i}", f"cuda:{i}", teacher if i == 0 or plan.placement == "colocated" else "") for i in students]
-    lines = [f"{rank:<10}{place:<12}{besides}".rstrip() for rank, place, besides in rows]
+    lines = [f"{rank:<10}{place:<12}{also}".rstrip() for rank, place, also in rows]
     if idle:
         lines.append(f"cuda:{', cuda:'.join(map(str, sorted(idle)))}: not used")
     return "\n".join(lines)
 
 
-def gpu_table(kind: str, moments: Moments, box: Box) -> str:
-    """What a GPU holds, an item a line, at the largest moment of each phase."""
+def gpu_table(kind: str, moments: Moments, machine: Machine) -> str:
+    """Returns a table of what a GPU holds at the peak of each phase, one item per line."""
     lines = [f"{kind + ', GB':<34}" + "".join(f"{moment:>10}" for moment in moments)]
     for name in dict.fromkeys(name for items in moments.values() for name in items):
         sizes = [items.get(name, 0) for items in moments.values()]
@@ -85,19 +85,19 @@ def gpu_table(kind: str, moments: Moments, box: Box) -> str:
             lines.append(f"  {name:<32}" + "".join(f"{size / GB:>10.3g}" if size else f"{'-':>10}" for size in sizes))
     lines.append(f"  {'all':<32}" + "".join(f"{sum(items.values()) / GB:>10.1f}" for items in moments.values()))
     moment, size = largest_moment(moments)
-    spare = (box.gpu_bytes - size) / GB
+    spare = (machine.gpu_bytes - size) / GB
     verdict = f"fits, {spare:.1f} GB to spare" if spare >= 0 else f"does not fit, {-spare:.1f} GB too much"
-    return "\n".join([*lines, f"  {size / GB:.1f} of {box.gpu_bytes / GB:g} GB ({moment}): {verdict}"])
+    return "\n".join([*lines, f"  {size / GB:.1f} of {machine.gpu_bytes / GB:g} GB ({moment}): {verdict}"])
 
 
-def placement_table(plans: list[Plan], box: Box) -> str:
+def placement_table(plans: list[Plan], machine: Machine) -> str:
     titles = ("teacher", "students", "GB at most", "fits", "student, ms", "teacher, ms", "step, ms", "tokens/s")
     rows = [
         (
             plan.placement,
             f"{plan.n_students}",
             f"{plan.largest / GB:.1f}",
-            "yes" if plan.fits(box) else "no",
+            "yes" if plan.fits(machine) else "no",
             *(f"{1000 * s:.3g}" for s in (plan.student_seconds, plan.teacher_seconds, plan.seconds)),
             f"{plan.tokens_per_second:,.0f}",
         )
@@ -106,13 +106,13 @@ def placement_table(plans: list[Plan], box: Box) -> str:
     return "\n".join("".join(f"{cell:>13}" for cell in row) for row in (titles, *rows))
 
 
-def advice(asked: Plan, others: list[Plan], box: Box) -> str:
-    """Which placement to take: the fastest that fits."""
-    if asked.placement == "none" and asked.fits(box):
+def advice(asked: Plan, others: list[Plan], machine: Machine) -> str:
+    """Returns which placement to choose: the fastest that fits."""
+    if asked.placement == "none" and asked.fits(machine):
         return "Fits."
     plans = [asked, *others]
     fastest = max(plans, key=lambda plan: plan.tokens_per_second)
-    fitting = [plan for plan in plans if plan.fits(box)]
+    fitting = [plan for plan in plans if plan.fits(machine)]
     if not fitting:
         return "Does not fit."
     best = max(fitting, key=lambda plan: plan.tokens_per_second)
@@ -129,19 +129,19 @@ def advice(asked: Plan, others: list[Plan], box: Box) -> str:
     return f"{text}: give --teacher_placement {best.placement}{instead}."
 
 
-def remedy_table(plan: Plan, changes: list[tuple[str, Plan]], box: Box) -> str:
+def remedy_table(plan: Plan, changes: list[tuple[str, Plan]], machine: Machine) -> str:
     if not changes:
-        return f"{plan.placement}: no single option saves memory; it takes larger GPUs."
+        return f"{plan.placement}: no single option saves memory; use larger GPUs."
     lines = [f"To make {plan.placement} fit:"]
     for change, changed in changes:
         saved = (plan.largest - changed.largest) / GB
-        fits = "fits" if changed.fits(box) else "not enough"
+        fits = "fits" if changed.fits(machine) else "not enough"
         lines.append(f"  {change:<50} saves {saved:>5.1f} GB: {fits:<11} {changed.tokens_per_second:>9,.0f} tokens/s")
     return "\n".join(lines)
 
 
 def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: DiskRoom) -> str:
-    """Tokens, steps and time; what goes over the wire; what stays on the disk."""
+    """Returns a table of tokens, steps and time, of what a rank receives, and of checkpoints on the disk."""
     accumulate = args.grad_accumulation_steps
     tokens = accumulate * plan.n_ranks * args.batch_size * args.seq_length
     seconds = accumulate * plan.seconds
@@ -157,8 +157,8 @@ def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: Disk
     if plan.n_ranks > 1:
         items = ", ".join(f"{name} {size / GB:.2g}" for name, size in wire.items() if size)
         lines.append(("a rank receives per step, GB", f"{sum(wire.values()) / GB:.2g}: {items}"))
-        slow = sum(wire.values()) / SLOW_LINK
-        lines.append(("  over links of 5 GB/s", f"{slow:.2g} s, beside {seconds:.2g} s of work"))
+        slow = sum(wire.values()) / HOST_LINK
+        lines.append(("  over links of 5 GB/s", f"{slow:.2g} s, besides {seconds:.2g} s of computation"))
     lines += disk_lines(args, room)
     return "\n".join(f"{name:<34}{text}" for name, text in lines)
 
@@ -169,23 +169,23 @@ def disk_lines(args: TrainArguments, room: DiskRoom) -> list[tuple[str, str]]:
 
 
 def disk_advice(args: TrainArguments, room: DiskRoom) -> str:
-    """Empty where there is room for all."""
+    """Returns what to change if the disk has no room for all checkpoints; else nothing."""
     free = f"The disk of --output_dir {args.output_dir} has room for {room.n_fit} checkpoint(s)"
     if not room.is_enough:
-        return f"{free}: the run would not start; choose another, or make room."
+        return f"{free}: the run would not start; choose another disk, or make room."
     if room.n_fit < room.n_most:
         return f"{free} of {room.n_most}: give --save_total_limit {room.n_fit - 1}, or raise --save_interval."
     return ""
 
 
 def measured_speed(args: TrainArguments) -> float | None:
-    """Median tokens per second of what has been run in --output_dir."""
+    """Returns the median tokens per second of the run in --output_dir, or None if there is none."""
     file = Path(args.output_dir) / "metrics.jsonl"
     if not file.is_file():
         return None
     speeds = []
     for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash has spoilt
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
             speeds.append(float(json.loads(line)["tokens_per_s"]))
     return statistics.median(speeds) if speeds else None
 
@@ -195,57 +195,60 @@ def knows_peak(args: TrainArguments) -> bool:
     return peak_operations(name, DTYPES[args.dtype]) is not None
 
 
-def paper(args: TrainArguments, box: Box) -> str:
+def assumptions(args: TrainArguments, machine: Machine) -> str:
     notes = [
-        f"On paper: matrix products and attention at {box.speed / 1e12:.0f} TFLOP/s, {REACHED:.0%} of the peak, and "
-        "nothing else that takes time.",
-        "The scan is the plain one. Others may keep more or less for backward.",
+        f"Times are on paper: matrix products and attention at {machine.speed / 1e12:.0f} TFLOP/s, {REACHED_SHARE:.0%} "
+        "of the peak, and nothing else that takes time.",
+        "The scan is the plain one. Others may keep more or less for the backward pass.",
     ]
     if args.teacher_device == "cpu":
-        notes.append("The teacher's own time on the CPU is not in these figures.")
+        notes.append("The teacher's time on the CPU is not included.")
     if args.tflops is None and not knows_peak(args):
-        notes.append("How fast these GPUs are is not known: an H100's bfloat16 is taken. Give --tflops.")
+        notes.append("The speed of these GPUs is not known; that of an H100 in bfloat16 is assumed. Give --tflops.")
     if args.compile:
-        notes.append("What --compile changes is not in these figures.")
+        notes.append("What --compile saves is not included.")
     return "\n".join(notes)
 
 
-# --- all of it -----------------------------------------------------------------------------------------------
+# --- the whole plan ------------------------------------------------------------------------------------------
 
 
 def print_plan(args: TrainArguments) -> int:
-    """Returns the exit code. Raises ValueError, as a run would, where models and options do not go together."""
-    logging.getLogger("llamba").setLevel(logging.WARNING)  # kernels for tensors without memory are nobody's concern
+    """Prints the plan and returns the exit code. Raises ValueError, as a run does, if models and options do not go
+    together.
+    """
+    logging.getLogger("llamba").setLevel(logging.WARNING)  # which kernels the meta device has is of no interest
     if args.plan_json is not None and not Path(args.plan_json).absolute().parent.is_dir():
-        raise ValueError(f"--plan_json {args.plan_json}: its folder is not there; make it, or name another")
-    box = find_box(args)
+        raise ValueError(f"--plan_json {args.plan_json}: its folder is not there; make it, or name another file")
+    machine = find_machine(args)
     footprint = measure_footprint(args)
-    asked = make_plan(args, footprint, box, asked_placement(args, box))
-    others = [make_plan(args, footprint, box, name) for name in other_placements(asked.placement) if box.n_gpus > 1]
+    asked = make_plan(args, footprint, machine, asked_placement(args, machine))
+    placements = other_placements(asked.placement) if machine.n_gpus > 1 else []
+    others = [make_plan(args, footprint, machine, name) for name in placements]
     room = disk_room(args, footprint.student, args.max_steps * args.grad_accumulation_steps)
     weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
     parts = [
-        machine_text(args, box),
-        seats(asked, args, box),
+        machine_text(args, machine),
+        seats(asked, args, machine),
         f"{parameter_table(footprint.student)}\n{weights / GB:.1f} GB of weights in {args.dtype}, "
         f"{trained / GB:.1f} GB of them trained",
         f"{args.batch_size} x {args.seq_length} tokens per rank and micro step:",
-        *(gpu_table(kind, moments, box) for kind, moments in asked.gpus.items()),
+        *(gpu_table(kind, moments, machine) for kind, moments in asked.gpus.items()),
         run_table(args, footprint, asked, room),
-        placement_table([asked, *others], box),
-        paper(args, box),
-        advice(asked, others, box),
+        placement_table([asked, *others], machine),
+        assumptions(args, machine),
+        advice(asked, others, machine),
         disk_advice(args, room),
     ]
     print("\n\n".join(part for part in parts if part))
-    too_large = [plan for plan in (asked, *others) if not plan.fits(box)]
+    too_large = [plan for plan in (asked, *others) if not plan.fits(machine)]
     if too_large:
         changes = [(change, changed, measure_footprint(changed)) for change, changed in alternatives(args)]
         for plan in too_large:
-            print("\n" + remedy_table(plan, remedies(box, plan, changes), box))
+            print("\n" + remedy_table(plan, remedies(machine, plan, changes), machine))
     if args.plan_json is not None:
         rows = [
-            {**dataclasses.asdict(plan), "largest_bytes": plan.largest, "fits": plan.fits(box)}
+            {**dataclasses.asdict(plan), "largest_bytes": plan.largest, "fits": plan.fits(machine)}
             for plan in (asked, *others)
         ]
         Path(args.plan_json).write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""The plan against runs: `train_gpus.distil` on small models in fresh processes, whose resident memory at its peak has
-to be what the plan says within 15%. `child` is such a process.
+"""Compares the plan with runs: `train_gpus.distil` on small models in fresh processes. Their resident memory at its peak
+has to be what the plan says within 15%. `child` is such a process.
 
-Resident memory tells what tensors take only if the heap gives every block back at once: see `let_go_at_once`.
+Resident memory shows what tensors take only if the heap returns every block at once: see `free_at_once`.
 """
 
 import ctypes
@@ -158,7 +158,7 @@ def measured_run(argv, vocab, ranks):
     return measured.found
 
 
-def let_go_at_once(rank):
+def free_at_once(rank):
     libc = ctypes.CDLL(None)
     assert libc.mallopt(MMAP_THRESHOLD, 65536) and libc.mallopt(TRIM_THRESHOLD, 0)
 
@@ -181,7 +181,7 @@ def child():
 def measured(request, folder):
     """Number of ranks, and for every rank what it found in each case."""
     n_ranks = request.param
-    codes, text = fresh.ranks([str(folder)], n_ranks, child, let_go_at_once)
+    codes, text = fresh.ranks([str(folder)], n_ranks, child, free_at_once)
     assert codes == [0] * n_ranks, text[-4000:]
     files = [folder / f"rank-{rank}-of-{n_ranks}.json" for rank in range(n_ranks)]
     return n_ranks, [json.loads(file.read_text()) for file in files]

@@ -17,8 +17,8 @@ from checkpointing import run_folder
 from checkpointing.run_folder import disk_room
 from monitoring.speed import peak_operations
 from preflight.footprint import gradient_bytes, measure_footprint
-from preflight.plan import Box, Plan, asked_placement, find_box, make_plan, wire_bytes
-from preflight.plan_report import advice, disk_advice, machine_text, paper, print_plan, run_table, seats
+from preflight.plan import Machine, Plan, asked_placement, find_machine, make_plan, wire_bytes
+from preflight.plan_report import advice, assumptions, disk_advice, machine_text, print_plan, run_table, seats
 from tests import fresh
 from tests.preflight.test_footprint import folder, options
 from tests.project.test_readme import PRODUCTION
@@ -37,7 +37,7 @@ def train(text):
 
 @pytest.fixture
 def visible(monkeypatch):
-    """GPUs that are not there."""
+    """Returns a function that mocks visible GPUs."""
 
     def see(*gpus):
         found = [SimpleNamespace(name=name, total_memory=size) for name, size in gpus]
@@ -51,7 +51,7 @@ def visible(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What torchrun tells a process."""
+    """Returns a function that sets the environment of a process that torchrun has started."""
 
     def launch(n_local, n_nodes=1):
         words = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": n_local * n_nodes, "LOCAL_WORLD_SIZE": n_local}
@@ -61,29 +61,29 @@ def launched(monkeypatch):
     return launch
 
 
-def test_without_gpus_it_is_the_box_of_the_long_run(visible, no_torchrun):
-    assert find_box(train("")) == Box(5, 80e9, 0.8 * 989e12)
-    assert find_box(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 100 --nodes 2")) == Box(3, 24e9, 80e12, 2)
+def test_without_gpus_it_is_the_machine_of_the_long_run(visible, no_torchrun):
+    assert find_machine(train("")) == Machine(5, 80e9, 0.8 * 989e12)
+    assert find_machine(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 100 --nodes 2")) == Machine(3, 24e9, 80e12, 2)
 
 
 def test_gpus_that_are_visible_are_planned_for(visible, no_torchrun):
     visible(("NVIDIA A100-SXM4-80GB", 85e9), ("NVIDIA A100-SXM4-80GB", 84e9))
-    assert find_box(train("")) == Box(2, 84e9, 0.8 * peak_operations("NVIDIA A100-SXM4-80GB", torch.bfloat16))
+    assert find_machine(train("")) == Machine(2, 84e9, 0.8 * peak_operations("NVIDIA A100-SXM4-80GB", torch.bfloat16))
     visible(("A card of tomorrow", 1e12))
-    assert find_box(train("--kl_weight 0")).speed == 0.8 * 989e12
-    assert find_box(train("--kl_weight 0 --dry_run --gpu_gb 24")).gpu_bytes == 24e9
+    assert find_machine(train("--kl_weight 0")).speed == 0.8 * 989e12
+    assert find_machine(train("--kl_weight 0 --dry_run --gpu_gb 24")).gpu_bytes == 24e9
 
 
 def test_torchrun_says_how_many_students_there_are(visible, launched):
     launched(3, n_nodes=2)
-    box = find_box(train(""))
-    assert (box.n_gpus, box.n_students, box.n_nodes) == (4, 3, 2)
-    assert find_box(train("--teacher_placement colocated")).n_gpus == 3
-    assert find_box(train("--teacher_device cuda:0")).n_gpus == 3
-    assert find_box(train("--teacher_device cuda:5")).n_gpus == 6
+    machine = find_machine(train(""))
+    assert (machine.n_gpus, machine.n_students, machine.n_nodes) == (4, 3, 2)
+    assert find_machine(train("--teacher_placement colocated")).n_gpus == 3
+    assert find_machine(train("--teacher_device cuda:0")).n_gpus == 3
+    assert find_machine(train("--teacher_device cuda:5")).n_gpus == 6
     visible(*[("NVIDIA H100", 80e9)] * 8)
-    box = find_box(train(""))
-    assert (box.n_gpus, box.n_students) == (8, 3)
+    machine = find_machine(train(""))
+    assert (machine.n_gpus, machine.n_students) == (8, 3)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_torchrun_says_how_many_students_there_are(visible, launched):
 )
 def test_mistakes_are_named(visible, no_torchrun, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        find_box(train(text))
+        find_machine(train(text))
 
 
 # --- placements and advice -----------------------------------------------------------------------------------
 
 
-BOX = Box(n_gpus=5, gpu_bytes=80e9, speed=790e12)
+MACHINE = Machine(n_gpus=5, gpu_bytes=80e9, speed=790e12)
 
 
 @pytest.mark.parametrize(
@@ -121,26 +121,26 @@ BOX = Box(n_gpus=5, gpu_bytes=80e9, speed=790e12)
     ],
 )
 def test_the_options_say_where_the_teacher_sits(text, placement):
-    assert asked_placement(parse_train_args(text.split()), BOX) == placement
+    assert asked_placement(parse_train_args(text.split()), MACHINE) == placement
 
 
 def test_step_times_of_the_placements(folder):
     args = parse_train_args(options(folder, "wide", "--seq_length 40"))
     footprint = measure_footprint(args)
-    student, teacher = sum(footprint.operations.values()) / BOX.speed, footprint.teacher.operations / BOX.speed
-    seconds = {name: make_plan(args, footprint, BOX, name).seconds for name in ("dedicated", "colocated", "shared")}
+    student, teacher = sum(footprint.operations.values()) / MACHINE.speed, footprint.teacher.operations / MACHINE.speed
+    seconds = {name: make_plan(args, footprint, MACHINE, name).seconds for name in ("dedicated", "colocated", "shared")}
     assert seconds == pytest.approx(
         {"dedicated": max(student, 4 * teacher), "colocated": student + teacher, "shared": student + 5 * teacher}
     )
     args.teacher_prefetch = 0
-    assert make_plan(args, footprint, BOX, "dedicated").seconds == pytest.approx(student + 4 * teacher)
+    assert make_plan(args, footprint, MACHINE, "dedicated").seconds == pytest.approx(student + 4 * teacher)
 
 
 def test_memory_of_the_placements(folder):
     args = parse_train_args(options(folder, "wide", "--seq_length 40"))
     footprint = measure_footprint(args)
     dedicated, colocated, shared = (
-        make_plan(args, footprint, BOX, name).gpus for name in ("dedicated", "colocated", "shared")
+        make_plan(args, footprint, MACHINE, name).gpus for name in ("dedicated", "colocated", "shared")
     )
     teacher = footprint.teacher.weights
     assert list(dedicated) == ["student GPU", "teacher GPU"]
@@ -170,55 +170,55 @@ def made_up(placement, gb, tokens_per_second):
     ],
 )  # fmt: skip
 def test_the_fastest_that_fits_is_advised(asked, other, expected):
-    assert advice(made_up("dedicated", *asked), [made_up("colocated", *other)], BOX) == expected
+    assert advice(made_up("dedicated", *asked), [made_up("colocated", *other)], MACHINE) == expected
 
 
 def test_a_teacher_on_a_named_gpu_shares_it_if_a_student_is_there():
     """By the students that torchrun has started, if it has."""
     args = train("--teacher_device cuda:1")
-    for box, placement in (
-        (Box(2, 80e9, 1e12), "dedicated"),
-        (Box(2, 80e9, 1e12, n_students=2), "shared"),
-        (Box(5, 80e9, 1e12, n_students=1), "dedicated"),
-        (Box(1, 80e9, 1e12), "dedicated"),
+    for machine, placement in (
+        (Machine(2, 80e9, 1e12), "dedicated"),
+        (Machine(2, 80e9, 1e12, n_students=2), "shared"),
+        (Machine(5, 80e9, 1e12, n_students=1), "dedicated"),
+        (Machine(1, 80e9, 1e12), "dedicated"),
     ):
-        assert asked_placement(args, box) == placement
-    assert asked_placement(train("--teacher_device cuda:0"), Box(1, 80e9, 1e12)) == "shared"
+        assert asked_placement(args, machine) == placement
+    assert asked_placement(train("--teacher_device cuda:0"), Machine(1, 80e9, 1e12)) == "shared"
     made = Plan("dedicated", 1, 1, {}, 0.1, 0.1, 0.1, 100)
-    assert "runs the teacher on cuda:1" in seats(made, args, Box(5, 80e9, 1e12, n_students=1))
-    assert seats(made, args, Box(5, 80e9, 1e12, n_students=1)).endswith("cuda:2, cuda:3, cuda:4: not used")
+    assert "runs the teacher on cuda:1" in seats(made, args, Machine(5, 80e9, 1e12, n_students=1))
+    assert seats(made, args, Machine(5, 80e9, 1e12, n_students=1)).endswith("cuda:2, cuda:3, cuda:4: not used")
 
 
 def test_without_a_teacher_on_a_gpu_there_is_one_placement():
-    assert advice(made_up("none", 60, 100), [], BOX) == "Fits."
-    assert advice(made_up("none", 90, 100), [], BOX) == "Does not fit."
+    assert advice(made_up("none", 60, 100), [], MACHINE) == "Fits."
+    assert advice(made_up("none", 90, 100), [], MACHINE) == "Does not fit."
 
 
-@pytest.mark.parametrize("text,told", [("", False), ("--dtype float32", True), ("--dtype float32 --tflops 100", False)])
-def test_a_peak_that_is_not_known_is_told(visible, text, told):
-    assert ("Give --tflops" in paper(train(text), BOX)) == told
+@pytest.mark.parametrize("text,asks", [("", False), ("--dtype float32", True), ("--dtype float32 --tflops 100", False)])
+def test_a_peak_that_is_not_known_is_asked_for(visible, text, asks):
+    assert ("Give --tflops" in assumptions(train(text), MACHINE)) == asks
     visible(("A card of tomorrow", 1e12))
-    assert ("Give --tflops" in paper(train(text), BOX)) == ("--tflops" not in text)
+    assert ("Give --tflops" in assumptions(train(text), MACHINE)) == ("--tflops" not in text)
 
 
 def test_what_is_not_known_is_asked_for(visible, capsys):
-    assert machine_text(train("--dry_run --gpus 3"), BOX).endswith("name yours with --gpu_gb, --tflops.")
-    assert machine_text(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 9"), BOX).endswith("of 80 GB.")
+    assert machine_text(train("--dry_run --gpus 3"), MACHINE).endswith("describe yours with --gpu_gb, --tflops.")
+    assert machine_text(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 9"), MACHINE).endswith("of 80 GB.")
 
 
-def test_a_plan_that_cannot_be_written_is_told_first():
+def test_a_plan_that_cannot_be_written_is_the_first_error():
     with pytest.raises(ValueError, match="--plan_json /absent/x.json: its folder is not there"):
         print_plan(train("--dry_run --plan_json /absent/x.json"))
 
 
-def test_layers_that_cannot_be_compared_are_told_by_a_plan(folder):
+def test_layers_that_cannot_be_compared_are_an_error_of_a_plan(folder):
     argv = [*options(folder, "wide", "--layer_map_interval 5"), "--teacher_model", str(folder / "narrow" / "teacher")]
     with pytest.raises(ValueError, match="--layer_map_interval 5|--layers"):
         measure_footprint(parse_train_args(argv))
 
 
 def test_advice_names_the_option_that_is_in_the_way():
-    text = advice(made_up("shared", 60, 100), [made_up("colocated", 70, 150)], BOX)
+    text = advice(made_up("shared", 60, 100), [made_up("colocated", 70, 150)], MACHINE)
     assert text.endswith("give --teacher_placement colocated and no --teacher_device.")
 
 
@@ -227,29 +227,29 @@ def test_advice_names_the_option_that_is_in_the_way():
 
 def test_the_seats_are_those_of_the_readme():
     made = Plan("dedicated", 4, 4, {}, 0.1, 0.1, 0.1, 100)
-    lines = [line.split(maxsplit=3) for line in seats(made, train(""), BOX).splitlines()]
+    lines = [line.split(maxsplit=3) for line in seats(made, train(""), MACHINE).splitlines()]
     assert lines[1] == ["rank", "0", "cuda:0", "runs the teacher on cuda:4"]
     assert lines[4] == ["rank", "3", "cuda:3"] and len(lines) == 5
     beside = Plan("colocated", 5, 5, {}, 0.1, 0.1, 0.1, 100)
-    assert seats(beside, train(""), BOX).count("a teacher beside its student") == 5
+    assert seats(beside, train(""), MACHINE).count("a teacher beside its student") == 5
     none = Plan("none", 5, 5, {}, 0.1, 0.1, 0.1, 100)
-    assert "rank 0    cuda:0      runs the teacher on the CPU\n" in seats(none, train("--teacher_device cpu"), BOX)
-    assert "teacher" not in seats(none, train("--kl_weight 0"), BOX)
+    assert "rank 0    cuda:0      runs the teacher on the CPU\n" in seats(none, train("--teacher_device cpu"), MACHINE)
+    assert "teacher" not in seats(none, train("--kl_weight 0"), MACHINE)
     few = Plan("dedicated", 2, 2, {}, 0.1, 0.1, 0.1, 100)
-    assert seats(few, train(""), BOX).endswith("cuda:2, cuda:3: not used")
+    assert seats(few, train(""), MACHINE).endswith("cuda:2, cuda:3: not used")
 
 
 def test_what_a_rank_receives(folder):
     args = train(" ".join(options(folder, "wide", "--seq_length 40 --batch_size 2 --grad_accumulation_steps 3")))
     footprint = measure_footprint(args)
     trained = gradient_bytes(footprint.student)
-    assert wire_bytes(args, footprint, make_plan(args, footprint, BOX, "dedicated")) == {
+    assert wire_bytes(args, footprint, make_plan(args, footprint, MACHINE, "dedicated")) == {
         "gradients": round(2 * 3 / 4 * trained),
         "updated weights": round(3 / 4 * trained),
         "teacher's answers": 3 * 2 * 40 * 256 * 4,
     }
-    assert "teacher's answers" not in wire_bytes(args, footprint, make_plan(args, footprint, BOX, "colocated"))
-    nodes = Box(5, 80e9, 790e12, n_nodes=2)
+    assert "teacher's answers" not in wire_bytes(args, footprint, make_plan(args, footprint, MACHINE, "colocated"))
+    nodes = Machine(5, 80e9, 790e12, n_nodes=2)
     assert wire_bytes(args, footprint, make_plan(args, footprint, nodes, "dedicated"))["updated weights"] == round(
         7 / 8 * trained
     )
@@ -260,7 +260,7 @@ def test_tokens_and_time(folder, tmp_path, monkeypatch):
     text = f"--seq_length 40 --batch_size 2 --grad_accumulation_steps 3 --max_steps 1000 --output_dir {tmp_path}"
     args = train(" ".join(options(folder, "wide", text + " --save_interval 0")))
     footprint = measure_footprint(args)
-    made = make_plan(args, footprint, BOX, "dedicated")
+    made = make_plan(args, footprint, MACHINE, "dedicated")
     shown = run_table(args, footprint, made, disk_room(args, footprint.student, 3000))
     assert f"{3 * 4 * 2 * 40:,}" in shown and "960,000 in 1,000 steps" in shown
     assert "as measured" not in shown
@@ -321,9 +321,9 @@ def test_the_production_command_is_planned_without_models_or_network(tmp_path, m
 
 def test_what_does_not_fit_comes_with_what_to_change(folder, capsys):
     text = "--batch_size 4 --seq_length 96"
-    box = Box(2, 0, 1e12)
+    machine = Machine(2, 0, 1e12)
     kept, recomputed = (
-        make_plan(args, measure_footprint(args), box, "dedicated").largest
+        make_plan(args, measure_footprint(args), machine, "dedicated").largest
         for args in (parse_train_args(options(folder, "wide", t)) for t in (text, f"{text} --gradient_checkpointing"))
     )
     text += f" --dry_run --gpus 2 --gpu_gb {(kept + recomputed) / 2e9}"
@@ -365,7 +365,7 @@ def test_a_config_fits_where_it_says(file):
     ]
     footprint = footprint_of(*values, "--freeze_mlp", "--freeze_replaced_layers")
     assert args.freeze_mlp and args.freeze_replaced_layers
-    made = make_plan(args, footprint, Box(n_gpus, gb * 1e9, 1e14), args.teacher_placement)
+    made = make_plan(args, footprint, Machine(n_gpus, gb * 1e9, 1e14), args.teacher_placement)
     assert f"--nproc_per_node={made.n_students} " in command
     tokens = made.n_ranks * args.batch_size * args.grad_accumulation_steps * args.seq_length
     assert f"{tokens:,} tokens per optimizer step" in text
