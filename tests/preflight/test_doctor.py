@@ -67,10 +67,14 @@ def test_a_file_of_findings_that_cannot_be_written_is_the_first_error(capsys, mo
     assert capsys.readouterr().err == error + "\n"
 
 
-def test_nothing_else_is_checked_without_the_packages(capsys, monkeypatch):
-    broken = Finding(FAILURE, "imports", "cannot be imported: torch", "make setup")
-    monkeypatch.setattr(doctor, "check_imports", lambda: iter([broken]))
-    monkeypatch.setattr(doctor, "examine", lambda *_: pytest.fail("was checked"))
+@pytest.mark.parametrize("missing", ["yaml", "torch"])
+def test_nothing_else_is_checked_without_the_packages(missing, capsys, monkeypatch):
+    def check_imports(names=("torch",)):
+        if missing in names:
+            yield Finding(FAILURE, "imports", f"cannot be imported: {missing}", "make setup")
+
+    monkeypatch.setattr(doctor, "check_imports", check_imports)
+    monkeypatch.setattr(doctor, "all_findings", lambda _: pytest.fail("was checked"))
     assert doctor.main(["--preset", "tiny"]) == 1
     assert "-> make setup\n\nNothing else can be checked" in capsys.readouterr().out
 
