@@ -85,13 +85,13 @@ def test_a_checkpoint_that_cannot_be_resumed_from(tmp_path):
 
 
 def test_a_resumed_run_with_the_same_options_is_the_same_run(tmp_path):
-    """Not even where an option is left for the run to choose."""
+    """Also where an option is left for the run to choose."""
     options = ("--output_dir", tmp_path, "--resume", "auto")
     checkpoint_of(tmp_path, 6, *options)
     (well,) = found(models.check_resume, *options)
     assert well.status == OK and "checkpoint-6" in well.found
     changed = the_bad_one(found(models.check_resume, *options, "--teacher_prefetch", 1), WARNING)
-    assert "goes on with --teacher_prefetch 1 where it had 0" in changed.found
+    assert "resuming with --teacher_prefetch 1 where the run had 0" in changed.found
 
 
 def test_a_vocabulary_that_is_too_small(copy_of):

@@ -1,5 +1,5 @@
-"""Compares the plan with runs: `train_gpus.distil` on small models in fresh processes. Their resident memory at its peak
-has to be what the plan says within 15%. `child` is such a process.
+"""Compares the plan with runs: `train_gpus.distil` on small models in fresh processes. Their resident memory at its
+peak has to be what the plan says within 15%. `child` is such a process.
 
 Resident memory shows what tensors take only if the heap returns every block at once: see `free_at_once`.
 """
@@ -16,7 +16,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import train_gpus
+import training_utils
 from arguments import parse_train_args
 from benchmarks.bare_run import train_steps
 from distillation.models import Models, load_models
@@ -98,7 +98,7 @@ def folder(tmp_path_factory):
 
 
 class MeasuredUpdate:
-    """Stands in for `train_gpus.update`, which ends every step: does the same, and notes what memory was like."""
+    """Stands in for `training_utils.update`, which ends every step: does the same, and notes what memory was like."""
 
     def __init__(self, base):
         self.base, self.step, self.found = base, 0, {}
@@ -119,7 +119,7 @@ class MeasuredUpdate:
         return result
 
 
-UPDATE = train_gpus.update
+UPDATE = training_utils.update
 
 
 class NoLog:
@@ -144,7 +144,7 @@ def restart_peak():
 def measured_run(argv, vocab, ranks):
     args = parse_train_args(argv)
     shape = (args.batch_size, args.seq_length)
-    measured = train_gpus.update = MeasuredUpdate(restart_peak())
+    measured = training_utils.update = MeasuredUpdate(restart_peak())
 
     def batches():
         while True:
@@ -152,7 +152,7 @@ def measured_run(argv, vocab, ranks):
 
     models = Models(args.teacher_model, args.student_model, vocab, tokenizer=None)
     student, head, lane = load_models(args, models, ranks, ranks.device)
-    model = train_gpus.wrap_ddp(train_gpus.DistillationModel(student, head, vocab, args), ranks.device)
+    model = training_utils.DistillationModel(student, head, vocab, args)
     train_steps(args, batches(), STEPS, model, lane, ranks, NoLog())
     lane.close()
     return measured.found
