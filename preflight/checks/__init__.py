@@ -1,1 +1,1 @@
-"""The checks of doctor.py, generators that yield findings. Imports nothing: a Python without packages runs basics.py."""
+"""The checks of doctor.py, generators of findings. Imports nothing: a Python without packages runs basics.py."""
