@@ -90,8 +90,8 @@ def test_a_resumed_run_with_the_same_options_is_the_same_run(tmp_path):
     checkpoint_of(tmp_path, 6, *options)
     (well,) = found(models.check_resume, *options)
     assert well.status == OK and "checkpoint-6" in well.found
-    changed = the_bad_one(found(models.check_resume, *options, "--teacher_prefetch", 1), WARNING)
-    assert "resuming with --teacher_prefetch 1 where the run had 0" in changed.found
+    changed = the_bad_one(found(models.check_resume, *options, "--max_lr", 0.5), WARNING)
+    assert "resuming with --max_lr 0.5 where the run had 0.005" in changed.found
 
 
 def test_a_vocabulary_that_is_too_small(copy_of):
