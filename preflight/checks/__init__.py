@@ -1,1 +1,1 @@
-"""The checks of doctor.py, from cheap to dear. Imports nothing here: basics.py runs on a Python without packages."""
+"""The checks of doctor.py, generators of findings. Imports nothing: a Python without packages runs basics.py."""

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from llamba.kernels import Kernels, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
 from model_utils import DTYPES
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
-from processes.devices import check_compiler, choose_devices, default_prefetch
+from processes.devices import check_compiler, choose_devices
 
 GB = 1e9
 PLAIN = "plain PyTorch"  # as llamba.kernels names it
@@ -64,20 +63,11 @@ def launched_as(n_ranks: int) -> Iterator[None]:
             os.environ["LOCAL_WORLD_SIZE"] = before
 
 
-class Devices(NamedTuple):
-    """Holds the devices of rank 0."""
-
-    student: torch.device
-    teacher: torch.device
-    prefetch: int  # batches that a teacher on its device works ahead by default
-
-
-def devices(run: PlannedRun) -> Devices:
-    """Returns the devices of rank 0. Raises ValueError, as a run does, if there are too few GPUs."""
+def devices(run: PlannedRun) -> tuple[torch.device, torch.device]:
+    """Returns the devices of rank 0's student and teacher. Raises ValueError, as a run does, if GPUs are too few."""
     args = run.args
     with launched_as(default_nproc(run)):
-        student, teacher = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
-        return Devices(student, teacher, default_prefetch(teacher))
+        return choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
 
 
 def run_device() -> torch.device:
@@ -185,7 +175,7 @@ def kernel_problem(device: torch.device) -> str | None:
 def check_ranks(run: PlannedRun) -> Iterator[Finding]:
     n_ranks = default_nproc(run)
     args = run.args
-    student, teacher, _ = devices(run)
+    student, teacher = devices(run)
     where = "students on the CPU" if student.type == "cpu" else f"students on cuda:0 to cuda:{n_ranks - 1}"
     if args.kl_weight > 0:
         where += f", teacher {'beside each' if args.teacher_placement == 'colocated' else f'on {teacher}'}"

@@ -85,7 +85,7 @@ def test_a_checkpoint_that_cannot_be_resumed_from(tmp_path):
 
 
 def test_a_resumed_run_with_the_same_options_is_the_same_run(tmp_path):
-    """Not even where an option is left for the run to choose."""
+    """Also where an option is left for the run to choose."""
     options = ("--output_dir", tmp_path, "--resume", "auto")
     checkpoint_of(tmp_path, 6, *options)
     (well,) = found(models.check_resume, *options)
