@@ -1,73 +1,45 @@
-"""Every option of the command lines, once: its name, type, default, group and help, and the checks that need no
-file and no model. `parse_train_args` and `parse_eval_args` turn a command line into typed, checked options; settings.py
-tells where the values come from. Nothing heavy is imported, so that a mistake is reported at once.
+"""Every option of train_gpus.py and eval_mmlu_hybrid.py: default, help, group, bounds, and whether a resumed run must
+keep it; and the checks that need no file and no model. `parse_train_args` and `parse_eval_args` return typed, checked
+options. Nothing heavy is imported, so that a mistake is reported at once.
+
+    python arguments.py > docs/options.md
 """
 
-import dataclasses
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from inputs.command_line import auto_or_int, option
-from inputs.options import option_values
+from inputs.options import BY_PRESET, auto_or_int, option, option_values, options_of, out_of_bounds
 
-# What a run that goes on from its checkpoint has to keep: with another value it would be another run.
-KEPT_BY_A_RUN = (
-    "seed",
-    "layers",
-    "dtype",
-    "freeze_mlp",
-    "freeze_replaced_layers",
-    "master_weights",
-    "dataset_name",
-    "dataset_subset",
-    "dataset_split",
-    "dataset_revision",
-    "dataset_text_field",
-    "dataset_streaming",
-    "seq_length",
-)
-KEPT_BY_A_STREAM = ("shuffle_buffer", "batch_size")  # besides these
-KEPT_BY_A_CACHE = ("skip_bad_rows",)  # a stream that ended at a bad row may go on without it
-# What a run may change without a word: where and how it is watched, not what it computes.
-FREE_TO_CHANGE = frozenset(
-    {
-        *("preset", "config", "local_files_only", "student_model", "dataset_cache_dir"),
-        *("resume", "resume_step", "time_limit", "teacher_prefetch"),
-    }
-)
-SHARED, PLAN, MODELS, DATA, LOSS, TRAINING, EVALUATION_IN_TRAINING, OUTPUT, EVALUATION, MMLU, BEYOND = (
-    "general",
-    "plan",
-    "models",
-    "data",
-    "loss",
-    "training",
-    "evaluation during training",
-    "output and logs",
-    "evaluation",
-    "MMLU",
-    "beyond MMLU",
-)
+# Groups, as --help and docs/options.md list them.
+GENERAL = "general"
+PLAN = "plan"
+MODELS = "models"
+DATA = "data"
+LOSS = "loss"
+TRAINING = "training"
+IN_TRAINING = "evaluation during training"
+OUTPUT = "output and logs"
+EVALUATION = "evaluation"
+MMLU = "MMLU"
+BEYOND = "beyond MMLU"
 
 
 @dataclass(kw_only=True)
 class CommonArguments:
-    """Options of training and of evaluation alike."""
+    """Holds the options that training and evaluation share."""
 
-    preset: str = option(SHARED, "folder under presets/ whose values stand in for options not given", "llamba-8b")
-    config: str | None = option(
-        SHARED, "YAML file of options, as option: value; those of the command line come before it", None
-    )
-    seed: int = option(SHARED, "seed of all that is drawn: data order, dropout, contexts of the retrieval probe", 0)
-    local_files_only: bool = option(SHARED, "use only what is on this disk; touch no network", False)
-    teacher_model: str = option(MODELS, "name or directory of the teacher, a Llama-family causal LM")
-    student_model: str = option(MODELS, "name or directory of the student: a Llamba, or a checkpoint of a run")
+    preset: str = option("llamba-8b", "folder under presets/ with the values of options not given", GENERAL, free=True)
+    config: str | None = option(None, "YAML file, option: value; the command line overrides it", GENERAL, free=True)
+    seed: int = option(0, "seed of all random choices: data order, dropout, retrieval probe", GENERAL, kept=True)
+    local_files_only: bool = option(False, "use only files on this disk, and no network", GENERAL, free=True)
+    teacher_model: str = option(BY_PRESET, "name or directory of the teacher, a Llama-family causal LM", MODELS)
+    student_model: str = option(BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True)
     layers: list[int] = option(
-        MODELS, "student layers to replace whole by the teacher's; a negative index means none", nargs="*"
+        BY_PRESET, "student layers that the teacher's replace, by index; -1 for none", MODELS, nargs="*", kept=True
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = option(MODELS, "weights and compute")
+    dtype: Literal["bfloat16", "float16", "float32"] = option(BY_PRESET, "weights and compute", MODELS, kept=True)
 
     def __post_init__(self) -> None:
         if self.layers and max(self.layers) < 0:
@@ -76,307 +48,200 @@ class CommonArguments:
 
 @dataclass(kw_only=True)
 class TrainArguments(CommonArguments):
-    """Options of train_gpus.py."""
+    """Holds the options of train_gpus.py."""
 
-    teacher_device: str | None = option(
-        MODELS, "device of the teacher, e.g. cuda:4 or cpu (default: the last visible GPU)", None
-    )
+    teacher_device: str | None = option(None, "device, e.g. cuda:4 or cpu (default: the last visible GPU)", MODELS)
     teacher_signal: Literal["hidden", "logits"] = option(
-        MODELS,
-        "what the teacher sends: its last hidden states (small), or its logits (large, the original way)",
-        "hidden",
+        "hidden", "what the teacher sends: last hidden states (small), or logits (large, the original way)", MODELS
     )
     teacher_placement: Literal["dedicated", "colocated"] = option(
-        MODELS,
-        "one teacher per node on a device of its own, or one beside every student on the student's device",
-        "dedicated",
+        "dedicated", "one teacher per node on its own device, or one beside every student on its device", MODELS
     )
     teacher_prefetch: int | None = option(
-        MODELS,
-        "batches that a dedicated teacher works ahead of the students (default: 1; 0 where it shares a student's "
-        "device)",
         None,
+        "batches a dedicated teacher works ahead (default: 1; 0 on a student's device)",
+        MODELS,
+        least=0,
+        free=True,
     )
-    freeze_mlp: bool = option(MODELS, "do not train the MLPs, those of replaced layers included", False)
-    freeze_replaced_layers: bool = option(MODELS, "do not train the layers that come from the teacher", False)
-    gradient_checkpointing: bool = option(MODELS, "recompute activations in backward to save memory", False)
+    freeze_mlp: bool = option(False, "do not train the MLPs, those of replaced layers included", MODELS, kept=True)
+    freeze_replaced_layers: bool = option(False, "do not train layers that come from the teacher", MODELS, kept=True)
+    gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory", MODELS)
     checkpoint_blocks: int | None = option(
-        MODELS, "with --gradient_checkpointing: recompute the first N blocks only (default: all)", None
+        None, "with --gradient_checkpointing: recompute the first N blocks only (default: all)", MODELS, least=1
     )
-    compile: bool = option(
-        MODELS, "compile the student's blocks and the loss with torch.compile; the first step takes minutes", False
-    )
+    compile: bool = option(False, "torch.compile the blocks and the loss; the first step takes minutes", MODELS)
 
-    dataset_name: str = option(DATA, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)")
-    dataset_subset: str | None = option(DATA, "configuration of the data set", None)
-    dataset_split: str = option(DATA, "split of the data set", "train")
-    dataset_revision: str | None = option(DATA, "branch, tag or commit of the data set", None)
-    dataset_text_field: str = option(DATA, "column that holds the text", "text")
+    dataset_name: str = option(
+        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)", DATA, kept=True
+    )
+    dataset_subset: str | None = option(None, "configuration of the data set", DATA, kept=True)
+    dataset_split: str = option("train", "split of the data set", DATA, kept=True)
+    dataset_revision: str | None = option(None, "branch, tag or commit of the data set", DATA, kept=True)
+    dataset_text_field: str = option("text", "column that holds the text", DATA, kept=True)
     dataset_streaming: bool = option(
-        DATA, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", True
+        True, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", DATA, kept=True
     )
-    dataset_cache_dir: str | None = option(DATA, "where packed tokens are cached (default: datasets' own cache)", None)
-    dataset_workers: int = option(DATA, "loader processes per rank for the cached path", 0)
-    skip_bad_rows: bool = option(DATA, "leave out rows that cannot be read or are no text, and count them", False)
-    shuffle_buffer: int = option(DATA, "rows of the shuffle buffer of a stream; 0 keeps the order", 10_000)
-    seq_length: int = option(DATA, "tokens that the models see per window")
-    batch_size: int = option(DATA, "windows per rank and micro step")
+    dataset_cache_dir: str | None = option(None, "cache of packed tokens (default: datasets' own)", DATA, free=True)
+    dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0)
+    # A stream that ended at a bad row may be resumed without it.
+    skip_bad_rows: bool = option(False, "skip and count rows that cannot be read or are no text", DATA, kept="caches")
+    shuffle_buffer: int = option(
+        10_000, "rows of the shuffle buffer of a stream; 0 keeps the order", DATA, least=0, kept="streams"
+    )
+    seq_length: int = option(BY_PRESET, "tokens that the models see per window", DATA, least=1, kept=True)
+    batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams")
 
-    ce_weight: float = option(LOSS, "weight of the cross entropy with the text", 1.0)
-    kl_weight: float = option(LOSS, "weight of KL(teacher || student); 0 runs no teacher", 0.1)
-    temperature: float = option(LOSS, "temperature of the KL", 1.0)
+    ce_weight: float = option(1.0, "weight of the cross entropy with the text", LOSS, least=0)
+    kl_weight: float = option(0.1, "weight of KL(teacher || student); 0 runs no teacher", LOSS, least=0)
+    temperature: float = option(
+        1.0, "temperature of the KL", LOSS, above=0, expected="a number above 0; 1.0 is the usual choice"
+    )
     loss_chunk_tokens: int | None = option(
-        LOSS, "tokens whose logits exist at the same time (default: by the memory that is free)", None
+        None, "tokens whose logits exist at the same time (default: by the memory that is free)", LOSS, least=1
     )
 
-    max_steps: int = option(TRAINING, "optimizer steps at most", 100_000)
-    epochs: int = option(TRAINING, "passes over the data at most", 1)
-    grad_accumulation_steps: int = option(TRAINING, "micro steps per optimizer step", 1)
-    max_lr: float = option(TRAINING, "learning rate of the stable phase", 1e-5)
-    min_lr: float = option(TRAINING, "learning rate at the end of the decay", 1e-8)
-    warmup_ratio: float = option(TRAINING, "part of the steps in which the learning rate rises", 0.01)
-    decay_ratio: float = option(TRAINING, "part of the steps, at the end, in which it falls", 0.1)
-    weight_decay: float = option(TRAINING, "AdamW's weight decay, on matrices only", 0.1)
-    grad_clip: float = option(TRAINING, "largest gradient norm; 0 does not clip", 1.0)
+    max_steps: int = option(100_000, "optimizer steps at most", TRAINING, least=1)
+    epochs: int = option(1, "passes over the data at most", TRAINING, least=1)
+    grad_accumulation_steps: int = option(1, "micro steps (a batch on each rank) per optimizer step", TRAINING, least=1)
+    max_lr: float = option(1e-5, "learning rate of the stable phase", TRAINING, least=0)
+    min_lr: float = option(1e-8, "learning rate at the end of the decay", TRAINING, least=0)
+    warmup_ratio: float = option(0.01, "part of the optimizer steps in which the learning rate rises", TRAINING)
+    decay_ratio: float = option(0.1, "part of the optimizer steps, at the end, in which it falls", TRAINING)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", TRAINING, least=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip", TRAINING, least=0)
     master_weights: bool = option(
-        TRAINING, "AdamW steps on float32 copies of 16-bit weights; without them small updates are lost", True
+        True, "AdamW steps on float32 copies of 16-bit weights; else small updates are lost", TRAINING, kept=True
     )
     max_bad_steps: int = option(
-        TRAINING, "updates in a row skipped for a loss or gradient that is not finite, before the run stops", 5
+        5, "skipped optimizer steps in a row (loss or gradient not finite) that stop the run", TRAINING, least=1
     )
     resume: str | None = option(
-        TRAINING, "checkpoint to go on from exactly, or auto: the newest good one in --output_dir, if any", None
+        None, "checkpoint to resume from, or auto: the newest good one in --output_dir, if any", TRAINING, free=True
     )
     resume_step: int = option(
-        TRAINING, "micro step from which counters and schedule go on; weights are --student_model's", 0
+        0, "micro step to start counters and schedule at; weights are --student_model's", TRAINING, least=0, free=True
     )
     time_limit: float | None = option(
-        TRAINING, "minutes after which the run saves and stops, for batch queues (default: none)", None
+        None, "minutes until the run saves and stops", TRAINING, above=0, expected="minutes, more than 0", free=True
     )
 
-    eval_interval: int = option(
-        EVALUATION_IN_TRAINING, "optimizer steps between evaluations on held-out text; 0 for none", 0
-    )
-    eval_dataset_name: str | None = option(
-        EVALUATION_IN_TRAINING, "held-out text, named as --dataset_name is (default: the data set of training)", None
-    )
+    eval_interval: int = option(0, "optimizer steps between evaluations on held-out text; 0: off", IN_TRAINING, least=0)
+    eval_dataset_name: str | None = option(None, "held-out text, as --dataset_name (default: the same)", IN_TRAINING)
     eval_dataset_subset: str | None = option(
-        EVALUATION_IN_TRAINING, "its configuration (default: that of training, if it is the same data set)", None
+        None, "its configuration (default: that of training, if it is the same data set)", IN_TRAINING
     )
     eval_dataset_split: str | None = option(
-        EVALUATION_IN_TRAINING, "its split (default: that of training, if it is the same data set; else train)", None
+        None, "its split (default: that of training, if it is the same data set; else train)", IN_TRAINING
     )
-    eval_windows: int = option(EVALUATION_IN_TRAINING, "windows of the held-out text, its first ones", 64)
-    eval_mmlu_dir: str | None = option(
-        EVALUATION_IN_TRAINING, "also score questions of MMLU from this folder, without examples before them", None
-    )
-    eval_mmlu_limit: int = option(EVALUATION_IN_TRAINING, "of these, questions per subject at most", 5)
+    eval_windows: int = option(64, "windows of the held-out text, its first ones", IN_TRAINING, least=1)
+    eval_mmlu_dir: str | None = option(None, "folder of MMLU, to score its questions too, zero-shot", IN_TRAINING)
+    eval_mmlu_limit: int = option(5, "of these, questions per subject at most", IN_TRAINING, least=1)
 
-    output_dir: str = option(OUTPUT, "where checkpoints and metrics.jsonl go")
-    save_interval: int = option(OUTPUT, "micro steps between checkpoints; 0 saves the first and the last only", 1000)
-    save_total_limit: int | None = option(OUTPUT, "newest checkpoints to keep; older ones are deleted", None)
-    background_save: bool = option(
-        OUTPUT, "write checkpoints while training goes on, from a copy in host memory of what changes", True
+    output_dir: str = option(BY_PRESET, "where checkpoints and metrics.jsonl are written", OUTPUT)
+    save_interval: int = option(
+        1000, "micro steps between checkpoints; 0 saves the first and the last only", OUTPUT, least=0
     )
-    health_interval: int = option(
-        OUTPUT, "optimizer steps between reports of the share of weights that moved; 0 for none", 100
-    )
+    save_total_limit: int | None = option(None, "newest checkpoints to keep; older ones are deleted", OUTPUT, least=1)
+    background_save: bool = option(True, "write checkpoints while training, from a copy in host memory", OUTPUT)
+    health_interval: int = option(100, "optimizer steps between counts of weights that moved; 0: off", OUTPUT, least=0)
     layer_map_interval: int = option(
-        OUTPUT, "optimizer steps between maps of how far each layer strays from the teacher's; 0 for none", 0
+        0, "optimizer steps between maps of how far each layer is from the teacher's; 0: off", OUTPUT, least=0
     )
-    log_interval: int = option(OUTPUT, "optimizer steps between log lines", 10)
-    log_file: str | None = option(OUTPUT, "also write the log here", None)
-    tensorboard: bool = option(OUTPUT, "log to TensorBoard, into the folder tensorboard of --output_dir", False)
-    wandb: bool = option(OUTPUT, "log to Weights & Biases", False)
-    wandb_project: str = option(OUTPUT, "W&B project", "llamba-distill")
-    wandb_run_name: str | None = option(OUTPUT, "W&B run name", None)
-    wandb_entity: str | None = option(OUTPUT, "W&B entity", None)
+    log_interval: int = option(10, "optimizer steps between log lines", OUTPUT, least=1)
+    log_file: str | None = option(None, "also write the log to this file", OUTPUT)
+    tensorboard: bool = option(False, "log to TensorBoard, into the folder tensorboard of --output_dir", OUTPUT)
+    wandb: bool = option(False, "log to Weights & Biases", OUTPUT)
+    wandb_project: str = option("llamba-distill", "W&B project", OUTPUT)
+    wandb_run_name: str | None = option(None, "W&B run name", OUTPUT)
+    wandb_entity: str | None = option(None, "W&B entity", OUTPUT)
     wandb_mode: Literal["online", "offline", "disabled"] | None = option(
-        OUTPUT,
-        "online, offline or disabled (default: offline under --local_files_only, else W&B's own)",
-        None,
+        None, "W&B mode (default: offline under --local_files_only, else W&B's own)", OUTPUT
     )
 
-    dry_run: bool = option(
-        PLAN, "print what the run would take, and whether it fits; no weight is read, no GPU is needed", False
-    )
-    gpus: int | None = option(
-        PLAN, "GPUs of a node, the teacher's included (default: those that are visible, else 5)", None
-    )
-    gpu_gb: float | None = option(PLAN, "memory of a GPU in 10^9 bytes (default: the visible ones', else 80)", None)
+    dry_run: bool = option(False, "print what the run would take and whether it fits; no GPU needed", PLAN)
+    gpus: int | None = option(None, "GPUs per node, with the teacher's (default: visible ones, else 5)", PLAN, above=0)
+    gpu_gb: float | None = option(None, "memory per GPU in 10^9 bytes (default: visible ones', else 80)", PLAN, above=0)
     tflops: float | None = option(
-        PLAN,
-        "10^12 operations per second of a GPU in --dtype, by its data sheet; also for the MFU in the log (default: by "
-        "the name of the visible ones; a plan without GPUs takes an H100's, 989)",
         None,
+        "10^12 operations/s of a GPU in --dtype, for plan and MFU (default: by its name; 989 without GPUs)",
+        PLAN,
+        above=0,
     )
-    nodes: int | None = option(PLAN, "nodes of this kind (default: torchrun's)", None)
-    plan_json: str | None = option(PLAN, "also write the plan's figures to this file", None)
+    nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, above=0)
+    plan_json: str | None = option(None, "also write the plan's figures to this file", PLAN)
 
     def problems(self) -> list[str]:
-        positive = (
-            "seq_length",
-            "batch_size",
-            "grad_accumulation_steps",
-            "max_steps",
-            "epochs",
-            "log_interval",
-            "max_bad_steps",
-            "eval_windows",
-            "eval_mmlu_limit",
-        )
-        found = [_too_small(self, name, 1) for name in positive]
-        not_negative = (
-            "shuffle_buffer",
-            "dataset_workers",
-            "save_interval",
-            "resume_step",
-            "health_interval",
-            "layer_map_interval",
-            "eval_interval",
-            "ce_weight",
-            "kl_weight",
-        )
-        found += [_too_small(self, name, 0) for name in not_negative]
-        found += [_too_small(self, name, 0) for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")]
-        found += _layer_problems(self.layers)
-        optional = ("loss_chunk_tokens", "checkpoint_blocks", "save_total_limit")
-        found += [_too_small(self, name, 1) for name in optional if getattr(self, name) is not None]
-        found += self._plan_problems()
-        if self.layer_map_interval > 0 and self.kl_weight == 0:
-            found.append(
-                f"--layer_map_interval {self.layer_map_interval} --kl_weight 0: a map compares with the teacher, and "
-                "none runs; leave one of them out"
-            )
-        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
-            found.append(f"--time_limit {self.time_limit}: expected minutes, more than 0")
-        if self.resume is not None and self.resume_step:
-            found.append(
-                f"--resume {self.resume} --resume_step {self.resume_step}: --resume takes its counters from the "
-                "checkpoint; leave --resume_step out"
-            )
-        if self.teacher_prefetch is not None:
-            found.append(_too_small(self, "teacher_prefetch", 0))
-        if self.checkpoint_blocks is not None and not self.gradient_checkpointing:
-            found.append(
-                f"--checkpoint_blocks {self.checkpoint_blocks}: says how many blocks --gradient_checkpointing "
-                "recomputes, which is off; give both"
-            )
-        if self.teacher_placement == "colocated" and self.teacher_device is not None:
-            found.append(
-                f"--teacher_device {self.teacher_device}: a colocated teacher is on each student's own device; "
-                "leave it out, or use --teacher_placement dedicated"
-            )
-        if not 0 < self.temperature < math.inf:
-            found.append(f"--temperature {self.temperature}: expected a number above 0; 1.0 is the usual choice")
-        if self.ce_weight == self.kl_weight == 0:
-            found.append("--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight")
-        if self.min_lr > self.max_lr:
-            found.append(f"--min_lr {self.min_lr}: expected at most --max_lr {self.max_lr}; lower it")
-        ratios = (self.warmup_ratio, self.decay_ratio)
-        if not (all(ratio >= 0 for ratio in ratios) and sum(ratios) <= 1):
-            found.append(
-                f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, "
-                "each at least 0 and together at most 1"
-            )
-        for name in ("save_interval", "resume_step"):
-            if getattr(self, name) % max(self.grad_accumulation_steps, 1):
-                found.append(
-                    f"--{name} {getattr(self, name)}: expected a multiple of --grad_accumulation_steps "
-                    f"{self.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
-                )
-        return [problem for problem in [*found, *self._evaluation_problems()] if problem]
-
-    def _plan_problems(self) -> list[str]:
-        found = [
-            f"--{name} {getattr(self, name)}: expected a number above 0"
-            for name in ("gpus", "gpu_gb", "tflops", "nodes")
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
-        ]
-        if not self.dry_run:
-            found += [
-                f"--{name} {getattr(self, name)}: is for a plan; add --dry_run, or leave it out"
-                for name in ("gpus", "gpu_gb", "nodes", "plan_json")
-                if getattr(self, name) is not None
-            ]
-        return found
+        """Returns a line for each option, or pair of options, that cannot be used."""
+        checks = (_layer_problems, _teacher_problems, _training_problems, _evaluation_problems, _plan_problems)
+        return [*out_of_bounds(self), *(problem for check in checks for problem in check(self))]
 
     def held_out_text(self) -> tuple[str, str | None, str]:
-        """Name, subset and split of the text that evaluations during training are made on."""
+        """Returns name, subset and split of the text that evaluations during training read."""
         if self.eval_dataset_name is not None and not _is_same_name(self.eval_dataset_name, self.dataset_name):
             return self.eval_dataset_name, self.eval_dataset_subset, self.eval_dataset_split or "train"
         subset = self.dataset_subset if self.eval_dataset_subset is None else self.eval_dataset_subset
         return self.dataset_name, subset, self.eval_dataset_split or self.dataset_split
 
-    def _evaluation_problems(self) -> list[str]:
-        if self.eval_interval <= 0:
-            names = ("eval_dataset_name", "eval_dataset_subset", "eval_dataset_split", "eval_mmlu_dir")
-            return [
-                f"--{name} {getattr(self, name)}: is for evaluations during training, and there are none; give "
-                "--eval_interval"
-                for name in names
-                if getattr(self, name) is not None
-            ]
-        name, subset, split = self.held_out_text()
-        is_trained_on = (name, subset) == (self.dataset_name, self.dataset_subset)
-        if is_trained_on and _have_rows_in_common(split, self.dataset_split):
-            return [
-                f"--eval_interval {self.eval_interval}: {name!r}, split {split!r}, is trained on; give other text with "
-                "--eval_dataset_name FILE, or keep a part of this one from training, as --dataset_split "
-                '"train[:99%]" --eval_dataset_split "train[99%:]" does with --no_dataset_streaming'
-            ]
-        return []
-
 
 @dataclass(kw_only=True)
 class EvalArguments(CommonArguments):
-    """Options of eval_mmlu_hybrid.py."""
+    """Holds the options of eval_mmlu_hybrid.py."""
 
     which: list[Literal["teacher", "student", "hybrid", "hybrid_ft", "all"]] = option(
-        EVALUATION,
-        "models to score: hybrid is the student with --layers replaced, untrained; hybrid_ft is --ckpt",
         ["teacher"],
-        nargs="+",
+        "models to score; hybrid: the student with --layers replaced, untrained; hybrid_ft: --ckpt; all: all four",
+        EVALUATION,
     )
-    ckpt: str | None = option(EVALUATION, "checkpoint directory of a training run", None)
+    ckpt: str | None = option(None, "checkpoint of a training run", EVALUATION)
     batch_size: int | None = option(
-        EVALUATION, "sequences per forward pass, or auto: as many as fit (default: auto)", None, type=auto_or_int
+        None, "sequences per forward pass, or auto: as many as fit (default)", EVALUATION, least=1, parse=auto_or_int
     )
-    max_length: int | None = option(EVALUATION, "tokens of a prompt at most; longer ones lose their start", None)
+    max_length: int | None = option(
+        None,
+        "tokens of a prompt at most; longer ones lose their start (default: the teacher's context)",
+        EVALUATION,
+        least=1,
+    )
     output: str | None = option(
-        EVALUATION, "JSON file for scores and predictions; a report (.md) and a chart (.png) go beside it", None
+        None, "JSON file for scores and predictions; report (.md) and chart (.png) go beside it", EVALUATION
     )
-    overwrite: bool = option(EVALUATION, "replace --output if it exists, and forget interrupted results", False)
-    resume: bool = option(EVALUATION, "go on with what an interrupted evaluation left beside --output", False)
-    device: str | None = option(EVALUATION, "device to run on (default: a GPU for each rank, else the CPU)", None)
+    overwrite: bool = option(False, "replace --output if it exists, and drop interrupted results", EVALUATION)
+    resume: bool = option(False, "resume an interrupted evaluation from its results beside --output", EVALUATION)
+    device: str | None = option(None, "device to run on (default: a GPU for each rank, else the CPU)", EVALUATION)
 
-    mmlu: bool = option(MMLU, "score MMLU; --no_mmlu leaves it out", True)
+    mmlu: bool = option(True, "score MMLU; --no_mmlu leaves it out", MMLU)
     mmlu_dir: str | None = option(
-        MMLU, "folder of the original release (CSV) or of cais/mmlu (parquet) (default: cais/mmlu by name)", None
+        None, "folder of the original release (CSV) or of cais/mmlu (parquet) (default: cais/mmlu by name)", MMLU
     )
-    subjects: list[str] | None = option(MMLU, "subjects to score (default: all)", None, nargs="+")
-    num_fewshot: int = option(MMLU, "examples before each question, 0 to 5", 5)
-    limit: int | None = option(MMLU, "questions per subject, and per task of --tasks, at most", None)
+    subjects: list[str] | None = option(None, "subjects to score (default: all)", MMLU)
+    num_fewshot: int = option(
+        5, "examples per question, 0 to 5", MMLU, least=0, most=5, expected="0 to 5, as many as MMLU's dev split has"
+    )
+    limit: int | None = option(None, "questions per subject, and per task of --tasks, at most", MMLU, least=1)
 
-    tasks: list[str] = option(BEYOND, "tasks of lm-evaluation-harness, by name, with commas or spaces", [], nargs="+")
-    tasks_num_fewshot: int | None = option(
-        BEYOND, "examples before each of their questions (default: the task's)", None
-    )
+    tasks: list[str] = option([], "tasks of lm-evaluation-harness, by name, with commas or spaces", BEYOND)
+    tasks_num_fewshot: int | None = option(None, "examples before each question (default: the task's)", BEYOND, least=0)
     held_out: str | None = option(
-        BEYOND, "text for perplexity, and for KL and agreement with the teacher: named as --dataset_name", None
+        None, "text for perplexity, and for KL and agreement with the teacher: named as --dataset_name", BEYOND
     )
-    held_out_subset: str | None = option(BEYOND, "configuration of that data set", None)
-    held_out_split: str = option(BEYOND, "split of that data set", "train")
-    held_out_text_field: str = option(BEYOND, "column that holds the text", "text")
-    held_out_windows: int = option(BEYOND, "windows of it to read", 64)
-    held_out_seq_length: int = option(BEYOND, "tokens per window", 1024)
-    retrieval: bool = option(
-        BEYOND, "ask for values in a context of key-value pairs, where recurrent models fail", False
+    held_out_subset: str | None = option(None, "configuration of that data set", BEYOND)
+    held_out_split: str = option("train", "split of that data set", BEYOND)
+    held_out_text_field: str = option("text", "column that holds the text", BEYOND)
+    held_out_windows: int = option(64, "windows of it to read", BEYOND, least=1)
+    held_out_seq_length: int = option(1024, "tokens per window", BEYOND, least=1)
+    retrieval: bool = option(False, "ask for values in a context of key-value pairs; hard for recurrent models", BEYOND)
+    retrieval_lengths: list[int] = option([256, 1024, 4096], "tokens of these contexts", BEYOND, least=2)
+    retrieval_pairs: list[int] = option(
+        [4, 16, 64],
+        "pairs in them",
+        BEYOND,
+        least=2,
+        most=900,
+        expected="2 to 900, as many as there are three-digit codes",
     )
-    retrieval_lengths: list[int] = option(BEYOND, "tokens of these contexts", [256, 1024, 4096], nargs="+")
-    retrieval_pairs: list[int] = option(BEYOND, "pairs in them", [4, 16, 64], nargs="+")
-    retrieval_questions: int = option(BEYOND, "questions for each length and number of pairs", 64)
-    layers_given: bool = dataclasses.field(default=False)  # --layers stood on the command line, or in --config
+    retrieval_questions: int = option(64, "questions for each length and number of pairs", BEYOND, least=1)
+    layers_given: bool = False  # not an option: whether the command line or --config gives --layers
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -385,36 +250,19 @@ class EvalArguments(CommonArguments):
         self.retrieval_pairs = list(dict.fromkeys(self.retrieval_pairs))
 
     def problems(self) -> list[str]:
-        found = [
-            _too_small(self, name, 1) for name in ("held_out_windows", "held_out_seq_length", "retrieval_questions")
-        ]
-        optional = ("batch_size", "limit", "max_length")
-        found += [_too_small(self, name, 1) for name in optional if getattr(self, name) is not None]
-        found += _layer_problems(self.layers)
-        if not 0 <= self.num_fewshot <= 5:
-            found.append(f"--num_fewshot {self.num_fewshot}: expected 0 to 5, as many as MMLU's dev split has")
-        if self.tasks_num_fewshot is not None:
-            found.append(_too_small(self, "tasks_num_fewshot", 0))
-        if wrong := [length for length in self.retrieval_lengths if length < 2]:
-            found.append(f"--retrieval_lengths {wrong[0]}: expected at least 2")
-        if wrong := [n for n in self.retrieval_pairs if not 2 <= n <= 900]:
-            found.append(f"--retrieval_pairs {wrong[0]}: expected 2 to 900, as many as there are three-digit codes")
+        """Returns a line for each option, or pair of options, that cannot be used."""
+        found = [*out_of_bounds(self), *_layer_problems(self)]
         if not (self.mmlu or self.tasks or self.held_out or self.retrieval):
             found.append("--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval")
         if self.resume and self.output is None:
-            found.append("--resume: goes on with what stands beside --output, which is not given; give it")
+            found.append("--resume: resumes from the results beside --output, which is not given; give it")
         if self.resume and self.overwrite:
             found.append("--resume --overwrite: the one keeps what the other throws away; give one of them")
-        return [problem for problem in found if problem]
-
-
-def group_of(name: str) -> str:
-    """The group that an option of training is listed in."""
-    return next(field.metadata["group"] for field in dataclasses.fields(TrainArguments) if field.name == name)
+        return found
 
 
 def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
-    """The options of a training run. Raises ValueError that lists every problem found."""
+    """Returns the options of a training run. Raises ValueError that lists every problem found."""
     values, _ = option_values(TrainArguments, "train", "Distil a Llama into a hybrid Llamba. Run under torchrun.", argv)
     args = TrainArguments(**values)
     _raise_for(args.problems())
@@ -422,7 +270,7 @@ def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
 
 
 def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
-    """The options of an evaluation. Raises ValueError that lists every problem found."""
+    """Returns the options of an evaluation. Raises ValueError that lists every problem found."""
     values, given = option_values(EvalArguments, "eval", "Score teacher, student and hybrids on MMLU and beyond.", argv)
     args = EvalArguments(**values, layers_given="layers" in given)
     _raise_for(args.problems())
@@ -434,14 +282,108 @@ def _raise_for(problems: list[str]) -> None:
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
 
 
+# --- resuming ------------------------------------------------------------------------------------------------
+
+
+def kept_options(args: TrainArguments) -> set[str]:
+    """Returns the options that a resumed run must keep: another value would make it another run."""
+    cases = (True, "streams" if args.dataset_streaming else "caches")
+    return {name for name, about in options_of(args).items() if about.kept in cases}
+
+
+def free_options() -> set[str]:
+    """Returns the options that a resumed run may change and that need no warning: they change where it runs and how it
+    is watched, not what it computes.
+    """
+    return {name for name, about in options_of(TrainArguments).items() if about.free or about.group in (OUTPUT, PLAN)}
+
+
+# --- checks of options against each other --------------------------------------------------------------------
+
+
+def _layer_problems(args: CommonArguments) -> Iterator[str]:
+    shown = f"--layers {' '.join(map(str, args.layers))}"
+    if any(index < 0 for index in args.layers):
+        yield f"{shown}: a negative index means no layer and stands alone"
+    elif len(set(args.layers)) != len(args.layers):
+        yield f"{shown}: expected each index once"
+
+
+def _teacher_problems(args: TrainArguments) -> Iterator[str]:
+    if args.layer_map_interval > 0 and args.kl_weight == 0:
+        yield (
+            f"--layer_map_interval {args.layer_map_interval} --kl_weight 0: a map compares with the teacher, and "
+            "none runs; leave one of them out"
+        )
+    if args.teacher_placement == "colocated" and args.teacher_device is not None:
+        yield (
+            f"--teacher_device {args.teacher_device}: a colocated teacher is on each student's own device; "
+            "leave it out, or use --teacher_placement dedicated"
+        )
+    if args.ce_weight == args.kl_weight == 0:
+        yield "--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight"
+
+
+def _training_problems(args: TrainArguments) -> Iterator[str]:
+    if args.resume is not None and args.resume_step:
+        yield (
+            f"--resume {args.resume} --resume_step {args.resume_step}: --resume takes its counters from the "
+            "checkpoint; leave --resume_step out"
+        )
+    if args.checkpoint_blocks is not None and not args.gradient_checkpointing:
+        yield (
+            f"--checkpoint_blocks {args.checkpoint_blocks}: says how many blocks --gradient_checkpointing "
+            "recomputes, which is off; give both"
+        )
+    if args.min_lr > args.max_lr:
+        yield f"--min_lr {args.min_lr}: expected at most --max_lr {args.max_lr}; lower it"
+    ratios = (args.warmup_ratio, args.decay_ratio)
+    if not (all(ratio >= 0 for ratio in ratios) and sum(ratios) <= 1):
+        yield (
+            f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, "
+            "each at least 0 and together at most 1"
+        )
+    for name in ("save_interval", "resume_step"):
+        if getattr(args, name) % max(args.grad_accumulation_steps, 1):
+            yield (
+                f"--{name} {getattr(args, name)}: expected a multiple of --grad_accumulation_steps "
+                f"{args.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
+            )
+
+
+def _evaluation_problems(args: TrainArguments) -> Iterator[str]:
+    if args.eval_interval <= 0:
+        for name in ("eval_dataset_name", "eval_dataset_subset", "eval_dataset_split", "eval_mmlu_dir"):
+            if getattr(args, name) is not None:
+                yield (
+                    f"--{name} {getattr(args, name)}: is for evaluations during training, and there are none; give "
+                    "--eval_interval"
+                )
+        return
+    name, subset, split = args.held_out_text()
+    is_trained_on = (name, subset) == (args.dataset_name, args.dataset_subset)
+    if is_trained_on and _have_rows_in_common(split, args.dataset_split):
+        yield (
+            f"--eval_interval {args.eval_interval}: {name!r}, split {split!r}, is trained on; give other text with "
+            "--eval_dataset_name FILE, or keep a part of this one from training, as --dataset_split "
+            '"train[:99%]" --eval_dataset_split "train[99%:]" does with --no_dataset_streaming'
+        )
+
+
+def _plan_problems(args: TrainArguments) -> Iterator[str]:
+    for name in ("gpus", "gpu_gb", "nodes", "plan_json"):
+        if not args.dry_run and getattr(args, name) is not None:
+            yield f"--{name} {getattr(args, name)}: is for a plan; add --dry_run, or leave it out"
+
+
 def _is_same_name(name: str, other: str) -> bool:
-    """Of data sets: two ways to write a path are one."""
+    """Returns whether two names of data sets mean the same one; two ways to write a path do."""
     return Path(name).expanduser().absolute() == Path(other).expanduser().absolute()
 
 
 def _have_rows_in_common(split: str, other: str) -> bool:
-    """Whether two splits, such as "test" and "train[:99%]+test", share one that is whole in either of them, or the same
-    part of it. Of different parts of a split it is not known.
+    """Returns whether two splits, such as "test" and "train[:99%]+test", share a split that is whole in one of them,
+    or the same part of it. Different parts of a split are taken to be disjoint.
     """
     pairs = [(one.strip(), two.strip()) for one in split.split("+") for two in other.split("+")]
     return any(
@@ -451,14 +393,8 @@ def _have_rows_in_common(split: str, other: str) -> bool:
     )
 
 
-def _too_small(args: Any, name: str, least: float) -> str | None:
-    value = getattr(args, name)
-    return None if least <= value < math.inf else f"--{name} {value}: expected at least {least}"
+if __name__ == "__main__":
+    from inputs.options_page import options_page
 
-
-def _layer_problems(layers: list[int]) -> list[str]:
-    if any(index < 0 for index in layers):
-        return [f"--layers {' '.join(map(str, layers))}: a negative index means no layer and stands alone"]
-    if len(set(layers)) != len(layers):
-        return [f"--layers {' '.join(map(str, layers))}: expected each index once"]
-    return []
+    entries = {"train_gpus.py": (TrainArguments, "train"), "eval_mmlu_hybrid.py": (EvalArguments, "eval")}
+    print(options_page(entries, free_options()), end="")

@@ -4,16 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from arguments import (
-    FREE_TO_CHANGE,
-    KEPT_BY_A_CACHE,
-    KEPT_BY_A_RUN,
-    KEPT_BY_A_STREAM,
-    OUTPUT,
-    PLAN,
-    TrainArguments,
-    group_of,
-)
+from arguments import TrainArguments, free_options, kept_options
 from checkpointing.files import (
     SMALL,
     STATE_FILE,
@@ -169,7 +160,7 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     logs those that may change. state: the checkpoint's training_state.json.
     """
     before: dict[str, Any] = state["arguments"]
-    kept = {*KEPT_BY_A_RUN, *(KEPT_BY_A_STREAM if args.dataset_streaming else KEPT_BY_A_CACHE)}
+    kept = kept_options(args)
     changed = {name: value for name, value in vars(args).items() if name in before and before[name] != value}
     problems = [
         f"--{name} {value}: the run of {checkpoint} has {before[name]}; give the same"
@@ -185,5 +176,5 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     if problems:
         raise ValueError("\n  ".join([f"--resume {args.resume}: this would be another run:", *problems]))
     for name, value in changed.items():
-        if name not in FREE_TO_CHANGE and group_of(name) not in (OUTPUT, PLAN) and is_main_rank():
+        if name not in free_options() and is_main_rank():
             logger.warning("resuming with --%s %s where the run had %s", name, value, before[name])

@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-import arguments
-from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
+from arguments import (
+    EvalArguments,
+    TrainArguments,
+    free_options,
+    kept_options,
+    parse_eval_args,
+    parse_train_args,
+)
 from inputs import options
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +206,7 @@ def test_a_batch_size_is_a_number_or_auto(word, value):
         ("--retrieval_lengths 1", "--retrieval_lengths 1: expected at least 2"),
         ("--tasks_num_fewshot -1", "--tasks_num_fewshot -1: expected at least 0"),
         ("--no_mmlu", "--no_mmlu: nothing is left to measure"),
-        ("--resume", "--resume: goes on with what stands beside --output"),
+        ("--resume", "--resume: resumes from the results beside --output"),
         ("--resume --overwrite --output F", "--resume --overwrite: the one keeps"),
     ],
 )
@@ -344,7 +350,7 @@ def test_values_of_a_file(tmp_path, text, option, value):
         ("seq_lenght: 3", "there is no option 'seq_lenght'; did you mean seq_length?"),
         ("qqq: 3", "there is no option 'qqq'; --help lists"),
         ("config: x.yaml", "there is no option 'config'"),
-        ("seq_length: 3\nseq_length: 4", "seq_length stands twice"),
+        ("seq_length: 3\nseq_length: 4", "seq_length is given twice"),
         ("- 3", "expected lines such as `seq_length: 1024`"),
         ("a: [", "cannot be read"),
         ("seq_length: 3.5", "invalid int value: '3.5'"),
@@ -591,11 +597,21 @@ def test_where_held_out_text_comes_from(line, text):
     assert train(f"{line} --eval_interval 5").held_out_text() == text
 
 
-def test_what_a_run_has_to_keep_are_options():
-    """A name that is none would be compared with nothing."""
-    names = {field.name for field in dataclasses.fields(TrainArguments) if field.metadata}
-    assert {*arguments.KEPT_BY_A_RUN, *arguments.KEPT_BY_A_STREAM} <= names
-    assert not set(arguments.KEPT_BY_A_RUN) & set(arguments.KEPT_BY_A_STREAM)
+OF_A_RUN = {"seed", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights", "seq_length"}
+OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
+OF_A_RUN |= {"dataset_streaming"}
+
+
+def test_what_a_resumed_run_must_keep():
+    assert kept_options(train("--dataset_streaming")) == OF_A_RUN | {"shuffle_buffer", "batch_size"}
+    assert kept_options(train("--no_dataset_streaming")) == OF_A_RUN | {"skip_bad_rows"}
+
+
+def test_what_a_resumed_run_may_change_without_a_warning():
+    free = free_options()
+    assert {"preset", "config", "local_files_only", "student_model", "dataset_cache_dir", "time_limit"} <= free
+    assert {"resume", "resume_step", "wandb", "save_interval", "plan_json"} <= free
+    assert not free & {*OF_A_RUN, "shuffle_buffer", "skip_bad_rows", "max_lr", "teacher_model", "eval_interval"}
 
 
 @pytest.mark.parametrize("line", ["--num_fewshot -1", "--num_fewshot 6"])
@@ -612,7 +628,7 @@ def test_bounds_of_the_evaluation(line):
 def test_all_problems_are_in_one_error():
     lines = train_error("--batch_size 0 --temperature 0 --layers 3 3 --min_lr 1").split("\n")
     assert lines[0] == "these options cannot be used:"
-    assert [line.split()[0] for line in lines[1:]] == ["--batch_size", "--layers", "--temperature", "--min_lr"]
+    assert [line.split()[0] for line in lines[1:]] == ["--batch_size", "--temperature", "--layers", "--min_lr"]
 
 
 @pytest.mark.parametrize(
