@@ -1,3 +1,3 @@
-"""What a user hands in, before it is trusted: options on a command line or in a file, and folders of models. Imports
-utils and llamba only.
+"""Checks what a user gives before it is used: options on a command line or in a file, and folders of models. Imports
+nothing of the project but utils and llamba.
 """

@@ -1,5 +1,5 @@
-"""What a model's directory holds, looked at before a weight of it is read. It may come from anyone: no code of it runs,
-and a file that is damaged or lies is one ValueError that names it, not a crash or a machine out of memory.
+"""Checks of a model's directory before its weights are read. It may come from anyone: no code in it is run, and a file
+that is damaged or lies raises one ValueError that names it, rather than a crash or a machine out of memory.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def check_weight_files(flag: str, name: str, folder: Path) -> None:
-    """Whether the weights that transformers would read from `folder` are there and whole."""
+    """Raises ValueError if weights that transformers would read from `folder` are missing or damaged."""
     for file in WEIGHT_FILES:
         index = folder / f"{file}.index.json"
         if (folder / file).is_file():
@@ -34,7 +34,9 @@ def check_weight_files(flag: str, name: str, folder: Path) -> None:
 
 
 def read_config(flag: str, name: str, path: str) -> PretrainedConfig:
-    """The config of the model that is at `path` and was given as `name`, after a trial that it can be built."""
+    """Returns the config of the model at `path`, which `flag` gave as `name`. Raises ValueError if no model can
+    be built from it, or if its weights would be much larger than the weight files beside it.
+    """
     with one_line(f"{flag} {name}: cannot read its config.json"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
@@ -42,7 +44,7 @@ def read_config(flag: str, name: str, path: str) -> PretrainedConfig:
     with one_line(f"{flag} {name}: its config.json describes no model that can be built"):
         n_parameters = _count_parameters(config)
     n_bytes = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind))
-    # What lacks or does not fit is allocated before it is listed, so there must not be much of it.
+    # transformers allocates weights that are missing or misshapen before it reports them, so limit their size here.
     if n_bytes and n_parameters > 4 * n_bytes:
         raise ValueError(
             f"{flag} {name}: its config.json asks for {n_parameters:,} parameters and its weight files have "
@@ -52,7 +54,11 @@ def read_config(flag: str, name: str, path: str) -> PretrainedConfig:
 
 
 def _count_parameters(config: PretrainedConfig) -> int:
-    """Of a model of all shapes and no memory. Attention is named, as a config can ask for a kernel of the hub."""
+    """Returns the number of parameters of a config's model, built on the meta device. Raises ValueError if one is
+    empty.
+
+    Attention is set to sdpa because a config can ask for a kernel from the Hub.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             deepcopy(config), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
@@ -64,12 +70,12 @@ def _count_parameters(config: PretrainedConfig) -> int:
 
 
 def _shards(flag: str, name: str, index: Path) -> set[str]:
+    """Returns the file names in an index of shards. Raises ValueError if one leads out of the folder."""
     with one_line(f"{flag} {name}: cannot read {index.name}"):
         content = json.loads(index.read_text(encoding="utf-8"))
         shards = set(content["weight_map"].values())
         if not shards or type(content["metadata"]) is not dict:
             raise ValueError("its weight_map or metadata is empty")
-    # Only names: a path would lead out of the directory.
     if outside := sorted(str(shard) for shard in shards if Path(str(shard)).name != shard):
         raise ValueError(
             f"{flag} {name}: {index.name} names {', '.join(outside)}; expected names of files beside it, "
@@ -89,11 +95,11 @@ def _check_weight_file(flag: str, name: str, file: Path) -> None:
 
 @contextlib.contextmanager
 def one_line(what: str, remedy: str = "copy it again, from where you trust it") -> Iterator[None]:
-    """The libraries that read these files raise nearly anything at nonsense: any of it is one line about the file."""
+    """Turns any exception into a ValueError of one line: the libraries that read these files raise nearly any type."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())
         if not isinstance(error, ValueError | OSError):
-            reason = f"{type(error).__name__} {reason}"  # a KeyError's text is a key and no more
+            reason = f"{type(error).__name__} {reason}"  # the text of a KeyError is only the key
         raise ValueError(f"{what}: {reason[:400]}; {remedy}") from error

@@ -1,5 +1,5 @@
-"""Models and tokenizers from anyone: their files run no code, lead to no other file, and end no process but by one
-clear error; and a run writes no secret of its environment anywhere. With real files, crafted by hand.
+"""Models and tokenizers from anyone: their files run no code and lead to no other file, and each damaged one is one
+clear error. With real files, crafted by hand.
 """
 
 import json
@@ -14,10 +14,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import train_gpus
 from llamba.configuration import MOST_LAYERS
 from model_utils import get_configs, get_student_model, get_teacher_model, get_tokenizer, locate_model
-from tests import fresh
 from tests.tiny import tiny_student, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +54,7 @@ def change(file, **changes):
 
 
 def error_of(function, *inputs):
-    """What it says, which is one line."""
+    """Returns the message of a ValueError, which is one line."""
     with pytest.raises(ValueError) as error:
         function(*inputs)
     message = str(error.value)
@@ -72,7 +70,7 @@ def load(folder):
 
 
 def add_code(folder, marker):
-    """A module that leaves a marker wherever it is imported."""
+    """Writes a module that creates `marker` when it is imported; returns an auto_map to it."""
     (folder / "evil.py").write_text(
         f"open({str(marker)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
     )
@@ -131,7 +129,7 @@ def test_nonsense_for_a_tokenizer(teacher, file, content):
 
 
 class Command:
-    """Unpickled by a loader that trusts it, it runs."""
+    """Runs a command when a loader unpickles it."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -141,7 +139,7 @@ class Command:
 
 
 def as_bin(folder):
-    """The weights of a directory as the published .bin; returns them."""
+    """Turns the weights of a directory into a .bin, as published models have it, and returns them."""
     weights = dict(load(folder).state_dict())
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -160,7 +158,7 @@ def test_a_bin_that_would_run_code_does_not(student, tmp_path, legacy):
     marker = tmp_path / "marker"
     weights = {**as_bin(student), "more": Command(marker)}
     torch.save(weights, student / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(pickle.UnpicklingError):  # whoever has not looked at the file first
+    with pytest.raises(pickle.UnpicklingError):  # without the check of the file
         get_student_model(str(student), torch.float32, CPU)
     assert "pytorch_model.bin is damaged or holds more than weights" in error_of(load, student)
     assert not marker.exists()
@@ -227,7 +225,7 @@ def test_safetensors_cut_short(student, keep):
 
 
 def as_shard(folder, name="model-1.safetensors"):
-    """One shard, named so in an index."""
+    """Turns the weights of a directory into one shard with an index."""
     weights = load(folder).state_dict()
     (folder / "model.safetensors").rename(folder / name)
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
@@ -278,7 +276,7 @@ def test_a_config_that_names_weights_elsewhere(student):
 
 @pytest.fixture
 def little_memory():
-    """What is not refused in time fails here, rather than taking the machine's memory."""
+    """Limits the memory, so that what is not refused in time fails without taking all of the machine's."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**31, hard))
@@ -371,7 +369,7 @@ def test_a_hybrid_whose_attention_cannot_be_built(teacher, student, changes):
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_sizes_far_beyond_the_weights_on_disk(teacher, student, role, little_memory, no_weights_are_read):
-    """Each size by itself could be a model's; all weights would be made up before it shows that they lack."""
+    """Each size alone could be real, but transformers would allocate all weights before it reports missing ones."""
     sizes = {"teacher": {"hidden_size": 2**16, "num_hidden_layers": 100}, "student": {"d_model": 2**18, "n_layer": 100}}
     folder = {"teacher": teacher, "student": student}[role]
     change(folder / "config.json", **sizes[role])
@@ -379,7 +377,7 @@ def test_sizes_far_beyond_the_weights_on_disk(teacher, student, role, little_mem
     assert f"--{role}_model {folder}: its config.json asks for" in message and "bytes" in message
 
 
-def test_too_many_layers_are_not_even_counted_out(teacher, student):
+def test_too_many_layers_are_refused(teacher, student):
     for folder, name in ((teacher, "num_hidden_layers"), (student, "n_layer")):
         change(folder / "config.json", **{name: MOST_LAYERS + 1})
         assert f"1 to {MOST_LAYERS}" in error_of(get_configs, str(teacher), str(student))
@@ -390,24 +388,3 @@ def test_a_teacher_of_another_architecture_is_built_for_the_trial(tmp_path, stud
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     assert get_configs(str(tmp_path / "gpt2"), str(student))[0].model_type == "gpt2"
-
-
-# --- secrets -------------------------------------------------------------------------------------------------
-
-
-def test_a_run_writes_no_secret_anywhere(tmp_path):
-    """Keys that libraries take from the environment: in no file, and in nothing that is printed."""
-    names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    secrets = {name: f"{index}5ecre7" * 5 + "abcde" for index, name in enumerate(names, start=1)}
-    assert {len(secret) for secret in secrets.values()} == {40}  # as W&B wants its key
-    folder = tmp_path / "out"
-    options = f"--preset tiny --output_dir {folder} --max_steps 2 --log_interval 1 --save_interval 2"
-    options += " --wandb --wandb_mode offline"
-    code, printed = fresh.script(options.split(), train_gpus.main, **secrets, HOME=str(tmp_path / "home"))
-    assert code == 0, printed[-3000:]
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    written = {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
-    assert any(".wandb" in name for name in written) and any("checkpoint-2" in name for name in written)
-    for place, content in {**written, "what is printed": printed.encode()}.items():
-        for name, secret in secrets.items():
-            assert secret.encode() not in content, f"{name} is in {place}"

@@ -1,0 +1,291 @@
+"""Command lines to typed options: the project's own commands to exact values, switches, help, and what
+argparse refuses.
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
+from inputs.options import options_of
+from tests.inputs.parsing import PRODUCTION, eval_error, evaluation, train, train_error
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- values --------------------------------------------------------------------------------------------------
+
+
+def test_the_production_command():
+    assert dataclasses.asdict(train(PRODUCTION)) == {
+        "preset": "llamba-8b",
+        "config": None,
+        "seed": 0,
+        "local_files_only": True,
+        "teacher_model": "meta-llama/Llama-3.1-8B-Instruct",
+        "student_model": "goombalab/Llamba-8B-untied-unaligned",
+        "layers": [14, 16, 17, 30],
+        "dtype": "bfloat16",
+        "teacher_device": None,
+        "teacher_signal": "hidden",
+        "teacher_placement": "dedicated",
+        "teacher_prefetch": None,
+        "freeze_mlp": True,
+        "freeze_replaced_layers": True,
+        "gradient_checkpointing": False,
+        "checkpoint_blocks": None,
+        "compile": False,
+        "dataset_name": "HuggingFaceFW/fineweb-edu",
+        "dataset_subset": "CC-MAIN-2014-49",
+        "dataset_split": "train",
+        "dataset_revision": None,
+        "dataset_text_field": "text",
+        "dataset_streaming": False,
+        "dataset_cache_dir": None,
+        "dataset_workers": 0,
+        "skip_bad_rows": False,
+        "shuffle_buffer": 10_000,
+        "seq_length": 1024,
+        "batch_size": 2,
+        "ce_weight": 1.0,
+        "kl_weight": 0.1,
+        "temperature": 1.0,
+        "loss_chunk_tokens": None,
+        "max_steps": 100_000,
+        "epochs": 1,
+        "grad_accumulation_steps": 1,
+        "max_lr": 1e-5,
+        "min_lr": 1e-8,
+        "warmup_ratio": 0.01,
+        "decay_ratio": 0.1,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "master_weights": True,
+        "max_bad_steps": 5,
+        "resume": None,
+        "resume_step": 0,
+        "time_limit": None,
+        "eval_interval": 0,
+        "eval_dataset_name": None,
+        "eval_dataset_subset": None,
+        "eval_dataset_split": None,
+        "eval_windows": 64,
+        "eval_mmlu_dir": None,
+        "eval_mmlu_limit": 5,
+        "output_dir": "DIR",
+        "save_interval": 1000,
+        "save_total_limit": None,
+        "background_save": True,
+        "health_interval": 100,
+        "layer_map_interval": 0,
+        "log_interval": 10,
+        "log_file": None,
+        "tensorboard": False,
+        "wandb": True,
+        "wandb_project": "llamba-distill",
+        "wandb_run_name": "NAME",
+        "wandb_entity": None,
+        "wandb_mode": None,
+        "dry_run": False,
+        "gpus": None,
+        "gpu_gb": None,
+        "tflops": None,
+        "nodes": None,
+        "plan_json": None,
+    }
+
+
+def test_no_option_at_all_is_the_production_preset():
+    args, production = train(), train(PRODUCTION)
+    for name in (
+        "teacher_model",
+        "student_model",
+        "layers",
+        "dtype",
+        "dataset_name",
+        "dataset_subset",
+        "seq_length",
+    ):
+        assert getattr(args, name) == getattr(production, name), name
+    assert (args.freeze_mlp, args.freeze_replaced_layers, args.dataset_streaming, args.wandb) == (
+        False,
+        False,
+        True,
+        False,
+    )
+
+
+def test_the_command_line_of_the_process_is_the_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_gpus.py", "--batch_size", "7"])
+    assert parse_train_args().batch_size == 7
+
+
+def test_evaluation():
+    line = "--which student hybrid_ft --ckpt C --layers 14 30 --mmlu_dir M --num_fewshot 0 --limit 9 --output F"
+    args = evaluation(line)
+    assert (args.which, args.ckpt, args.layers, args.mmlu_dir) == (["student", "hybrid_ft"], "C", [14, 30], "M")
+    assert (args.num_fewshot, args.limit, args.output, args.batch_size) == (0, 9, "F", None)
+    assert (args.subjects, args.max_length, args.device, args.overwrite) == (None, None, None, False)
+    assert (args.mmlu, args.tasks, args.held_out, args.retrieval, args.resume) == (True, [], None, False, False)
+
+
+def test_tasks_are_named_with_commas_or_spaces():
+    assert parse_eval_args(["--tasks", "hellaswag,arc_challenge", "gsm8k"]).tasks == [
+        "hellaswag",
+        "arc_challenge",
+        "gsm8k",
+    ]
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", None), ("1", 1), ("64", 64)])
+def test_a_batch_size_is_a_number_or_auto(word, value):
+    assert evaluation(f"--batch_size {word}").batch_size == value
+
+
+@pytest.mark.parametrize(
+    "name,choices", [("wandb_mode", ["online", "offline", "disabled"]), ("dtype", ["bfloat16", "float16", "float32"])]
+)
+def test_every_choice_can_be_made(name, choices):
+    assert [getattr(train(f"--{name} {choice}"), name) for choice in choices] == list(choices)
+
+
+def test_evaluation_knows_whether_layers_were_given():
+    args = evaluation()
+    assert (args.layers, args.layers_given) == ([14, 16, 17, 30], False)
+    assert evaluation("--layers 14 16 17 30").layers_given is True
+    assert evaluation("--layers -1").layers_given is True
+    assert "--layers_given" in eval_error("--layers_given")
+
+
+@pytest.mark.parametrize("choice", ["teacher", "student", "hybrid", "hybrid_ft", "all"])
+def test_every_model_can_be_scored(choice):
+    assert evaluation(f"--which {choice}").which == [choice]
+
+
+def test_lists_are_not_shared_between_parses():
+    evaluation().which.append("student")
+    assert evaluation().which == ["teacher"]
+
+
+# --- layers and switches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["--layers -1", "--layers", "--layers -1 -2"])
+def test_a_negative_index_means_no_layer(line):
+    assert train(line).layers == []
+    assert evaluation(line).layers == []
+
+
+def test_a_negative_index_stands_alone():
+    for message in (train_error("--layers -1 3"), eval_error("--layers -1 3")):
+        assert "--layers -1 3: a negative index means no layer and stands alone" in message
+
+
+def test_an_index_is_given_once():
+    for message in (train_error("--layers 4 7 4"), eval_error("--layers 4 7 4")):
+        assert "--layers 4 7 4: expected each index once" in message
+
+
+SWITCHES = [f.name for f in dataclasses.fields(TrainArguments) if f.type is bool]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_and_their_negations(name):
+    assert getattr(train(f"--{name}"), name) is True
+    assert getattr(train(f"--no_{name}"), name) is False
+    assert getattr(train(f"--{name} --no_{name}"), name) is False
+    assert getattr(train(f"--no_{name} --{name}"), name) is True
+
+
+def test_which_options_are_switches():
+    assert set(SWITCHES) == {
+        "local_files_only",
+        "freeze_mlp",
+        "freeze_replaced_layers",
+        "gradient_checkpointing",
+        "compile",
+        "dataset_streaming",
+        "skip_bad_rows",
+        "master_weights",
+        "background_save",
+        "wandb",
+        "dry_run",
+        "tensorboard",
+    }
+
+
+# --- what argparse refuses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line,word",
+    [
+        ("--batch_size two", "--batch_size"),
+        ("--batch_size 1.5", "--batch_size"),
+        ("--batch_size", "--batch_size"),
+        ("--layers one", "--layers"),
+        ("--dtype int8", "bfloat16"),
+        ("--teacher_signal loud", "hidden"),
+        ("--wandb_mode quiet", "offline"),
+        ("--nonsense 1", "--nonsense"),
+        ("stray", "stray"),
+        ("--batch 2", "--batch"),  # abbreviations
+        ("--layer 2", "--layer"),
+        ("--freeze", "--freeze"),
+    ],
+)
+def test_what_argparse_refuses_is_a_value_error(line, word):
+    message = train_error(line)
+    assert word in message and message.endswith("; see --help")
+
+
+def test_an_unknown_model_to_score():
+    assert "hybrid_ft" in eval_error("--which gpt")
+
+
+# --- help and imports ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls,parse", [(TrainArguments, parse_train_args), (EvalArguments, parse_eval_args)])
+def test_help_shows_every_option_once(cls, parse, capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    assert end.value.code == 0
+    shown = re.findall(r"^  --(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert sorted(shown) == sorted(options_of(cls))
+
+
+def test_help_shows_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit):
+        parse_train_args(["--help"])
+    text = capsys.readouterr().out
+    assert "temperature of the KL (default: 1.0)" in text
+    assert "windows per rank and micro step (default: 2, by the preset)" in text
+    assert "recompute activations in backward to save memory (default: off)" in text
+    assert "--no_freeze_mlp" not in text
+
+
+def test_help_shows_the_values_of_the_preset_that_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_train_args(["--preset", "tiny", "--help"])
+    assert "windows per rank and micro step (default: 4, by the preset)" in capsys.readouterr().out
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; before = set(sys.modules); import arguments; "
+        "arguments.parse_train_args([]); arguments.evaluation(); "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "new = {name for name in new - set(sys.stdlib_module_names) if name[0] != '_' and 'cython' not in name}; "
+        "print(*sorted(new))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["arguments", "inputs", "yaml"]
