@@ -58,7 +58,7 @@ class TrainArguments(CommonArguments):
         "dedicated", "one teacher per node on its own device, or one beside every student on its device", MODELS
     )
     teacher_prefetch: int | None = option(
-        None, "batches the teacher works ahead (default: 1; 0 on a student's device)", MODELS, least=0, free=True
+        None, "batches a dedicated teacher runs ahead (default: 1; 0 on a student's device)", MODELS, least=0, free=True
     )
     freeze_mlp: bool = option(False, "do not train the MLPs, those of replaced layers included", MODELS, kept=True)
     freeze_replaced_layers: bool = option(False, "do not train layers that come from the teacher", MODELS, kept=True)

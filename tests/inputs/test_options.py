@@ -282,7 +282,7 @@ def test_help_shows_the_values_of_the_preset_that_is_named(capsys, monkeypatch):
 def test_nothing_heavy_is_imported():
     code = (
         "import sys; before = set(sys.modules); import arguments; "
-        "arguments.parse_train_args([]); arguments.evaluation(); "
+        "arguments.parse_train_args([]); arguments.parse_eval_args([]); "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "new = {name for name in new - set(sys.stdlib_module_names) if name[0] != '_' and 'cython' not in name}; "
         "print(*sorted(new))"

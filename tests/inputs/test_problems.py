@@ -138,7 +138,7 @@ def test_what_a_resumed_run_must_keep():
 def test_what_a_resumed_run_may_change_without_a_warning():
     free = free_options()
     assert {"preset", "config", "local_files_only", "student_model", "dataset_cache_dir", "time_limit"} <= free
-    assert {"resume", "resume_step", "wandb", "save_interval", "plan_json"} <= free
+    assert {"resume", "resume_step", "teacher_prefetch", "wandb", "save_interval", "plan_json"} <= free
     assert not free & {*OF_A_RUN, "shuffle_buffer", "skip_bad_rows", "max_lr", "teacher_model", "eval_interval"}
 
 
