@@ -24,7 +24,6 @@ from model_utils import (
     get_teacher_model,
     locate_model,
 )
-from processes.devices import checked_device
 from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
 
 CPU = torch.device("cpu")
@@ -217,22 +216,6 @@ def test_a_student_of_another_architecture_is_refused(saved):
     assert isinstance(teacher, LlamaConfig) and isinstance(student, LlambaConfig)
     with pytest.raises(ValueError, match="--student_model .* model_type 'llama'"):
         get_configs(saved[0], saved[0])
-
-
-@pytest.mark.parametrize("name", ["cuda:0", "cuda:7", "gpu", "meta"])
-def test_a_device_that_is_not_there(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=f"--device {name}"):
-        checked_device("--device", name)
-    assert checked_device("--device", None) == CPU
-
-
-def test_devices_are_counted(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert checked_device("--device", "cuda:1") == torch.device("cuda:1")
-    assert checked_device("--device", None) == torch.device("cuda:0")
-    with pytest.raises(ValueError, match="2 GPUs are visible here; expected cpu or cuda:0 to cuda:1"):
-        checked_device("--device", "cuda:2")
 
 
 def test_the_student_keeps_one_copy_while_layers_change_places():
