@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def saved(tmp_path):
-    """Directories of a teacher and of a student."""
+    """Returns the directories of a teacher and of a student."""
     tiny_teacher().save_pretrained(tmp_path / "teacher")
     tiny_student().save_pretrained(tmp_path / "student")
     return str(tmp_path / "teacher"), str(tmp_path / "student")
@@ -219,7 +219,7 @@ def test_a_student_of_another_architecture_is_refused(saved):
 
 
 def test_the_student_keeps_one_copy_while_layers_change_places():
-    """The mixer layer that gives way is freed, and no second copy of the student is made."""
+    """The replaced layer is freed, and the other weights stay where they are in memory."""
     import gc
     import weakref
 
@@ -236,7 +236,7 @@ def test_the_student_keeps_one_copy_while_layers_change_places():
 
 
 def recomputed(student):
-    """How often each block runs in a forward and backward pass: twice if its activations are recomputed."""
+    """Returns how often each block runs in a forward and backward pass: twice if its activations are recomputed."""
     calls = [0] * len(student.backbone.layers)
 
     def count(index):
@@ -260,8 +260,8 @@ def test_as_many_blocks_are_recomputed_as_asked(n_blocks, expected):
 
 
 def test_compiled_blocks_compute_the_same_under_the_same_names(monkeypatch):
-    """Captured and differentiated, but not turned into C++, which takes a minute: that is held to the same losses in
-    test_train_script.py.
+    """The graphs are made but not compiled to C++, which takes a minute; test_train_script.py does that in `make
+    test-slow`.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     student, plain = tiny_student(n_layer=1), tiny_student(n_layer=1)

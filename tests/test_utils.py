@@ -15,7 +15,7 @@ from utils import BackgroundThread, Stopwatch, TimedIterator, describe_environme
 
 @pytest.fixture(autouse=True)
 def own_loggers():
-    """Tests that set logging up leave it as it was."""
+    """Restores the loggers and closes the handlers that a test has added."""
     logs = [logging.getLogger(name) for name in ("train", "llamba")]
     before = [(log.handlers[:], log.level, log.propagate) for log in logs]
     yield

@@ -1,4 +1,4 @@
-"""Random models of a few thousand weights, made in memory, for tests that need a teacher and a student."""
+"""Random models of a few thousand weights, made in memory, and parameters with gradients."""
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ def tiny_teacher(**changes):
 
 
 def tiny_student(**changes):
-    """Random weights, larger than the usual initialisation, so that every part of the model shows in the logits."""
+    """Returns a student whose weights are larger than usual, so that every part of the model changes the logits."""
     torch.manual_seed(0)
     student = LlambaForCausalLM(tiny_config(**changes)).eval()
     with torch.no_grad():

@@ -44,13 +44,13 @@ def put(file, content):
 
 
 def problem_of(path):
-    """As a run that goes on finds it: the quick check, then the hashes of what it left out."""
+    """Returns what a resumed run finds: the quick check first, then the hashes of the files that it left out."""
     return quick_check(path) or hash_check(path, read_sums(path))
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["1 rank", "3 ranks"])
 def saved(request, tmp_path_factory, hybrid, tokenizer):
-    """A checkpoint, and one of the same step of another run."""
+    """Returns a checkpoint and the files of a checkpoint of the same step of another run."""
     folder = tmp_path_factory.mktemp("saved")
     other = make_hybrid(tie_embeddings=True)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def saved(request, tmp_path_factory, hybrid, tokenizer):
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("small", [SMALL, 0], ids=["small files", "large files"])
 def test_damage_to_any_file_is_found_and_named(saved, monkeypatch, small, damage):
-    """Large files are not hashed by the quick check, which finds all the same when they are missing or cut short."""
+    """The quick check hashes no large file, but it finds those that are missing or cut short."""
     path, others = saved
     monkeypatch.setattr(files, "SMALL", small)
     assert problem_of(path) is None
@@ -122,8 +122,8 @@ def test_no_flipped_bit_of_the_sums_goes_unseen(saved):
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"world_size": "many"}', "nonsense", '{"world_size": 9}'])
-def test_a_state_that_says_something_else_under_its_right_sum(saved, text):
-    """What a hash cannot tell: it was written so."""
+def test_a_wrong_state_under_its_right_sum_is_found(saved, text):
+    """A hash cannot find this: the file was written so."""
     path, _ = saved
     before = contents(path)
     (path / STATE_FILE).write_text(text)

@@ -139,7 +139,7 @@ def test_saving_leaves_the_student_as_it_was(tmp_path, hybrid, tokenizer):
 
 
 def test_the_size_of_a_checkpoint_is_known_beforehand(tmp_path, tokenizer):
-    """From the shapes: weights, and two or three float32 of what is trained."""
+    """The size follows from the shapes: all weights, and two or three float32 values per trained weight."""
     for dtype, kinds in ((torch.float32, 2), (torch.bfloat16, 3)):
         student = make_hybrid(dtype)
         freeze_student_mlps(student)
@@ -154,7 +154,7 @@ def test_the_size_of_a_checkpoint_is_known_beforehand(tmp_path, tokenizer):
 
 @pytest.fixture
 def numbered(tmp_path):
-    """A directory with checkpoints of these steps, each with its step in a file, and with what is none."""
+    """Returns a directory with checkpoints, each with its step in a file, and with folders that are no checkpoints."""
     for step in (0, 5, 10, 100, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "step").write_text(str(step))

@@ -48,7 +48,7 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, hybrid, tokenizer, mon
 
 
 def test_all_is_flushed_before_the_rename_and_the_rename_after_it(tmp_path, hybrid, tokenizer, monkeypatch):
-    """A machine that loses power must not find the name without the content."""
+    """After a power cut, a checkpoint that has its name must have its content."""
     events = []
     rename = Path.rename
     monkeypatch.setattr(files, "flush_to_disk", lambda path: events.append(path.name))
@@ -94,7 +94,9 @@ def test_each_try_has_a_folder_of_its_own_that_nobody_sees(tmp_path, attempt):
 
 
 def kill_saves(folder):
-    """Saves over and over, each time in a process that dies at another flush; returns the first that none came to."""
+    """Saves again and again, each time in a process that is killed at its next flush; returns the number of the first
+    flush that a whole save does not reach.
+    """
     student, tokenizer = tiny_student(), make_tokenizer()
     save(folder, student, tokenizer, 1, world_size=2)
     flush, calls = os.fsync, []
@@ -119,11 +121,11 @@ def kill_saves(folder):
 
 
 def test_a_process_that_is_killed_while_saving(tmp_path, hybrid, tokenizer):
-    """With kill -9 at every flush of a save, one after the other."""
-    last = fresh.call(kill_saves, tmp_path)  # the flush that a whole save does not come to
+    """Kills a save at each of its flushes with kill -9."""
+    last = fresh.call(kill_saves, tmp_path)
     n_files = len(contents(tmp_path / "checkpoint-1"))
     assert last == n_files + 3 + 1 + 1 + 1  # files, lists of sums, the folder, the rename; and one more
-    # Who dies at the last flush has renamed already; everybody else has left nothing that looks like a checkpoint.
+    # A save killed at the last flush has been renamed already; the others left nothing that looks like a checkpoint.
     assert visible(tmp_path) == ["checkpoint-1", f"checkpoint-{last}", f"checkpoint-{last + 1}"]
     for path in find_checkpoints(tmp_path):
         assert quick_check(path) is None and hash_check(path, read_sums(path)) is None

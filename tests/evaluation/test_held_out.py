@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from distillation.losses import compute_distill_loss
 from evaluation import held_out
 from evaluation.held_out import HeldOutSums, TextSource, held_out_sums, naming, read_windows
-from tests.faults.launch import ROOT
+from tests.launch import ROOT
 from text.encoding import Encoder
 
 TINY = ROOT / "presets" / "tiny"

@@ -11,7 +11,7 @@ from processes.exits import SIGNALS, Interrupted, run_entry
 
 @pytest.fixture
 def slept(monkeypatch):
-    """Seconds that were asked for, none of which pass."""
+    """Returns the list of seconds that were slept, without sleeping."""
     seconds = []
     monkeypatch.setattr(exits, "time", SimpleNamespace(sleep=seconds.append))  # other threads may sleep
     monkeypatch.delenv("RANK", raising=False)
@@ -35,7 +35,7 @@ def test_the_code_of_main_is_the_entrys(slept, capsys, code):
 
 @pytest.fixture
 def handlers():
-    """Of signals, as they were afterwards: a program that ends by one is deaf to those that follow."""
+    """Restores the signal handlers: an entry that ends by a signal ignores those that follow."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -61,7 +61,7 @@ def test_an_entry_that_ends_well_leaves_signals_as_they_were():
 
 
 def test_a_signal_is_not_taken_for_an_error_on_its_way_out(handlers):
-    """Code that catches every Exception and goes on would lose it."""
+    """Code that catches every Exception must not catch it."""
 
     def main():
         try:
