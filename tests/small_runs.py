@@ -64,9 +64,9 @@ def keep_final_weights(rank: int) -> None:
         finish(saver, *args)
         torch.save(saver.student.state_dict(), saver.output_dir / f"rank-{rank}.pt")
 
-    Saver.finish = finish_and_keep  # type: ignore[method-assign]
+    Saver.finish = finish_and_keep
 
 
 def compile_with(backend: str, rank: int) -> None:
     """Has torch.compile use another backend. For `arm` of a launch, as functools.partial(compile_with, backend)."""
-    torch.compile = functools.partial(torch.compile, backend=backend)  # type: ignore[assignment]
+    torch.compile = functools.partial(torch.compile, backend=backend)

@@ -107,7 +107,7 @@ def signal_while_tokenising(scene: Scene) -> None:
 
 def wait_for_a_signal() -> None:
     """Signals this process from a thread of the pool and returns when the main thread has handled it."""
-    request = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
+    request = signal.getsignal(signal.SIGTERM).__self__
     os.kill(os.getpid(), signal.SIGTERM)
     while not request.signalled:
         time.sleep(0.01)
