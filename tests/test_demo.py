@@ -1,5 +1,5 @@
-"""`make demo` and what must have come of it: with a tenth of its steps here, whole and with its scores in `make
-test-slow`.
+"""`make demo` and its results: here with 16 of its 350 steps and 20 of its 400 questions; in `make test-slow` whole,
+with the scores that it must reach.
 """
 
 import json
@@ -24,7 +24,7 @@ def make_demo(folder, *variables):
 
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory):
-    steps, questions = "DEMO_TRAIN=--max_steps 35", f"DEMO_EVAL=--limit 5 {HELD_OUT} --held_out_windows 8"
+    steps, questions = "DEMO_TRAIN=--max_steps 16", f"DEMO_EVAL=--limit 5 {HELD_OUT} --held_out_windows 8"
     return make_demo(tmp_path_factory.mktemp("demo") / "demo", steps, questions)
 
 
@@ -55,16 +55,16 @@ def test_the_demo_brings_the_hybrid_closer_to_its_teacher(short_demo):
     folder, _ = short_demo
     kl = held_out_kl(folder)
     assert kl["teacher"] < 1e-3
-    assert kl["hybrid_ft"] < 0.7 * kl["hybrid"]
+    assert kl["hybrid_ft"] < 0.5 * kl["hybrid"]
 
 
 @pytest.mark.timeout(600)
 def test_the_demo_leaves_its_metrics_and_checkpoints(short_demo):
     folder, _ = short_demo
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 36))
-    assert rows[-1]["kl"] < 0.7 * rows[0]["kl"]
-    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-35"}
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-16"}
 
 
 @pytest.mark.slow
