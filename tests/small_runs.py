@@ -1,6 +1,5 @@
 """Runs that take seconds: models of a few thousand weights on disk, the command line, and what a rank does beside."""
 
-import functools
 from pathlib import Path
 
 import torch
@@ -68,5 +67,11 @@ def keep_final_weights(rank: int) -> None:
 
 
 def compile_with(backend: str, rank: int) -> None:
-    """Has torch.compile use another backend. For `arm` of a launch, as functools.partial(compile_with, backend)."""
-    torch.compile = functools.partial(torch.compile, backend=backend)
+    """Has torch.compile use `backend`, and print so. For `arm`, as functools.partial(compile_with, backend)."""
+    compile_by_default = torch.compile
+
+    def compile_and_say(*args, **options):
+        print(f"torch.compile with {backend}", flush=True)
+        return compile_by_default(*args, **{**options, "backend": backend})
+
+    torch.compile = compile_and_say

@@ -1,6 +1,5 @@
 """Loading, replacing layers, freezing and counting, on models small enough to check by eye."""
 
-import functools
 import json
 
 import pytest
@@ -16,7 +15,6 @@ from model_utils import (
     check_replacements,
     check_trainable,
     checkpoint_blocks,
-    compile_blocks,
     freeze_student_layers,
     freeze_student_mlps,
     get_configs,
@@ -257,24 +255,6 @@ def test_as_many_blocks_are_recomputed_as_asked(n_blocks, expected):
     apply_replacements(student, tiny_teacher(), [1])  # a block like the others
     checkpoint_blocks(student, n_blocks)
     assert recomputed(student) == expected
-
-
-def test_compiled_blocks_compute_the_same_under_the_same_names(monkeypatch):
-    """The graphs are made but not compiled to C++, which takes a minute; test_train_script.py does that in `make
-    test-slow`.
-    """
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    student, plain = tiny_student(n_layer=1), tiny_student(n_layer=1)
-    compile_blocks(student)
-    assert student.state_dict().keys() == plain.state_dict().keys()
-    results = []
-    for model in (student, plain):
-        hidden = model.train().backbone(tokens(), use_cache=False).last_hidden_state
-        hidden.square().mean().backward()
-        results.append((hidden, model.backbone.layers[0].mixer.in_proj.weight.grad))
-    assert all(block._compiled_call_impl is not None for block in student.backbone.layers)
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_head", [True, False])

@@ -213,7 +213,9 @@ def test_compiled_blocks_change_no_loss(run, models, tmp_path, backend):
     tiny_student(vocab_size=1024, n_layer=2).save_pretrained(tmp_path / "student")
     changes = dict(teacher_model=tmp_path / "teacher", student_model=tmp_path / "student", layers="1", **FROZEN)
     argv = options(models, tmp_path / "out", compile=True, **changes)
-    train(1, argv, functools.partial(compile_with, backend))
+    log = train(1, argv, functools.partial(compile_with, backend))
+    assert log.count(f"torch.compile with {backend}") == 3  # two blocks and the loss
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-6")  # raises if a weight has another name
     assert losses(tmp_path / "out") == pytest.approx(losses(run(1, **changes)), rel=1e-5)
 
 
