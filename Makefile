@@ -6,9 +6,12 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --quiet --no-compile
 DEMO := runs/demo
 BENCH := runs/bench
+# More options for the two commands of the demo, such as `make demo DEMO_TRAIN="--max_steps 40"`.
+DEMO_TRAIN ?=
+DEMO_EVAL ?=
 BENCH_OPTIONS ?=
 
-.PHONY: setup setup-dev setup-bench setup-cuda demo test test-bench test-pythons faults lint bench
+.PHONY: setup setup-dev setup-bench setup-cuda demo test test-bench test-slow test-pythons faults lint bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -45,9 +48,9 @@ setup-cuda: .venv/installed
 demo: .venv/installed
 	if [ -e $(DEMO) ]; then mv $(DEMO) $(DEMO)-$$(date +%Y%m%d-%H%M%S); fi
 	$(BIN)/torchrun --standalone --nproc_per_node=2 train_gpus.py --preset tiny --layer_map_interval 25 \
-		--output_dir $(DEMO)
+		--output_dir $(DEMO) $(DEMO_TRAIN)
 	$(BIN)/python eval_mmlu_hybrid.py --preset tiny --which student hybrid hybrid_ft teacher \
-		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json
+		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json $(DEMO_EVAL)
 	$(BIN)/python report.py $(DEMO)
 
 # Runs two tests at a time, each process with one thread: the tensors are tiny, and many tests start several processes.
@@ -62,6 +65,10 @@ faults: .venv/installed-dev
 # Runs what `make test` leaves out because it is slow: every benchmark at its smallest size, from end to end.
 test-bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
+
+# Runs what `make test` leaves out for its length: the whole demo with its scores, compiled C++, torchrun killed.
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Installs everything for every Python from 3.10 to 3.13 that is found, and trains briefly: gigabytes, minutes for each.
 test-pythons:

@@ -1,5 +1,5 @@
-"""What holds for every test: one thread, and what it leaves behind is taken down. Which files come first. And the
-environment of a plain run, for those that ask.
+"""Fixtures for every test: one thread, process groups and loggers restored afterwards, and, on request, the environment
+of a plain run. Slow files are collected first.
 """
 
 import logging
@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# From half a minute up. Of two that test side by side, none shall be left alone with one of these at the end.
+# The files that take longest, in `make test`'s order: of two workers, neither should end up alone with one of these.
 SLOW_FILES = [
-    *["test_demo.py", "test_faults.py", "test_train_script.py", "test_memory_plan.py", "test_restarts.py"],
-    *["test_plan.py", "test_evaluation.py", "test_lm_eval.py", "test_model_utils.py", "test_harness.py"],
-    *["test_eval_resume.py", "test_export.py", "test_fused_loss.py"],
+    *["test_faults.py", "test_footprint.py", "test_train_script.py", "test_restarts.py", "test_demo.py"],
+    *["test_readme_commands.py", "test_evaluator.py", "test_plan.py", "test_lm_eval.py", "test_harness.py"],
+    *["test_data.py", "test_eval_script.py", "test_eval_resume.py", "test_fused_loss.py", "test_export.py"],
+    *["test_scoring.py", "test_generation.py", "test_security.py"],
 ]
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -26,13 +27,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Models this small gain nothing from threads, and lose much where other programs use the cores."""
+    """Uses one thread: small models gain nothing from more, and lose much where other programs use the cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
-    """A run that fails leaves its groups to the end of its process; here the process goes on."""
+    """Destroys the groups that a failed run leaves to the end of its process; here the process lives on."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -40,7 +41,7 @@ def no_process_group_is_left():
 
 @pytest.fixture(autouse=True)
 def loggers_as_they_were():
-    """An entry that runs in this process sets up logging for good."""
+    """Restores the loggers, which an entry sets up for good."""
     loggers = [logging.getLogger(name) for name in ("train", "llamba")]
     before = [(log.level, log.propagate, log.handlers[:]) for log in loggers]
     yield
@@ -51,7 +52,7 @@ def loggers_as_they_were():
 
 @pytest.fixture
 def no_torchrun():
-    """The environment of a plain `python` run, restored afterwards."""
+    """Gives the test the environment of a plain `python` run."""
     with mock.patch.dict(os.environ):
         for name in RANK_NAMES:
             os.environ.pop(name, None)

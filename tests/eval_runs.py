@@ -9,8 +9,8 @@ from pathlib import Path
 
 import eval_mmlu_hybrid
 from evaluation.partial_results import PartialResults, partial_folder
-from tests.faults.launch import Launch
 from tests.faults.traps import trap
+from tests.launch import Launch
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "presets" / "tiny" / "text" / "heldout.jsonl"

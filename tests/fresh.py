@@ -1,6 +1,6 @@
-"""Real processes for tests, each as it is when everything has been imported and nothing computed. A process that starts
-from nothing imports for some six seconds; here one server does, for all tests of a test process, and what is asked for
-are its forks. (Not forks of the test process: torch's threads, once there, are missing in a fork.)
+"""Fresh processes for tests: everything is imported, nothing computed. A process that starts from nothing imports for
+some six seconds; here one server does so for all tests of a test process and forks itself on demand. (The test process
+itself cannot be forked: torch's threads, once started, are missing in a fork.)
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch.distributed as dist
+
 import train_gpus
 from processes.exits import run_entry
-from tests.faults.launch import ROOT, Launch
+from tests.launch import ROOT, Arm, Launch, Main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The entries, and what torch and transformers import only when they are used.
-IMPORTED = ["train_gpus", "eval_mmlu_hybrid", "tests.faults.launch", "scipy.io", "threadpoolctl"]
-
-Main = Callable[[], int | None]
+IMPORTED = ["train_gpus", "eval_mmlu_hybrid", "tests.small_runs", "pytest", "scipy.io", "threadpoolctl"]
 
 
 class Process:
-    """Runs `function(*args)`, with this process's environment but for these changes, in this process's directory."""
+    """A process that runs `function(*args)` in this directory and in this environment with the given changes."""
 
     def __init__(self, function: Callable, *args: Any, **environment: str) -> None:
         CONTEXT.set_forkserver_preload(IMPORTED)
@@ -40,11 +40,11 @@ class Process:
         sender.close()
 
     def written(self) -> str:
-        """What it has written so far."""
+        """Returns what the process has written so far."""
         return Path(self.log).read_text(errors="replace")
 
     def result(self, timeout: float = 280.0) -> Any:
-        """What the function has returned. A process that fails is an AssertionError with what it wrote."""
+        """Returns what the function returned. Raises AssertionError with the output of a process that failed."""
         done = wait([self.receiver, self.process.sentinel], timeout)
         if self.receiver in done:
             with contextlib.suppress(EOFError):
@@ -53,7 +53,7 @@ class Process:
         raise AssertionError(f"no result, exit code {self.process.exitcode}\n{self.written()[-5000:]}")
 
     def close(self) -> None:
-        """Kills it if it is still there."""
+        """Kills the process if it is still running."""
         self.process.kill()
         self.process.join()
         self.receiver.close()
@@ -63,9 +63,10 @@ class Process:
 def _work(
     function: Callable, args: tuple, environment: dict[str, str], folder: str, method: str, log: str, sender
 ) -> None:
-    multiprocessing.set_start_method(method, force=True)  # the server's forks would otherwise ask it for theirs
+    multiprocessing.set_start_method(method, force=True)  # otherwise forks of the server use "forkserver"
     os.environ.clear()
     os.environ.update(environment)
+    dist.set_debug_level_from_env()  # which torch reads when it is imported
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
@@ -75,6 +76,7 @@ def _work(
 
 @contextlib.contextmanager
 def started(function: Callable, *args: Any, **environment: str) -> Iterator[Process]:
+    """Yields a fresh process that runs `function(*args)`, and kills it afterwards."""
     process = Process(function, *args, **environment)
     try:
         yield process
@@ -83,26 +85,31 @@ def started(function: Callable, *args: Any, **environment: str) -> Iterator[Proc
 
 
 def call(function: Callable, *args: Any, **environment: str) -> Any:
-    """What `function(*args)` returns in a fresh process."""
+    """Returns what `function(*args)` returns in a fresh process."""
     with started(function, *args, **environment) as process:
         return process.result()
 
 
 def ranks(
-    argv: list[str], n_ranks: int, main: Main = train_gpus.main, arm: Callable[[int], None] | None = None, **environment
+    argv: list[str],
+    n_ranks: int,
+    main: Main = train_gpus.main,
+    arm: Arm | None = None,
+    ranks_per_node: int | None = None,
+    **environment: str,
 ) -> tuple[list[int], str]:
-    """Exit codes and words of the ranks of an entry, started as torchrun starts them."""
+    """Runs an entry on forked ranks; returns their exit codes and what they wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        return call(_launch, argv, n_ranks, Path(folder) / "log", arm, main, **environment)
+        return call(_launch, argv, n_ranks, Path(folder) / "log", arm, main, ranks_per_node, **environment)
 
 
-def _launch(argv: list[str], n_ranks: int, log: Path, arm, main: Main) -> tuple[list[int], str]:
-    launch = Launch(argv, n_ranks, log, arm, main)
-    return launch.wait(timeout=240), launch.text()
+def _launch(argv: list[str], n_ranks: int, log: Path, *arm_main_and_nodes) -> tuple[list[int], str]:
+    launch = Launch(argv, n_ranks, log, *arm_main_and_nodes)
+    return launch.wait(), launch.text()
 
 
 def script(argv: list[str], main: Main, **environment: str) -> tuple[int, str]:
-    """Exit code and words of an entry that is started by `python` alone."""
+    """Runs an entry as `python` starts it; returns its exit code and what it wrote."""
     with started(_script, argv, main, **environment) as process:
         return process.result(), process.written()
 

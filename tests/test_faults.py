@@ -1,5 +1,5 @@
-"""What a run does in trouble, on real processes: tests/faults/scenarios.py plays, these look at what is left.
-tests/faults/kills.py is the campaign of `kill -9`; `make faults` runs it at full length.
+"""What a run does in trouble, on real processes: tests/faults/scenarios.py plays, these tests check what is left. The
+campaign of `kill -9` in tests/faults/kills.py has its full length in `make faults`.
 """
 
 import json
@@ -14,22 +14,35 @@ from tests.faults import scenarios
 from tests.faults.compare import differences, rows, tensors
 from tests.faults.damage import damage_checkpoints, damage_texts
 from tests.faults.kills import run_campaign
+from tests.small_runs import make_models
 
 RESULT_OF_SIGNAL = 75
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """All scenarios are played by one process, which imports everything once; returns their folder."""
-    folder = tmp_path_factory.mktemp("faults")
-    fresh.call(scenarios.play, folder)
-    return folder
+    """Returns the folder of all scenarios."""
+    return make_models(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture
-def facts(stage):
+def played(stage):
+    """Returns a function that plays a scenario, if no test has done so yet, and returns its output directory."""
+
+    def play(name):
+        if not (stage / f"{name}.json").exists():
+            fresh.call(scenarios.play, stage, name)
+        return stage / name
+
+    return play
+
+
+@pytest.fixture
+def facts(played):
+    """Returns a function that returns the exit codes and the log of a scenario's only launch, or a list of both."""
+
     def of(name):
-        found = json.loads((stage / f"{name}.json").read_text())
+        found = json.loads(played(name).with_suffix(".json").read_text())
         return found if len(found) > 1 else found[0]
 
     return of
@@ -38,9 +51,9 @@ def facts(stage):
 # --- kill -9 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lane,kills", [("cached", 5), ("stream", 3)])
-def test_a_run_killed_again_and_again_is_the_run_that_was_left_alone(tmp_path, lane, kills):
-    result = fresh.call(run_campaign, tmp_path, lane, 2, kills, 0)
+@pytest.mark.parametrize("lane,kills", [("cached", 3), ("stream", 2)])
+def test_a_run_killed_again_and_again_equals_one_that_was_left_alone(tmp_path, lane, kills):
+    result = fresh.call(run_campaign, tmp_path, lane, 2, kills, 0, 8)
     assert result["kills"] == kills
     assert result["runs"] >= 1
     assert result["differences"] == []
@@ -49,22 +62,22 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_left_alone(tmp_path, l
 # --- asked to stop -------------------------------------------------------------------------------------------
 
 
-def test_signals_and_the_time_limit_stop_all_ranks_with_a_saved_state(stage, facts):
+def test_signals_and_the_time_limit_stop_all_ranks_with_a_saved_state(facts):
     *stopped, last, complete = facts("signals")
     for fact, reason in zip(stopped, ["SIGTERM", "SIGINT", "SIGUSR1", "--time_limit"], strict=True):
         assert fact["codes"] == [RESULT_OF_SIGNAL] * 2
         assert f"stopped by {reason} at step" in fact["log"]
     assert last["codes"] == complete["codes"] == [0, 0]
-    assert "complete: 12 of 12" in complete["log"] and "micro_step 1 " not in complete["log"]
+    assert "complete: 9 of 9" in complete["log"] and "micro_step 1 " not in complete["log"]
 
 
-def test_a_run_stopped_within_an_accumulation_goes_on_exactly(stage, facts):
-    assert differences(stage / "straight_accumulated", stage / "signals", 24) == []
+def test_a_run_stopped_within_an_accumulation_resumes_exactly(played):
+    assert differences(played("straight_accumulated"), played("signals"), 18) == []
 
 
-def test_status_tells_how_a_run_ended(stage):
+def test_status_says_how_a_run_ended(played):
     def status(name):
-        return json.loads((stage / name / "status.json").read_text())
+        return json.loads((played(name) / "status.json").read_text())
 
     assert (status("signals")["status"], status("signals")["exit_code"]) == ("complete", 0)
     assert (status("stream_of_other_world_size")["status"]) == "complete"
@@ -88,7 +101,7 @@ def test_a_signal_stops_the_tokenising_and_leaves_nothing_half_made(stage, facts
 
 
 def windows_of(stage, run, n_ranks):
-    """Windows by micro step, all ranks' in order."""
+    """Returns the windows of each micro step, those of all ranks in order."""
     by_rank = [(stage / f"windows-{run}-{r}.jsonl").read_text().splitlines() for r in range(n_ranks)]
     return [[i for line in lines for i in json.loads(line)] for lines in zip(*by_rank, strict=True)]
 
@@ -104,9 +117,9 @@ def test_two_then_three_then_one_rank_take_every_window_once(stage, facts):
     assert taken == order[: n_windows // 6 * 6].tolist()  # the last ones fill no step
 
 
-def test_optimizer_shards_find_their_new_ranks(stage):
-    """With the same windows a step, the number of ranks is no more than rounding."""
-    folder = stage / "other_world_sizes"
+def test_optimizer_shards_find_their_new_ranks(stage, played):
+    """With the same windows in each step, the number of ranks changes no more than rounding."""
+    folder = played("other_world_sizes")
     alone, together = rows(stage / "one_world"), rows(folder)
     assert len(alone) == len(together) > 20
     for a, b in zip(alone, together, strict=True):
@@ -126,29 +139,29 @@ def test_a_stream_is_not_shared_out_anew(facts):
 # --- what is not finite --------------------------------------------------------------------------------------
 
 
-def test_bad_steps_are_skipped_by_all_ranks_and_counted(stage, facts):
+def test_bad_steps_are_skipped_by_all_ranks_and_counted(played, facts):
     fact = facts("two_bad_steps")
     assert fact["codes"] == [0, 0]
     assert "step 4 skipped: loss nan" in fact["log"] and "rank 1 had windows [36, 446]" in fact["log"]
     assert "rank 0 had windows" not in fact["log"]  # its losses were finite
-    lines = [json.loads(line) for line in (stage / "two_bad_steps" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (played("two_bad_steps") / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_updates"] for row in lines[:6]] == [0, 0, 0, 1, 2, 2]
     assert lines[3]["loss"] is None and lines[5]["loss"] > 0
 
 
-def test_a_run_that_diverges_stops_with_its_last_good_weights(stage, facts):
-    stopped, went_on = facts("diverged")
+def test_a_run_that_diverges_stops_with_its_last_good_weights(played, facts):
+    stopped, resumed = facts("diverged")
     assert stopped["codes"] == [76, 76] and "3 updates in a row were skipped" in stopped["log"]
-    last_good, saved = tensors(stage / "straight" / "checkpoint-6"), tensors(stage / "diverged" / "checkpoint-9")
+    last_good, saved = tensors(played("straight") / "checkpoint-6"), tensors(played("diverged") / "checkpoint-9")
     assert len(saved) == len(last_good)
     assert {name for name in saved if saved[name] != last_good[name]} == {"rng/0/cpu", "rng/1/cpu"}
-    assert went_on["codes"] == [0, 0] and "complete: 24 of 24" in went_on["log"]
+    assert resumed["codes"] == [0, 0] and "complete: 12 of 12" in resumed["log"]
 
 
-def test_a_loss_that_stands_out_is_told(facts):
+def test_a_loss_that_stands_out_is_reported(facts):
     log = facts("loss_spike")["log"]
     assert log.count("stands out") == 2  # each rank with its windows
-    assert "step 40: loss" in log
+    assert "step 10: loss" in log
 
 
 # --- ranks that fail or die ----------------------------------------------------------------------------------
@@ -170,32 +183,42 @@ def test_one_ranks_end_is_everybodys_with_the_first_cause_in_the_log(facts, scen
     assert f"this run ends because {cause}" in fact["log"]
 
 
+def test_of_an_error_the_failing_rank_logs_the_traceback_and_the_others_the_cause(facts, played):
+    log = facts("a_rank_raises")["log"]
+    assert log.count("this run ends because rank 2 failed: RuntimeError: a fault of this test") == 2
+    assert log.count("RuntimeError: a fault of this test") == 3
+    assert "Traceback" in log and "in raise_error" in log
+    folder = played("a_rank_raises")
+    assert (folder / "checkpoint-0").is_dir() and not (folder / "checkpoint-6").exists()
+    assert json.loads((folder / "status.json").read_text())["status"] == "running"  # no rank could change it
+
+
 # --- disks ---------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_costs_no_step(stage, facts):
+def test_a_full_disk_costs_no_step(played, facts):
     fact = facts("full_disk")
     assert fact["codes"] == [0, 0]
     assert "checkpoint of micro step 6 could not be written" in fact["log"]
     assert "Its newest checkpoint is that of micro step 3" in fact["log"]
-    assert differences(stage / "straight", stage / "full_disk", 24) == []
-    kept = {path.name for path in (stage / "full_disk").iterdir() if "checkpoint" in path.name}
-    assert {"checkpoint-0", "checkpoint-3", "checkpoint-24"} <= kept
+    assert differences(played("straight"), played("full_disk"), 12) == []
+    kept = {path.name for path in played("full_disk").iterdir() if "checkpoint" in path.name}
+    assert {"checkpoint-0", "checkpoint-3", "checkpoint-12"} <= kept
     assert not kept & {"checkpoint-6", "checkpoint-9", ".partial-checkpoint-6-0"}
 
 
-def test_a_copy_that_does_not_fit_costs_no_step(stage, facts):
+def test_a_copy_that_does_not_fit_costs_no_step(played, facts):
     fact = facts("no_memory_for_the_copy")
     assert fact["codes"] == [0, 0] and "checkpoint of micro step 3 could not be written (MemoryError" in fact["log"]
-    saved = {path.name for path in (stage / "no_memory_for_the_copy").glob("checkpoint-*")}
+    saved = {path.name for path in played("no_memory_for_the_copy").glob("checkpoint-*")}
     assert "checkpoint-3" not in saved and {"checkpoint-0", "checkpoint-8"} < saved  # and that of another try
 
 
 def test_nobody_waits_for_a_slow_disk(facts):
     fact = facts("slow_disk")
     assert fact["codes"] == [0, 0]
-    began, saved = fact["log"].index("saving micro step 3;"), fact["log"].index("/checkpoint-3, ")
-    assert began < fact["log"].index("micro_step 4 ") < fact["log"].index("micro_step 6 ") < saved
+    began, saved = fact["log"].index("saving micro step 4;"), fact["log"].index("/checkpoint-4, ")
+    assert began < fact["log"].index("micro_step 5 ") < fact["log"].index("micro_step 7 ") < saved
 
 
 def test_a_bad_row_is_named_or_left_out_in_both_lanes(facts):
@@ -207,7 +230,7 @@ def test_a_bad_row_is_named_or_left_out_in_both_lanes(facts):
         assert fact["codes"] == [0] and "skipped 1 of" in fact["log"]
 
 
-def test_what_one_rank_alone_finds_is_told_by_rank_0(facts):
+def test_a_mistake_that_one_rank_finds_is_reported_by_rank_0(facts):
     fact = facts("a_mistake_that_one_rank_finds")
     assert fact["codes"][0] == 2
     assert fact["log"].count("error: --flag 7: a mistake of this test") == 1 and "(on rank 1)" in fact["log"]
@@ -218,18 +241,18 @@ def test_the_last_state_waits_for_room(facts):
     assert fact["codes"] == [0, 0] and "waits for room" in fact["log"] and "checkpoint-2," in fact["log"]
 
 
-def test_auto_goes_on_from_the_newest_good_checkpoint_and_never_silently_at_0(stage, facts):
-    _, went_on, refused = facts("bad_checkpoints")
-    folder = stage / "bad_checkpoints"
-    assert went_on["codes"] == [0, 0] and f"resuming from {folder}/checkpoint-6" in went_on["log"]
-    assert "bad-checkpoint-12" in went_on["log"] and "model-00002-of-00002.safetensors" in went_on["log"]
+def test_auto_resumes_from_the_newest_good_checkpoint_and_never_silently_at_0(played, facts):
+    _, resumed, refused = facts("bad_checkpoints")
+    folder = played("bad_checkpoints")
+    assert resumed["codes"] == [0, 0] and f"resuming from {folder}/checkpoint-6" in resumed["log"]
+    assert "bad-checkpoint-12" in resumed["log"] and "model-00002-of-00002.safetensors" in resumed["log"]
     assert (folder / "bad-checkpoint-12").is_dir() and (folder / "bad-checkpoint-9").is_dir()
-    assert rows(folder) == rows(stage / "straight_12")
+    assert rows(folder) == rows(played("straight"))
     assert refused["codes"][0] == 2 and "no good checkpoint" in refused["log"]
 
 
-def test_no_damage_to_a_checkpoint_goes_unnoticed(stage, tmp_path):
-    result = damage_checkpoints(stage / "straight_12" / "checkpoint-3", tmp_path, 60, random.Random(0))
+def test_no_damage_to_a_checkpoint_goes_unnoticed(played, tmp_path):
+    result = damage_checkpoints(played("straight") / "checkpoint-3", tmp_path, 60, random.Random(0))
     assert result["missed"] == [] and sum(result["caught"].values()) == 60
 
 
@@ -239,7 +262,7 @@ def test_damaged_texts_are_read_or_refused_by_name(tmp_path):
     assert {"refused, with the file's name", "read without the bad rows"} <= result["outcomes"].keys()
 
 
-def test_another_run_is_not_gone_on_with(facts):
+def test_another_run_is_not_resumed(facts):
     _, other, foreign = facts("another_run")
     assert other["codes"][0] == foreign["codes"][0] == 2
     for flag in ("--seed 1", "--layers [1, 2]", "--dtype bfloat16"):
@@ -257,26 +280,23 @@ def test_all_nodes_have_to_see_the_same_folder(facts):
     assert 2 in fact["codes"] and "not the same folder on all nodes" in fact["log"]
 
 
-def test_old_checkpoints_are_deleted_if_asked(stage):
-    assert sorted(path.name for path in (stage / "few_are_kept").glob("*checkpoint-*")) == [
-        "checkpoint-21",
-        "checkpoint-24",
-    ]
-    assert (stage / "few_are_kept" / "latest").resolve().name == "checkpoint-24"
+def test_old_checkpoints_are_deleted_if_asked(played):
+    folder = played("few_are_kept")
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+    assert (folder / "latest").resolve().name == "checkpoint-12"
 
 
-def test_saving_in_the_foreground_saves_the_same(stage):
-    assert differences(stage / "straight", stage / "in_the_foreground", 24) == []
+def test_saving_in_the_foreground_saves_the_same(played):
+    background, foreground = played("straight"), played("in_the_foreground")
+    assert differences(background, foreground, 12) == []
     for step in (0, 9):
-        assert tensors(stage / "straight" / f"checkpoint-{step}") == tensors(
-            stage / "in_the_foreground" / f"checkpoint-{step}"
-        )
+        assert tensors(background / f"checkpoint-{step}") == tensors(foreground / f"checkpoint-{step}")
 
 
 # --- weights that do not move --------------------------------------------------------------------------------
 
 
-def test_lost_updates_are_told(stage, facts):
+def test_lost_updates_are_reported(stage, facts):
     without, with_masters = facts("health")
     assert "are lost; train with --master_weights" in without["log"] and "% of the mixers" in without["log"]
     assert "are lost" not in with_masters["log"]

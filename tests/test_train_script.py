@@ -1,99 +1,53 @@
-"""The real entry on real ranks, on random tiny models and real text: what ranks agree on, what a step does, what is
-left on disk, and how bad input ends. Ranks are forks of a fresh process, and torchrun's where it matters that they are.
+"""The real entry on real ranks, on small random models and real text: what ranks agree on, what a step does, what is
+left on disk. Ranks are forks here; the real torchrun runs in test_demo.py and test_restarts.py.
 """
 
+import functools
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import distillation.models
-import train_gpus
+from arguments import parse_train_args
+from data import build_dataloader
+from distillation.losses import compute_distill_loss
 from llamba import LlambaForCausalLM
-from tests import fresh, run_and_dump
+from tests import fresh, small_runs
+from tests.small_runs import TEXT, TOKENIZER, compile_with, keep_final_weights, make_models
 from tests.tiny import tiny_student, tiny_teacher
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "presets" / "tiny" / "teacher"
-TEXT = ROOT / "presets" / "tiny" / "text" / "heldout.jsonl"
+FROZEN = {"freeze_mlp": True, "freeze_replaced_layers": True}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A teacher with 1030 entries and a student with 1024, for the tiny preset's tokenizer of at most 1024."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    assert len(tokenizer) <= 1024
-    tiny_teacher(vocab_size=1030).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
-    tiny_student(vocab_size=1024).save_pretrained(folder / "student")
-    return folder
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def options(models, output_dir, **changes):
-    values = {
-        "teacher_model": models / "teacher",
-        "student_model": models / "student",
-        "dataset_name": TEXT,
-        "dataset_cache_dir": models / "cache",
-        "output_dir": output_dir,
-        "layers": "1 3",
-        "dtype": "float32",
-        "seq_length": 32,
-        "batch_size": 2,
-        "max_steps": 6,
-        "max_lr": 1e-3,
-        "warmup_ratio": 0.0,
-        "log_interval": 2,
-        "save_interval": 3,
-        **changes,
-    }
-    argv = ["--local_files_only"]
-    for name, value in values.items():
-        if value is True:
-            argv.append(f"--{name}")
-        elif value is not None:
-            argv += [f"--{name}", *str(value).split()]
-    return argv
+    values = dict(student_model=models / "plain", max_steps=6, warmup_ratio=0.0, log_interval=2)
+    return small_runs.options(models, output_dir, **{**values, **changes})
 
 
-def start_torchrun(*torchrun_options, argv, script="tests/run_and_dump.py"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options, script, *argv]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def torchrun(n_ranks, argv, script="tests/run_and_dump.py"):
-    """Runs to the end; returns (exit code, standard error)."""
-    process = start_torchrun("--standalone", f"--nproc_per_node={n_ranks}", argv=argv, script=script)
-    _, stderr = process.communicate(timeout=240)
-    return process.returncode, stderr
-
-
-def train(n_ranks, argv, main=train_gpus.main, **environment):
-    """A run in forks that has to succeed; returns what it wrote."""
-    codes, log = fresh.ranks(argv, n_ranks, main, **environment)
+def train(n_ranks, argv, arm=None, **more):
+    """Runs train_gpus.py, which has to succeed; returns what it wrote."""
+    codes, log = fresh.ranks(argv, n_ranks, arm=arm, **more)
     assert codes == [0] * n_ranks, log[-4000:]
     return log
 
 
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
-    """Runs once for each set of options that a test asks for; returns the output directory."""
+    """Returns a function that runs once for each set of options and returns the output directory."""
     done = {}
 
-    def run_once(n_ranks=2, **changes):
-        key = (n_ranks, *sorted(changes.items()))
+    def run_once(n_ranks=2, ranks_per_node=None, **changes):
+        key = (n_ranks, ranks_per_node, *sorted(changes.items()))
         if key not in done:
             folder = tmp_path_factory.mktemp("run") / "out"
-            log = train(n_ranks, options(models, folder, no_dataset_streaming=True, **changes), run_and_dump.main)
+            argv = options(models, folder, **changes)
+            log = train(n_ranks, argv, keep_final_weights, ranks_per_node=ranks_per_node)
             (folder / "log.txt").write_text(log)
             done[key] = folder
         return done[key]
@@ -115,9 +69,6 @@ def moved(folder, step):
         LlambaForCausalLM.from_pretrained(folder / f"checkpoint-{n}", dtype="auto").state_dict() for n in (0, step)
     )
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-FROZEN = {"freeze_mlp": True, "freeze_replaced_layers": True}
 
 
 # --- what ranks agree on -------------------------------------------------------------------------------------
@@ -142,22 +93,14 @@ def test_two_students_equal_one_with_twice_the_batch(run):
         torch.testing.assert_close(two_weights[name], one_weights[name], rtol=1e-3, atol=1e-4)
 
 
-def test_two_nodes_equal_two_ranks_of_one(run, models, tmp_path):
-    """Each node runs a teacher of its own; two torchruns on this machine stand for two nodes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN)
-    common = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [start_torchrun(*common, f"--node_rank={rank}", argv=argv) for rank in (0, 1)]
-    ends = [node.communicate(timeout=240)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], ends
-    one_node = run(2, **FROZEN)
-    for a, b in zip(metrics(tmp_path / "out"), metrics(one_node), strict=True):
+def test_two_nodes_equal_two_ranks_of_one(run):
+    """Each node runs a teacher of its own."""
+    two_nodes, one_node = run(2, ranks_per_node=1, **FROZEN), run(2, **FROZEN)
+    for a, b in zip(metrics(two_nodes), metrics(one_node), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-6)
     for rank in (0, 1):
-        for name, weight in weights(tmp_path / "out", rank).items():
+        for name, weight in weights(two_nodes, rank).items():
             torch.testing.assert_close(weight, weights(one_node)[name], rtol=1e-4, atol=1e-6)
 
 
@@ -179,7 +122,7 @@ def test_both_teacher_signals_give_the_same_losses(run):
 
 @pytest.mark.parametrize("changes", [{"teacher_prefetch": 1}, {"teacher_placement": "colocated"}])
 def test_where_and_when_the_teacher_works_changes_no_figure(run, changes):
-    """Bit for bit: each rank's part is computed alone, wherever that is; and what was fetched ahead is not counted."""
+    """Bit for bit: each rank's part is computed alone wherever the teacher is, and batches drawn ahead do not count."""
     ahead, other = metrics(run(2, **FROZEN)), metrics(run(2, **changes, **FROZEN))
     for a, b in zip(ahead, other, strict=True):
         for name in ("micro_step", "tokens", "loss", "kl", "ce", "grad_norm", "lr"):
@@ -192,14 +135,9 @@ def test_where_and_when_the_teacher_works_changes_no_figure(run, changes):
 
 
 def test_the_first_loss_is_the_reference_loss(run, models):
-    """The logged figures against a plain single-process computation on the same windows."""
-    import arguments
-    from data import build_dataloader
-    from distillation.losses import compute_distill_loss
-
+    """Compares the logged figures with a plain computation in one process on the same windows."""
     folder = run(2, **FROZEN)
-    argv = options(models, folder, no_dataset_streaming=True, **FROZEN)
-    args = arguments.parse_train_args(argv)
+    args = parse_train_args(options(models, folder, **FROZEN))
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     args.batch_size = 4
     batch = next(iter(build_dataloader(args, tokenizer, rank=0, world_size=1, is_builder=True)))
@@ -252,7 +190,7 @@ def test_without_kl_no_teacher_runs(run):
     folder = run(2, kl_weight=0.0, **FROZEN)
     assert all(row["kl"] == 0 and row["teacher_wait_s"] == 0 for row in metrics(folder))
     with_teacher = metrics(run(2, **FROZEN))[0]
-    assert metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)  # the layers came all the same
+    assert metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)  # layers are replaced all the same
 
 
 def losses(folder):
@@ -265,20 +203,19 @@ def test_ways_to_save_memory_change_no_loss(run, more):
     assert losses(other) == pytest.approx(losses(run(2, **FROZEN)), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "backend,layers", [("aot_eager", "1"), ("inductor", "0 1"), pytest.param("inductor", "1", marks=pytest.mark.bench)]
-)
-def test_compiled_blocks_change_no_loss(run, models, tmp_path, backend, layers):
-    """The C++ of one mixer, forward and backward, is a minute of a compiler's work, in `make test-bench`; here its
-    graphs alone are made, and the compiler works for attention and the loss.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_change_no_loss(run, models, tmp_path, backend):
+    """A mixer, an attention layer and the loss. Compiling their C++ takes minutes and is left to `make test-slow`;
+    aot_eager makes the same graphs and runs them without a compiler.
     """
-    if not (short := models / "short").exists():
-        tiny_teacher(vocab_size=1030, num_hidden_layers=2).save_pretrained(short / "teacher")
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(short / "teacher")
-        tiny_student(vocab_size=1024, n_layer=2).save_pretrained(short / "student")
-    changes = dict(teacher_model=short / "teacher", student_model=short / "student", layers=layers, **FROZEN)
-    argv = options(models, tmp_path / "out", no_dataset_streaming=True, compile=True, **changes)
-    train(1, argv, run_and_dump.main, COMPILE_BACKEND=backend)
+    tiny_teacher(vocab_size=1030, num_hidden_layers=2).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "teacher")
+    tiny_student(vocab_size=1024, n_layer=2).save_pretrained(tmp_path / "student")
+    changes = dict(teacher_model=tmp_path / "teacher", student_model=tmp_path / "student", layers="1", **FROZEN)
+    argv = options(models, tmp_path / "out", compile=True, **changes)
+    log = train(1, argv, functools.partial(compile_with, backend))
+    assert log.count(f"torch.compile with {backend}") == 3  # two blocks and the loss
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-6")  # raises if a weight has another name
     assert losses(tmp_path / "out") == pytest.approx(losses(run(1, **changes)), rel=1e-5)
 
 
@@ -304,29 +241,24 @@ def test_checkpoints_metrics_and_log(run):
     assert "replaced layers" in log
 
 
-def test_the_environment_of_slow_links_changes_nothing(run, models, tmp_path, monkeypatch):
-    """What users with bad interconnect set; gloo ignores the NCCL part, and torch's DETAIL crashes DDP on gloo."""
+def test_the_environment_of_slow_links_changes_nothing(run, models, tmp_path):
+    """Users with a bad interconnect set these; gloo ignores those of NCCL, and torch's DETAIL crashes DDP on gloo."""
     slow = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_ALGO": "Ring", "NCCL_MAX_NCHANNELS": "1"}
     slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
-    for name, value in slow.items():
-        monkeypatch.setenv(name, value)
-    code, stderr = torchrun(2, options(models, tmp_path / "out", no_dataset_streaming=True, **FROZEN))
-    assert code == 0, stderr[-3000:]
-    assert [row["loss"] for row in metrics(tmp_path / "out")] == [row["loss"] for row in metrics(run(2, **FROZEN))]
-    assert "NCCL_P2P_DISABLE=1" in stderr and "DETAIL taken as INFO" in stderr
+    log = train(2, options(models, tmp_path / "out", **FROZEN), **slow)
+    assert losses(tmp_path / "out") == losses(run(2, **FROZEN))
+    assert "NCCL_P2P_DISABLE=1" in log and "DETAIL taken as INFO" in log
 
 
 def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
-    """A run that goes on from a checkpoint's weights: counters and schedule at their place, the hybrid as it was."""
+    """A run from a checkpoint's weights with --resume_step has the counters, schedule and layers of the first run."""
     first = tmp_path / "first"
-    changes = dict(shuffle_buffer=20, max_steps=4, save_interval=2, decay_ratio=0.5, wandb=True)
-    train(1, options(models, first, **changes))
+    changes = dict(no_dataset_streaming=False, shuffle_buffer=20, max_steps=4, save_interval=2, decay_ratio=0.5)
+    train(1, options(models, first, wandb=True, **changes))
     assert list((first / "wandb").glob("offline-run-*"))
 
     second = tmp_path / "second"
-    argv = options(models, second, **{**changes, "wandb": None}, resume_step=2)
-    argv[argv.index("--student_model") + 1] = str(first / "checkpoint-2")
-    train(1, argv)
+    train(1, options(models, second, student_model=first / "checkpoint-2", resume_step=2, **changes))
     rows, expected = metrics(second), metrics(first)[2:]
     assert [(r["step"], r["micro_step"], r["lr"]) for r in rows] == [
         (r["step"], r["micro_step"], r["lr"]) for r in expected
@@ -334,101 +266,14 @@ def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
     assert {path.name for path in second.glob("checkpoint-*")} == {"checkpoint-4"}
 
 
-# --- bad input -----------------------------------------------------------------------------------------------
-
-
-def fail(models, tmp_path, monkeypatch, **changes):
-    """The error of a run in this process, which must come before any weight is read."""
-    for loader in ("get_student_model", "get_teacher_model"):
-        monkeypatch.setattr(distillation.models, loader, lambda *a, **k: pytest.fail("a model was loaded"))
-    argv = options(models, **{"output_dir": tmp_path / "out", "no_dataset_streaming": True, **changes})
-    monkeypatch.setattr(sys, "argv", ["train_gpus.py", *argv])
-    with pytest.raises(ValueError) as error:
-        train_gpus.main()
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    "changes,words",
-    [
-        ({"layers": "1 9"}, ["--layers 1 9", "out of range", "0 to 3"]),
-        ({"dataset_text_field": "body"}, ["--dataset_text_field", "body", "text"]),
-        ({"batch_size": 100_000}, ["too small", "--batch_size"]),
-        ({"teacher_device": "cuda:3"}, ["--teacher_device cuda:3"]),
-        ({"temperature": 0}, ["--temperature 0"]),
-        ({"teacher_model": "meta-llama/Absent"}, ["--teacher_model meta-llama/Absent", "hf download"]),
-        ({"dataset_split": "validation"}, ["--dataset_split", "validation"]),
-        ({"dataset_name": "nowhere.jsonl"}, ["--dataset_name", "nowhere.jsonl"]),
-        ({"output_dir": "/proc/nowhere"}, ["--output_dir /proc/nowhere", "cannot be written"]),
-        ({"grad_accumulation_steps": 900, "save_interval": 900}, ["--grad_accumulation_steps 900", "micro steps"]),
-        ({"log_file": "/proc/nowhere/log"}, ["--log_file /proc/nowhere/log", "cannot be written"]),
-        ({"teacher_device": "meta"}, ["--teacher_device meta", "expected cpu"]),
-        ({"gradient_checkpointing": True, "checkpoint_blocks": 5}, ["--checkpoint_blocks 5", "has 4"]),
-        ({"resume_step": 600}, ["--resume_step 600", "nothing is left"]),
-        ({"save_interval": 3, "grad_accumulation_steps": 2}, ["--save_interval 3", "--grad_accumulation_steps 2"]),
-        ({"eval_interval": 2}, ["--eval_interval 2", "is trained on", "--eval_dataset_name"]),
-        ({"eval_windows": -1}, ["--eval_windows -1"]),
-        ({"eval_interval": 2, "eval_dataset_name": "nowhere.jsonl"}, ["--eval_dataset_name 'nowhere.jsonl'"]),
-    ],
-)
-def test_bad_input_is_one_clear_error_before_a_model_is_loaded(models, tmp_path, monkeypatch, changes, words):
-    message = fail(models, tmp_path, monkeypatch, **changes)
-    for word in words:
-        assert word in message
-
-
 def test_streaming_that_ends_on_a_save_or_within_an_accumulation(models, tmp_path):
     """Micro steps after the last update change nothing: the last checkpoint is that of the update, saved once."""
-    text = tmp_path / "short.jsonl"
+    text, stream = tmp_path / "short.jsonl", dict(no_dataset_streaming=False, max_steps=1000, batch_size=1)
     text.write_text("".join(TEXT.read_text().splitlines(keepends=True)[:8]))
     for accumulate, save_interval in ((1, 1), (3, 0)):
         folder = tmp_path / f"out-{accumulate}"
-        changes = dict(grad_accumulation_steps=accumulate, save_interval=save_interval, max_steps=1000, batch_size=1)
-        log = train(1, options(models, folder, dataset_name=text, **changes))
+        changes = dict(grad_accumulation_steps=accumulate, save_interval=save_interval)
+        log = train(1, options(models, folder, dataset_name=text, **stream, **changes))
         last = metrics(folder)[-1]["micro_step"]
         assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == last
         assert "before the learning rate had decayed" in log
-
-
-@pytest.mark.parametrize("rank,under_torchrun", [(0, False), (1, True)])
-def test_a_rank_that_fails_ends_the_others_and_tells_why(models, tmp_path, monkeypatch, rank, under_torchrun):
-    """The others wait in a collective meanwhile, whichever rank it is."""
-    monkeypatch.setenv("FAIL_ON_RANK", str(rank))
-    monkeypatch.setenv("FAIL_AT_MICRO_STEP", "4")
-    folder = tmp_path / "out"
-    argv = options(models, folder, no_dataset_streaming=True)
-    began = time.monotonic()
-    if under_torchrun:
-        code, text = torchrun(2, argv)
-        assert code not in (0, 75)
-    else:
-        codes, text = fresh.ranks(argv, 2, run_and_dump.main)
-        assert codes == [1, 1]
-    assert time.monotonic() - began < 120
-    cause = f"rank {rank} failed: OSError: the disk of rank {rank} is gone"
-    assert text.count(f"this run ends because {cause}") == 1  # the other rank's word
-    assert text.count("OSError: the disk of rank") == 2  # and the traceback of the one that failed
-    assert "Traceback" in text and "take_a_batch_or_fail" in text
-    assert (folder / "checkpoint-0").is_dir() and not (folder / "checkpoint-6").exists()
-    assert not any((folder / f"rank-{n}.pt").exists() for n in (0, 1))
-    assert json.loads((folder / "status.json").read_text())["status"] == "running"  # nobody has said otherwise
-
-
-def test_a_tokenizer_that_is_too_large_for_the_student(models, tmp_path, monkeypatch):
-    tiny_student(vocab_size=96).save_pretrained(tmp_path / "small")
-    message = fail(models, tmp_path, monkeypatch, student_model=tmp_path / "small")
-    assert "--student_model" in message and "96" in message
-
-
-def test_an_output_directory_with_results_is_left_alone(models, tmp_path, monkeypatch):
-    (tmp_path / "out" / "checkpoint-30").mkdir(parents=True)
-    assert "checkpoint-30" in fail(models, tmp_path, monkeypatch)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-30", ".lock"}
-    assert list((tmp_path / "out" / "checkpoint-30").iterdir()) == []
-
-
-def test_under_torchrun_one_rank_reports_and_the_exit_code_is_not_zero(models, tmp_path):
-    code, stderr = torchrun(2, options(models, tmp_path, layers="1 9"), "train_gpus.py")
-    assert code != 0
-    assert stderr.count("error: --layers 1 9") == 1
-    assert 'train_gpus.py", line' not in stderr  # no traceback of ours

@@ -1,6 +1,4 @@
-"""The student with its loss against the reference, DDP's buckets settled without a trace, and the means of a meter on
-one rank and on two real ones.
-"""
+"""The student with its loss against the reference, DDP's buckets, and the means of a meter on one rank and on two."""
 
 import math
 
@@ -10,7 +8,7 @@ import torch
 from arguments import parse_train_args
 from distillation.losses import compute_distill_loss
 from processes.ranks import process_groups
-from tests.tiny import tiny_student, tiny_teacher, tokens
+from tests.tiny import tiny_student, tiny_teacher, tokens, weights
 from tests.two_ranks import on_two_ranks
 from text.batch import Batch
 from training_utils import DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
@@ -20,10 +18,6 @@ CPU = torch.device("cpu")
 
 def options(line=""):
     return parse_train_args(line.split())
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 # --- the student with its loss -------------------------------------------------------------------------------
@@ -64,7 +58,7 @@ def ddp_student(args, seed):
 
 @pytest.mark.parametrize("line", ["", "--kl_weight 0", "--teacher_signal logits"])
 def test_settling_the_buckets_changes_nothing_else(no_torchrun, line):
-    """Weights, random state and what the next steps compute; buckets are DDP's own."""
+    """Weights, random state and the next step stay bit for bit; DDP has rebuilt its buckets."""
     args = options(f"--dtype float32 --batch_size 2 --seq_length 9 {line}")
     with process_groups(CPU):
         found = []

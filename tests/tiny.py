@@ -1,6 +1,7 @@
-"""Random models of a few thousand weights, made in memory, for tests that need a teacher and a student."""
+"""Random models of a few thousand weights, made in memory, and parameters with gradients."""
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamba import LlambaConfig, LlambaForCausalLM
@@ -20,7 +21,7 @@ def tiny_teacher(**changes):
 
 
 def tiny_student(**changes):
-    """Random weights, larger than the usual initialisation, so that every part of the model shows in the logits."""
+    """Returns a student whose weights are larger than usual, so that every part of the model changes the logits."""
     torch.manual_seed(0)
     student = LlambaForCausalLM(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -31,3 +32,29 @@ def tiny_student(**changes):
 
 def tokens(batch=2, length=21, seed=0):
     return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class MixedParameters(nn.Module):
+    """Has parameters of zero to three dimensions, one of them frozen."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(7, 5, generator=g).to(dtype))
+        self.conv = nn.Parameter(torch.randn(4, 1, 3, generator=g).to(dtype))
+        self.bias = nn.Parameter(torch.randn(6, generator=g).to(dtype))
+        self.scale = nn.Parameter(torch.randn((), generator=g).to(dtype))
+        self.frozen = nn.Parameter(torch.randn(3, 3, generator=g).to(dtype), requires_grad=False)
+
+
+def give_gradients(model, seed, factor=1.0):
+    """Sets random gradients on all trainable parameters."""
+    g = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = (factor * torch.randn(parameter.shape, generator=g)).to(parameter.dtype)
+
+
+def weights(model):
+    """Returns a copy of every parameter by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

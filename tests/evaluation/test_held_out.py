@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from distillation.losses import LossInputs, compute_distill_loss
 from evaluation import held_out
 from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
-from tests.faults.launch import ROOT
+from tests.launch import ROOT
 from text.encoding import Encoder
 from text.sources import SourceFlags, TextSource
 

@@ -1,5 +1,6 @@
-"""The whole campaign, about ten minutes: `make faults`. Prints the table of docs/reliability.md and leaves all figures
-in runs/faults.json. Ends with an error if anything was lost, taken for whole, or not foreseen.
+"""The whole campaign of faults, about ten minutes: `make faults`. Prints the table of docs/reliability.md and writes
+all figures to runs/faults.json. Exits with 1 if a run lost something, damage went unnoticed, or an error was
+unforeseen.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from tests.faults.kills import run_campaign
 
 
 def parts(n: int, seed: int) -> dict[str, Callable[[Path], dict]]:
-    """What is tried, `n` kills of each kind of run."""
+    """Returns the parts of the campaign, with `n` kills of each kind of run."""
     return {
         "kill -9, cached, 2 ranks": lambda folder: run_campaign(folder, "cached", 2, n, seed),
         "kill -9, cached, 3 ranks": lambda folder: run_campaign(folder, "cached", 3, n, seed + 1),

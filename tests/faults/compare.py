@@ -1,4 +1,4 @@
-"""What two runs have come to, to be compared bit by bit."""
+"""Compares the results of two runs bit by bit."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ FIGURES = ("step", "micro_step", "loss", "kl", "ce", "lr", "grad_norm", "tokens"
 
 
 def rows(output_dir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock; evaluations too, by their names as `eval/<name>`."""
+    """Returns the rows of metrics.jsonl without what depends on the clock; evaluations are named `eval/<name>`."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [_figures(json.loads(line)) for line in lines]
 
@@ -23,7 +23,7 @@ def _figures(row: dict) -> dict:
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:
-    """Hash of every weight, master, moment and random state, whichever file has it."""
+    """Returns the hash of every weight, master, moment and random state, whichever file has it."""
     found = {}
     for file in checkpoint.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -32,7 +32,7 @@ def tensors(checkpoint: Path) -> dict[str, str]:
 
 
 def differences(one: Path, other: Path, step: int) -> list[str]:
-    """Names of what differs at the end of two runs of `step` micro steps: nothing, if they are the same run."""
+    """Returns the names of what differs between two runs after `step` micro steps."""
     a, b = tensors(one / f"checkpoint-{step}"), tensors(other / f"checkpoint-{step}")
     found = [f"tensor {name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     if rows(one) != rows(other):

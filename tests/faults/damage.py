@@ -1,5 +1,5 @@
-"""Damages files at random, and sees whether it is noticed: files of a checkpoint, which must never be taken for whole,
-and files of text, which must be read or refused by name, and never end in an error that nobody foresaw.
+"""Damages files at random. A damaged checkpoint must never pass as whole; a damaged text must be read or refused with
+the file's name, and must never raise an unforeseen error.
 """
 
 import gzip
@@ -13,7 +13,8 @@ from pathlib import Path
 import datasets
 
 from checkpointing.files import hash_check, quick_check, read_sums
-from tests.faults.launch import TEXT, Launch, make_models, options
+from tests.launch import Launch
+from tests.small_runs import TEXT, make_models, options
 from text.opening import explain_fault, open_source, open_stream, open_table
 from text.rows import only_texts, rows_of
 from text.sources import TextSource
@@ -31,7 +32,7 @@ def cut_short(file: Path, dice: random.Random) -> None:
 
 
 def overwrite_a_block(file: Path, dice: random.Random) -> None:
-    """As a disk does that loses power: some bytes are zeros."""
+    """Writes zeros over some bytes, as a disk that loses power does."""
     content = bytearray(file.read_bytes())
     start = dice.randrange(len(content))
     content[start : start + 512] = bytes(len(content[start : start + 512]))
@@ -52,14 +53,14 @@ DAMAGE = (flip_a_bit, cut_short, overwrite_a_block, delete, append)
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """Of two ranks after three steps."""
+    """Returns the checkpoint of two ranks after three steps."""
     launch = Launch(options(make_models(folder), folder / "run", max_steps=3), 2, folder / "run.log")
     assert launch.wait() == [0, 0], launch.text()
     return folder / "run" / "checkpoint-3"
 
 
 def damage_checkpoints(whole: Path, folder: Path, n: int, dice: random.Random) -> dict:
-    """A checkpoint's files, damaged one at a time in copies; `missed` is what was taken for whole."""
+    """Damages a checkpoint's files one at a time, in copies; `missed` lists the copies that passed as whole."""
     assert quick_check(whole) is None and hash_check(whole, read_sums(whole)) is None
     files = sorted(path.name for path in whole.iterdir())
     caught, missed = Counter(), []
@@ -78,7 +79,7 @@ def damage_checkpoints(whole: Path, folder: Path, n: int, dice: random.Random) -
 
 
 def damage_texts(folder: Path, n: int, dice: random.Random) -> dict:
-    """Text files damaged at random, read as a table and as a stream, with --skip_bad_rows and without."""
+    """Damages text files and reads each cached and streamed, with --skip_bad_rows and without."""
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     logging.getLogger("train").setLevel(logging.ERROR)

@@ -1,5 +1,5 @@
-"""`kill -9` of a run of 24 optimizer steps, again and again, at every moment of MOMENTS and at random times; it goes on
-with --resume auto each time. In the end it must be what a run that nobody touched is, bit by bit.
+"""Kills a run with `kill -9` again and again, at the moments of MOMENTS and at random times, and resumes it with
+--resume auto each time. In the end it must equal an undisturbed run, bit by bit.
 
     python -m tests.faults.kills --kills 20 --lane cached --ranks 2
 """
@@ -14,29 +14,33 @@ import time
 from pathlib import Path
 
 from tests.faults.compare import differences
-from tests.faults.launch import ROOT, Launch, make_models, options
 from tests.faults.traps import MOMENTS, OFTEN, killing_at
+from tests.launch import ROOT, Launch
+from tests.small_runs import make_models, options
 
 EVALUATED = dict(eval_interval=3, eval_dataset_name=ROOT / "presets" / "tiny" / "text" / "english.txt", eval_windows=5)
 LANES = {
     "cached": dict(dtype="bfloat16", grad_accumulation_steps=2, save_interval=4, teacher_prefetch=1, **EVALUATED),
     "stream": dict(no_dataset_streaming=False, shuffle_buffer=30, epochs=4, **EVALUATED),
 }
-MICRO_STEPS = {"cached": 48, "stream": 24}
+STEPS = 24  # optimizer steps of a run
 AT_RANDOM = "at a random time"
 
 
-def run_campaign(folder: Path, lane: str, n_ranks: int, n_kills: int, seed: int) -> dict:
-    """Kills until `n_kills` have hit. A run that gets to its end meanwhile is compared, and another one begins."""
-    dice = random.Random(seed)
+def run_campaign(folder: Path, lane: str, n_ranks: int, n_kills: int, seed: int, n_steps: int = STEPS) -> dict:
+    """Kills runs of `n_steps` optimizer steps until `n_kills` have hit. A run that ends meanwhile is compared with an
+    undisturbed one, and another begins.
+    """
+    dice, lane_options = random.Random(seed), dict(LANES[lane], max_steps=n_steps)
+    last_micro_step = n_steps * lane_options.get("grad_accumulation_steps", 1)
     models = make_models(folder)
-    straight = Launch(options(models, folder / "straight", **LANES[lane]), n_ranks, folder / "straight.log")
+    straight = Launch(options(models, folder / "straight", **lane_options), n_ranks, folder / "straight.log")
     assert straight.wait() == [0] * n_ranks, straight.log.read_text()
     result = {"lane": lane, "ranks": n_ranks, "kills": 0, "moments": {}, "launches": 0, "runs": 0, "differences": []}
     moments = list(MOMENTS)
     while result["kills"] < n_kills or (folder / "killed").exists():
         moment = dice.choice([*moments, *[AT_RANDOM] * len(moments)]) if result["kills"] < n_kills else None
-        argv = options(models, folder / "killed", resume="auto", save_total_limit=3, **LANES[lane])
+        argv = options(models, folder / "killed", resume="auto", save_total_limit=3, **lane_options)
         log = folder / f"launch-{result['launches']}.log"
         launch = Launch(argv, n_ranks, log, arm_for(moment, n_ranks, dice))
         result["launches"] += 1
@@ -50,7 +54,7 @@ def run_campaign(folder: Path, lane: str, n_ranks: int, n_kills: int, seed: int)
             raise AssertionError(f"{moment}: exit codes {codes}\n{log.read_text()[-4000:]}")
         else:
             result["runs"] += 1
-            result["differences"] += differences(folder / "straight", folder / "killed", MICRO_STEPS[lane])
+            result["differences"] += differences(folder / "straight", folder / "killed", last_micro_step)
             shutil.rmtree(folder / "killed")
     return result
 
@@ -62,7 +66,7 @@ def arm_for(moment: str | None, n_ranks: int, dice: random.Random):
 
 
 def kill_at_random(launch: Launch, dice: random.Random) -> None:
-    """Some while after training has begun, or before."""
+    """Kills some time after training has begun, or before."""
     began, patience = time.monotonic(), dice.uniform(0.5, 20.0)
     while time.monotonic() - began < patience and " optimizer steps of " not in launch.text() and not launch.ended():
         time.sleep(0.005)

@@ -1,5 +1,5 @@
-"""Runs that meet one trouble each. They leave their directories, and what their ranks wrote and ended with goes to
-`<folder>/<scenario>.json`, for tests/test_faults.py to look at.
+"""Runs that meet one trouble each. A scenario leaves the run's output directory and `<folder>/<scenario>.json` with the
+exit codes and the log of each launch; tests/test_faults.py checks both.
 
     python -m tests.faults.scenarios FOLDER [SCENARIO ...]
 """
@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +19,21 @@ import torch
 import training_utils
 from checkpointing import files, resume, saver
 from distillation import teacher
-from tests.faults.launch import Launch, make_models, options
+from monitoring.health import SpikeWatch
 from tests.faults.traps import trap
+from tests.launch import Launch
+from tests.small_runs import make_models, options
 from text import encoding
 
 FORWARD = (training_utils.DistillationModel, "forward")
 SETTLING = 2  # forward passes before the first micro step
+STEPS = 12  # of a run, unless a scenario says otherwise
 WORLDS = dict(max_steps=1000, save_interval=0)
-ACCUMULATED = dict(grad_accumulation_steps=2, save_interval=10, max_steps=12)
+ACCUMULATED = dict(grad_accumulation_steps=2, save_interval=10, max_steps=9)
 
 
 class Scene:
-    """Launches of one scenario, and what came of them."""
+    """Holds the launches of one scenario and their results."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, self.output = folder, name, folder / name
@@ -37,13 +41,14 @@ class Scene:
         self.facts: list[dict] = []
 
     def launch(self, n_ranks: int = 2, arm: Callable[[int], None] | None = None, output=None, **changes) -> Launch:
-        argv = options(self.models, output or self.output, **changes)
+        argv = options(self.models, output or self.output, **{"max_steps": STEPS, **changes})
         return Launch(argv, n_ranks, self.folder / f"{self.name}-{len(self.facts)}.log", arm)
 
     def run(self, n_ranks: int = 2, arm: Callable[[int], None] | None = None, output=None, **changes) -> None:
-        launch = self.launch(n_ranks, arm, output, **changes)
-        codes = launch.wait()
-        self.facts.append({"codes": codes, "log": launch.text()})
+        self.wait(self.launch(n_ranks, arm, output, **changes))
+
+    def wait(self, launch: Launch) -> None:
+        self.facts.append({"codes": launch.wait(), "log": launch.text()})
 
     def keep(self) -> None:
         (self.folder / f"{self.name}.json").write_text(json.dumps(self.facts))
@@ -55,6 +60,12 @@ def on_rank(rank: int, act: Callable[[], None]) -> Callable[[int], None]:
 
 def at_micro_step(n: int, act: Callable[[], None]) -> None:
     trap(*FORWARD, SETTLING + n, act)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def signal_self(number: int) -> Callable[[], None]:
@@ -69,12 +80,8 @@ def straight_accumulated(scene: Scene) -> None:
     scene.run(**ACCUMULATED)
 
 
-def straight_12(scene: Scene) -> None:
-    scene.run(max_steps=12)
-
-
 def signals(scene: Scene) -> None:
-    """Each to another rank, within an accumulation; then a time limit; then nothing."""
+    """Sends each signal to another rank within an accumulation; then a time limit ends the run; then nothing does."""
     for rank, (n, number) in enumerate([(5, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGUSR1)]):
         act = signal_self(number)
         scene.run(arm=on_rank(rank % 2, lambda n=n, act=act: at_micro_step(n, act)), resume="auto", **ACCUMULATED)
@@ -94,13 +101,15 @@ def signal_while_tokenising(scene: Scene) -> None:
 
 
 def wait_for_a_signal() -> None:
-    """In a thread of the pool; the signal reaches the main thread."""
+    """Signals this process from a thread of the pool and returns when the main thread has handled it."""
+    request = signal.getsignal(signal.SIGTERM).__self__
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.5)
+    while not request.signalled:
+        time.sleep(0.01)
 
 
 def nodes_without_a_shared_folder(scene: Scene) -> None:
-    """Rank 1 stands for another node, which has a folder of the same name, and in it the lock of an earlier run."""
+    """Gives rank 1, as on another node, a folder of the same name with the lock of an earlier run."""
 
     def arm(rank: int) -> None:
         if rank == 1:
@@ -113,13 +122,13 @@ def nodes_without_a_shared_folder(scene: Scene) -> None:
 
 
 def plain(scene: Scene) -> dict:
-    """Without dropout, whose masks depend on the number of ranks, and with fewer windows."""
+    """Returns options without dropout, whose masks depend on the number of ranks, and with fewer windows."""
     return dict(student_model=scene.models / "plain", dataset_name=scene.models / "short.jsonl")
 
 
 def other_world_sizes(scene: Scene) -> None:
-    """2 ranks, then 3, then 1, each with the same windows a step; every rank writes down its windows. Beside them a run
-    of one rank.
+    """Runs on 2 ranks, then 3, then 1, with the same windows in each step; every rank writes down its windows. For
+    comparison, one rank runs alone.
     """
     scene.run(1, output=scene.folder / "one_world", batch_size=6, **WORLDS, **plain(scene))
     stages = [(2, 3, 5), (3, 2, 7), (1, 6, None)]
@@ -173,14 +182,21 @@ def diverged(scene: Scene) -> None:
 
 
 def loss_spike(scene: Scene) -> None:
-    scene.run(arm=on_rank(0, lambda: spoil_loss(40, 40, 3.0)), max_steps=42)
+    """Triples a loss of rank 0, once the few losses that the watch needs here have been seen."""
+
+    def arm(rank: int) -> None:
+        SpikeWatch.LEAST = 8
+        if rank == 0:
+            spoil_loss(10, 10, 3.0)
+
+    scene.run(arm=arm)
 
 
 def fail(error: Exception) -> Callable[[], None]:
-    def act() -> None:
+    def raise_error() -> None:
         raise error
 
-    return act
+    return raise_error
 
 
 def a_rank_raises(scene: Scene) -> None:
@@ -196,7 +212,7 @@ def rank_0_is_killed(scene: Scene) -> None:
 
 
 def a_rank_dies_while_others_wait_in_native_code(scene: Scene) -> None:
-    """As under NCCL: the main thread of rank 0 hangs, and nothing but its lifeline can end it."""
+    """As under NCCL, the main thread of rank 0 hangs: only its lifeline can end it."""
 
     def arm(rank: int) -> None:
         if rank == 1:
@@ -213,7 +229,7 @@ def the_teacher_runs_out_of_memory(scene: Scene) -> None:
 
 
 def full_disk(scene: Scene) -> None:
-    """No file can grow past 64 KiB between micro steps 4 and 13. In the foreground: nothing else is written then."""
+    """Limits files to 64 KiB between micro steps 4 and 9. Saves in the foreground, so nothing else is written then."""
 
     def limit(size: int) -> Callable[[], None]:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -223,13 +239,13 @@ def full_disk(scene: Scene) -> None:
         if rank == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             at_micro_step(4, limit(2**16))
-            at_micro_step(13, limit(resource.RLIM_INFINITY))
+            at_micro_step(9, limit(resource.RLIM_INFINITY))
 
     scene.run(arm=arm, no_background_save=True)
 
 
 def full_disk_at_the_end(scene: Scene) -> None:
-    """The last save fails twice, then there is room."""
+    """Fails the last save twice; then there is room."""
     scene.run(arm=on_rank(1, lambda: _fail_parts(2)), max_steps=2, save_interval=0)
 
 
@@ -239,7 +255,7 @@ def _fail_parts(n: int) -> None:
     def write_part(*args):
         nonlocal calls
         calls += 1
-        if 2 <= calls <= n + 1:  # the first is checkpoint-0's
+        if 2 <= calls <= n + 1:  # the first is that of checkpoint-0
             raise OSError(28, "No space left on device")
         real(*args)
 
@@ -247,18 +263,24 @@ def _fail_parts(n: int) -> None:
 
 
 def no_memory_for_the_copy(scene: Scene) -> None:
-    """On rank 1, for checkpoint-3."""
+    """Fails the copy for checkpoint-3 on rank 1."""
     error = MemoryError("a fault of this test")
     scene.run(arm=on_rank(1, lambda: trap(saver, "copy_to_host", 3, fail(error))), max_steps=8)
 
 
 def slow_disk(scene: Scene) -> None:
-    """Rank 1 takes five seconds for its part of checkpoint-3."""
-    scene.run(arm=on_rank(1, lambda: trap(saver, "write_part", 2, lambda: time.sleep(5))), max_steps=8)
+    """Rank 1 finishes its part of checkpoint-4 only when micro step 8 has begun."""
+
+    def arm() -> None:
+        begun = threading.Event()
+        at_micro_step(8, begun.set)
+        trap(saver, "write_part", 2, lambda: begun.wait(60))
+
+    scene.run(arm=on_rank(1, arm), max_steps=8, save_interval=4)
 
 
 def a_bad_row(scene: Scene) -> None:
-    """Line 3 is no JSON: named by either lane, or left out."""
+    """Trains on a file whose line 3 is no JSON, cached and streamed, with and without --skip_bad_rows."""
     lines = (scene.models / "short.jsonl").read_text().splitlines(keepends=True)
     bad = scene.folder / "bad.jsonl"
     bad.write_text("".join([*lines[:2], '{"text": "cut', "\n", *lines[2:]]))
@@ -273,8 +295,8 @@ def a_mistake_that_one_rank_finds(scene: Scene) -> None:
 
 
 def bad_checkpoints(scene: Scene) -> None:
-    """The newest is cut short, the one before has a flipped bit where only hashing finds it; then all are bad."""
-    scene.run(max_steps=12)
+    """Cuts the newest short and flips a bit of the one before, which only hashing finds; then makes all bad."""
+    scene.run()
     shard = scene.output / "checkpoint-12" / "optimizer-00001-of-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 100)
     model = scene.output / "checkpoint-9" / "model-00002-of-00002.safetensors"
@@ -285,10 +307,10 @@ def bad_checkpoints(scene: Scene) -> None:
     def all_are_large(rank: int) -> None:
         files.SMALL = resume.SMALL = 0
 
-    scene.run(arm=all_are_large, resume="auto", max_steps=12)
+    scene.run(arm=all_are_large, resume="auto")
     for file in scene.output.glob("checkpoint-*/training_state.json"):
         file.write_text("{")
-    scene.run(resume="auto", max_steps=12)
+    scene.run(resume="auto")
 
 
 def another_run(scene: Scene) -> None:
@@ -298,11 +320,18 @@ def another_run(scene: Scene) -> None:
 
 
 def two_at_once(scene: Scene) -> None:
-    def second() -> None:
-        launch = Launch(options(scene.models, scene.output), 1, scene.folder / "second.log")
-        launch.wait()
+    """Starts a second run in the directory of a run that waits in its second micro step meanwhile."""
+    is_training, may_go_on = scene.folder / "is-training", scene.folder / "may-go-on"
 
-    scene.run(1, lambda rank: at_micro_step(2, second), max_steps=3)
+    def wait_for_the_second() -> None:
+        is_training.touch()
+        wait_until(may_go_on.exists)
+
+    first = scene.launch(1, lambda rank: at_micro_step(2, wait_for_the_second), max_steps=3)
+    wait_until(lambda: is_training.exists() or first.ended())
+    Launch(options(scene.models, scene.output), 1, scene.folder / "second.log").wait()
+    may_go_on.touch()
+    scene.wait(first)
 
 
 def few_are_kept(scene: Scene) -> None:
@@ -314,21 +343,21 @@ def in_the_foreground(scene: Scene) -> None:
 
 
 def health(scene: Scene) -> None:
-    """bfloat16 at a small learning rate, without masters and with."""
-    changes = dict(dtype="bfloat16", max_lr=1e-5, max_steps=20, health_interval=10, save_interval=0)
+    """Trains in bfloat16 at a small learning rate, without master weights and with."""
+    changes = dict(dtype="bfloat16", max_lr=1e-5, max_steps=12, health_interval=6, save_interval=0)
     scene.run(no_master_weights=True, **changes)
     scene.run(output=scene.folder / "health-masters", **changes)
 
 
 def scenarios() -> dict[str, Callable[[Scene], None]]:
+    """Returns the scenarios of this file by name."""
     here = vars(sys.modules[__name__])
     takes_scene = lambda f: callable(f) and getattr(f, "__annotations__", {}).get("scene") is Scene  # noqa: E731
     return {name: f for name, f in here.items() if takes_scene(f)}
 
 
 def play(folder: Path, *names: str) -> None:
-    """These scenarios, or all."""
-    make_models(folder)
+    """Plays these scenarios, or all, with the models of `make_models` in `folder`."""
     for name in names or scenarios():
         scene = Scene(folder, name)
         scenarios()[name](scene)
@@ -337,4 +366,4 @@ def play(folder: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    play(Path(sys.argv[1]), *sys.argv[2:])
+    play(make_models(Path(sys.argv[1])), *sys.argv[2:])

@@ -1,5 +1,5 @@
-"""Where a rank can be killed on purpose: a function that is about to run kills all ranks at its n-th call. Each trap is
-set in one rank by `arm`.
+"""Traps: a function of one rank that does something else at its n-th call, such as killing all ranks. `arm` of a launch
+sets them.
 """
 
 import os
@@ -36,7 +36,7 @@ OFTEN |= {"flushing a file", "hashing a file", "at the rename"}
 
 
 def trap(owner: object, name: str, n: int, act: Callable[[], None]) -> None:
-    """Has the n-th call of `owner.name` begin with `act`."""
+    """Calls `act` at the beginning of the n-th call of `owner.name`."""
     real, calls = vars(owner)[name], 0
 
     def sprung(*args, **kwargs):
@@ -54,7 +54,7 @@ def kill_all() -> None:
 
 
 def killing_at(moment: str, n: int, rank: int) -> Callable[[int], None]:
-    """An `arm` that kills all ranks when this one is at the moment for the n-th time."""
+    """Returns an `arm` that kills all ranks when this one comes to the moment for the n-th time."""
 
     def arm(own_rank: int) -> None:
         if own_rank == rank:

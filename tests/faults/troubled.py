@@ -1,5 +1,5 @@
-"""train_gpus.py under a torchrun that restarts it: rank 1 fails at its sixth micro step; once all are restarted, rank
-0 is told to stop.
+"""train_gpus.py for a torchrun that restarts it: rank 1 fails at its sixth micro step; after the restart, rank 0 is
+asked to stop at its second.
 """
 
 import os

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from monitoring import evaluator
-from tests.faults.launch import ROOT, make_models
 from tests.faults.scenarios import Scene, on_rank, signal_self
 from tests.faults.traps import killing_at, trap
+from tests.launch import ROOT
+from tests.small_runs import make_models
 
 TINY = ROOT / "presets" / "tiny"
 TEXT = dict(eval_dataset_name=TINY / "text" / "english.txt", eval_windows=7)  # four batches, the last not full
