@@ -80,7 +80,7 @@ class TrainArguments(CommonArguments):
     )
     dataset_cache_dir: str | None = option(None, "cache of packed tokens (default: datasets' own)", DATA, free=True)
     dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0)
-    # A stream that ended at a bad row may be resumed without it.
+    # A stream that stopped at a bad row may be resumed with --skip_bad_rows.
     skip_bad_rows: bool = option(False, "skip and count rows that cannot be read or are no text", DATA, kept="caches")
     shuffle_buffer: int = option(
         10_000, "rows of the shuffle buffer of a stream; 0 keeps the order", DATA, least=0, kept="streams"

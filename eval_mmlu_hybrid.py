@@ -16,8 +16,9 @@ from arguments import EvalArguments, parse_eval_args
 from processes.exits import answer_early, run_entry
 
 if __name__ == "__main__":  # --help and options that cannot be used are answered before torch is imported
-    answer_early(parse_eval_args)
+    ARGS = answer_early(parse_eval_args)
 
+import functools
 import gc
 import logging
 import time
@@ -40,14 +41,15 @@ from utils import setup_logging
 
 logger = logging.getLogger("train")
 
-TIMEOUT = timedelta(days=7)  # of collectives: a rank that is done may wait long for one with a long task
+AGREEMENT_TIMEOUT = timedelta(days=7)  # of collectives: a rank that is done may wait long for one with a long task
 
 
-def main() -> None:
-    args = parse_eval_args()
+def main(args: EvalArguments | None = None) -> None:
+    """Checks everything, then scores the models. args: the command line's if not given."""
+    args = args or parse_eval_args()
     setup_logging(None, is_main_rank())
     inputs = check_inputs(args)
-    with process_groups(inputs.device, TIMEOUT) as ranks:
+    with process_groups(inputs.device, AGREEMENT_TIMEOUT) as ranks:
         evaluate(args, inputs, ranks)
 
 
@@ -106,4 +108,4 @@ def measure_models(
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(main))
+    sys.exit(run_entry(functools.partial(main, ARGS)))

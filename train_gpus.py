@@ -13,10 +13,11 @@ from arguments import TrainArguments, parse_train_args
 from processes.exits import EXIT_DIVERGED, EXIT_STOPPED, REASONS, answer_early, run_entry, stop_on_signals
 
 if __name__ == "__main__":
-    answer_early(parse_train_args)
+    ARGS = answer_early(parse_train_args)
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 from pathlib import Path
@@ -39,7 +40,7 @@ from monitoring.trackers import check_trackers
 from monitoring.warnings_file import recording_warnings
 from monitoring.watchers import Watchers, build_watchers
 from preflight.plan_report import print_plan
-from processes.devices import check_compiler, choose_devices, default_prefetch
+from processes.devices import check_compiler, choose_devices
 from processes.ranks import is_main_rank, launched_rank, launched_world_size, process_groups
 from text.batch import Batch
 from text.stream_loader import StreamingLoader
@@ -52,16 +53,17 @@ logger = logging.getLogger("train")
 class Checked(NamedTuple):
     """Holds what `check` has found out before any weight is read."""
 
-    args: TrainArguments
     device: torch.device  # of this rank's student
     teacher_device: torch.device
     resume: Resume
     models: Models
 
 
-def main() -> int:
-    """Runs the command line in three steps: check, take the folder, join the ranks. Returns the exit code."""
-    args = parse_train_args()
+def main(args: TrainArguments | None = None) -> int:
+    """Runs in three steps: check, take the folder, join the ranks. args: the command line's if not given. Returns the
+    exit code.
+    """
+    args = args or parse_train_args()
     setup_logging(args.log_file, is_main_rank())
     if args.dry_run:
         return print_plan(args) if is_main_rank() else 0
@@ -71,10 +73,10 @@ def main() -> int:
         checked = check(args)
         with contextlib.ExitStack() as stack:
             if is_main_rank():
-                stop.count_from(stack.enter_context(run_folder.taken(checked.args, checked.resume.checkpoint)))
+                stop.count_from(stack.enter_context(run_folder.taken(args, checked.resume.checkpoint)))
             ranks = stack.enter_context(process_groups(checked.device))
             warnings.write_to(Path(args.output_dir))
-            return run(Job(checked.args, ranks, stop), checked)
+            return run(Job(args, ranks, stop), checked)
 
 
 def check(args: TrainArguments) -> Checked:
@@ -82,14 +84,12 @@ def check(args: TrainArguments) -> Checked:
     device, teacher_device = choose_devices(
         args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
     )
-    if args.teacher_prefetch is None:
-        args = dataclasses.replace(args, teacher_prefetch=default_prefetch(teacher_device))
     if args.compile:
         check_compiler(device.type)
     if is_main_rank():
         check_trackers(args)
     resume = Resume(args, launched_world_size())
-    return Checked(args, device, teacher_device, resume, check_models(args, resume.checkpoint))
+    return Checked(device, teacher_device, resume, check_models(args, resume.checkpoint))
 
 
 def run(job: Job, checked: Checked) -> int:
@@ -97,7 +97,7 @@ def run(job: Job, checked: Checked) -> int:
     args, ranks, resume, models = job.args, job.ranks, checked.resume, checked.models
     torch.manual_seed(args.seed)
     logger.info(describe_environment())
-    run_folder.check_shared(args, ranks)
+    run_folder.check_shared(Path(args.output_dir), ranks)
     resume.choose(ranks)
     state = resume.state()
 
@@ -130,7 +130,10 @@ def run(job: Job, checked: Checked) -> int:
     # 3. and 4. Learn from text and teacher, log, save.
     if ranks.is_main:
         run_folder.check_space(args, student, (total_steps - state.step) * args.grad_accumulation_steps)
-        run_folder.save_options(args, f"# {ranks.world_size} rank(s), started in {Path.cwd()}\n\n{as_yaml(args)}")
+        run_folder.save_options(
+            Path(args.output_dir), f"# {ranks.world_size} rank(s), started in {Path.cwd()}\n\n{as_yaml(args)}"
+        )
+    # With --resume_step the first state needs no checkpoint: its weights are --student_model's.
     saved = -1 if resume.checkpoint is None and state.micro_step == 0 else state.micro_step
     saver = Saver(args, student, learner.optimizer, models.tokenizer, ranks, saved)
     with build_watchers(job, learner, state, material, models.tokenizer) as watchers, job.stop.deferred():
@@ -190,8 +193,8 @@ def distil(
 ) -> RunState:
     """Learns from each batch and the teacher's answer to it, until the batches end or all ranks agree to stop."""
     args, ranks, lane = job.args, job.ranks, learner.lane
-    meter, stopwatch = Meter(ranks.device), Stopwatch()
-    for batch, asked in ask_ahead(batches, lane, args.teacher_prefetch or 0):
+    meter, stopwatch = Meter(), Stopwatch()
+    for batch, asked in ask_ahead(batches, lane):
         batch = to_device(batch, ranks.device)
         is_last = meter.n_micro_steps + 1 == args.grad_accumulation_steps
         signal = asked.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
@@ -244,4 +247,4 @@ def ending(job: Job, state: RunState, total_steps: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(main))
+    sys.exit(run_entry(functools.partial(main, ARGS)))

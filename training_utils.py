@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_wsd_schedule
 
 from arguments import TrainArguments
-from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, update
+from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, step_or_skip
 from distillation.fused_loss import choose_chunk_tokens, fused_distill_loss
 from distillation.losses import LossInputs, LossWeights
 from distillation.losses import (
@@ -39,7 +39,7 @@ logger = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Job:
-    """Holds what never changes while a run lasts."""
+    """Holds what all parts of a run share: its options, its ranks, and the request to stop."""
 
     args: TrainArguments
     ranks: Ranks
@@ -179,7 +179,7 @@ class Learner:
     def update(self, means: dict[str, float]) -> Update:
         """Steps optimizer and schedule. means: of the `Meter` that saw the micro steps."""
         lr = float(self.schedule.get_last_lr()[0])
-        grad_norm, outcome = update(self.model, self.optimizer, self.loss_scale, self.grad_clip, means["loss"])
+        grad_norm, outcome = step_or_skip(self.model, self.optimizer, self.loss_scale, self.grad_clip, means["loss"])
         self.schedule.step()
         loss_scale = dataclasses.asdict(self.loss_scale)
         return Update(means, lr, grad_norm, outcome, loss_scale, self.accumulate, self.tokens_per_step)
@@ -258,8 +258,7 @@ class Meter:
 
     NAMES = ("loss", "kl", "ce", "ignored_labels")
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.seen: list[tuple[Tensor, Sequence[int]]] = []
 
     def add(self, figures: Tensor, window_ids: Sequence[int]) -> None:

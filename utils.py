@@ -149,7 +149,7 @@ class BackgroundThread:
                 future.set_result(job())
             except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
-            del item, future, job  # they hold an answer, which may be large, and the next job may be long in coming
+            del item, future, job  # they hold an answer, which may be large, until the next job comes
 
 
 class Stopwatch:

@@ -31,7 +31,8 @@ MAX_LENGTH = 4096
 
 def make_questions(n_questions: int) -> list[Any]:
     """Returns five-shot questions of one subject, of random English words, the same each time."""
-    from evaluation.mmlu import Example, Subject, build_questions
+    from evaluation.mmlu import build_questions
+    from evaluation.mmlu_files import Example, Subject
 
     words = (ROOT / "presets" / "tiny" / "text" / "english.txt").read_text().split()
     dice = random.Random(0)

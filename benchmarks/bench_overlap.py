@@ -64,10 +64,12 @@ def run_rank(rank: int, case: str, candidate: str, steps: int, give: Callable[[d
     windows = torch.zeros(BATCH, SEQ_LEN + 1, dtype=torch.int64)
     with process_groups(torch.device("cpu")) as ranks:
         teacher = StandIn(teacher_s)
-        lane = ColocatedTeacher(teacher, ranks.device) if candidate == "colocated" else TeacherLane(teacher, ranks)
         prefetch = 1 if candidate == "one step ahead" else 0
+        lane: ColocatedTeacher | TeacherLane = TeacherLane(teacher, ranks, prefetch)
+        if candidate == "colocated":
+            lane = ColocatedTeacher(teacher, ranks.device)
         ends = []
-        for _, asked in ask_ahead([Batch.from_windows(windows)] * steps, lane, prefetch):
+        for _, asked in ask_ahead([Batch.from_windows(windows)] * steps, lane):
             asked.result()
             time.sleep(student_s)
             torch.distributed.all_reduce(torch.zeros(1))  # the students step together

@@ -28,7 +28,7 @@ def run(case: str, candidate: str) -> dict:
     from arguments import parse_train_args
     from checkpointing.saver import Saver
     from checkpointing.state import RunState, random_state
-    from distillation.adamw import LossScale, update
+    from distillation.adamw import LossScale, step_or_skip
     from inputs.options import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
     from processes.ranks import process_groups
@@ -58,7 +58,7 @@ def run(case: str, candidate: str) -> dict:
             start = time.perf_counter()
             loss, _ = model(batch, None)
             loss.backward()
-            update(model, optimizer, scale, 1.0, loss.item())
+            step_or_skip(model, optimizer, scale, 1.0, loss.item())
             steps.append(time.perf_counter() - start)
             start = time.perf_counter()
             saver.save(RunState(micro_step, micro_step, rng=random_state(device)))

@@ -38,7 +38,9 @@ def train_ours(case: Case, recorder: Recorder, ranks: Ranks, *more_options: str)
     """Trains by `train_gpus.distil`, as a run does."""
     args = train_options(case, *more_options)
     teacher = build_teacher(case, "cpu" if ranks.owns_teacher else "meta")
-    head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, case.vocab, ranks)
+    head, lane = open_lane(
+        teacher, args.teacher_signal, args.teacher_placement, case.vocab, ranks, args.teacher_prefetch or 0
+    )
     student = build_student(case)
     prepare_student(student, args)
     model = DistillationModel(student, head, case.vocab, args)

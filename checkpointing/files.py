@@ -113,7 +113,7 @@ def publish(partial: Path, output_dir: Path, micro_step: int) -> Path:
         raise FileExistsError(f"{final} exists already")
     sums = sorted(partial.glob(".sums-*"))
     lines = [line for file in sums for line in file.read_text().splitlines(keepends=True)]
-    lines.sort(key=lambda line: line.endswith(f"  {STATE_FILE}\n"))  # last: a list cut short lacks what every one has
+    lines.sort(key=lambda line: line.endswith(f"  {STATE_FILE}\n"))  # last, so that a truncated list lacks it
     (partial / SUMS_FILE).write_text("".join(lines))
     for file in sums:
         file.unlink()

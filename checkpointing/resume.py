@@ -1,4 +1,4 @@
-"""From which checkpoint a run resumes, whether that checkpoint is of this run, and what the run takes from it."""
+"""Chooses the checkpoint that a run resumes from, checks that it is of this run, and restores from it."""
 
 import logging
 from pathlib import Path
@@ -78,7 +78,7 @@ class Resume:
             tokens = args.resume_step * self.world_size * args.batch_size * args.seq_length
             return RunState(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)
         counters = {name: self._states[self.checkpoint][name] for name in COUNTERS}
-        if counters["bad_in_a_row"] >= args.max_bad_steps:  # the run stopped for it: it has that many again
+        if counters["bad_in_a_row"] >= args.max_bad_steps:  # why it stopped: it may skip as many again
             counters["bad_in_a_row"] = 0
         return RunState(**counters)
 

@@ -28,7 +28,7 @@ def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
     overwrite; status.json says "refused" for this ValueError and for any that is raised within the block.
     """
     folder = Path(args.output_dir)
-    with explaining_write_errors(args):
+    with explaining_write_errors(folder):
         lock = prepare_output_dir(args, checkpoint)
         launched = begin_status(folder)
     with lock:
@@ -65,29 +65,26 @@ def prepare_output_dir(args: TrainArguments, checkpoint: Path | None) -> IO[str]
     return lock
 
 
-def save_options(args: TrainArguments, options: str) -> None:
-    """Writes args.yaml: all options of the run, for people and for --config. One of before with other options is kept
-    as args.1.yaml, args.2.yaml and so on.
+def save_options(folder: Path, options: str) -> None:
+    """Writes args.yaml: all options of the run, for people and for --config. An earlier args.yaml with other options is
+    renamed to args.1.yaml, args.2.yaml and so on.
     """
-    folder = Path(args.output_dir)
     file = folder / "args.yaml"
-    with explaining_write_errors(args):
+    with explaining_write_errors(folder):
         if file.is_file() and file.read_text() != options:
             n = next(n for n in itertools.count(1) if not (folder / f"args.{n}.yaml").exists())
             file.rename(folder / f"args.{n}.yaml")
         write_whole(file, options.encode())
 
 
-def check_shared(args: TrainArguments, ranks: Ranks) -> None:
+def check_shared(folder: Path, ranks: Ranks) -> None:
     """Raises ValueError unless all nodes see the folder that the first rank has taken: every rank writes its part of a
     checkpoint there.
     """
-    lock = Path(args.output_dir) / ".lock"
-    token = int(lock.read_text()) if lock.is_file() else 0
-    highest, lowest = ranks.maximum(token, -token)
-    if highest != -lowest:
+    lock = folder / ".lock"
+    if not ranks.all_have(lock.read_bytes() if lock.is_file() else b""):
         raise ValueError(
-            f"--output_dir {args.output_dir}: not the same folder on all nodes; expected one that they share, for each "
+            f"--output_dir {folder}: not the same folder on all nodes; expected one that they share, for each "
             "rank writes its part of a checkpoint"
         )
 
@@ -138,13 +135,13 @@ def check_space(args: TrainArguments, student: LlambaForCausalLM, micro_steps: i
 
 
 @contextlib.contextmanager
-def explaining_write_errors(args: TrainArguments) -> Iterator[None]:
+def explaining_write_errors(folder: Path) -> Iterator[None]:
     """Turns an OSError of writing into --output_dir before training into a ValueError of one line."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"--output_dir {args.output_dir}: cannot be written ({error.strerror}); make room or choose another disk"
+            f"--output_dir {folder}: cannot be written ({error.strerror}); make room or choose another disk"
         ) from error
 
 

@@ -35,7 +35,7 @@ logger = logging.getLogger("train")
 
 LONGEST_WAIT = 64  # optimizer steps from a failed save to the next try
 LAST_TRIES = 5  # at the end of a run, 1, 2, 4, ... seconds apart, before it obeys a request to stop
-PATIENCE_S = 6 * 3600.0  # for room to be made, at the end of a run that nobody asked to stop
+ROOM_WAIT_S = 6 * 3600.0  # for room to be made, at the end of a run that nobody asked to stop
 
 
 class Saver:
@@ -52,13 +52,13 @@ class Saver:
         ranks: Ranks,
         saved: int,
     ) -> None:
-        """saved: micro step of the checkpoint that the run resumes from; -1 for none."""
+        """saved: micro step of the state that needs no checkpoint, because the run begins with it; -1 for none."""
         self.args, self.student, self.optimizer, self.tokenizer, self.ranks = args, student, optimizer, tokenizer, ranks
         self.output_dir = Path(args.output_dir)
         self.thread = BackgroundThread("saver")
         self.saved = saved  # micro step of the last checkpoint
         self.saving: RunState | None = None
-        self.job: Future | None = None  # of this rank: its part, or the publishing
+        self.pending: Future | None = None  # of this rank: its part, or the publishing
         self.publishing = False
         self.failures = 0  # in a row
         self.retry_at = 0  # optimizer step
@@ -86,21 +86,21 @@ class Saver:
         self.saving = state
         try:
             write = self._prepare(state)
-        except (MemoryError, RuntimeError) as error:  # no room for the copy; torch's word for it is RuntimeError
+        except (MemoryError, RuntimeError) as error:  # no host memory for the copy: torch raises RuntimeError
             write = functools.partial(fail_with, error)
         if self.args.background_save:
-            self.job = self.thread.submit(write)
+            self.pending = self.thread.submit(write)
             stall = self.stopwatch.lap()
             logger.info("saving micro step %d; training stood still for %.2f s", state.micro_step, stall)
         else:
-            self.job = done_now(write)
+            self.pending = done_now(write)
             self._wait()
 
     def status(self) -> tuple[int, int]:
         """Returns whether this rank is busy with its part of the save, and whether that has failed."""
-        if self.job is None or not self.job.done():
-            return int(self.job is not None), 0
-        return 0, int(self.job.exception() is not None)
+        if self.pending is None or not self.pending.done():
+            return int(self.pending is not None), 0
+        return 0, int(self.pending.exception() is not None)
 
     def advance(self, busy: int, failed: int) -> None:
         """Advances the save by what all ranks agree on, the maximum of their `status`; the same happens on all."""
@@ -110,9 +110,9 @@ class Saver:
             self._give_up(self.saving)
         elif not self.publishing:
             self.publishing = True
-            self.job = self.thread.submit(self._publish) if self.ranks.is_main else None
+            self.pending = self.thread.submit(self._publish) if self.ranks.is_main else None
         else:
-            self.saved, self.saving, self.job = self.saving.micro_step, None, None
+            self.saved, self.saving, self.pending = self.saving.micro_step, None, None
             self.publishing, self.failures = False, 0
 
     def finish(self, state: RunState, stop: StopRequest) -> None:
@@ -126,7 +126,7 @@ class Saver:
             if self.saved == state.micro_step:
                 break
             n += 1
-            (enough,) = self.ranks.maximum(int(stop.code > 0 or time.monotonic() - began > PATIENCE_S))
+            (enough,) = self.ranks.maximum(int(stop.code > 0 or time.monotonic() - began > ROOM_WAIT_S))
             if enough and n >= LAST_TRIES:
                 raise OSError(
                     f"--output_dir {self.output_dir}: the last state could not be saved in {n} tries (see above); the "
@@ -184,7 +184,7 @@ class Saver:
         partial = self._partial(state)
         self.failures += 1
         self.retry_at = state.step + min(2**self.failures, LONGEST_WAIT)
-        if self.job is not None and (error := self.job.exception()) is not None:
+        if self.pending is not None and (error := self.pending.exception()) is not None:
             logger.warning(
                 "checkpoint of micro step %d could not be written (%s: %s); training continues and the save is "
                 "repeated at step %d. Its newest checkpoint is that of micro step %d; make room, or make %s writable",
@@ -197,11 +197,11 @@ class Saver:
             )
         if self.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        self.saving, self.job, self.publishing = None, None, False
+        self.saving, self.pending, self.publishing = None, None, False
 
 
 class NoSaver:
-    """Stands where a run has its Saver, and never saves: for benchmarks and tests that measure the steps."""
+    """Replaces the Saver and never saves, for benchmarks and tests that measure the steps."""
 
     def is_due(self, state: RunState) -> bool:
         return False
@@ -228,10 +228,10 @@ def fail_with(error: Exception) -> None:
     raise error
 
 
-def done_now(job: Callable[[], None]) -> Future:
+def done_now(work: Callable[[], None]) -> Future:
     future: Future = Future()
     try:
-        job()
+        work()
         future.set_result(None)
     except Exception as error:  # the caller sees it in the result, like a thread's
         future.set_exception(error)

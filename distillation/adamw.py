@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-Outcome = Literal["stepped", "overflow", "bad"]  # of an update: made, or skipped for the loss scale, or for good
+# Of an update: made; skipped because float16 overflowed; skipped because loss or gradient is not finite.
+Outcome = Literal["stepped", "overflow", "bad"]
 
 
 class MasterWeightAdamW(torch.optim.Optimizer):
@@ -112,7 +113,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def update(
+def step_or_skip(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
 ) -> tuple[float, Outcome]:
     """Unscales, clips, steps and clears the gradients. Returns the gradient norm before clipping, and the outcome.

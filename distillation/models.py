@@ -1,4 +1,4 @@
-"""Which two models are distilled, whether they go together, and loading them onto each rank."""
+"""Locates the two models of a run, checks that they go together, and loads them onto each rank."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +23,13 @@ from model_utils import (
     locate_model,
     prepare_student,
 )
+from processes.devices import default_prefetch
 from processes.ranks import Ranks
 from text.encoding import check_tokenizer
 
 
 class Models(NamedTuple):
-    """Says where the models of a run are, and what both of them speak."""
+    """Holds the paths of both models, the size of their shared vocabulary, and the tokenizer."""
 
     teacher: str
     student: str
@@ -81,5 +82,6 @@ def load_models(
     prepare_student(student, args)
     if not runs_teacher:
         return student, None, NoTeacher(ranks.device)
-    head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks)
+    prefetch = default_prefetch(teacher_device) if args.teacher_prefetch is None else args.teacher_prefetch
+    head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks, prefetch)
     return student, head, lane

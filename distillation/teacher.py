@@ -23,12 +23,12 @@ from utils import BackgroundThread
 Answer = tuple[Tensor, "torch.cuda.Event | None"]
 
 
-def ask_ahead(batches: Iterable[Batch], lane: "Lane", prefetch: int) -> Iterator[tuple[Batch, "PendingSignal"]]:
-    """Yields batches with the answers to them; each answer is requested `prefetch` batches before it is needed."""
+def ask_ahead(batches: Iterable[Batch], lane: "Lane") -> Iterator[tuple[Batch, "PendingSignal"]]:
+    """Yields batches with the answers to them; each answer is requested `lane.prefetch` batches before it is needed."""
     asked: deque[tuple[Batch, PendingSignal]] = deque()
     for batch in batches:
         asked.append((batch, lane.submit(batch.input_ids)))
-        if len(asked) > prefetch:
+        if len(asked) > lane.prefetch:
             yield asked.popleft()
     yield from asked
 
@@ -79,16 +79,18 @@ class Teacher:
 
 
 class TeacherLane:
-    """Leads to the one teacher of a node. A thread of each rank serves requests in order: the first rank receives the
-    others' inputs, runs the teacher for one rank after another, and sends each its answer.
+    """Sends batches to the one teacher of a node and returns its answers. A thread of each rank serves requests in
+    order: the first rank receives the others' inputs, runs the teacher for one rank after another, and sends each its
+    answer.
 
     The traffic uses gloo, pinned memory and connections of its own: it needs no agreement on order with the students'
     NCCL collectives, and settings that make those block the caller do not affect it. On GPUs the teacher and the
     copies have streams of their own, and only this thread waits for them.
     """
 
-    def __init__(self, teacher: Teacher, ranks: Ranks) -> None:
-        self.teacher, self.ranks = teacher, ranks
+    def __init__(self, teacher: Teacher, ranks: Ranks, prefetch: int = 0) -> None:
+        """prefetch: batches that the teacher works ahead of the students."""
+        self.teacher, self.ranks, self.prefetch = teacher, ranks, prefetch
         self.waits = WaitClock(ranks.device)
         self.worker = BackgroundThread("teacher-lane")
         devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
@@ -150,7 +152,9 @@ class TeacherLane:
 
 
 class ColocatedTeacher:
-    """Leads to this rank's own teacher on the student's device: no traffic, and nothing to gain from prefetching."""
+    """Runs this rank's own teacher on the student's device: no traffic, and nothing to gain from prefetching."""
+
+    prefetch = 0
 
     def __init__(self, teacher: Teacher, device: torch.device) -> None:
         self.teacher = teacher
@@ -167,7 +171,9 @@ class ColocatedTeacher:
 
 
 class NoTeacher:
-    """Stands where the loss has no KL: every answer is None."""
+    """Replaces the lane where the loss has no KL: every answer is None."""
+
+    prefetch = 0
 
     def __init__(self, device: torch.device) -> None:
         self.waits = WaitClock(device)
@@ -253,10 +259,10 @@ def _event_after_current_work(device: torch.device) -> "torch.cuda.Event | None"
 
 
 def open_lane(
-    teacher: PreTrainedModel, signal: str, placement: str, vocab: int, ranks: Ranks
+    teacher: PreTrainedModel, signal: str, placement: str, vocab: int, ranks: Ranks, prefetch: int = 0
 ) -> tuple[Tensor | None, Lane]:
     """Returns the teacher's head (vocab, D_t) on this rank's device, or None if it sends logits; and the lane to its
-    answers. teacher: with weights where it runs, on the meta device elsewhere.
+    answers. teacher: with weights where it runs, on the meta device elsewhere. prefetch: of a dedicated teacher.
     """
     answers = Teacher(teacher, signal, vocab)
     head = None
@@ -266,7 +272,7 @@ def open_lane(
         return head, ColocatedTeacher(answers, ranks.device)
     if signal == "hidden":
         head = share_head(teacher, vocab, ranks)
-    return head, TeacherLane(answers, ranks)
+    return head, TeacherLane(answers, ranks, prefetch)
 
 
 def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:

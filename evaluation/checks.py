@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
-from evaluation import mmlu
+from evaluation import mmlu, mmlu_files
 from evaluation.held_out import read_windows
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
@@ -27,7 +27,7 @@ from processes.ranks import Ranks
 from text.encoding import check_tokenizer
 from text.sources import TextSource
 
-MODELS = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
+MODEL_NAMES = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
 
 
 class ModelSource(NamedTuple):
@@ -63,7 +63,7 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
             problems.append(str(error))
             return None
 
-    models = [name for name in MODELS if name in args.which or "all" in args.which]
+    models = [name for name in MODEL_NAMES if name in args.which or "all" in args.which]
     teacher, tokenizer, max_length = attempt(_find_teacher, args) or (None, None, 0)
     trained = attempt(_find_checkpoint, args, tokenizer) if "hybrid_ft" in models else None
     student = attempt(_find_student, args, tokenizer) if {"student", "hybrid"} & set(models) else None
@@ -149,7 +149,7 @@ def _find_hybrid(
 
 
 def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
-    subjects = mmlu.load_mmlu(args.mmlu_dir, args.subjects, args.local_files_only)
+    subjects = mmlu_files.load_mmlu(args.mmlu_dir, args.subjects, args.local_files_only)
     return mmlu.build_questions(subjects, args.num_fewshot, args.limit)
 
 
@@ -159,7 +159,7 @@ def _read_held_out(args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_
             f"--held_out_seq_length {args.held_out_seq_length}: expected at most {max_length}, the "
             "teacher's context or --max_length"
         )
-    return read_windows(TextSource.for_held_out(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
+    return read_windows(TextSource.for_eval_script(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
 
 
 def _check_output(args: EvalArguments) -> None:

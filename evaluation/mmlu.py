@@ -10,20 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.mmlu_files import HUB_NAME, LETTERS, Example, Subject, load_mmlu
+from evaluation.mmlu_files import LETTERS, Example, Subject
 from evaluation.scoring import Request, Scorer
-
-__all__ = [
-    "HUB_NAME",
-    "Example",
-    "Prediction",
-    "Question",
-    "Subject",
-    "answer",
-    "build_questions",
-    "load_mmlu",
-    "score",
-]
 
 PROMPT = "lm-evaluation-harness, task mmlu (default), version 1"
 GROUP_NAMES = {

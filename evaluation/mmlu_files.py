@@ -157,7 +157,7 @@ def _open_hub(local_files_only: bool, flag: str) -> tuple[list[str], ReadSplit]:
             }
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{flag}: not given, and {HUB_NAME} is neither in the local Hugging Face cache nor to be had "
+            f"{flag}: not given, and {HUB_NAME} is neither in the local Hugging Face cache nor downloadable "
             f"({error}); give a folder, or run `hf download {HUB_NAME} --repo-type dataset` on a machine with network "
             "and copy its cache"
         ) from error

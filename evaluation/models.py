@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arguments import EvalArguments
-from evaluation import mmlu
+from evaluation import mmlu, mmlu_files
 from evaluation.checks import CheckedInputs
 from model_utils import DTYPES, apply_replacements, get_student_model, get_teacher_model
 
@@ -45,7 +45,7 @@ def provenance(name: str, args: EvalArguments, inputs: CheckedInputs) -> dict[st
     }
     if args.mmlu:
         config |= {
-            "mmlu_dir": args.mmlu_dir or mmlu.HUB_NAME,
+            "mmlu_dir": args.mmlu_dir or mmlu_files.HUB_NAME,
             "num_fewshot": args.num_fewshot,
             "prompt": mmlu.PROMPT,
             "questions_sha256": mmlu.fingerprint(inputs.questions),

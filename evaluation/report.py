@@ -107,15 +107,15 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
         )
         found.append(Section("Differences", note, difference_table(differences, parts)))
     if "held_out" in first:
-        found.append(Section("Held-out text", options_of(config, "held_out"), held_out_table(results)))
+        found.append(Section("Held-out text", options_text(config, "held_out"), held_out_table(results)))
     if "retrieval" in first:
-        found.append(Section("Retrieval", options_of(config, "retrieval", "seed"), retrieval_table(results)))
+        found.append(Section("Retrieval", options_text(config, "retrieval", "seed"), retrieval_table(results)))
     if "tasks" in first:
-        found.append(Section("Tasks", options_of(config, "tasks", "limit"), task_table(results)))
+        found.append(Section("Tasks", options_text(config, "tasks", "limit"), task_table(results)))
     return found
 
 
-def options_of(config: dict[str, Any], *beginnings: str) -> str:
+def options_text(config: dict[str, Any], *beginnings: str) -> str:
     """Returns the options in a model's config whose names begin with one of `beginnings`, as text."""
     return ", ".join(f"{name} {value}" for name, value in config.items() if name.startswith(beginnings))
 

@@ -50,7 +50,9 @@ class Option:
             return self.expected
         if self.above is not None:
             return f"a number above {self.above}"
-        return "" if self.least is None else f"at least {self.least}"
+        if self.least is None:
+            return "" if self.most is None else f"at most {self.most}"
+        return f"at least {self.least}"
 
     def allows(self, value: float) -> bool:
         """Returns whether a number is within the bounds; no bound allows nan or infinity."""

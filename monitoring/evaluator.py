@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from arguments import TrainArguments
 from distillation.teacher import Lane, ask_ahead
 from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
-from evaluation.mmlu import Question, answer, build_questions, load_mmlu
+from evaluation.mmlu import Question, answer, build_questions
+from evaluation.mmlu_files import load_mmlu
 from evaluation.scoring import Scorer
 from monitoring.undisturbed import undisturbed
 from processes.exits import StopRequest
@@ -49,7 +50,7 @@ def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, rank
             build_questions([subject], num_fewshot=0, limit=args.eval_mmlu_limit)
             for subject in load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         ]
-    windows = read_windows(TextSource.for_evaluation(args), tokenizer, args.eval_windows, args.seq_length)
+    windows = read_windows(TextSource.for_evaluation_in_training(args), tokenizer, args.eval_windows, args.seq_length)
     material = Material(windows, subjects)
     _check_same_on_all_ranks(material, ranks)
     return material
@@ -134,7 +135,7 @@ class Evaluator:
         model, device, world_size = self.model, self.ranks.device, self.ranks.world_size
         assert model.chunk_tokens is not None  # settled before the first step
         by_batch = torch.zeros(len(self.batches) * world_size, 4, dtype=torch.float64)
-        asked_ahead = ask_ahead(self.batches, self.lane, self.args.teacher_prefetch or 0)
+        asked_ahead = ask_ahead(self.batches, self.lane)
         for i, (batch, asked) in enumerate(asked_ahead):
             if self._is_asked_to_stop():
                 return None

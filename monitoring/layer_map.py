@@ -102,4 +102,4 @@ def format_map(row: dict[str, Any]) -> str:
     own, stream = row["layer_map"]["own"], row["layer_map"]["stream"]
     worst = sorted(range(len(own)), key=lambda i: -own[i] if math.isfinite(own[i]) else -math.inf)[:3]
     named = ", ".join(f"{i} ({own[i]:.3f})" for i in worst)
-    return f"layer map (opt {row['step']}) | stray most: layers {named} | after the last layer {stream[-1]:.3f}"
+    return f"layer map (opt {row['step']}) | largest errors: layers {named} | after the last layer {stream[-1]:.3f}"

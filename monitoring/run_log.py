@@ -20,7 +20,7 @@ from utils import finite
 
 logger = logging.getLogger("train")
 
-EVALUATED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures of an evaluation that the log shows
+LOGGED = ("loss", "ce", "kl", "perplexity", "agreement", "mmlu")  # figures of an evaluation that the log shows
 
 
 class RunLog:
@@ -41,16 +41,16 @@ class RunLog:
         """
         self.folder, self.gauges = Path(args.output_dir), gauges
         self.file: MetricsFile | None = None
-        self.watchers: list[Tracker] = []
+        self.outputs: list[Tracker] = []
         if not is_main:
             return
         self.file = MetricsFile(self.folder / "metrics.jsonl", start)
         trackers = start_trackers(args, self.file.rows(), step) if args.wandb or args.tensorboard else []
         eta = Eta(total_steps)
-        self.watchers.append(LogLines(args.log_interval, eta))
+        self.outputs.append(LogLines(args.log_interval, eta))
         if total_steps is not None and has_terminal():
-            self.watchers.append(ProgressBar(step, total_steps, eta))
-        self.watchers += trackers
+            self.outputs.append(ProgressBar(step, total_steps, eta))
+        self.outputs += trackers
 
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
@@ -58,15 +58,15 @@ class RunLog:
         if self.gauges is not None:
             row = row | self.gauges.read(row["tokens_per_s"])
         self.file.write(row)
-        for watcher in self.watchers.copy():
-            self._try(watcher, watcher.write, row)
+        for output in self.outputs.copy():
+            self._try(output, output.write, row)
 
-    def _try(self, watcher: Tracker, act: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, output: Tracker, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
         except Exception as error:  # of any kind: training is more important than what shows it
-            self.watchers.remove(watcher)
-            logger.warning("%s: %s: %s; it gets no more rows", watcher.name, type(error).__name__, error)
+            self.outputs.remove(output)
+            logger.warning("%s: %s: %s; it gets no more rows", output.name, type(error).__name__, error)
 
     def flush_to_disk(self) -> None:
         """Flushes the rows, so that a loss of power leaves those up to a checkpoint as well as the checkpoint."""
@@ -81,8 +81,8 @@ class RunLog:
             return
         self.file.close()
         status = read_status(self.folder).get("status", "running")
-        for watcher in self.watchers.copy():
-            self._try(watcher, watcher.close, status if error_type is None else "failed", error_type is not None)
+        for output in self.outputs.copy():
+            self._try(output, output.close, status if error_type is None else "failed", error_type is not None)
 
 
 class MetricsFile:
@@ -185,8 +185,5 @@ def format_metrics(row: dict[str, Any], seconds_left: float | None = None) -> st
 
 def format_evaluation(row: dict[str, Any]) -> str:
     """Returns the log line of an evaluation; without a teacher it has no KL and no agreement."""
-    figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in EVALUATED)
+    figures = " | ".join(f"{name} {value:.4f}" for name, value in row["eval"].items() if name in LOGGED)
     return f"evaluation (opt {row['step']}) | {figures} | {row['eval']['seconds']:.1f}s"
-
-
-# --- how the run stands --------------------------------------------------------------------------------------

@@ -22,17 +22,17 @@ from utils import BackgroundThread, finite
 
 logger = logging.getLogger("train")
 
-Row = dict[str, Any]
-PATIENCE_S, PATIENCE_AFTER_ERROR_S = 330.0, 10.0  # for W&B at the end, a little more than its own limit
+MetricsRow = dict[str, Any]
+UPLOAD_WAIT_S, UPLOAD_WAIT_AFTER_ERROR_S = 330.0, 10.0  # for W&B at the end, a little more than its own limit
 
-COUNTERS = ("step", "micro_step", "tokens")
+X_AXES = ("step", "micro_step", "tokens")
 OF_SPEED = ("tokens_per_s", "step_time_s", "teacher_wait_s", "data_wait_s", "mfu", "memory_gb")
 # What of a chart stands in W&B's table of runs, besides its last value.
 BEST = {
     "min": ["train/loss", "train/ce", "train/kl", "eval/loss", "eval/ce", "eval/kl", "eval/perplexity"],
     "max": ["eval/agreement", "eval/mmlu", "speed/mfu", "speed/memory_gb"],
 }
-REPLACED = ("offline", "dryrun", "disabled")  # modes whose runs no server continues
+WITHOUT_SERVER = ("offline", "dryrun", "disabled")  # modes whose runs W&B cannot resume on its server
 
 
 class Tracker(Protocol):
@@ -40,18 +40,18 @@ class Tracker(Protocol):
 
     name: str
 
-    def write(self, row: Row) -> None: ...
+    def write(self, row: MetricsRow) -> None: ...
 
     def close(self, status: str, failed: bool) -> None: ...
 
 
-def flat(row: Row) -> dict[str, float]:
+def flat(row: MetricsRow) -> dict[str, float]:
     """Returns the numbers of a row by the names of their charts: `train/loss`, `speed/mfu`, `eval/kl`,
     `layer_map/own/00`. Leaves out what is not a finite number.
     """
-    groups: Row = {"train": {}, "speed": {}}
+    groups: MetricsRow = {"train": {}, "speed": {}}
     for name, value in finite(row).items():
-        if isinstance(value, dict) or name in COUNTERS:
+        if isinstance(value, dict) or name in X_AXES:
             groups[name] = value
         else:
             groups["speed" if name in OF_SPEED else "train"][name] = value
@@ -70,10 +70,22 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def check_trackers(args: TrainArguments) -> None:
     """Raises ValueError if --tensorboard or --wandb is given and cannot work here."""
-    for wanted, flag, package in ((args.tensorboard, "--tensorboard", "tensorboard"), (args.wandb, "--wandb", "wandb")):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{flag}: the package {package} is not installed; pip install {package}, or leave it out")
-    if not args.wandb or wandb_mode(args) in REPLACED:
+    if args.tensorboard:
+        check_package("--tensorboard", "tensorboard")
+    if args.wandb:
+        check_wandb(args)
+
+
+def check_package(flag: str, package: str) -> None:
+    """Raises ValueError if a package that an option needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{flag}: the package {package} is not installed; pip install {package}, or leave it out")
+
+
+def check_wandb(args: TrainArguments) -> None:
+    """Logs in to W&B if the run needs that. Raises ValueError if it cannot."""
+    check_package("--wandb", "wandb")
+    if wandb_mode(args) in WITHOUT_SERVER:
         return
     import wandb  # takes a second, and only some runs want it
 
@@ -83,7 +95,7 @@ def check_trackers(args: TrainArguments) -> None:
         raise _no_wandb(error) from error
 
 
-def start_trackers(args: TrainArguments, kept: list[Row], step: int) -> list[Tracker]:
+def start_trackers(args: TrainArguments, kept: list[MetricsRow], step: int) -> list[Tracker]:
     """Starts what the options ask for. kept: the rows up to `step`, which the run begins after. Raises ValueError."""
     folder = Path(args.output_dir)
     trackers: list[Tracker] = []
@@ -102,18 +114,18 @@ class WandbRun:
 
     name = "W&B"
 
-    def __init__(self, args: TrainArguments, kept: list[Row], is_resumed: bool) -> None:
+    def __init__(self, args: TrainArguments, kept: list[MetricsRow], is_resumed: bool) -> None:
         """is_resumed: a run that was in this directory before is the same one."""
         self.run = _start_wandb(args, is_resumed)
         self.next_step = self.run.starting_step  # W&B has those before it
         self.thread = BackgroundThread("wandb")  # a long history that is sent again must not hold up training
         self.error: Exception | None = None  # the first of the thread
-        self.last: Row = {}
-        self.best: Row = {}
+        self.last: MetricsRow = {}
+        self.best: MetricsRow = {}
         for row in kept:
             self.write(row)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         self.last = row
         loss = finite(row.get("eval", {}).get("loss"))
         if loss is not None and (not self.best or loss <= self.best["eval"]["loss"]):
@@ -132,9 +144,9 @@ class WandbRun:
 
     def close(self, status: str, failed: bool) -> None:
         end = self.thread.submit(partial(self._end, status, failed))
-        # The other ranks wait, after an error to hear of it, and without its network W&B may not come back.
+        # The other ranks wait meanwhile, and without a network W&B may never return.
         try:
-            end.result(timeout=PATIENCE_AFTER_ERROR_S if failed else PATIENCE_S)
+            end.result(timeout=UPLOAD_WAIT_AFTER_ERROR_S if failed else UPLOAD_WAIT_S)
         except TimeoutError:
             logger.warning("W&B has not taken all of the run; send the rest with `wandb sync`")
 
@@ -164,7 +176,7 @@ def _start_wandb(args: TrainArguments, is_resumed: bool):
             dir=str(folder),
             config=dataclasses.asdict(args),
             id=run_id,
-            resume=None if mode in REPLACED else "allow",
+            resume=None if mode in WITHOUT_SERVER else "allow",
             settings=wandb.Settings(finish_timeout=300),
         )
     except wandb.Error as error:
@@ -188,7 +200,7 @@ def wandb_mode(args: TrainArguments) -> Any:
 
 
 def _no_wandb(error: Exception, remembered: Path | None = None) -> ValueError:
-    remedy = "see to the network and `wandb login`, or give --wandb_mode offline and send the run later"
+    remedy = "check the network and `wandb login`, or give --wandb_mode offline and send the run later"
     if remembered is not None:
         remedy += f"; without {remembered} it would be a new run"
     return ValueError(f"--wandb: W&B does not start ({error}); {remedy}")
@@ -202,7 +214,7 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, kept: list[Row], step: int) -> None:
+    def __init__(self, folder: Path, kept: list[MetricsRow], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional package, and slow to import
 
         has_kept_rows = folder.is_dir()
@@ -211,7 +223,7 @@ class TensorBoard:
             for row in kept:
                 self.write(row)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         charts = flat(row)
         for name in charts.keys() - {"step"}:
             self.writer.add_scalar(name, charts[name], row["step"])

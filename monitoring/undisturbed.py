@@ -1,4 +1,4 @@
-"""How what watches a run looks at its student: the run must not show a trace of it."""
+"""Puts a student into evaluation mode for a measurement, without an effect on the run."""
 
 import contextlib
 from collections.abc import Iterator

@@ -17,7 +17,7 @@ from training_utils import Job, Learner, Meter, Update
 
 @dataclass(frozen=True)
 class Watchers:
-    """Watches a run without a trace in it. A context manager, because the log has to be closed."""
+    """Holds everything that observes a run; none of it changes the run. A context manager that closes the log."""
 
     rank: int
     total_steps: int
@@ -55,16 +55,13 @@ def build_watchers(
     """Returns what the options ask for. state: where the run begins; material: what it is evaluated on, if at all."""
     args, ranks, student = job.args, job.ranks, learner.student
     gauges = Gauges(args, student, ranks.device, ranks.world_size)
-    steps = {"step": state.step, "total_steps": learner.total_steps}
-    return Watchers(
-        ranks.rank,
-        learner.total_steps,
-        RunLog(args, state.micro_step, ranks.is_main, gauges=gauges, **steps),
-        SpikeWatch(),
-        UpdateHealth(args, student, learner.optimizer, ranks),
-        LayerMap(args, student, learner.lane, ranks.is_main),
-        Evaluator(args, material, tokenizer, ranks, learner.model.module, learner.lane, job.stop),
-    )
+    health = UpdateHealth(args, student, learner.optimizer, ranks)
+    layer_map = LayerMap(args, student, learner.lane, ranks.is_main)
+    evaluator = Evaluator(args, material, tokenizer, ranks, learner.model.module, learner.lane, job.stop)
+    total = learner.total_steps
+    # Last: it opens files and trackers, which have to be closed.
+    log = RunLog(args, state.micro_step, ranks.is_main, step=state.step, total_steps=total, gauges=gauges)
+    return Watchers(ranks.rank, total, log, SpikeWatch(), health, layer_map, evaluator)
 
 
 def metrics_row(state: RunState, update: Update, seconds: float) -> dict[str, Any]:

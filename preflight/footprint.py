@@ -236,7 +236,7 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
         memory.enter("backward's own")
         loss.backward()
         backward, left = memory.at_peak, dict(memory.live)
-    # The training loop holds `loss`, and what it refers to, until the next forward pass has computed another.
+    # What is alive after backward stays until the next forward pass has computed its own.
     forward = dict(Counter(forward) + Counter(left))
     return forward, backward, left, dict(memory.operations)
 

@@ -167,7 +167,7 @@ def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, pl
     state, work = optimizer_bytes(footprint.student, args, n_ranks)
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
-    prefetch = 1 if args.teacher_prefetch is None else args.teacher_prefetch
+    prefetch = int(placement == "dedicated") if args.teacher_prefetch is None else args.teacher_prefetch
     always = {**footprint.weights, "gradients": gradients, "masters and moments": state}
     if teacher is not None:
         always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + prefetch)

@@ -159,11 +159,12 @@ def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: Disk
         lines.append(("a rank receives per step, GB", f"{sum(wire.values()) / GB:.2g}: {items}"))
         slow = sum(wire.values()) / HOST_LINK
         lines.append(("  over links of 5 GB/s", f"{slow:.2g} s, besides {seconds:.2g} s of computation"))
-    lines += disk_lines(args, room)
+    lines += disk_lines(room)
     return "\n".join(f"{name:<34}{text}" for name, text in lines)
 
 
-def disk_lines(args: TrainArguments, room: DiskRoom) -> list[tuple[str, str]]:
+def disk_lines(room: DiskRoom) -> list[tuple[str, str]]:
+    """Returns what checkpoints take, as rows of name and text."""
     kept = f"{room.n_most}, {room.n_most * room.size / GB:,.0f} GB; the disk has room for {room.n_fit}"
     return [("a checkpoint, GB", f"{room.size / GB:.3g}"), ("checkpoints on the disk, at most", kept)]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from evaluation import mmlu, statistics
+from evaluation import mmlu, mmlu_files, statistics
 from llamba import DiscreteMamba2, LlambaConfig, LlambaForCausalLM
 from presets import tiny_text as text
 from presets.tiny_teacher import ENGLISH, VOCABULARY, make_teacher
@@ -156,7 +156,7 @@ def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     """Saves the teacher if it answers the questions. Otherwise saves it as teacher.rejected and exits: a stage that was
     not learned shows only here, as a teacher at chance, and no student should be made from it.
     """
-    questions = mmlu.build_questions(mmlu.load_mmlu(out / "mmlu"), num_fewshot=0)
+    questions = mmlu.build_questions(mmlu_files.load_mmlu(out / "mmlu"), num_fewshot=0)
     accuracy = statistics.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, torch.device("cpu"), 1024))[
         "acc"
     ]

@@ -1,4 +1,4 @@
-"""Which device is whose, and what torch.compile needs there."""
+"""Chooses the devices of students and teacher, and checks what torch.compile needs there."""
 
 import functools
 import importlib.util

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = ("", *(s.name for s in SIGNALS), "--time_limit")  # by the code that the ranks agree on
@@ -24,7 +26,7 @@ REASONS = ("", *(s.name for s in SIGNALS), "--time_limit")  # by the code that t
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again with --resume auto
 EXIT_DIVERGED = 76
 
-PATIENCE_S = 3.0  # for the main thread to handle a signal by itself
+SIGNAL_WAIT_S = 3.0  # for the main thread to handle a signal by itself
 
 
 class Interrupted(BaseException):
@@ -76,7 +78,7 @@ class StopRequest:
         rank for example, where no Python handler runs. Runs in a thread of its own.
         """
         while received := wakeups.recv(1):
-            time.sleep(PATIENCE_S)
+            time.sleep(SIGNAL_WAIT_S)
             is_handled = self.is_deferred or self.signalled  # by the main thread
             if not is_handled and self.process == os.getpid() and received[0] in SIGNALS:
                 print(f"stopped by {signal.Signals(received[0]).name}", file=sys.stderr, flush=True)
@@ -135,11 +137,11 @@ def run_entry(main: Callable[[], int | None]) -> int:
         return 2
 
 
-def answer_early(parse: Callable[[], Any]) -> None:
-    """Exits for --help and for options that cannot be used before an entry imports torch, which takes seconds."""
-
-    def check() -> None:
-        parse()
-
-    if code := run_entry(check):
+def answer_early(parse: Callable[[], T]) -> T:
+    """Returns the parsed options, before an entry imports torch, which takes seconds: --help and options that cannot be
+    used are answered at once. Exits for these.
+    """
+    parsed: list[T] = []
+    if code := run_entry(lambda: parsed.append(parse())):
         sys.exit(code)
+    return parsed[0]

@@ -20,8 +20,8 @@ logger = logging.getLogger("train")
 
 SIZE = 4096  # bytes of a message
 GOODBYE = "goodbye"  # the only message that does not end the receiver
-# How messages begin that report no fault of ours, and the code to end with: a mistake of the user, which rank 0 prints;
-# a signal outside training, which every rank receives itself.
+# Prefixes of messages that report no failure of this program, with the exit code for each: a mistake of the user, which
+# rank 0 prints; a signal outside training, which every rank receives itself.
 MISTAKE, STOPPED = "mistake: ", "stopped: "
 CODES = {MISTAKE: 2, STOPPED: EXIT_STOPPED}
 GRACE_S = 5.0  # for the main thread to end by itself: a collective that lost a peer raises, or hangs
@@ -88,7 +88,7 @@ class Lifeline:
             dist.recv(message, src=peer, group=self.group)
             text = bytes(message.tolist()).rstrip(b"\0").decode(errors="replace")
         except RuntimeError:
-            text = f"rank {peer} died without a word (killed, or out of host memory?)"
+            text = f"rank {peer} ended without a message (killed, or out of host memory?)"
         if text == GOODBYE or not self._is_first():
             return
         kind = next((kind for kind in CODES if text.startswith(kind)), "")

@@ -26,7 +26,7 @@ TIMEOUT = timedelta(hours=2)
 @dataclass(frozen=True)
 class Ranks:
     """Says which rank this process is, holds the device of its student, and lets ranks agree. `node` is a CPU group of
-    the ranks of one box, whose teacher is run by its local rank 0; `control` is a CPU group of all ranks.
+    the ranks of one machine, whose teacher is run by its local rank 0; `control` is a CPU group of all ranks.
     """
 
     rank: int

@@ -14,10 +14,10 @@ from report_page.series import Drawing, HeatMap, smoothing_width
 from report_page.style import CSS
 from report_page.tables import (
     Table,
-    accuracy_table,
     facts_of,
     measure_table,
     option_tables,
+    scores_of_runs,
     summary_table,
     warning_table,
 )
@@ -31,7 +31,7 @@ def make_page(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequen
         *(_note(text) for run in runs for text in _remarks(run)),
         _section("Summary", _summary(runs)),
         *_charts(runs, drawings, pictures),
-        _section("Scores", _table(accuracy_table(runs)) + _table(measure_table(runs))),
+        _section("Scores", _table(scores_of_runs(runs)) + _table(measure_table(runs))),
         _section("Options", _options(runs)),
         _section("Warnings", _table(warning_table(runs), "texts")),
         "<footer>Made by report.py from metrics.jsonl and the files beside it.</footer>",

@@ -1,6 +1,5 @@
 """Writes the numbers of a report as text: summary, scores, options and warnings of runs."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arguments import TrainArguments
-from inputs.options import preset_values
+from inputs.options import default_values, preset_values
 from report_page.run_data import Run, finite_or_nan
 from report_page.series import share_of_time, smooth
 from utils import format_duration
@@ -19,7 +18,7 @@ Table = list[list[str]]  # rows of cells, the first one is the head; no rows if 
 MOST_WARNINGS = 50  # per run
 NONE = "–"
 DIRECTORY = "output_dir"  # differs between any two runs, and does not change what they compute
-EVALUATED = {"ce": "CE", "kl": "KL", "perplexity": "perplexity", "agreement": "agreement", "mmlu": "MMLU"}
+EVALUATION_LABELS = {"ce": "CE", "kl": "KL", "perplexity": "perplexity", "agreement": "agreement", "mmlu": "MMLU"}
 
 
 def facts_of(run: Run) -> dict[str, str]:
@@ -56,7 +55,9 @@ def facts_of(run: Run) -> dict[str, str]:
 
 
 def _last_evaluation(run: Run) -> str:
-    series = {label: run.sometimes["eval"][key] for key, label in EVALUATED.items() if key in run.sometimes["eval"]}
+    series = {
+        label: run.sometimes["eval"][key] for key, label in EVALUATION_LABELS.items() if key in run.sometimes["eval"]
+    }
     if not series:
         return ""
     step = max(found.step[-1] for found in series.values())
@@ -100,7 +101,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
     return [["", *(run.name for run in runs)], ["Directory", *(str(run.folder) for run in runs)], *rows]
 
 
-def accuracy_table(runs: Sequence[Run]) -> Table:
+def scores_of_runs(runs: Sequence[Run]) -> Table:
     table = [["run", "model", "MMLU accuracy ± stderr", "questions", "step", "file"]]
     for run in runs:
         for score in run.scores:
@@ -165,13 +166,7 @@ def option_tables(runs: Sequence[Run]) -> dict[str, Table]:
 
 def defaults_of(options: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of all options of training if only the preset of `options` were given."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainArguments):
-        if field.default_factory is not dataclasses.MISSING:
-            values[field.name] = field.default_factory()
-        elif field.default is not dataclasses.MISSING:
-            values[field.name] = field.default
-    preset = str(options.get("preset", TrainArguments.preset))
+    values, preset = default_values(TrainArguments), str(options.get("preset", TrainArguments.preset))
     try:
         return {**values, **preset_values(preset, TrainArguments, "train"), "preset": preset}
     except ValueError:  # the run was made by a version with other presets

@@ -39,3 +39,11 @@ def test_an_unknown_option_is_reported_before_torch_is_imported(entry):
     """The doctor looks for packages first, whatever its options are."""
     code, printed, loaded = answer(entry, "--no_such_option", "value")
     assert (code, loaded) == (2, []) and "--no_such_option" in printed
+
+
+def test_options_are_read_once():
+    """A file that can be read only once, such as a pipe, would be empty the second time, and its options be lost."""
+    command = [sys.executable, str(ROOT / "train_gpus.py"), "--config", "/dev/stdin"]
+    options = "preset: tiny\nlayers: [9]\noutput_dir: not-written\n"
+    process = subprocess.run(command, input=options, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 2 and "--layers 9: [9] out of range" in process.stderr

@@ -1,10 +1,7 @@
 """The evaluation entry: run whole on small models made here and on the tiny preset."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import eval_mmlu_hybrid as entry
 from arguments import parse_eval_args
 from distillation.losses import compute_distill_loss
-from evaluation import checks, mmlu, pieces, statistics
+from evaluation import checks, mmlu, mmlu_files, pieces, statistics
 from evaluation.checks import check_inputs
 from evaluation.held_out import read_windows
 from model_utils import apply_replacements
@@ -49,7 +46,7 @@ def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys
     evaluate(options | {"output": [str(output)]})
     report = json.loads(output.read_text())
 
-    questions = mmlu.build_questions(mmlu.load_mmlu(TINY / "mmlu"), num_fewshot=2, limit=3)
+    questions = mmlu.build_questions(mmlu_files.load_mmlu(TINY / "mmlu"), num_fewshot=2, limit=3)
     assert report["n"] == len(questions) == 12
     assert list(report["models"]) == MODELS
     for name in MODELS:
@@ -200,12 +197,9 @@ def test_the_layers_of_a_preset_do_not_contradict_a_checkpoint(models, options, 
 
 def test_the_script_ends_with_one_clear_error(options, tmp_path):
     del options["ckpt"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "eval_mmlu_hybrid.py"), *command_line(options)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert "hybrid_ft: needs --ckpt" in result.stderr and "Traceback" not in result.stderr
+    code, printed = fresh.script(command_line(options), entry.main, HF_HUB_OFFLINE="1")
+    assert code == 2 and printed.startswith("error: ")
+    assert "hybrid_ft: needs --ckpt" in printed and "Traceback" not in printed
 
 
 @pytest.mark.skipif(not (TINY / "preset.json").is_file(), reason="presets/tiny has no preset.json yet")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from arguments import parse_train_args
-from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, update
+from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, step_or_skip
 from processes.ranks import process_groups
 from tests.tiny import MixedParameters, give_gradients, tiny_student, weights
 from tests.two_ranks import on_two_ranks
@@ -128,7 +128,7 @@ def train_mixed(dtype):
     schedule = build_schedule(optimizer, args, STEPS, done=0)
     for step in range(STEPS):
         give_gradients(model, seed=step)
-        update(model, optimizer, LossScale.for_dtype(dtype), args.grad_clip, loss=2.0)
+        step_or_skip(model, optimizer, LossScale.for_dtype(dtype), args.grad_clip, loss=2.0)
         schedule.step()
     return model, optimizer
 

@@ -87,7 +87,7 @@ def test_settling_the_buckets_changes_nothing_else(no_torchrun, line):
 
 def test_means_of_a_meter(no_torchrun):
     with process_groups(CPU):
-        meter = Meter(CPU)
+        meter = Meter()
         meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), (7, 9))
         meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), (2, 0))
         expected = {"loss": 2.0, "kl": 3.0, "ce": 4.0, "ignored_labels": 10.0, "teacher_wait_s": 0.75}
@@ -104,7 +104,7 @@ def test_means_of_a_meter(no_torchrun):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_meter_knows_which_windows_made_a_loss_that_is_not_finite(no_torchrun, bad):
     with process_groups(CPU):
-        meter = Meter(CPU)
+        meter = Meter()
         for loss, windows in ((1.0, (0, 1)), (bad, (2, 3)), (2.0, (4, 5)), (bad, range(6, 8))):
             meter.add(torch.tensor([loss, 1.0, 1.0, 0.0]), windows)
         assert meter.windows(only_bad=True) == [2, 3, 6, 7]
@@ -114,7 +114,7 @@ def test_a_meter_knows_which_windows_made_a_loss_that_is_not_finite(no_torchrun,
 
 
 def work(ranks):
-    meter = Meter(CPU)
+    meter = Meter()
     for micro_step in range(3):
         figures = torch.tensor([1.0, 2.0, 3.0, 4.0]) * (ranks.rank + 1) + micro_step
         meter.add(figures, (2 * micro_step + ranks.rank,))

@@ -25,6 +25,10 @@ FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt"
 READ_ERRORS = (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
 
 
+class NotCached(ValueError):
+    """Says that a data set of the hub is not on this disk, where no network may be used."""
+
+
 def open_source(source: TextSource) -> Opened:
     """Returns the data, not read yet: the table of a `save_to_disk` folder, or a builder for files or a hub dataset.
     Raises ValueError if there is no such data, subset or split.
@@ -54,7 +58,7 @@ def open_source(source: TextSource) -> Opened:
     except (OSError, ValueError, RuntimeError) as error:
         what = f"{flags.name} {source.name!r} (subset {source.subset!r}, revision {source.revision!r})"
         if path is None and source.local_files_only:
-            raise ValueError(
+            raise NotCached(
                 f"{what} is not in the cache {datasets.config.HF_DATASETS_CACHE} and --local_files_only "
                 f"forbids fetching it: run once without that flag, or give a file or directory ({error})"
             ) from error

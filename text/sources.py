@@ -55,7 +55,7 @@ class TextSource:
         )
 
     @classmethod
-    def for_evaluation(cls, args: TrainArguments) -> "TextSource":
+    def for_evaluation_in_training(cls, args: TrainArguments) -> "TextSource":
         """Returns the text that training is evaluated on every `--eval_interval` steps. Options that are not given for
         it are those of training's dataset, and so are their flags.
         """
@@ -77,7 +77,7 @@ class TextSource:
         )
 
     @classmethod
-    def for_held_out(cls, args: EvalArguments) -> "TextSource":
+    def for_eval_script(cls, args: EvalArguments) -> "TextSource":
         """Returns the text of eval_mmlu_hybrid.py's `--held_out`."""
         assert args.held_out is not None
         return cls(

@@ -99,8 +99,8 @@ class TextStream:
         """Returns a saved state if it belongs to this stream's order. Raises ValueError if not."""
         was, now = state["made_with"], self.made_with(epoch)
         if now == {**was, "skip_bad_rows": True}:
-            # A run that ended at a bad row is resumed without it. The tolerant reader reads the same rows up to there,
-            # but writes its position in another way: the rows that were seen are counted instead.
+            # A run that stopped at a bad row may be resumed with --skip_bad_rows. The tolerant reader reads the same
+            # rows up to there, but writes its position in another way: the rows that were seen are counted instead.
             state = {**state, "position": None, "rows_used": state["counts"]["seen"]} if was != now else state
             was = now
         if changed := [name for name in now if now[name] != was[name]]:
@@ -192,7 +192,7 @@ class _Reading:
         what = f"{type(error).__name__}: {error}"
         if lost == len(WAITS_S):
             raise ConnectionError(
-                f"the data cannot be read: {lost} tries one after the other brought no further row ({what}); see to "
+                f"the data cannot be read: {lost} tries one after the other brought no further row ({what}); check "
                 "the connection and resume from the last checkpoint, or use data on a disk"
             ) from error
         seconds = WAITS_S[lost]

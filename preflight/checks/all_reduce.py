@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 REPEATS = 5
-PATIENCE_S = 120.0  # for all processes to finish
+SPAWN_WAIT_S = 120.0  # for all processes to finish
 
 
-def all_reduce_rate(n_ranks: int, n_bytes: int, on_gpus: bool, patience_s: float = PATIENCE_S) -> float:
+def all_reduce_rate(n_ranks: int, n_bytes: int, on_gpus: bool, patience_s: float = SPAWN_WAIT_S) -> float:
     """Returns a tensor's bytes by the median time of an all-reduce, in GB/s. Raises ValueError if the processes do not
     finish in `patience_s` seconds.
     """
@@ -43,7 +43,7 @@ def _all_reduce(rank: int, n_ranks: int, n_bytes: int, on_gpus: bool, folder: st
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=n_ranks,
-        timeout=timedelta(seconds=PATIENCE_S),
+        timeout=timedelta(seconds=SPAWN_WAIT_S),
     )
     tensor, seconds = torch.ones(n_bytes // 4, device=device), []
     for _ in range(1 + REPEATS):

@@ -29,7 +29,7 @@ REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 OLDEST_PYTHON = (3, 10)
 OLDEST = {"torch": "2.11", "transformers": "5.17"}  # the README promises that these work
 # Packages of requirements.txt that most runs do not need.
-NEEDED_FOR = {"wandb": "--wandb", "tqdm": "evaluations", "matplotlib": "the charts of evaluations"}
+NEEDED_FOR = {"wandb": "--wandb", "matplotlib": "eval_mmlu_hybrid.py and report.py"}
 OPTIONAL = {
     "mamba-ssm": "fast scan on GPUs",
     "flash-linear-attention": "fast scan on GPUs, where there is no mamba-ssm",

@@ -21,7 +21,7 @@ from preflight.checks.machine import GB, default_nproc
 from preflight.footprint import build_models, find_configs, n_bytes
 from text.encoding import Encoder, check_tokenizer
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+HUB_PATTERN = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 1234567890\n混合模型 😀🚀 e=mc²"
 
 
@@ -107,7 +107,7 @@ def check_model_files(run: PlannedRun) -> Iterator[Finding]:
             place = locate_model(flag, name, True, needs_weights)
             read(flag, name, place)
         except ValueError as error:
-            on_hub = HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
+            on_hub = HUB_PATTERN.fullmatch(name) is not None and not Path(name).is_dir()
             if on_hub and not run.args.local_files_only:
                 found = f"not complete in the local cache; a run would download it{_download_size(run, flag)}"
                 yield Finding(WARNING, title, found, f"hf download {name}   (now, or where there is a network)")

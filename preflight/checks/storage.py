@@ -2,7 +2,6 @@
 leave nothing on the disk.
 """
 
-import dataclasses
 import fcntl
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import psutil
 
 from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, step_of
 from checkpointing.run_folder import check_space, disk_room
-from monitoring.trackers import REPLACED, check_trackers, wandb_mode
+from monitoring import trackers
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, file_problem
 from preflight.checks.machine import GB, default_nproc, run_device
 from preflight.checks.models import first_step, resumed, skeletons
@@ -142,7 +141,7 @@ def available_memory() -> int:
 
 def check_tensorboard(run: PlannedRun) -> Iterator[Finding]:
     if run.args.tensorboard:
-        check_trackers(dataclasses.replace(run.args, wandb=False))
+        trackers.check_package("--tensorboard", "tensorboard")
         yield Finding(OK, "--tensorboard", "its package is installed")
 
 
@@ -150,9 +149,9 @@ def check_wandb(run: PlannedRun) -> Iterator[Finding]:
     """Logs in to W&B as a run does."""
     if not run.args.wandb:
         return
-    check_trackers(dataclasses.replace(run.args, tensorboard=False))
-    mode = wandb_mode(run.args)
-    if mode not in REPLACED:
+    trackers.check_wandb(run.args)
+    mode = trackers.wandb_mode(run.args)
+    if mode not in trackers.WITHOUT_SERVER:
         yield Finding(OK, "--wandb", f"{mode}, logged in")
         return
     later = f"; upload it later: wandb sync {run.args.output_dir}/wandb/offline-run-*" if mode == "offline" else ""

@@ -18,7 +18,7 @@ from preflight.checks.models import teacher_tokenizer
 from preflight.checks.storage import folder_problem, nearest
 from text.batch import MAKE_IT_FIT
 from text.encoding import Encoder
-from text.opening import Opened, files_read_here, local_path, open_source, open_stream
+from text.opening import NotCached, Opened, files_read_here, open_source, open_stream
 from text.rows import only_texts
 from text.sources import TextSource, network_forbidden
 
@@ -37,7 +37,7 @@ def check_held_out_data(run: PlannedRun) -> Iterator[Finding]:
     args = run.args
     if not args.eval_interval:
         return
-    yield from _check_text(run, TextSource.for_evaluation(args), "--eval_dataset_name", 1)
+    yield from _check_text(run, TextSource.for_evaluation_in_training(args), "--eval_dataset_name", 1)
     if args.eval_mmlu_dir is not None:
         subjects = load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         yield Finding(OK, f"--eval_mmlu_dir {args.eval_mmlu_dir}", f"{len(subjects)} subjects")
@@ -76,13 +76,10 @@ def open_here(source: TextSource) -> Opened:
     """Opens data on this disk. Raises CheckSkipped for a data set of the hub that is not on it, and ValueError where a
     run does.
     """
-    is_local = local_path(source) is not None
     try:
         with network_forbidden(True):
             return open_source(dataclasses.replace(source, local_files_only=True))
-    except ValueError as error:
-        if is_local or "is not in the cache" not in str(error):
-            raise
+    except NotCached as error:
         raise CheckSkipped("the data set is not on this disk") from error
 
 

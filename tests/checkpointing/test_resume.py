@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_needs_room_for_one_more(disk, tmp_path, caplog, monk
 
 def test_what_cannot_be_written_before_training_is_one_line(tmp_path):
     message = f"--output_dir {tmp_path}: cannot be written \\(No space left on device\\)"
-    with pytest.raises(ValueError, match=message), explaining_write_errors(args("--output_dir", str(tmp_path))):
+    with pytest.raises(ValueError, match=message), explaining_write_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -124,6 +124,6 @@ def test_a_loss_stands_out_only_of_enough_others_and_by_much():
 
 def test_options_of_earlier_starts_are_kept(tmp_path):
     for options in ("seed: 0\n", "seed: 0\n", "seed: 1\n", "seed: 2\n"):
-        save_options(args("--output_dir", str(tmp_path)), options)
+        save_options(tmp_path, options)
     found = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert found == {"args.yaml": "seed: 2\n", "args.1.yaml": "seed: 0\n", "args.2.yaml": "seed: 1\n"}

@@ -44,8 +44,8 @@ def main():
     dist.set_debug_level = lambda level: None  # without DDP, the groups can be checked as TORCH_DISTRIBUTED_DEBUG says
     with process_groups(torch.device("cpu")) as ranks:
         batches = [Batch.from_windows(torch.full((2, 4), 10 * i + ranks.rank)) for i in range(n_batches)]
-        lane = TeacherLane(StandIn(fails_at), ranks)
-        for i, (batch, asked) in enumerate(ask_ahead(batches, lane, prefetch)):
+        lane = TeacherLane(StandIn(fails_at), ranks, prefetch)
+        for i, (batch, asked) in enumerate(ask_ahead(batches, lane)):
             work = torch.full((100_000,), float(ranks.rank))
             if (i + ranks.rank) % 2:  # before its answer on some ranks, after it on others
                 dist.all_reduce(work)

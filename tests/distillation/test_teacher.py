@@ -110,8 +110,8 @@ def test_the_teacher_works_ahead_of_the_student_by_prefetch_batches(ranks, prefe
     for the student."""
     n = 6
     teacher = Announcing(n)
-    lane = TeacherLane(teacher, ranks)
-    for i, (batch, asked) in enumerate(ask_ahead(batches(n), lane, prefetch)):
+    lane = TeacherLane(teacher, ranks, prefetch)
+    for i, (batch, asked) in enumerate(ask_ahead(batches(n), lane)):
         assert asked.result()[0, 0, 0] == i == batch.input_ids[0, 0]
         ahead = min(i + prefetch, n - 1)
         assert teacher.begun[ahead].wait(timeout=60)
@@ -120,7 +120,7 @@ def test_the_teacher_works_ahead_of_the_student_by_prefetch_batches(ranks, prefe
     lane.close()
 
 
-def test_ask_ahead_takes_no_more_batches_than_it_must():
+def test_ask_ahead_takes_no_more_batches_than_it_must(ranks):
     taken = []
 
     def watched():
@@ -128,10 +128,12 @@ def test_ask_ahead_takes_no_more_batches_than_it_must():
             taken.append(batch)
             yield batch
 
-    asked = ask_ahead(watched(), NoTeacher(CPU), 1)
+    lane = TeacherLane(StandIn(fails_at=0), ranks, prefetch=1)
+    asked = ask_ahead(watched(), lane)
     next(asked)
     assert len(taken) == 2
     assert len(list(asked)) == 4
+    lane.close()
 
 
 def test_every_rank_gets_its_own_answers_while_other_collectives_run():

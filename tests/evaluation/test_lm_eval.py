@@ -18,9 +18,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from evaluation import mmlu
+from evaluation import mmlu, mmlu_files
 from evaluation.lm_eval_tasks import PIN, check_tasks, run_task, task_manager
-from evaluation.mmlu import GROUP_OF, Example, Subject
+from evaluation.mmlu import GROUP_OF
+from evaluation.mmlu_files import Example, Subject
 from evaluation.statistics import aggregate
 from inputs.options import PRESETS
 from model_utils import apply_replacements
@@ -91,13 +92,14 @@ def check_answers(theirs: dict, questions: list[mmlu.Question], ours: list[mmlu.
         assert (prediction.prediction == prediction.answer) == (sample["acc"] == 1.0)
 
 
+@pytest.mark.slow
 def test_the_whole_of_mmlu_with_its_groups(hub):
     subjects = [make_subject(name, 2 + (i % 6 == 0)) for i, name in enumerate(sorted(GROUP_OF))]
     write_snapshot(hub / "cais" / "mmlu", subjects)
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
     model = make_model("hybrid", len(tokenizer))
     theirs = by_lm_eval(model, tokenizer, ["mmlu"], 1, 4096)
-    questions = mmlu.build_questions(mmlu.load_mmlu("cais/mmlu"), num_fewshot=1)
+    questions = mmlu.build_questions(mmlu_files.load_mmlu("cais/mmlu"), num_fewshot=1)
     ours = mmlu.score(model, tokenizer, questions, None, CPU, 4096)
     check_answers(theirs, questions, ours)
 
@@ -117,7 +119,7 @@ def test_the_whole_of_mmlu_with_its_groups(hub):
 @pytest.mark.parametrize("kind", ["llama", "hybrid"])
 def test_real_questions_with_five_shots(hub, kind, n):
     """Compares the first two of each subject; `make test-bench` compares all 2,052, which takes minutes."""
-    subjects = [Subject(s.name, s.dev, s.test[:n]) for s in mmlu.load_mmlu(REAL_MMLU)]
+    subjects = [Subject(s.name, s.dev, s.test[:n]) for s in mmlu_files.load_mmlu(REAL_MMLU)]
     write_snapshot(hub / "cais" / "mmlu", subjects)
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
     model = make_model(kind, len(tokenizer))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from evaluation import mmlu
-from evaluation.mmlu import GROUP_OF, Example, Question, Subject
+from evaluation import mmlu, mmlu_files
+from evaluation.mmlu import GROUP_OF, Question
+from evaluation.mmlu_files import Example, Subject
 from tests.byte_tokenizers import TOKENIZERS
 from tests.evaluation.mmlu_data import GEOGRAPHY, LOGIC, write_mmlu
 from tests.tiny import tiny_teacher
@@ -37,7 +38,7 @@ def make_questions() -> list[Question]:
 
 
 def test_the_prompt_byte_for_byte(mmlu_dir):
-    subjects = mmlu.load_mmlu(mmlu_dir, ["world_geography"])
+    subjects = mmlu_files.load_mmlu(mmlu_dir, ["world_geography"])
     questions = mmlu.build_questions(subjects, num_fewshot=2)
     assert questions[0] == Question(
         subject="world_geography",
@@ -72,26 +73,26 @@ def test_the_prompt_byte_for_byte(mmlu_dir):
 
 
 def test_zero_shot_has_no_examples(mmlu_dir):
-    first, second = mmlu.build_questions(mmlu.load_mmlu(mmlu_dir, ["logic"]), num_fewshot=0)
+    first, second = mmlu.build_questions(mmlu_files.load_mmlu(mmlu_dir, ["logic"]), num_fewshot=0)
     head = "The following are multiple choice questions (with answers) about logic.\n\n"
     assert second.prompt == head + "Two plus two?\nA. 1\nB. 2\r\n\nC. 3\nD. 4\nAnswer:"
     assert first.prompt.startswith(head + "Is p ")
 
 
 def test_limit_counts_per_subject(mmlu_dir):
-    questions = mmlu.build_questions(mmlu.load_mmlu(mmlu_dir), num_fewshot=1, limit=1)
+    questions = mmlu.build_questions(mmlu_files.load_mmlu(mmlu_dir), num_fewshot=1, limit=1)
     assert [(q.subject, q.index) for q in questions] == [("logic", 0), ("world_geography", 0)]
 
 
 @pytest.mark.parametrize("num_fewshot", [3, -1])
 def test_more_examples_than_dev_rows_is_an_error(mmlu_dir, num_fewshot):
     with pytest.raises(ValueError, match=f"--num_fewshot {num_fewshot}: logic has 2 dev rows"):
-        mmlu.build_questions(mmlu.load_mmlu(mmlu_dir), num_fewshot=num_fewshot)
+        mmlu.build_questions(mmlu_files.load_mmlu(mmlu_dir), num_fewshot=num_fewshot)
 
 
 @pytest.mark.skipif(not REAL_MMLU.is_dir(), reason="../shared/data/mmlu, a part of the real MMLU, is not there")
 def test_real_mmlu():
-    astronomy = mmlu.load_mmlu(REAL_MMLU, ["astronomy"])
+    astronomy = mmlu_files.load_mmlu(REAL_MMLU, ["astronomy"])
     questions = mmlu.build_questions(astronomy, num_fewshot=0)
     assert len(questions) == 152
     assert questions[0].prompt == (
@@ -103,7 +104,7 @@ def test_real_mmlu():
         "D. This type produces high amounts of X-rays.\n"
         "Answer:"
     )
-    everything = mmlu.load_mmlu(REAL_MMLU)
+    everything = mmlu_files.load_mmlu(REAL_MMLU)
     assert len(everything) == len(list((REAL_MMLU / "test").glob("*.csv")))
     assert all(q.prompt.count("\nAnswer:") == 6 for q in mmlu.build_questions(everything, num_fewshot=5))
 

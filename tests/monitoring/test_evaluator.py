@@ -13,7 +13,8 @@ from arguments import parse_train_args
 from distillation.losses import compute_distill_loss
 from distillation.teacher import NoTeacher
 from evaluation.held_out import read_windows
-from evaluation.mmlu import build_questions, load_mmlu, score
+from evaluation.mmlu import build_questions, score
+from evaluation.mmlu_files import load_mmlu
 from llamba import LlambaForCausalLM
 from monitoring.evaluator import Evaluator, Material, read_material, share_of_windows
 from monitoring.run_log import RunLog, format_evaluation
@@ -216,7 +217,7 @@ def test_the_tiny_preset_has_text_to_evaluate_on(alone):
     args = arguments()
     material = read_material(args, TOKENIZER, alone)
     assert isinstance(material, Material) and material.windows.shape == (64, 257) and not material.subjects
-    assert TextSource.for_evaluation(args).name.endswith("heldout.jsonl")
+    assert TextSource.for_evaluation_in_training(args).name.endswith("heldout.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -242,13 +243,13 @@ def test_a_part_of_the_training_data_can_be_held_out(tmp_path):
     text = TINY / "text" / "heldout.jsonl"
     line = ["--preset", "tiny", "--dataset_name", str(text), "--dataset_split", "train[:90%]", "--eval_interval", "1"]
     args = parse_train_args([*line, "--eval_dataset_split", "train[90%:]", "--no_dataset_streaming"])
-    windows = read_windows(TextSource.for_evaluation(args), TOKENIZER, 2, 16)
+    windows = read_windows(TextSource.for_evaluation_in_training(args), TOKENIZER, 2, 16)
     documents = [json.loads(row)["text"] for row in text.read_text().splitlines()]
     first = TOKENIZER(documents[round(0.9 * len(documents))]).input_ids
     assert windows.flatten().tolist()[: len(first)] == first[: windows.numel()]
     args.dataset_name = str(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="--dataset_name .*absent.jsonl"):
-        read_windows(TextSource.for_evaluation(args), TOKENIZER, 2, 16)
+        read_windows(TextSource.for_evaluation_in_training(args), TOKENIZER, 2, 16)
 
 
 def test_the_row_and_the_line_of_an_evaluation(tmp_path):

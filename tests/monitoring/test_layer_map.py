@@ -119,7 +119,7 @@ def test_a_map_that_cannot_be_made_ends_no_run(models, caplog, monkeypatch):
 def test_the_line_names_the_layers_that_stray_most():
     row = {"step": 7, "layer_map": {"own": [0.5, float("nan"), 0.25, 2.0, 0.1], "stream": [1, 2, 3, 4, 0.75]}}
     assert format_map(row) == (
-        "layer map (opt 7) | stray most: layers 1 (nan), 3 (2.000), 0 (0.500) | after the last layer 0.750"
+        "layer map (opt 7) | largest errors: layers 1 (nan), 3 (2.000), 0 (0.500) | after the last layer 0.750"
     )
 
 

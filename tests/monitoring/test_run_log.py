@@ -254,10 +254,10 @@ def test_ranks_share_the_file(tmp_path):
 
 def test_warnings_that_come_early_are_kept_until_it_is_known_where(tmp_path):
     with recording_warnings(rank=0) as warnings:
-        logging.getLogger("train").warning("goes on with another --kl_weight")
+        logging.getLogger("train").warning("resuming with another --kl_weight")
         warnings.write_to(tmp_path)
         logging.getLogger("train").warning("later")
-    assert [line["text"] for line in warnings_of(tmp_path)] == ["goes on with another --kl_weight", "later"]
+    assert [line["text"] for line in warnings_of(tmp_path)] == ["resuming with another --kl_weight", "later"]
 
 
 @pytest.mark.parametrize("place", ["absent", "/dev/full"])

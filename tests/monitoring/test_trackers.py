@@ -273,7 +273,7 @@ def test_nor_a_run_that_is_complete(tmp_path, played, monkeypatch, capsys):
     runs.append(Run(0))
     never = threading.Event()
     runs[0].finish = lambda exit_code: never.wait(60)
-    monkeypatch.setattr("monitoring.trackers.PATIENCE_S", 0.1)
+    monkeypatch.setattr("monitoring.trackers.UPLOAD_WAIT_S", 0.1)
     setup_logging(None, is_main=True)
     with RunLog(options(tmp_path, "--wandb"), 0, is_main=True) as log:
         log.write(row(1))

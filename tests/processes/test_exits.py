@@ -1,6 +1,8 @@
 """How an entry ends: its exit code, and one line for a signal or for what a user can correct."""
 
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,13 @@ from processes.exits import SIGNALS, Interrupted, run_entry
 
 @pytest.fixture
 def slept(monkeypatch):
-    """Returns the list of seconds that were slept, without sleeping."""
-    seconds = []
-    monkeypatch.setattr(exits, "time", SimpleNamespace(sleep=seconds.append))  # other threads may sleep
+    """Returns the seconds that this thread would have slept. Threads that earlier tests left behind do sleep."""
+    seconds, sleep, here = [], time.sleep, threading.current_thread()
+
+    def listed(s):
+        seconds.append(s) if threading.current_thread() is here else sleep(s)
+
+    monkeypatch.setattr(exits, "time", SimpleNamespace(sleep=listed))
     monkeypatch.delenv("RANK", raising=False)
     return seconds
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from evaluation import mmlu, statistics
+from evaluation import mmlu, mmlu_files, statistics
 from llamba import LlambaForCausalLM
 from presets import make_tiny, tiny_text
 from presets.tiny_teacher import Windows, orthogonal, stages, teacher_config, with_layers
@@ -43,7 +43,7 @@ def documents(name: str) -> list[str]:
 
 
 def accuracy(model, tokenizer, num_fewshot: int) -> float:
-    questions = mmlu.build_questions(mmlu.load_mmlu(TINY / "mmlu"), num_fewshot, limit=30)
+    questions = mmlu.build_questions(mmlu_files.load_mmlu(TINY / "mmlu"), num_fewshot, limit=30)
     predictions = mmlu.score(model, tokenizer, questions, batch_size=30, device=torch.device("cpu"), max_length=None)
     return statistics.aggregate(predictions)["acc"]
 
@@ -66,7 +66,7 @@ def test_both_models_have_the_same_tokenizer():
 
 
 def test_answers_follow_from_their_questions():
-    for subject in mmlu.load_mmlu(TINY / "mmlu"):
+    for subject in mmlu_files.load_mmlu(TINY / "mmlu"):
         assert (len(subject.dev), len(subject.test)) == (5, 100)
         for row in [*subject.dev, *subject.test]:
             facts = dict(FACT.findall(row.question))
@@ -77,7 +77,7 @@ def test_answers_follow_from_their_questions():
 
 
 def test_answers_are_not_all_of_one_letter():
-    rows = [row for subject in mmlu.load_mmlu(TINY / "mmlu") for row in subject.test]
+    rows = [row for subject in mmlu_files.load_mmlu(TINY / "mmlu") for row in subject.test]
     for letter in "ABCD":
         assert 0.15 < sum(row.answer == letter for row in rows) / len(rows) < 0.35
 
@@ -88,7 +88,7 @@ def test_test_questions_are_not_in_the_training_text():
     everything = "\n".join(train)
     for document in train:
         stated.update(FACT.findall(document))
-    for subject in mmlu.load_mmlu(TINY / "mmlu"):
+    for subject in mmlu_files.load_mmlu(TINY / "mmlu"):
         for row in subject.test:
             asked = ASKED.search(row.question).group(1)
             assert row.question not in everything

@@ -9,7 +9,7 @@ import numpy as np
 from report import write_page
 from report_page.page import make_page
 from report_page.run_data import distinct_names, read_options, read_run, read_runs, read_scores, read_warnings
-from report_page.tables import accuracy_table, facts_of, measure_table, warning_table
+from report_page.tables import facts_of, measure_table, scores_of_runs, warning_table
 from tests.report_page.run_folders import NASTY, build, full_run, result, row_of
 
 
@@ -99,7 +99,7 @@ def test_measures_beside_mmlu_have_rows_too(tmp_path):
     damaged = {"held_out": [], "retrieval": {}, "tasks": {"arc": {"results": None}}, "config": {"which": "student"}}
     config = {"which": "hybrid_ft", "ckpt": "/x/run/checkpoint-2"}
     run = build(tmp_path / "run", [row_of(1)], beyond={**found, "config": config}, damaged=damaged)
-    assert accuracy_table(read_runs([run])) == []
+    assert scores_of_runs(read_runs([run])) == []
     assert measure_table(read_runs([run])) == [
         ["model", "measure", "value", "step", "file"],
         ["hybrid_ft", "held-out perplexity", "20.0000", "1", "beyond.json"],

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from report_page.run_data import read_run, read_runs
-from report_page.tables import accuracy_table, facts_of, option_tables, summary_table, warning_table
+from report_page.tables import facts_of, option_tables, scores_of_runs, summary_table, warning_table
 from tests.report_page.run_folders import NASTY, build, full_run, options, row_of
 
 
@@ -66,12 +66,12 @@ def test_options_of_an_unknown_preset_are_compared_with_the_plain_defaults(tmp_p
 def test_tables_name_the_run_where_there_are_several(tmp_path):
     folders = [full_run(tmp_path / "a"), build(tmp_path / "b" / "full", [row_of(step) for step in range(1, 6)])]
     alone, both = read_runs(folders[:1]), read_runs(folders)
-    assert accuracy_table(alone) == [
+    assert scores_of_runs(alone) == [
         ["model", "MMLU accuracy ± stderr", "questions", "step", "file"],
         ["student", "0.2500 ± 0.0100", "400", "–", "eval.json"],
         ["hybrid_ft", "0.5000 ± 0.0100", "400", "10", "eval.json"],
     ]
-    assert [row[0] for row in accuracy_table(both)] == ["run", "a/full", "a/full"]
+    assert [row[0] for row in scores_of_runs(both)] == ["run", "a/full", "a/full"]
     assert warning_table(alone)[2] == ["the disk is full", "1", "0", "1970-01-01 00:10 UTC", "1970-01-01 00:10 UTC"]
     assert warning_table(both)[1][:4] == ["a/full", f"step 0: {NASTY}", "3", "0, 1"]
     table = {row[0]: row[1:] for row in summary_table(both)}

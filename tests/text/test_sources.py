@@ -30,7 +30,7 @@ def test_the_source_of_training():
 def test_the_source_of_evaluation_during_training(options, expected, flags):
     """What is not given for it is training's, and so is its flag."""
     given = [f"--eval_dataset_{word}" if i % 2 == 0 else word for i, word in enumerate(options)]
-    source = TextSource.for_evaluation(parse_train_args([*TRAIN, "--eval_interval", "5", *given]))
+    source = TextSource.for_evaluation_in_training(parse_train_args([*TRAIN, "--eval_interval", "5", *given]))
     names = SourceFlags(**{key: f"--eval_dataset_{key}" for key in flags or ["name", "subset", "split"]})
     more = {"text_field": "e", "local_files_only": True, "skip_bad_rows": True, "flags": names}
     assert source == dataclasses.replace(expected, **more)
@@ -39,7 +39,7 @@ def test_the_source_of_evaluation_during_training(options, expected, flags):
 @pytest.mark.parametrize("split,streaming", [("y", True), ("y[:9]", False)])
 def test_the_source_of_held_out(split, streaming):
     more = ["--held_out_subset", "x", "--held_out_split", split, "--held_out_text_field", "z", "--local_files_only"]
-    source = TextSource.for_held_out(parse_eval_args(["--preset", "tiny", "--held_out", "text.txt", *more]))
+    source = TextSource.for_eval_script(parse_eval_args(["--preset", "tiny", "--held_out", "text.txt", *more]))
     assert dataclasses.replace(source, flags=SourceFlags()) == TextSource(
         "text.txt", "x", split, text_field="z", streaming=streaming, local_files_only=True
     )

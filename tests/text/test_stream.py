@@ -246,7 +246,7 @@ def test_tries_without_progress_end(caplog: pytest.LogCaptureFixture):
     waits: list[float] = []
     data = Unsteady({601: 99, 1: 10}, ConnectionError("no route")).stream()
     seen: list[str] = []
-    with pytest.raises(ConnectionError, match="10 tries .* brought no further row .*no route.*; see to the connection"):
+    with pytest.raises(ConnectionError, match="10 tries .* brought no further row .*no route.*; check the connection"):
         for _, texts in stream_of(data, shuffle_buffer=0, sleep=waits.append).batches(0):
             seen += texts
     assert waits == [*WAITS_S, *WAITS_S]  # as often again once rows had come
