@@ -32,7 +32,7 @@ def make_teacher(vocab_size: int) -> LlamaForCausalLM:
     return tiny_teacher(vocab_size=vocab_size, num_hidden_layers=3, max_position_embeddings=512, initializer_range=0.2)
 
 
-def make_hybrid(student: LlambaForCausalLM, teacher: LlamaForCausalLM) -> LlambaForCausalLM:
+def assemble_hybrid(student: LlambaForCausalLM, teacher: LlamaForCausalLM) -> LlambaForCausalLM:
     """Builds the hybrid weight by weight, not by the function that the entry uses."""
     hybrid = make_student(
         student.config.vocab_size,
@@ -54,7 +54,7 @@ def save_models(root: Path) -> SimpleNamespace:
     tokenizer = AutoTokenizer.from_pretrained(TINY / "teacher")
     torch.manual_seed(0)
     teacher, student = make_teacher(len(tokenizer)), make_student(len(tokenizer))
-    hybrid, trained = make_hybrid(student, teacher), make_hybrid(student, teacher)
+    hybrid, trained = assemble_hybrid(student, teacher), assemble_hybrid(student, teacher)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamba import LlambaConfig, LlambaForCausalLM
+from model_utils import apply_replacements
 
 
 def tiny_config(**changes):
@@ -28,6 +29,24 @@ def tiny_student(**changes):
         for parameter in student.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return student
+
+
+def tiny_hybrid(dtype=torch.float32, teacher=None, **changes):
+    """Returns `tiny_student(**changes)` in `dtype` with layers 1 and 3 of a teacher, `tiny_teacher()` by default."""
+    student = tiny_student(**changes).to(dtype)
+    apply_replacements(student, teacher or tiny_teacher(), [1, 3])
+    return student
+
+
+def tiny_model(kind, vocab_size, initializer_range=0.3):
+    """Returns a "llama", a "mamba" or a "hybrid" of the two that reads 4096 tokens. The Llama's weights are so large
+    that answers differ clearly.
+    """
+    shape = dict(vocab_size=vocab_size, max_position_embeddings=4096)
+    teacher = tiny_teacher(**shape, initializer_range=initializer_range)
+    if kind == "hybrid":
+        return tiny_hybrid(teacher=teacher, vocab_size=vocab_size)
+    return teacher if kind == "llama" else tiny_student(vocab_size=vocab_size)
 
 
 def tokens(batch=2, length=21, seed=0):

@@ -2,12 +2,13 @@
 
 import pytest
 
-from tests.checkpointing.saved_checkpoints import make_hybrid, make_tokenizer
+from tests.checkpointing.saved_checkpoints import make_tokenizer
+from tests.tiny import tiny_hybrid
 
 
 @pytest.fixture(scope="module")
 def hybrid():
-    return make_hybrid()
+    return tiny_hybrid()
 
 
 @pytest.fixture(scope="module")

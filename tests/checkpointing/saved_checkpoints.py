@@ -5,8 +5,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from checkpointing.files import deal_weights, partial_dir, publish, write_common, write_part
-from model_utils import apply_replacements
-from tests.tiny import tiny_student, tiny_teacher
 
 STATE = {"micro_step": 7, "step": 3, "arguments": {"layers": [1, 3], "log_file": None, "max_lr": 1e-5}}
 
@@ -24,12 +22,6 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
-
-
-def make_hybrid(dtype=torch.float32, **changes):
-    student = tiny_student(**changes)
-    apply_replacements(student, tiny_teacher(), [1, 3])
-    return student.to(dtype)
 
 
 def shard_of(student, names, seed):

@@ -17,7 +17,8 @@ from checkpointing.files import (
     read_state,
     read_sums,
 )
-from tests.checkpointing.saved_checkpoints import contents, make_hybrid, save
+from tests.checkpointing.saved_checkpoints import contents, save
+from tests.tiny import tiny_hybrid
 
 DAMAGES = {
     "truncated": lambda content, other: content[: len(content) // 2],
@@ -52,7 +53,7 @@ def problem_of(path):
 def saved(request, tmp_path_factory, hybrid, tokenizer):
     """Returns a checkpoint and the files of a checkpoint of the same step of another run."""
     folder = tmp_path_factory.mktemp("saved")
-    other = make_hybrid(tie_embeddings=True)
+    other = tiny_hybrid(tie_embeddings=True)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)

@@ -36,8 +36,8 @@ from checkpointing.files import (
 )
 from llamba import LlambaForCausalLM
 from model_utils import freeze_student_mlps, locate_model
-from tests.checkpointing.saved_checkpoints import STATE, Killed, contents, fail, make_hybrid, save, shard_of, visible
-from tests.tiny import tokens
+from tests.checkpointing.saved_checkpoints import STATE, Killed, contents, fail, save, shard_of, visible
+from tests.tiny import tiny_hybrid, tokens
 
 # --- content -------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def test_sha256sum_reads_the_sums(tmp_path, hybrid, tokenizer, world_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip(tmp_path, tokenizer, dtype, world_size, tied):
-    student = make_hybrid(dtype, tie_embeddings=tied)
+    student = tiny_hybrid(dtype, tie_embeddings=tied)
     path = save(tmp_path, student, tokenizer, world_size=world_size)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     assert isinstance(loaded, LlambaForCausalLM)
@@ -94,7 +94,7 @@ def test_round_trip(tmp_path, tokenizer, dtype, world_size, tied):
 
 
 def test_the_index_is_true(tmp_path, tokenizer):
-    student = make_hybrid(tie_embeddings=True)
+    student = tiny_hybrid(tie_embeddings=True)
     path = save(tmp_path, student, tokenizer, world_size=3)
     index = json.loads((path / "model.safetensors.index.json").read_text())
     found = {}
@@ -109,7 +109,7 @@ def test_the_index_is_true(tmp_path, tokenizer):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_weight_is_dealt_once_and_shares_are_even(world_size, tied):
-    weights = make_hybrid(tie_embeddings=tied).state_dict()
+    weights = tiny_hybrid(tie_embeddings=tied).state_dict()
     shares = deal_weights(weights, world_size)
     dealt = [name for share in shares for name in share]
     assert len(shares) == world_size and len(dealt) == len(set(dealt))
@@ -141,7 +141,7 @@ def test_saving_leaves_the_student_as_it_was(tmp_path, hybrid, tokenizer):
 def test_the_size_of_a_checkpoint_is_known_beforehand(tmp_path, tokenizer):
     """The size follows from the shapes: all weights, and two or three float32 values per trained weight."""
     for dtype, kinds in ((torch.float32, 2), (torch.bfloat16, 3)):
-        student = make_hybrid(dtype)
+        student = tiny_hybrid(dtype)
         freeze_student_mlps(student)
         trained = [p.numel() for p in student.parameters() if p.requires_grad]
         weights = sum(p.nbytes for p in student.parameters())

@@ -24,10 +24,9 @@ from evaluation.mmlu import GROUP_OF
 from evaluation.mmlu_files import Example, Subject
 from evaluation.statistics import aggregate
 from inputs.options import PRESETS
-from model_utils import apply_replacements
 from tests.byte_tokenizers import TOKENIZERS
 from tests.evaluation.mmlu_data import write_snapshot
-from tests.tiny import tiny_student, tiny_teacher
+from tests.tiny import tiny_model
 
 REAL_MMLU = Path(__file__).parents[2] / ".." / "shared" / "data" / "mmlu"
 CPU = torch.device("cpu")
@@ -46,15 +45,6 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     return tmp_path
-
-
-def make_model(kind: str, vocab: int):
-    teacher = tiny_teacher(vocab_size=vocab, max_position_embeddings=4096, initializer_range=0.2)
-    if kind == "llama":
-        return teacher
-    student = tiny_student(vocab_size=vocab)
-    apply_replacements(student, teacher, [1, 3])
-    return student
 
 
 def make_subject(name: str, n_test: int) -> Subject:
@@ -97,7 +87,7 @@ def test_the_whole_of_mmlu_with_its_groups(hub):
     subjects = [make_subject(name, 2 + (i % 6 == 0)) for i, name in enumerate(sorted(GROUP_OF))]
     write_snapshot(hub / "cais" / "mmlu", subjects)
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
-    model = make_model("hybrid", len(tokenizer))
+    model = tiny_model("hybrid", len(tokenizer), initializer_range=0.2)
     theirs = by_lm_eval(model, tokenizer, ["mmlu"], 1, 4096)
     questions = mmlu.build_questions(mmlu_files.load_mmlu("cais/mmlu"), num_fewshot=1)
     ours = mmlu.score(model, tokenizer, questions, None, CPU, 4096)
@@ -122,7 +112,7 @@ def test_real_questions_with_five_shots(hub, kind, n):
     subjects = [Subject(s.name, s.dev, s.test[:n]) for s in mmlu_files.load_mmlu(REAL_MMLU)]
     write_snapshot(hub / "cais" / "mmlu", subjects)
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
-    model = make_model(kind, len(tokenizer))
+    model = tiny_model(kind, len(tokenizer), initializer_range=0.2)
     theirs = by_lm_eval(model, tokenizer, [f"mmlu_{s.name}" for s in subjects], 5, 4096)
     questions = mmlu.build_questions(subjects, num_fewshot=5)
     check_answers(theirs, questions, mmlu.score(model, tokenizer, questions, None, CPU, 4096))
@@ -133,7 +123,7 @@ def test_real_questions_with_five_shots(hub, kind, n):
 def test_tokenizers_of_all_kinds_and_prompts_that_are_cut(hub, kind, num_fewshot, max_length):
     subject = make_subject("anatomy", 8)
     write_snapshot(hub / "cais" / "mmlu", [subject])
-    tokenizer, model = TOKENIZERS[kind](), make_model("llama", 300)
+    tokenizer, model = TOKENIZERS[kind](), tiny_model("llama", 300, initializer_range=0.2)
     questions = mmlu.build_questions([subject], num_fewshot)
     lengths = [len(tokenizer(question.prompt).input_ids) for question in questions]
     assert max_length == 4096 or min(lengths) < max_length < max(lengths)
@@ -172,7 +162,7 @@ def arc_and_gsm8k(hub) -> None:
 
 def test_a_loaded_hybrid_does_tasks_of_choice_and_of_generation(arc_and_gsm8k):
     tokenizer = AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher")
-    model = make_model("hybrid", len(tokenizer))
+    model = tiny_model("hybrid", len(tokenizer), initializer_range=0.2)
     found = run_task("arc_challenge", model, tokenizer, 2, 512, None, 4, local_files_only=True)
     assert found["n_samples"]["arc_challenge"]["effective"] == 4
     theirs = by_lm_eval(model, tokenizer, ["arc_challenge"], 0, 512)

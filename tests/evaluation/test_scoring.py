@@ -11,9 +11,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, Mi
 from evaluation import scoring
 from evaluation.scoring import Request, Scorer
 from llamba import SharedPrefix
-from model_utils import apply_replacements
 from tests.byte_tokenizers import TOKENIZERS, byte_tokenizer
-from tests.tiny import tiny_student, tiny_teacher
+from tests.tiny import tiny_model, tiny_student
 
 VOCAB = 300  # more than the tokenizers need, as in a model whose vocabulary is padded
 CPU = torch.device("cpu")
@@ -21,25 +20,14 @@ ANSWERS = (" A", " B", " C", " D")
 HEAD = "Once upon a time.\n"
 
 
-def make_model(kind: str):
-    """Returns a model with weights so large that answers differ clearly."""
-    teacher = tiny_teacher(vocab_size=VOCAB, max_position_embeddings=1024, initializer_range=0.3)
-    if kind == "llama":
-        return teacher
-    student = tiny_student(vocab_size=VOCAB)
-    if kind == "hybrid":
-        apply_replacements(student, teacher, [1, 3])
-    return student
-
-
 @pytest.fixture(scope="module", params=["llama", "hybrid", "mamba"])
 def model(request):
-    return make_model(request.param)
+    return tiny_model(request.param, VOCAB)
 
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    return make_model("llama")
+    return tiny_model("llama", VOCAB)
 
 
 def make_requests(head: str = HEAD, n: int = 10) -> list[Request]:
@@ -231,7 +219,7 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(llama):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "hybrid", "mamba"])
 def test_a_shared_prefix_serves_batch_after_batch(kind):
-    model = make_model(kind)
+    model = tiny_model(kind, VOCAB)
     ids = torch.randint(0, VOCAB, (7, 19), generator=torch.Generator().manual_seed(3))
     ids[:, :11] = ids[:1, :11]
     prefix = model(ids[:1, :11], use_cache=True).past_key_values

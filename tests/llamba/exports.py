@@ -8,21 +8,13 @@ from transformers import AutoTokenizer
 
 from arguments import parse_train_args
 from checkpointing.files import deal_weights, partial_dir, publish, write_common, write_part
-from model_utils import apply_replacements
-from tests.tiny import tiny_student, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "presets" / "tiny" / "teacher"
+VOCAB = 1024  # the tokenizer of TEACHER has at most as many entries
 WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 RUN = ["--teacher_model", "meta-llama/Llama-3.1-8B-Instruct", "--student_model", "./somewhere/student"]
 RUN += ["--layers", "1", "3", "--output_dir", "somewhere"]
-
-
-def make_hybrid(dtype=torch.float32):
-    """Returns a tiny hybrid with layers 1 and 3 of a teacher, always the same one."""
-    student = tiny_student(vocab_size=1024).to(dtype)
-    apply_replacements(student, tiny_teacher(vocab_size=1024), [1, 3])
-    return student
 
 
 def save_checkpoint(folder, student, world_size, options=RUN):

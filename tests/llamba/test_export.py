@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from llamba import LlambaForCausalLM, card, export
 from llamba.export import main
 from model_utils import get_configs, get_student_model, get_tokenizer, locate_model
-from tests.llamba.exports import ROOT, TEACHER, WEIGHTS, make_hybrid, save_checkpoint
-from tests.tiny import tiny_student, tokens
+from tests.llamba.exports import ROOT, TEACHER, VOCAB, WEIGHTS, save_checkpoint
+from tests.tiny import tiny_hybrid, tiny_student, tokens
 
 CODE = {"cache.py", "configuration.py", "kernels.py", "mixer.py", "modeling.py", "ssd.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -31,7 +31,7 @@ KERNEL_CHOICE = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")  # logits are bitwis
 
 @pytest.fixture(scope="module")
 def hybrid():
-    return make_hybrid()
+    return tiny_hybrid(vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ FRESH = """
 def fresh(exported, hybrid, tmp_path_factory):
     """Loads a float32 hybrid in shards and a bfloat16 one in one file, as a user without this repository does."""
     folder = tmp_path_factory.mktemp("fresh")
-    half = save_checkpoint(folder / "run", make_hybrid(torch.bfloat16), world_size=1)
+    half = save_checkpoint(folder / "run", tiny_hybrid(torch.bfloat16, vocab_size=VOCAB), world_size=1)
     assert main([str(half), str(folder / "half")]) == 0
     script = folder / "script.py"
     script.write_text(textwrap.dedent(FRESH))
@@ -115,7 +115,7 @@ def test_a_fresh_process_has_nothing_of_this_repository(fresh):
 
 @pytest.mark.parametrize("name,dtype", [("my-hybrid.v1", torch.float32), ("half", torch.bfloat16)])
 def test_a_fresh_process_gives_the_same(fresh, name, dtype):
-    model = make_hybrid(dtype)
+    model = tiny_hybrid(dtype, vocab_size=VOCAB)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         expected = model(ids).logits

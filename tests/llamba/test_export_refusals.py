@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llamba.export import main
-from tests.llamba.exports import TEACHER, WEIGHTS, make_hybrid, save_checkpoint
-from tests.tiny import tiny_student
+from tests.llamba.exports import TEACHER, VOCAB, WEIGHTS, save_checkpoint
+from tests.tiny import tiny_hybrid, tiny_student
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("run"), make_hybrid(), world_size=2)
+    return save_checkpoint(tmp_path_factory.mktemp("run"), tiny_hybrid(vocab_size=VOCAB), world_size=2)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from llamba import LlambaForCausalLM
 from model_utils import apply_replacements
-from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
+from tests.tiny import tiny_config, tiny_hybrid, tiny_student, tokens
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden vectors are not at {GOLDEN}")
@@ -23,9 +23,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(scope="module")
 def hybrid():
-    student = tiny_student()
-    apply_replacements(student, tiny_teacher(), [1, 3])
-    return student
+    return tiny_hybrid()
 
 
 # --- the official mixer --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from arguments import parse_train_args
 from distillation.teacher import ColocatedTeacher, Teacher
 from model_utils import apply_replacements, check_layer_map
 from monitoring.layer_map import MOST_TOKENS, LayerMap, format_map, layer_map
-from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
+from tests.tiny import tiny_config, tiny_hybrid, tiny_student, tiny_teacher, tokens
 from text.batch import Batch
 
 CPU = torch.device("cpu")
@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def models():
     teacher = tiny_teacher()
-    student = tiny_student()
-    apply_replacements(student, teacher, [1, 3])
-    return student.eval(), Teacher(teacher, "hidden", vocab=50)
+    return tiny_hybrid(teacher=teacher), Teacher(teacher, "hidden", vocab=50)
 
 
 def relative(wrong, scale):

@@ -68,7 +68,7 @@ def options(folder, size, text):
     return [*usual, *models, "--loss_chunk_tokens", "64", "--save_interval", "0", *text.split()]
 
 
-def save_models(folder, size, d_model, n_heads):
+def save_teacher_and_student(folder, size, d_model, n_heads):
     torch.manual_seed(0)
     shape = dict(vocab_size=VOCAB[size], num_hidden_layers=4, hidden_size=d_model, intermediate_size=2 * d_model)
     LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2)).save_pretrained(
@@ -87,8 +87,8 @@ def save_models(folder, size, d_model, n_heads):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    save_models(folder, "wide", d_model=256, n_heads=16)
-    save_models(folder, "narrow", d_model=128, n_heads=16)
+    save_teacher_and_student(folder, "wide", d_model=256, n_heads=16)
+    save_teacher_and_student(folder, "narrow", d_model=128, n_heads=16)
     return folder
 
 
