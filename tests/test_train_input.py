@@ -16,7 +16,7 @@ def models(tmp_path_factory):
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def fail(models, tmp_path, monkeypatch, **changes):
+def error_of_run(models, tmp_path, monkeypatch, **changes):
     """Returns the error of a run in this process, which must come before any weight is read."""
     for loader in ("get_student_model", "get_teacher_model"):
         monkeypatch.setattr(distillation.models, loader, lambda *a, **k: pytest.fail("a model was loaded"))
@@ -51,20 +51,20 @@ def fail(models, tmp_path, monkeypatch, **changes):
     ],
 )
 def test_bad_input_is_one_clear_error_before_a_model_is_loaded(models, tmp_path, monkeypatch, changes, words):
-    message = fail(models, tmp_path, monkeypatch, **changes)
+    message = error_of_run(models, tmp_path, monkeypatch, **changes)
     for word in words:
         assert word in message
 
 
 def test_a_tokenizer_that_is_too_large_for_the_student(models, tmp_path, monkeypatch):
     tiny_student(vocab_size=96).save_pretrained(tmp_path / "small")
-    message = fail(models, tmp_path, monkeypatch, student_model=tmp_path / "small")
+    message = error_of_run(models, tmp_path, monkeypatch, student_model=tmp_path / "small")
     assert "--student_model" in message and "96" in message
 
 
 def test_an_output_directory_with_results_is_left_alone(models, tmp_path, monkeypatch):
     (tmp_path / "out" / "checkpoint-30").mkdir(parents=True)
-    assert "checkpoint-30" in fail(models, tmp_path, monkeypatch)
+    assert "checkpoint-30" in error_of_run(models, tmp_path, monkeypatch)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-30", ".lock"}
     assert list((tmp_path / "out" / "checkpoint-30").iterdir()) == []
 

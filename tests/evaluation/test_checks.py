@@ -23,7 +23,7 @@ def options(models) -> dict[str, list[str]]:
     return options_of(models.root)
 
 
-def error_of(options: dict[str, list[str]]) -> str:
+def error_of_checks(options: dict[str, list[str]]) -> str:
     """Returns the message of a call that has to fail before any model is loaded: only the checks run here."""
     with pytest.raises(ValueError) as caught:
         check_inputs(parse_eval_args(command_line(options)))
@@ -67,7 +67,7 @@ def error_of(options: dict[str, list[str]]) -> str:
 )
 def test_bad_options_are_reported_before_a_model_is_loaded(change, expected, options):
     options = {name: values for name, values in (options | change).items() if values is not None}
-    message = error_of(options)
+    message = error_of_checks(options)
     for part in expected:
         assert part in message
 
@@ -89,7 +89,7 @@ def test_a_link_is_followed_once(models, options, tmp_path):
 
 def test_a_tokenizer_that_does_not_match_the_student(models, options, tmp_path):
     make_student(len(models.tokenizer) - 200).save_pretrained(tmp_path)
-    assert "--student_model has a vocabulary of 900" in error_of({**options, "student_model": [str(tmp_path)]})
+    assert "--student_model has a vocabulary of 900" in error_of_checks({**options, "student_model": [str(tmp_path)]})
 
 
 def test_a_teacher_whose_config_does_not_say_its_context(models, options):
@@ -97,7 +97,7 @@ def test_a_teacher_whose_config_does_not_say_its_context(models, options):
     student = {"which": ["teacher"], "teacher_model": [str(models.root / "with_tokenizer")]}
     shutil.copytree(models.root / "student", models.root / "with_tokenizer")
     models.tokenizer.save_pretrained(models.root / "with_tokenizer")
-    assert "--max_length: not given" in error_of({**options, **student})
+    assert "--max_length: not given" in error_of_checks({**options, **student})
     inputs = check_inputs(parse_eval_args(command_line({**options, **student, "max_length": ["400"]})))
     assert inputs.max_length == 400
 
@@ -118,7 +118,7 @@ def test_ranks_that_read_different_questions_are_an_error(options):
 
 def test_a_llama_is_no_student_and_no_checkpoint(models, options):
     llama = [str(models.root / "teacher")]
-    message = error_of(options | {"student_model": llama, "ckpt": llama})
+    message = error_of_checks(options | {"student_model": llama, "ckpt": llama})
     assert f"--student_model {llama[0]}: " in message and f"--ckpt {llama[0]}: " in message
     assert message.count("expected 'llamba'") == 2
 
@@ -126,11 +126,11 @@ def test_a_llama_is_no_student_and_no_checkpoint(models, options):
 def test_a_teacher_without_tokenizer_is_named(models, options, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(models.root / "teacher", bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    message = error_of(options | {"teacher_model": [str(bare)]})
+    message = error_of_checks(options | {"teacher_model": [str(bare)]})
     assert f"--teacher_model {bare}: cannot read its tokenizer" in message
 
 
 def test_a_hybrid_is_no_student_to_make_a_hybrid_of(options):
     options |= {"student_model": options["ckpt"]}
-    assert "--which hybrid: --student_model" in error_of(options)
+    assert "--which hybrid: --student_model" in error_of_checks(options)
     assert check_inputs(parse_eval_args(command_line(options | {"which": ["student"]}))).models == ["student"]

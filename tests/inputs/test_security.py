@@ -3,7 +3,6 @@ clear error. With real files, crafted by hand.
 """
 
 import json
-import os
 import pickle
 import resource
 import shutil
@@ -16,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from llamba.configuration import MOST_LAYERS
 from model_utils import get_configs, get_student_model, get_teacher_model, get_tokenizer, locate_model
+from tests.model_files import Command, change_json
 from tests.tiny import tiny_student, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +41,6 @@ def teacher(tmp_path):
 @pytest.fixture
 def no_terminal(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
-
-
-def change(file, **changes):
-    """Changes values of a JSON file; "outer.inner" goes one level down."""
-    content = json.loads(file.read_text())
-    for name, value in changes.items():
-        *outer, last = name.split(".")
-        target = content[outer[0]] if outer else content
-        target[last] = value
-    file.write_text(json.dumps(content))
 
 
 def error_of(function, *inputs):
@@ -85,8 +75,8 @@ def add_code(folder, marker):
 def test_code_of_a_known_architecture_is_left_alone(student, teacher, tmp_path, no_terminal):
     marker = tmp_path / "marker"
     for folder in (student, teacher):
-        change(folder / "config.json", auto_map=add_code(folder, marker))
-    change(teacher / "tokenizer_config.json", auto_map=add_code(teacher, marker))
+        change_json(folder / "config.json", auto_map=add_code(folder, marker))
+    change_json(teacher / "tokenizer_config.json", auto_map=add_code(teacher, marker))
     assert [config.model_type for config in get_configs(str(teacher), str(student))] == ["llama", "llamba"]
     load(student)
     get_teacher_model(str(teacher), torch.float32, CPU)
@@ -98,7 +88,7 @@ def test_code_of_a_known_architecture_is_left_alone(student, teacher, tmp_path, 
 
 def test_an_architecture_that_is_only_code_is_refused(student, teacher, tmp_path, no_terminal):
     marker = tmp_path / "marker"
-    change(teacher / "config.json", auto_map=add_code(teacher, marker), model_type="evil")
+    change_json(teacher / "config.json", auto_map=add_code(teacher, marker), model_type="evil")
     message = error_of(get_configs, str(teacher), str(student))
     assert f"--teacher_model {teacher}" in message and "custom code" in message
     with pytest.raises(ValueError, match="custom code"):
@@ -111,7 +101,7 @@ def test_a_tokenizer_that_is_only_code_is_refused(teacher, tmp_path, no_terminal
     marker = tmp_path / "marker"
     add_code(teacher, marker)
     auto_map = {"AutoTokenizer": [f"{where}.Tokenizer", None]}
-    change(teacher / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="Tokenizer")
+    change_json(teacher / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="Tokenizer")
     assert f"--teacher_model {teacher}: cannot read its tokenizer" in error_of(
         get_tokenizer, "--teacher_model", str(teacher)
     )
@@ -126,16 +116,6 @@ def test_nonsense_for_a_tokenizer(teacher, file, content):
 
 
 # --- weights that are pickles --------------------------------------------------------------------------------
-
-
-class Command:
-    """Runs a command when a loader unpickles it."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
 
 
 def as_bin(folder):
@@ -266,7 +246,7 @@ def test_nonsense_for_an_index(student, content):
 
 def test_a_config_that_names_weights_elsewhere(student):
     shutil.copy(student / "model.safetensors", student.parent / "stolen.safetensors")
-    change(student / "config.json", transformers_weights="../stolen.safetensors")
+    change_json(student / "config.json", transformers_weights="../stolen.safetensors")
     with pytest.raises(ValueError, match="inside the model directory"):
         load(student)
 
@@ -315,7 +295,7 @@ def test_a_student_of_absurd_values(teacher, student, name, little_memory, no_we
     config = (student / "config.json").read_text()
     values = NO_SIZE if name in SIZES else [HUGE, "x", ["x"], {"a": {"b": [1]}}]
     for value in values:
-        change(student / "config.json", **{name: value})
+        change_json(student / "config.json", **{name: value})
         message = error_of(get_configs, str(teacher), str(student))
         assert f"--student_model {student}" in message and name.split(".")[0] in message, value
         (student / "config.json").write_text(config)
@@ -335,7 +315,7 @@ TEACHER_SIZES = [
 def test_a_teacher_of_absurd_values(teacher, student, name, little_memory, no_weights_are_read):
     config = (teacher / "config.json").read_text()
     for value in [HUGE, -1, 0, "32", 1.5, [32], {"a": {"b": [1]}}]:
-        change(teacher / "config.json", **{name: value})
+        change_json(teacher / "config.json", **{name: value})
         assert f"--teacher_model {teacher}" in error_of(get_configs, str(teacher), str(student)), value
         (teacher / "config.json").write_text(config)
 
@@ -353,7 +333,7 @@ def test_a_teacher_of_absurd_values(teacher, student, name, little_memory, no_we
     ids=str,
 )
 def test_a_teacher_that_cannot_be_built(teacher, student, changes):
-    change(teacher / "config.json", **changes)
+    change_json(teacher / "config.json", **changes)
     assert f"--teacher_model {teacher}" in error_of(get_configs, str(teacher), str(student))
 
 
@@ -361,9 +341,9 @@ def test_a_teacher_that_cannot_be_built(teacher, student, changes):
 def test_a_hybrid_whose_attention_cannot_be_built(teacher, student, changes):
     given = json.loads((teacher / "config.json").read_text())
     attention = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "rms_norm_eps": given["rms_norm_eps"]}
-    change(student / "config.json", attention_layers=[1], attention_cfg={**attention, "intermediate_size": 40})
+    change_json(student / "config.json", attention_layers=[1], attention_cfg={**attention, "intermediate_size": 40})
     get_configs(str(teacher), str(student))
-    change(student / "config.json", attention_cfg={**attention, "intermediate_size": 40, **changes})
+    change_json(student / "config.json", attention_cfg={**attention, "intermediate_size": 40, **changes})
     assert f"--student_model {student}" in error_of(get_configs, str(teacher), str(student))
 
 
@@ -372,16 +352,16 @@ def test_sizes_far_beyond_the_weights_on_disk(teacher, student, role, little_mem
     """Each size alone could be real, but transformers would allocate all weights before it reports missing ones."""
     sizes = {"teacher": {"hidden_size": 2**16, "num_hidden_layers": 100}, "student": {"d_model": 2**18, "n_layer": 100}}
     folder = {"teacher": teacher, "student": student}[role]
-    change(folder / "config.json", **sizes[role])
+    change_json(folder / "config.json", **sizes[role])
     message = error_of(get_configs, str(teacher), str(student))
     assert f"--{role}_model {folder}: its config.json asks for" in message and "bytes" in message
 
 
 def test_too_many_layers_are_refused(teacher, student):
     for folder, name in ((teacher, "num_hidden_layers"), (student, "n_layer")):
-        change(folder / "config.json", **{name: MOST_LAYERS + 1})
+        change_json(folder / "config.json", **{name: MOST_LAYERS + 1})
         assert f"1 to {MOST_LAYERS}" in error_of(get_configs, str(teacher), str(student))
-        change(folder / "config.json", **{name: 4})
+        change_json(folder / "config.json", **{name: 4})
 
 
 def test_a_teacher_of_another_architecture_is_built_for_the_trial(tmp_path, student):

@@ -1,6 +1,5 @@
 """What `python -m llamba.export` refuses: one line on standard error, before anything is written."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llamba.export import main
 from tests.llamba.exports import TEACHER, VOCAB, WEIGHTS, save_checkpoint
+from tests.model_files import Command, change_json
 from tests.tiny import tiny_hybrid, tiny_student
 
 
@@ -25,17 +25,13 @@ def checkpoint(original, tmp_path):
     return Path(shutil.copytree(original, tmp_path / "checkpoint-24"))
 
 
-def error_of(capsys, *command_line):
+def export_error(capsys, *command_line):
     """Returns the one line on standard error of a call that fails."""
     assert main([str(word) for word in command_line]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     return captured.err
-
-
-def change(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def cut_short(file):
@@ -70,22 +66,31 @@ DAMAGE = {
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
     "llama": (lambda f: shutil.copy(TEACHER / "config.json", f), "model_type 'llama'; expected 'llamba'"),
     "no type": (lambda f: (f / "config.json").write_text("{}"), "model_type None; expected 'llamba'"),
-    "no model": (lambda f: change(f / "config.json", n_layer=0), "n_layer=0: expected a whole number"),
-    "edited": (lambda f: change(f / "config.json", norm_epsilon=1e-3), "config.json is not what was written"),
+    "no model": (lambda f: change_json(f / "config.json", n_layer=0), "n_layer=0: expected a whole number"),
+    "edited": (lambda f: change_json(f / "config.json", norm_epsilon=1e-3), "config.json is not what was written"),
     "no shard": (lambda f: (f / WEIGHTS[1]).unlink(), f"weight shards are missing: {WEIGHTS[1]}"),
     "no weights": (lambda f: [file.unlink() for file in f.glob("model*")], "has no weights"),
     "no map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
     "path": (
-        lambda f: change(f / "model.safetensors.index.json", weight_map={"a": "../b.safetensors"}),
+        lambda f: change_json(f / "model.safetensors.index.json", weight_map={"a": "../b.safetensors"}),
         "names ../b.safetensors; expected names of files beside it",
     ),
     "cut short": (lambda f: cut_short(f / WEIGHTS[0]), f"{WEIGHTS[0]} cannot be read as weights"),
     "empty": (lambda f: (f / WEIGHTS[0]).write_bytes(b""), f"{WEIGHTS[0]} cannot be read as weights"),
     "lacking": (drop_a_weight, "missing: "),
-    "misshapen": (without_sums(lambda f: change(f / "config.json", vocab_size=512)), "misshapen: backbone.embedding"),
-    "unexpected": (without_sums(lambda f: change(f / "config.json", n_layer=3, attention_layers=[1])), "unexpected: "),
+    "misshapen": (
+        without_sums(lambda f: change_json(f / "config.json", vocab_size=512)),
+        "misshapen: backbone.embedding",
+    ),
+    "unexpected": (
+        without_sums(lambda f: change_json(f / "config.json", n_layer=3, attention_layers=[1])),
+        "unexpected: ",
+    ),
     "weights": (lambda f: flip_a_byte(f / WEIGHTS[1]), f"{WEIGHTS[1]} is not what was written"),
-    "tokenizer": (lambda f: change(f / "tokenizer_config.json", a=1), "tokenizer_config.json is not what was written"),
+    "tokenizer": (
+        lambda f: change_json(f / "tokenizer_config.json", a=1),
+        "tokenizer_config.json is not what was written",
+    ),
     "sums": (lambda f: (f / "SHA256SUMS").write_text("?\n"), "SHA256SUMS is not a list"),
     "state": (without_sums(lambda f: (f / "training_state.json").write_text("{}")), "training_state.json is not that"),
 }
@@ -94,7 +99,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage,message", DAMAGE.values(), ids=DAMAGE)
 def test_a_checkpoint_that_cannot_be_exported(checkpoint, tmp_path, capsys, damage, message):
     damage(checkpoint)
-    error = error_of(capsys, checkpoint, tmp_path / "out")
+    error = export_error(capsys, checkpoint, tmp_path / "out")
     assert f"CKPT {checkpoint}: " in error and message in error
     assert list(tmp_path.iterdir()) == [checkpoint]
 
@@ -103,31 +108,21 @@ def test_a_checkpoint_that_cannot_be_exported(checkpoint, tmp_path, capsys, dama
 def test_a_bin_file_that_holds_no_weights(tmp_path, capsys, content):
     tiny_student().config.save_pretrained(tmp_path / "bin")
     torch.save(content, tmp_path / "bin" / "pytorch_model.bin")
-    error = error_of(capsys, tmp_path / "bin", tmp_path / "out")
+    error = export_error(capsys, tmp_path / "bin", tmp_path / "out")
     assert f"CKPT {tmp_path / 'bin'}: pytorch_model.bin cannot be read as weights" in error
-
-
-class Command:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
 
 
 def test_a_bin_file_that_runs_code_is_refused(tmp_path, capsys):
     tiny_student().config.save_pretrained(tmp_path / "bin")
     torch.save({"a": Command(tmp_path / "marker")}, tmp_path / "bin" / "pytorch_model.bin")
-    assert "pytorch_model.bin cannot be read as weights" in error_of(capsys, tmp_path / "bin", tmp_path / "out")
+    assert "pytorch_model.bin cannot be read as weights" in export_error(capsys, tmp_path / "bin", tmp_path / "out")
     assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_a_checkpoint_that_is_no_directory(tmp_path, capsys, name):
     (tmp_path / "file").touch()
-    error = error_of(capsys, tmp_path / name, tmp_path / "out")
+    error = export_error(capsys, tmp_path / name, tmp_path / "out")
     assert f"CKPT {tmp_path / name}: is not a directory; expected a checkpoint" in error
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
@@ -138,9 +133,9 @@ def test_an_out_that_is_taken(original, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("full", "file", "link"):
-        error = error_of(capsys, original, tmp_path / name)
+        error = export_error(capsys, original, tmp_path / name)
         assert f"OUT {tmp_path / name}: exists and is not an empty directory; name another" in error
-    assert f"OUT {tmp_path / 'file' / 'out'}: cannot be written" in error_of(
+    assert f"OUT {tmp_path / 'file' / 'out'}: cannot be written" in export_error(
         capsys, original, tmp_path / "file" / "out"
     )
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "full", "link", "mine"]
@@ -158,7 +153,7 @@ def test_out_appears_whole_or_not_at_all(original, tmp_path, capsys, monkeypatch
         return sync
 
     monkeypatch.setattr(os, "fsync", fail(OSError(28, "No space left on device")))
-    assert f"OUT {tmp_path / 'out'}: cannot be written: [Errno 28] No space" in error_of(
+    assert f"OUT {tmp_path / 'out'}: cannot be written: [Errno 28] No space" in export_error(
         capsys, original, tmp_path / "out"
     )
     monkeypatch.setattr(os, "fsync", fail(KeyboardInterrupt()))

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from preflight.checks import loss, models, storage
 from preflight.checks.basics import FAILURE, OK, WARNING, run_check
+from tests.model_files import change_json
 from tests.preflight.cases import TINY, checkpoint_of, found, planned, raise_, statuses, the_bad_one
 
 
@@ -20,10 +21,6 @@ def copy_of(tmp_path):
         return Path(shutil.copytree(TINY / role, tmp_path / role))
 
     return make
-
-
-def change_json(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
