@@ -41,13 +41,22 @@ def no_process_group_is_left():
 
 @pytest.fixture(autouse=True)
 def loggers_as_they_were():
-    """Restores the loggers, which an entry sets up for good."""
+    """Restores the loggers, which an entry sets up for good, and closes the handlers that a test has added."""
     loggers = [logging.getLogger(name) for name in ("train", "llamba")]
     before = [(log.level, log.propagate, log.handlers[:]) for log in loggers]
     yield
     for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        for handler in set(log.handlers) - set(handlers):
+            handler.close()
         log.setLevel(level)
         log.propagate, log.handlers = propagate, handlers
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Gives the test its own cache of `datasets`, and returns the folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    return tmp_path / "hf"
 
 
 @pytest.fixture

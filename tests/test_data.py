@@ -28,16 +28,13 @@ from tests.text.documents import (
     random_documents,
     record_encoded,
     small_tokenizer,
-    wait_until,
     windows_of,
     write_jsonl,
 )
+from tests.waiting import wait_until
 from text import encoding
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ---- batches, ranks, epochs

@@ -1,4 +1,4 @@
-"""Logging, clocks and the background thread."""
+"""Logging, clocks, the background thread and the thread that draws ahead."""
 
 import logging
 import threading
@@ -10,20 +10,9 @@ import torch
 import transformers
 
 import utils
-from utils import BackgroundThread, Stopwatch, TimedIterator, describe_environment, setup_logging
-
-
-@pytest.fixture(autouse=True)
-def own_loggers():
-    """Restores the loggers and closes the handlers that a test has added."""
-    logs = [logging.getLogger(name) for name in ("train", "llamba")]
-    before = [(log.handlers[:], log.level, log.propagate) for log in logs]
-    yield
-    for log, (handlers, level, propagate) in zip(logs, before, strict=True):
-        for handler in set(log.handlers) - set(handlers):
-            handler.close()
-        log.handlers[:], log.level, log.propagate = handlers, level, propagate
-
+from tests.text.documents import ahead_threads
+from tests.waiting import wait_until
+from utils import BackgroundThread, Stopwatch, TimedIterator, describe_environment, run_ahead, setup_logging
 
 # --- logging -------------------------------------------------------------------------------------------------
 
@@ -154,3 +143,36 @@ def test_closing_waits_for_what_was_submitted():
         thread.submit(lambda n=n: time.sleep(0.02) or done.append(n))
     thread.close()
     assert done == [0, 1, 2]
+
+
+# --- a thread that draws ahead -------------------------------------------------------------------------------
+
+
+def test_run_ahead_draws_before_it_is_asked_but_not_without_bound():
+    drawn = []
+    ahead = run_ahead((drawn.append(i) or i for i in range(100)), depth=4)
+    assert next(ahead) == 0
+    wait_until(lambda: len(drawn) >= 6)  # one taken, four waiting, one in hand
+    time.sleep(0.2)
+    assert len(drawn) == 6
+    assert list(ahead) == list(range(1, 100))
+    assert ahead_threads() == 0
+
+
+def test_run_ahead_raises_the_threads_error_after_what_came_before():
+    def items():
+        yield 1
+        raise ValueError("row 7")
+
+    ahead = run_ahead(items(), depth=4)
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="row 7"):
+        next(ahead)
+    assert ahead_threads() == 0
+
+
+def test_run_ahead_ends_its_thread_when_the_consumer_breaks_off():
+    for i in run_ahead(iter(range(10**9)), depth=2):
+        if i == 3:
+            break
+    assert ahead_threads() == 0

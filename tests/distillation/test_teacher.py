@@ -1,7 +1,6 @@
-"""The ways to the teacher's answers: what comes back, who works while whom, and how a failure is told."""
+"""The ways to the teacher's answers: what comes back, who works while whom, and how a failure is reported."""
 
 import threading
-import time
 import weakref
 
 import pytest
@@ -23,6 +22,7 @@ from tests import fresh
 from tests.distillation import lane_ranks
 from tests.distillation.lane_ranks import StandIn
 from tests.tiny import tiny_teacher, tokens
+from tests.waiting import wait_until
 from text.batch import Batch
 
 CPU = torch.device("cpu")
@@ -93,10 +93,7 @@ class Announcing(StandIn):
 def test_the_lane_lets_go_of_an_answer_once_it_is_taken(ranks):
     lane = TeacherLane(StandIn(fails_at=0), ranks)
     answer = weakref.ref(lane.submit(batches(1)[0].input_ids).result())
-    deadline = time.monotonic() + 30  # its thread may still be about to
-    while answer() is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert answer() is None
+    wait_until(lambda: answer() is None, seconds=30)  # its thread may still be about to release it
     lane.close()
 
 

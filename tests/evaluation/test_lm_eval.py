@@ -39,10 +39,9 @@ def nothing_of_the_environment(monkeypatch):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """Sets up a directory whose folders stand in for data sets of the hub, and a cache of its own."""
+def hub(tmp_path, monkeypatch, own_cache) -> Path:
+    """Sets up a directory whose folders stand in for data sets of the hub."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     return tmp_path
 

@@ -11,18 +11,11 @@ from evaluation import mmlu, mmlu_files
 from evaluation.mmlu import GROUP_OF, Question
 from evaluation.mmlu_files import Example, Subject
 from tests.byte_tokenizers import TOKENIZERS
-from tests.evaluation.mmlu_data import GEOGRAPHY, LOGIC, write_mmlu
 from tests.tiny import tiny_teacher
 
 REAL_MMLU = Path(__file__).parents[2] / ".." / "shared" / "data" / "mmlu"
 VOCAB = 300  # more than the tokenizers below need, as in a model whose vocabulary is padded
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def mmlu_dir(tmp_path: Path) -> Path:
-    files = {"dev/world_geography_dev": GEOGRAPHY, "test/world_geography_test": GEOGRAPHY[::-1]}
-    return write_mmlu(tmp_path / "mmlu", files | {"dev/logic_dev": LOGIC, "test/logic_test": LOGIC})
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,6 @@ from evaluation import mmlu_files
 from evaluation.mmlu_files import load_mmlu
 from tests.evaluation.mmlu_data import GEOGRAPHY, LOGIC, write_mmlu, write_parquet, write_snapshot
 
-
-@pytest.fixture
-def mmlu_dir(tmp_path: Path) -> Path:
-    files = {"dev/world_geography_dev": GEOGRAPHY, "test/world_geography_test": GEOGRAPHY[::-1]}
-    return write_mmlu(tmp_path / "mmlu", files | {"dev/logic_dev": LOGIC, "test/logic_test": LOGIC})
-
-
 # The original release
 
 
@@ -161,14 +154,13 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_question(mmlu_dir):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path, mmlu_dir, snapshot):
+def hub(monkeypatch, own_cache, mmlu_dir, snapshot):
     """Stands in for the hub: `datasets` gets a local folder instead of the name, and the cache is empty."""
     card = ["---", "configs:", "- config_name: all", "  data_files:"]
     card += [line for split in ("dev", "test") for line in (f"  - split: {split}", f"    path: all/{split}-*")]
     put_all_together(snapshot, load_mmlu(mmlu_dir))
     (snapshot / "README.md").write_text("\n".join([*card, "---", ""]))
     monkeypatch.setattr(mmlu_files, "HUB_NAME", str(snapshot))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def nothing_in_the_cache(*args, **kwargs):
         raise FileNotFoundError("not in the cache")

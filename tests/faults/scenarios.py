@@ -23,6 +23,7 @@ from monitoring.health import SpikeWatch
 from tests.faults.traps import trap
 from tests.launch import Launch
 from tests.small_runs import make_models, options
+from tests.waiting import wait_until
 from text import encoding
 
 FORWARD = (training_utils.DistillationModel, "forward")
@@ -60,12 +61,6 @@ def on_rank(rank: int, act: Callable[[], None]) -> Callable[[int], None]:
 
 def at_micro_step(n: int, act: Callable[[], None]) -> None:
     trap(*FORWARD, SETTLING + n, act)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def signal_self(number: int) -> Callable[[], None]:
@@ -321,16 +316,16 @@ def another_run(scene: Scene) -> None:
 
 def two_at_once(scene: Scene) -> None:
     """Starts a second run in the directory of a run that waits in its second micro step meanwhile."""
-    is_training, may_go_on = scene.folder / "is-training", scene.folder / "may-go-on"
+    is_training, may_continue = scene.folder / "is-training", scene.folder / "may-continue"
 
     def wait_for_the_second() -> None:
         is_training.touch()
-        wait_until(may_go_on.exists)
+        wait_until(may_continue.exists, seconds=200)
 
     first = scene.launch(1, lambda rank: at_micro_step(2, wait_for_the_second), max_steps=3)
-    wait_until(lambda: is_training.exists() or first.ended())
+    wait_until(lambda: is_training.exists() or first.ended(), seconds=200)
     Launch(options(scene.models, scene.output), 1, scene.folder / "second.log").wait()
-    may_go_on.touch()
+    may_continue.touch()
     scene.wait(first)
 
 

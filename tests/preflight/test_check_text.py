@@ -12,11 +12,6 @@ from preflight.checks.basics import FAILURE, OK, WARNING, PlannedRun, run_check
 from tests.preflight.cases import TINY, found, full_disk, planned, statuses, the_bad_one
 
 
-@pytest.fixture
-def datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def rows(path, *texts):
     path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
     return path
@@ -26,7 +21,7 @@ ENOUGH = ("--seq_length", 3, "--batch_size", 1, "--grad_accumulation_steps", 1, 
 
 
 @pytest.mark.parametrize("streaming", ["--dataset_streaming", "--no_dataset_streaming"])
-def test_text_that_can_be_read(tmp_path, datasets_cache, streaming):
+def test_text_that_can_be_read(tmp_path, own_cache, streaming):
     file = rows(tmp_path / "text.jsonl", "abcd", "", "abcdef")
     finding, empty = found(text_checks.check_data, "--dataset_name", file, streaming, *ENOUGH)
     assert finding.status == OK and "2 of the first 3 rows have text, of 5 characters" in finding.found
@@ -42,7 +37,7 @@ def test_text_that_can_be_read(tmp_path, datasets_cache, streaming):
         (("--dataset_split", "train[:50%]", "--dataset_streaming"), "--dataset_split"),
     ],
 )
-def test_text_that_cannot_be_read(tmp_path, datasets_cache, options, word):
+def test_text_that_cannot_be_read(tmp_path, own_cache, options, word):
     file = rows(tmp_path / "text.jsonl", "abcd")
     options = ("--dataset_name", file, "--no_dataset_streaming", *options)
     assert word in the_bad_one(found(text_checks.check_data, *options)).found
@@ -57,7 +52,7 @@ def test_text_that_cannot_be_read(tmp_path, datasets_cache, options, word):
         (("--no_dataset_streaming", "--batch_size", 2, "--grad_accumulation_steps", 4, "--epochs", 2), 32),
     ],
 )
-def test_text_that_fills_no_step_of_a_run(tmp_path, datasets_cache, options, needed):
+def test_text_that_fills_no_step_of_a_run(tmp_path, own_cache, options, needed):
     options = (*ENOUGH, *options, "--dataset_name", tmp_path / "text.jsonl")
     rows(tmp_path / "text.jsonl", *["~"] * (needed // 2))  # and an end-of-text each
     assert statuses(found(text_checks.check_data, *options, nproc=2)) == [OK]
@@ -66,13 +61,13 @@ def test_text_that_fills_no_step_of_a_run(tmp_path, datasets_cache, options, nee
     assert f"{needed - 2} tokens in all, expected {needed}" in bad.found and "use more text" in bad.remedy
 
 
-def test_held_out_text_that_fills_no_window(tmp_path, datasets_cache):
+def test_held_out_text_that_fills_no_window(tmp_path, own_cache):
     options = ("--eval_interval", 5, "--eval_dataset_name", rows(tmp_path / "text.jsonl", "~"), "--seq_length")
     assert statuses(found(text_checks.check_held_out_data, *options, 1)) == [OK]
     assert "2 tokens in all, expected 3" in the_bad_one(found(text_checks.check_held_out_data, *options, 2)).found
 
 
-def test_data_that_is_not_there(tmp_path, datasets_cache):
+def test_data_that_is_not_there(tmp_path, own_cache):
     bad = the_bad_one(found(text_checks.check_data, "--dataset_name", tmp_path / "none.jsonl"))
     assert "no such file" in bad.found
     empty = rows(tmp_path / "empty.jsonl", "", "")
@@ -86,9 +81,9 @@ def test_data_that_is_not_there(tmp_path, datasets_cache):
     assert "not on this disk" in bad.found
 
 
-def test_a_data_set_of_the_hub_that_was_prepared_before(tmp_path, datasets_cache):
+def test_a_data_set_of_the_hub_that_was_prepared_before(tmp_path, own_cache):
     """As `load_dataset` leaves it in its cache."""
-    folder = tmp_path / "cache" / "someone___something" / "default" / "0.0.0" / ("0" * 40)
+    folder = own_cache / "someone___something" / "default" / "0.0.0" / ("0" * 40)
     folder.mkdir(parents=True)
     info = {"splits": {"train": {"name": "train", "num_bytes": 999, "num_examples": 30, "dataset_name": "something"}}}
     info |= {"dataset_size": 999, "version": "0.0.0", "config_name": "default", "dataset_name": "something"}
@@ -107,14 +102,14 @@ def test_a_data_set_of_the_hub_that_was_prepared_before(tmp_path, datasets_cache
     assert finding.status == OK and "about 2e-06 GB" in finding.found, "its rows are there already: 3e-06 with them"
 
 
-def test_of_a_part_of_a_split_the_first_rows_are_read(tmp_path, datasets_cache):
+def test_of_a_part_of_a_split_the_first_rows_are_read(tmp_path, own_cache):
     file = rows(tmp_path / "text.jsonl", *["abcd"] * 40)
     options = ("--dataset_name", file, "--no_dataset_streaming", "--dataset_split", "train[:50%]")
     assert statuses(found(text_checks.check_data, *options)) == [OK]
-    assert not list((tmp_path / "cache").rglob("*.arrow")), "no table is made"
+    assert not list(own_cache.rglob("*.arrow")), "no table is made"
 
 
-def test_held_out_text_is_checked_too(tmp_path, datasets_cache):
+def test_held_out_text_is_checked_too(tmp_path, own_cache):
     assert found(text_checks.check_held_out_data) == []
     options = ("--eval_interval", 5, "--eval_dataset_name", tmp_path / "none.jsonl")
     assert "--eval_dataset_name" in the_bad_one(found(text_checks.check_held_out_data, *options)).found

@@ -1,11 +1,8 @@
-"""Each test has a cache of `datasets` of its own."""
+"""Gives each test of text its own cache of `datasets`."""
 
-from pathlib import Path
-
-import datasets
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+def every_test_has_its_own_cache(own_cache):
+    pass

@@ -6,7 +6,6 @@ import gzip
 import json
 import random
 import threading
-import time
 from pathlib import Path
 
 import datasets
@@ -110,13 +109,6 @@ def record_encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     encode = encoding.Encoder.__call__
     monkeypatch.setattr(encoding.Encoder, "__call__", lambda self, texts: encoded.extend(texts) or encode(self, texts))
     return encoded
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.05)
 
 
 def ahead_threads() -> int:

@@ -19,10 +19,10 @@ from tests.text.documents import (
     plain_ids,
     random_documents,
     record_encoded,
-    wait_until,
     windows_of,
     write_jsonl,
 )
+from tests.waiting import wait_until
 from text import encoding
 
 
