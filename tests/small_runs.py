@@ -1,5 +1,6 @@
 """Runs that take seconds: models of a few thousand weights on disk, the command line, and what a rank does beside."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -53,6 +54,11 @@ def options(models: Path, output_dir: Path, **changes) -> list[str]:
         elif value is not None and value is not False:
             argv += [f"--{name}", *str(value).split()]
     return argv
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """Returns the rows of metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def keep_final_weights(rank: int) -> None:

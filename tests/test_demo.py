@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_runs import read_metrics
+
 ROOT = Path(__file__).parents[1]
 MODELS = ["student", "hybrid", "hybrid_ft", "teacher"]
 HELD_OUT = f"--held_out {ROOT / 'presets' / 'tiny' / 'text' / 'heldout.jsonl'}"
@@ -61,7 +63,7 @@ def test_the_demo_brings_the_hybrid_closer_to_its_teacher(short_demo):
 @pytest.mark.timeout(600)
 def test_the_demo_leaves_its_metrics_and_checkpoints(short_demo):
     folder, _ = short_demo
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, 17))
     assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-16"}
@@ -78,5 +80,5 @@ def test_the_whole_demo_teaches_the_hybrid_to_look_things_up(whole_demo):
     assert scores["hybrid_ft"] >= 0.85
     kl = held_out_kl(folder)
     assert kl["hybrid"] >= 5 * kl["hybrid_ft"]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     assert rows[-1]["kl"] < rows[0]["kl"] / 2

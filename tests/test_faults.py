@@ -14,7 +14,7 @@ from tests.faults import scenarios
 from tests.faults.compare import differences, rows, tensors
 from tests.faults.damage import damage_checkpoints, damage_texts
 from tests.faults.kills import run_campaign
-from tests.small_runs import make_models
+from tests.small_runs import make_models, read_metrics
 
 RESULT_OF_SIGNAL = 75
 
@@ -144,7 +144,7 @@ def test_bad_steps_are_skipped_by_all_ranks_and_counted(played, facts):
     assert fact["codes"] == [0, 0]
     assert "step 4 skipped: loss nan" in fact["log"] and "rank 1 had windows [36, 446]" in fact["log"]
     assert "rank 0 had windows" not in fact["log"]  # its losses were finite
-    lines = [json.loads(line) for line in (played("two_bad_steps") / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(played("two_bad_steps"))
     assert [row["skipped_updates"] for row in lines[:6]] == [0, 0, 0, 1, 2, 2]
     assert lines[3]["loss"] is None and lines[5]["loss"] > 0
 
@@ -302,8 +302,7 @@ def test_lost_updates_are_reported(stage, facts):
     assert "are lost" not in with_masters["log"]
 
     def shares(folder):
-        lines = [json.loads(line) for line in (stage / folder / "metrics.jsonl").read_text().splitlines()]
-        return [row["update_health"] for row in lines if "update_health" in row]
+        return [row["update_health"] for row in read_metrics(stage / folder) if "update_health" in row]
 
     assert len(shares("health")) == 2
     assert shares("health-masters")[1]["mixers"] > 3 * shares("health")[1]["mixers"]

@@ -6,18 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from arguments import parse_train_args
 from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, step_or_skip
 from processes.ranks import process_groups
+from tests.parsing import train_options
 from tests.tiny import MixedParameters, give_gradients, tiny_student, weights
 from tests.two_ranks import on_two_ranks
 from training_utils import build_optimizer, build_schedule, parameter_groups
 
 CPU = torch.device("cpu")
-
-
-def options(line=""):
-    return parse_train_args(line.split())
 
 
 # --- parameter groups ----------------------------------------------------------------------------------------
@@ -62,7 +58,7 @@ TWENTY_LRS = [1e-4, 3.25e-4, 5.5e-4, 7.75e-4, *[1e-3] * 11, 1e-3, 8.2e-4, 6.4e-4
 
 def learning_rates(line, total_steps, done, n):
     """Returns the learning rates of `n` steps, as the optimizer sees them."""
-    args = options(line)
+    args = train_options(line)
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=args.max_lr)
     schedule = build_schedule(optimizer, args, total_steps, done)
     found = []
@@ -112,7 +108,7 @@ def test_schedules_without_warm_up_or_decay():
 def test_masters_are_kept_as_asked(no_torchrun):
     with process_groups(CPU):
         for line, kept in (("", True), ("--no_master_weights", False)):
-            assert build_optimizer(MixedParameters(), options(line)).optim.master_weights is kept
+            assert build_optimizer(MixedParameters(), train_options(line)).optim.master_weights is kept
 
 
 STEPS = 6
@@ -123,7 +119,7 @@ def train_mixed(dtype):
     """Makes `STEPS` updates with the optimizer and schedule of a run, on gradients that are the same on all ranks, as
     after DDP. Returns the model and the optimizer.
     """
-    args, model = options(TRAINING), MixedParameters(dtype)
+    args, model = train_options(TRAINING), MixedParameters(dtype)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args, STEPS, done=0)
     for step in range(STEPS):

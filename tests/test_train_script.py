@@ -14,7 +14,7 @@ from data import build_dataloader
 from distillation.losses import compute_distill_loss
 from llamba import LlambaForCausalLM
 from tests import fresh, small_runs
-from tests.small_runs import TEXT, TOKENIZER, compile_with, keep_final_weights, make_models
+from tests.small_runs import TEXT, TOKENIZER, compile_with, keep_final_weights, make_models, read_metrics
 from tests.tiny import tiny_student, tiny_teacher
 
 FROZEN = {"freeze_mlp": True, "freeze_replaced_layers": True}
@@ -55,10 +55,6 @@ def run(models, tmp_path_factory):
     return run_once
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def weights(folder, rank=0):
     return torch.load(folder / f"rank-{rank}.pt", weights_only=True)
 
@@ -84,7 +80,7 @@ def test_all_ranks_hold_the_same_weights(run):
 
 def test_two_students_equal_one_with_twice_the_batch(run):
     two, one = run(2, **FROZEN), run(1, batch_size=4, **FROZEN)
-    for a, b in zip(metrics(two), metrics(one), strict=True):
+    for a, b in zip(read_metrics(two), read_metrics(one), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
@@ -96,7 +92,7 @@ def test_two_students_equal_one_with_twice_the_batch(run):
 def test_two_nodes_equal_two_ranks_of_one(run):
     """Each node runs a teacher of its own."""
     two_nodes, one_node = run(2, ranks_per_node=1, **FROZEN), run(2, **FROZEN)
-    for a, b in zip(metrics(two_nodes), metrics(one_node), strict=True):
+    for a, b in zip(read_metrics(two_nodes), read_metrics(one_node), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-6)
     for rank in (0, 1):
@@ -106,7 +102,7 @@ def test_two_nodes_equal_two_ranks_of_one(run):
 
 def test_accumulated_steps_equal_one_large_batch(run):
     accumulated = run(1, grad_accumulation_steps=2, save_interval=4, **FROZEN)
-    for a, b in zip(metrics(accumulated), metrics(run(1, batch_size=4, **FROZEN)), strict=True):
+    for a, b in zip(read_metrics(accumulated), read_metrics(run(1, batch_size=4, **FROZEN)), strict=True):
         assert a["micro_step"] == 2 * a["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -114,7 +110,7 @@ def test_accumulated_steps_equal_one_large_batch(run):
 
 def test_both_teacher_signals_give_the_same_losses(run):
     hidden, logits = run(2, **FROZEN), run(2, teacher_signal="logits", **FROZEN)
-    for a, b in zip(metrics(hidden), metrics(logits), strict=True):
+    for a, b in zip(read_metrics(hidden), read_metrics(logits), strict=True):
         for name in ("loss", "kl", "ce"):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
         assert a["kl"] > 0.01
@@ -123,7 +119,7 @@ def test_both_teacher_signals_give_the_same_losses(run):
 @pytest.mark.parametrize("changes", [{"teacher_prefetch": 1}, {"teacher_placement": "colocated"}])
 def test_where_and_when_the_teacher_works_changes_no_figure(run, changes):
     """Bit for bit: each rank's part is computed alone wherever the teacher is, and batches drawn ahead do not count."""
-    ahead, other = metrics(run(2, **FROZEN)), metrics(run(2, **changes, **FROZEN))
+    ahead, other = read_metrics(run(2, **FROZEN)), read_metrics(run(2, **changes, **FROZEN))
     for a, b in zip(ahead, other, strict=True):
         for name in ("micro_step", "tokens", "loss", "kl", "ce", "grad_norm", "lr"):
             assert a[name] == b[name], name
@@ -153,7 +149,7 @@ def test_the_first_loss_is_the_reference_loss(run, models):
             args.kl_weight,
             args.temperature,
         )
-    first = metrics(folder)[0]
+    first = read_metrics(folder)[0]
     assert (first["loss"], first["kl"], first["ce"]) == pytest.approx((total.item(), kl.item(), ce.item()), rel=1e-5)
 
 
@@ -180,7 +176,7 @@ def test_weights_move_in_bfloat16_at_a_small_learning_rate(run):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_train_like_float32(run, dtype):
-    reference, half = metrics(run(2, **FROZEN)), metrics(run(2, dtype=dtype, **FROZEN))
+    reference, half = read_metrics(run(2, **FROZEN)), read_metrics(run(2, dtype=dtype, **FROZEN))
     for a, b in zip(reference, half, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.1)
@@ -188,13 +184,14 @@ def test_sixteen_bits_train_like_float32(run, dtype):
 
 def test_without_kl_no_teacher_runs(run):
     folder = run(2, kl_weight=0.0, **FROZEN)
-    assert all(row["kl"] == 0 and row["teacher_wait_s"] == 0 for row in metrics(folder))
-    with_teacher = metrics(run(2, **FROZEN))[0]
-    assert metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)  # layers are replaced all the same
+    assert all(row["kl"] == 0 and row["teacher_wait_s"] == 0 for row in read_metrics(folder))
+    with_teacher = read_metrics(run(2, **FROZEN))[0]
+    # The layers are replaced all the same.
+    assert read_metrics(folder)[0]["ce"] == pytest.approx(with_teacher["ce"], rel=1e-5)
 
 
 def losses(folder):
-    return [row["loss"] for row in metrics(folder)]
+    return [row["loss"] for row in read_metrics(folder)]
 
 
 @pytest.mark.parametrize("more", [{}, {"checkpoint_blocks": 2, "loss_chunk_tokens": 10}])
@@ -230,7 +227,7 @@ def test_checkpoints_metrics_and_log(run):
     assert AutoTokenizer.from_pretrained(folder / "checkpoint-6").eos_token == "<|endoftext|>"
     assert AutoModelForCausalLM.from_pretrained(folder / "checkpoint-6").config.attention_layers == [1, 3]
 
-    rows = metrics(folder)
+    rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["tokens"] == 6 * 2 * 2 * 32
     names = {"step", "micro_step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"}
@@ -259,7 +256,7 @@ def test_streaming_resume_step_and_wandb_offline(models, tmp_path):
 
     second = tmp_path / "second"
     train(1, options(models, second, student_model=first / "checkpoint-2", resume_step=2, **changes))
-    rows, expected = metrics(second), metrics(first)[2:]
+    rows, expected = read_metrics(second), read_metrics(first)[2:]
     assert [(r["step"], r["micro_step"], r["lr"]) for r in rows] == [
         (r["step"], r["micro_step"], r["lr"]) for r in expected
     ]
@@ -274,6 +271,6 @@ def test_streaming_that_ends_on_a_save_or_within_an_accumulation(models, tmp_pat
         folder = tmp_path / f"out-{accumulate}"
         changes = dict(grad_accumulation_steps=accumulate, save_interval=save_interval)
         log = train(1, options(models, folder, dataset_name=text, **stream, **changes))
-        last = metrics(folder)[-1]["micro_step"]
+        last = read_metrics(folder)[-1]["micro_step"]
         assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == last
         assert "before the learning rate had decayed" in log

@@ -5,19 +5,15 @@ import math
 import pytest
 import torch
 
-from arguments import parse_train_args
 from distillation.losses import compute_distill_loss
 from processes.ranks import process_groups
+from tests.parsing import train_options
 from tests.tiny import tiny_student, tiny_teacher, tokens, weights
 from tests.two_ranks import on_two_ranks
 from text.batch import Batch
 from training_utils import DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
 
 CPU = torch.device("cpu")
-
-
-def options(line=""):
-    return parse_train_args(line.split())
 
 
 # --- the student with its loss -------------------------------------------------------------------------------
@@ -30,7 +26,7 @@ def test_both_signals_give_the_reference_loss():
     batch = Batch.from_windows(tokens(2, 9) % 40)
     batch.labels[0, 3] = 45
     batch.loss_mask[1, :2] = False
-    args = options("--ce_weight 0.5 --kl_weight 0.2 --temperature 2")
+    args = train_options("--ce_weight 0.5 --kl_weight 0.2 --temperature 2")
     hidden = teacher.model(batch.input_ids).last_hidden_state
     logits = teacher(batch.input_ids).logits
     reference = compute_distill_loss(
@@ -44,7 +40,7 @@ def test_both_signals_give_the_reference_loss():
 
 def test_the_teachers_head_is_neither_trained_nor_saved():
     student, teacher = tiny_student(), tiny_teacher()
-    model = DistillationModel(student, teacher.lm_head.weight.detach(), 50, options())
+    model = DistillationModel(student, teacher.lm_head.weight.detach(), 50, train_options())
     assert len(list(model.parameters())) == len(list(student.parameters()))
     assert not any("teacher" in name for name in model.state_dict())
 
@@ -59,7 +55,7 @@ def ddp_student(args, seed):
 @pytest.mark.parametrize("line", ["", "--kl_weight 0", "--teacher_signal logits"])
 def test_settling_the_buckets_changes_nothing_else(no_torchrun, line):
     """Weights, random state and the next step stay bit for bit; DDP has rebuilt its buckets."""
-    args = options(f"--dtype float32 --batch_size 2 --seq_length 9 {line}")
+    args = train_options(f"--dtype float32 --batch_size 2 --seq_length 9 {line}")
     with process_groups(CPU):
         found = []
         for settles in (False, True):

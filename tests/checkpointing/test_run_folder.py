@@ -8,14 +8,10 @@ import time
 import pytest
 
 import utils
-from arguments import parse_train_args
 from checkpointing.run_folder import prepare_output_dir
 from tests import fresh
+from tests.parsing import options_in
 from utils import lock_dir, setup_logging
-
-
-def options(folder, *more):
-    return parse_train_args(["--output_dir", str(folder), *more])
 
 
 @pytest.fixture
@@ -27,7 +23,7 @@ def prepare():
 
     def prepare(folder, start=None, *more):
         checkpoint = None if start is None else folder / f"checkpoint-{start}"
-        locks.append(prepare_output_dir(options(folder, *more), checkpoint))
+        locks.append(prepare_output_dir(options_in(folder, *more), checkpoint))
         return locks[-1]
 
     yield prepare

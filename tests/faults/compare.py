@@ -1,19 +1,19 @@
 """Compares the results of two runs bit by bit."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from tests.small_runs import read_metrics
 
 FIGURES = ("step", "micro_step", "loss", "kl", "ce", "lr", "grad_norm", "tokens", "skipped_updates")
 
 
 def rows(output_dir: Path) -> list[dict]:
     """Returns the rows of metrics.jsonl without what depends on the clock; evaluations are named `eval/<name>`."""
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [_figures(json.loads(line)) for line in lines]
+    return [_figures(row) for row in read_metrics(output_dir)]
 
 
 def _figures(row: dict) -> dict:

@@ -9,7 +9,7 @@ import pytest
 
 from arguments import TrainArguments
 from inputs import options
-from tests.inputs.parsing import PRODUCTION, eval_error, evaluation, train, train_error
+from tests.parsing import PRODUCTION, eval_error, eval_options, train_error, train_options
 
 SHIPPED = sorted(path.parent.name for path in options.PRESETS.glob("*/preset.json"))
 
@@ -38,29 +38,29 @@ def preset(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_presets_give_what_has_no_default(name):
-    for args in (train(f"--preset {name}"), evaluation(f"--preset {name}")):
+    for args in (train_options(f"--preset {name}"), eval_options(f"--preset {name}")):
         for field in dataclasses.fields(args):
             assert getattr(args, field.name) is not dataclasses.MISSING, field.name
 
 
 def test_a_preset_overrides_defaults_and_the_command_line_overrides_it(preset):
     preset(common={"seed": 5}, train={"max_lr": 0.5, "freeze_mlp": True, "log_interval": 3})
-    args = train("--preset mine --log_interval 4")
+    args = train_options("--preset mine --log_interval 4")
     assert (args.seed, args.max_lr, args.freeze_mlp, args.log_interval) == (5, 0.5, True, 4)
     assert args.epochs == TrainArguments.epochs == 1
-    assert train("--preset mine --no_freeze_mlp").freeze_mlp is False
+    assert train_options("--preset mine --no_freeze_mlp").freeze_mlp is False
 
 
 def test_sections_are_for_their_own_entry(preset):
     preset(train={"batch_size": 3}, evaluation={"batch_size": 5, "num_fewshot": 2})
-    args = evaluation("--preset mine")
+    args = eval_options("--preset mine")
     assert (args.batch_size, args.num_fewshot) == (5, 2)
-    assert train("--preset mine").batch_size == 3
+    assert train_options("--preset mine").batch_size == 3
 
 
 def test_dot_slash_is_the_presets_folder(preset, tmp_path):
     preset(common={"teacher_model": "./teacher"}, train={"dataset_name": "./text/a.jsonl", "output_dir": "runs/x"})
-    args = train("--preset mine --student_model ./student")
+    args = train_options("--preset mine --student_model ./student")
     assert args.teacher_model == str(tmp_path / "mine" / "teacher")
     assert args.dataset_name == str(tmp_path / "mine" / "text" / "a.jsonl")
     assert args.output_dir == "runs/x"
@@ -69,14 +69,14 @@ def test_dot_slash_is_the_presets_folder(preset, tmp_path):
 
 def test_another_dataset_drops_the_presets_dataset_options(preset):
     preset(train={"dataset_subset": "part", "dataset_split": "half", "dataset_streaming": False})
-    own = train("--preset mine")
+    own = train_options("--preset mine")
     assert (own.dataset_name, own.dataset_subset, own.dataset_split, own.dataset_streaming) == (
         "D",
         "part",
         "half",
         False,
     )
-    other = train("--preset mine --dataset_name other --dataset_split test")
+    other = train_options("--preset mine --dataset_name other --dataset_split test")
     assert (other.dataset_name, other.dataset_subset, other.dataset_split, other.dataset_streaming) == (
         "other",
         None,
@@ -88,9 +88,9 @@ def test_another_dataset_drops_the_presets_dataset_options(preset):
 
 def test_another_dataset_drops_the_presets_held_out_text(preset):
     preset(train={"eval_dataset_name": "H", "eval_dataset_split": "half", "eval_interval": 7})
-    own = train("--preset mine")
+    own = train_options("--preset mine")
     assert (own.eval_interval, own.held_out_text()) == (7, ("H", None, "half"))
-    other = train("--preset mine --eval_dataset_name other --eval_dataset_subset part")
+    other = train_options("--preset mine --eval_dataset_name other --eval_dataset_subset part")
     assert other.held_out_text() == ("other", "part", "train")
     message = train_error("--preset mine --dataset_name other")
     assert "--eval_interval 7: 'other', split 'train', is trained on" in message
@@ -98,7 +98,7 @@ def test_another_dataset_drops_the_presets_held_out_text(preset):
 
 def test_without_evaluations_a_presets_held_out_text_is_none(preset):
     preset(train={"eval_dataset_name": "H", "eval_interval": 7})
-    assert train("--preset mine --eval_interval 0").eval_dataset_name is None
+    assert train_options("--preset mine --eval_interval 0").eval_dataset_name is None
 
 
 def test_an_unknown_preset_lists_the_known(preset):
@@ -130,7 +130,7 @@ def config(tmp_path, text):
 
 def test_a_file_overrides_the_preset_and_the_command_line_overrides_it(tmp_path):
     line = config(tmp_path, "preset: tiny\nmax_lr: 1e-4\nbatch_size: 7\nlayers: [2, 3]\nfreeze_mlp: true\n")
-    args = train(f"{line} --batch_size 9 --no_freeze_mlp")
+    args = train_options(f"{line} --batch_size 9 --no_freeze_mlp")
     assert (args.max_lr, args.batch_size, args.layers, args.freeze_mlp) == (1e-4, 9, [2, 3], False)
     assert (args.seq_length, args.preset) == (256, "tiny")
 
@@ -153,7 +153,7 @@ def test_a_file_overrides_the_preset_and_the_command_line_overrides_it(tmp_path)
     ],
 )
 def test_values_of_a_file(tmp_path, text, option, value):
-    assert getattr(train(config(tmp_path, text)), option) == value
+    assert getattr(train_options(config(tmp_path, text)), option) == value
 
 
 @pytest.mark.parametrize(
@@ -197,27 +197,27 @@ def test_options_of_a_file_are_checked_like_others(tmp_path):
 
 def test_another_dataset_drops_the_dataset_options_of_a_file(tmp_path):
     text = "dataset_name: A\ndataset_subset: part\ndataset_text_field: body\ndataset_streaming: false\n"
-    args = train(config(tmp_path, text) + " --dataset_name B")
+    args = train_options(config(tmp_path, text) + " --dataset_name B")
     assert (args.dataset_name, args.dataset_subset, args.dataset_text_field) == ("B", None, "text")
     assert args.dataset_streaming is False
 
 
 def test_evaluations_of_a_file_can_be_turned_off(tmp_path):
     line = config(tmp_path, "eval_interval: 5\neval_dataset_name: H\neval_mmlu_dir: M\n")
-    assert train(line).eval_dataset_name == "H"
-    off = train(f"{line} --eval_interval 0")
+    assert train_options(line).eval_dataset_name == "H"
+    off = train_options(f"{line} --eval_interval 0")
     assert (off.eval_dataset_name, off.eval_mmlu_dir) == (None, None)
     assert "give --eval_interval" in train_error(config(tmp_path, "eval_dataset_name: H\n"))
 
 
 @pytest.mark.parametrize("line", [PRODUCTION, "--preset tiny --eval_interval 5 --max_lr 3e-4", "--layers -1"])
 def test_what_a_run_writes_down_repeats_it(tmp_path, line):
-    args = train(line)
-    again = train(config(tmp_path, options.as_yaml(args)))
+    args = train_options(line)
+    again = train_options(config(tmp_path, options.as_yaml(args)))
     assert {**vars(again), "config": None} == vars(args)
-    assert train(config(tmp_path, options.as_yaml(args)) + " --seed 5").seed == 5
+    assert train_options(config(tmp_path, options.as_yaml(args)) + " --seed 5").seed == 5
 
 
 def test_layers_in_a_file_count_as_given(tmp_path):
-    assert evaluation(config(tmp_path, "layers: [3]")).layers_given is True
-    assert evaluation(config(tmp_path, "limit: 3")).layers_given is False
+    assert eval_options(config(tmp_path, "layers: [3]")).layers_given is True
+    assert eval_options(config(tmp_path, "limit: 3")).layers_given is False

@@ -12,7 +12,7 @@ import pytest
 
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
 from inputs.options import options_of
-from tests.inputs.parsing import PRODUCTION, eval_error, evaluation, train, train_error
+from tests.parsing import PRODUCTION, eval_error, eval_options, train_error, train_options
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,87 +20,90 @@ ROOT = Path(__file__).parents[2]
 # --- values --------------------------------------------------------------------------------------------------
 
 
+PRODUCTION_OPTIONS = {
+    "preset": "llamba-8b",
+    "config": None,
+    "seed": 0,
+    "local_files_only": True,
+    "teacher_model": "meta-llama/Llama-3.1-8B-Instruct",
+    "student_model": "goombalab/Llamba-8B-untied-unaligned",
+    "layers": [14, 16, 17, 30],
+    "dtype": "bfloat16",
+    "teacher_device": None,
+    "teacher_signal": "hidden",
+    "teacher_placement": "dedicated",
+    "teacher_prefetch": None,
+    "freeze_mlp": True,
+    "freeze_replaced_layers": True,
+    "gradient_checkpointing": False,
+    "checkpoint_blocks": None,
+    "compile": False,
+    "dataset_name": "HuggingFaceFW/fineweb-edu",
+    "dataset_subset": "CC-MAIN-2014-49",
+    "dataset_split": "train",
+    "dataset_revision": None,
+    "dataset_text_field": "text",
+    "dataset_streaming": False,
+    "dataset_cache_dir": None,
+    "dataset_workers": 0,
+    "skip_bad_rows": False,
+    "shuffle_buffer": 10_000,
+    "seq_length": 1024,
+    "batch_size": 2,
+    "ce_weight": 1.0,
+    "kl_weight": 0.1,
+    "temperature": 1.0,
+    "loss_chunk_tokens": None,
+    "max_steps": 100_000,
+    "epochs": 1,
+    "grad_accumulation_steps": 1,
+    "max_lr": 1e-5,
+    "min_lr": 1e-8,
+    "warmup_ratio": 0.01,
+    "decay_ratio": 0.1,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "master_weights": True,
+    "max_bad_steps": 5,
+    "resume": None,
+    "resume_step": 0,
+    "time_limit": None,
+    "eval_interval": 0,
+    "eval_dataset_name": None,
+    "eval_dataset_subset": None,
+    "eval_dataset_split": None,
+    "eval_windows": 64,
+    "eval_mmlu_dir": None,
+    "eval_mmlu_limit": 5,
+    "output_dir": "DIR",
+    "save_interval": 1000,
+    "save_total_limit": None,
+    "background_save": True,
+    "health_interval": 100,
+    "layer_map_interval": 0,
+    "log_interval": 10,
+    "log_file": None,
+    "tensorboard": False,
+    "wandb": True,
+    "wandb_project": "llamba-distill",
+    "wandb_run_name": "NAME",
+    "wandb_entity": None,
+    "wandb_mode": None,
+    "dry_run": False,
+    "gpus": None,
+    "gpu_gb": None,
+    "tflops": None,
+    "nodes": None,
+    "plan_json": None,
+}
+
+
 def test_the_production_command():
-    assert dataclasses.asdict(train(PRODUCTION)) == {
-        "preset": "llamba-8b",
-        "config": None,
-        "seed": 0,
-        "local_files_only": True,
-        "teacher_model": "meta-llama/Llama-3.1-8B-Instruct",
-        "student_model": "goombalab/Llamba-8B-untied-unaligned",
-        "layers": [14, 16, 17, 30],
-        "dtype": "bfloat16",
-        "teacher_device": None,
-        "teacher_signal": "hidden",
-        "teacher_placement": "dedicated",
-        "teacher_prefetch": None,
-        "freeze_mlp": True,
-        "freeze_replaced_layers": True,
-        "gradient_checkpointing": False,
-        "checkpoint_blocks": None,
-        "compile": False,
-        "dataset_name": "HuggingFaceFW/fineweb-edu",
-        "dataset_subset": "CC-MAIN-2014-49",
-        "dataset_split": "train",
-        "dataset_revision": None,
-        "dataset_text_field": "text",
-        "dataset_streaming": False,
-        "dataset_cache_dir": None,
-        "dataset_workers": 0,
-        "skip_bad_rows": False,
-        "shuffle_buffer": 10_000,
-        "seq_length": 1024,
-        "batch_size": 2,
-        "ce_weight": 1.0,
-        "kl_weight": 0.1,
-        "temperature": 1.0,
-        "loss_chunk_tokens": None,
-        "max_steps": 100_000,
-        "epochs": 1,
-        "grad_accumulation_steps": 1,
-        "max_lr": 1e-5,
-        "min_lr": 1e-8,
-        "warmup_ratio": 0.01,
-        "decay_ratio": 0.1,
-        "weight_decay": 0.1,
-        "grad_clip": 1.0,
-        "master_weights": True,
-        "max_bad_steps": 5,
-        "resume": None,
-        "resume_step": 0,
-        "time_limit": None,
-        "eval_interval": 0,
-        "eval_dataset_name": None,
-        "eval_dataset_subset": None,
-        "eval_dataset_split": None,
-        "eval_windows": 64,
-        "eval_mmlu_dir": None,
-        "eval_mmlu_limit": 5,
-        "output_dir": "DIR",
-        "save_interval": 1000,
-        "save_total_limit": None,
-        "background_save": True,
-        "health_interval": 100,
-        "layer_map_interval": 0,
-        "log_interval": 10,
-        "log_file": None,
-        "tensorboard": False,
-        "wandb": True,
-        "wandb_project": "llamba-distill",
-        "wandb_run_name": "NAME",
-        "wandb_entity": None,
-        "wandb_mode": None,
-        "dry_run": False,
-        "gpus": None,
-        "gpu_gb": None,
-        "tflops": None,
-        "nodes": None,
-        "plan_json": None,
-    }
+    assert dataclasses.asdict(train_options(PRODUCTION)) == PRODUCTION_OPTIONS
 
 
 def test_no_option_at_all_is_the_production_preset():
-    args, production = train(), train(PRODUCTION)
+    args, production = train_options(), train_options(PRODUCTION)
     for name in (
         "teacher_model",
         "student_model",
@@ -126,7 +129,7 @@ def test_the_command_line_of_the_process_is_the_default(monkeypatch):
 
 def test_evaluation():
     line = "--which student hybrid_ft --ckpt C --layers 14 30 --mmlu_dir M --num_fewshot 0 --limit 9 --output F"
-    args = evaluation(line)
+    args = eval_options(line)
     assert (args.which, args.ckpt, args.layers, args.mmlu_dir) == (["student", "hybrid_ft"], "C", [14, 30], "M")
     assert (args.num_fewshot, args.limit, args.output, args.batch_size) == (0, 9, "F", None)
     assert (args.subjects, args.max_length, args.device, args.overwrite) == (None, None, None, False)
@@ -143,32 +146,32 @@ def test_tasks_are_named_with_commas_or_spaces():
 
 @pytest.mark.parametrize(("word", "value"), [("auto", None), ("1", 1), ("64", 64)])
 def test_a_batch_size_is_a_number_or_auto(word, value):
-    assert evaluation(f"--batch_size {word}").batch_size == value
+    assert eval_options(f"--batch_size {word}").batch_size == value
 
 
 @pytest.mark.parametrize(
     "name,choices", [("wandb_mode", ["online", "offline", "disabled"]), ("dtype", ["bfloat16", "float16", "float32"])]
 )
 def test_every_choice_can_be_made(name, choices):
-    assert [getattr(train(f"--{name} {choice}"), name) for choice in choices] == list(choices)
+    assert [getattr(train_options(f"--{name} {choice}"), name) for choice in choices] == list(choices)
 
 
 def test_evaluation_knows_whether_layers_were_given():
-    args = evaluation()
+    args = eval_options()
     assert (args.layers, args.layers_given) == ([14, 16, 17, 30], False)
-    assert evaluation("--layers 14 16 17 30").layers_given is True
-    assert evaluation("--layers -1").layers_given is True
+    assert eval_options("--layers 14 16 17 30").layers_given is True
+    assert eval_options("--layers -1").layers_given is True
     assert "--layers_given" in eval_error("--layers_given")
 
 
 @pytest.mark.parametrize("choice", ["teacher", "student", "hybrid", "hybrid_ft", "all"])
 def test_every_model_can_be_scored(choice):
-    assert evaluation(f"--which {choice}").which == [choice]
+    assert eval_options(f"--which {choice}").which == [choice]
 
 
 def test_lists_are_not_shared_between_parses():
-    evaluation().which.append("student")
-    assert evaluation().which == ["teacher"]
+    eval_options().which.append("student")
+    assert eval_options().which == ["teacher"]
 
 
 # --- layers and switches -------------------------------------------------------------------------------------
@@ -176,8 +179,8 @@ def test_lists_are_not_shared_between_parses():
 
 @pytest.mark.parametrize("line", ["--layers -1", "--layers", "--layers -1 -2"])
 def test_a_negative_index_means_no_layer(line):
-    assert train(line).layers == []
-    assert evaluation(line).layers == []
+    assert train_options(line).layers == []
+    assert eval_options(line).layers == []
 
 
 def test_a_negative_index_stands_alone():
@@ -195,10 +198,10 @@ SWITCHES = [f.name for f in dataclasses.fields(TrainArguments) if f.type is bool
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_and_their_negations(name):
-    assert getattr(train(f"--{name}"), name) is True
-    assert getattr(train(f"--no_{name}"), name) is False
-    assert getattr(train(f"--{name} --no_{name}"), name) is False
-    assert getattr(train(f"--no_{name} --{name}"), name) is True
+    assert getattr(train_options(f"--{name}"), name) is True
+    assert getattr(train_options(f"--no_{name}"), name) is False
+    assert getattr(train_options(f"--{name} --no_{name}"), name) is False
+    assert getattr(train_options(f"--no_{name} --{name}"), name) is True
 
 
 def test_which_options_are_switches():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arguments import free_options, kept_options
-from tests.inputs.parsing import eval_error, evaluation, train, train_error
+from tests.parsing import eval_error, eval_options, train_error, train_options
 
 BOUNDS = [
     *((f"--{name} 0", "expected at least 1") for name in ("seq_length", "batch_size", "max_steps", "epochs")),
@@ -56,7 +56,7 @@ def test_bounds_name_flag_value_and_remedy(line, remedy):
 )
 def test_the_bounds_themselves_are_allowed(line):
     flag, value, *_ = line.split()
-    assert getattr(train(line), flag.removeprefix("--")) == float(value)
+    assert getattr(train_options(line), flag.removeprefix("--")) == float(value)
 
 
 def test_an_empty_loss():
@@ -71,11 +71,11 @@ def test_checkpoints_hold_whole_optimizer_steps(name):
 
 @pytest.mark.parametrize("name", ["auto", "runs/mine/checkpoint-30"])
 def test_resume_and_resume_step_exclude_each_other(name):
-    assert train(f"--resume {name}").resume == name
-    assert train("--resume_step 4").resume is None
+    assert train_options(f"--resume {name}").resume == name
+    assert train_options("--resume_step 4").resume is None
     message = train_error(f"--resume {name} --resume_step 4")
     assert f"--resume {name} --resume_step 4: " in message and "leave --resume_step out" in message
-    assert train(f"--resume {name} --resume_step 0").resume == name  # as if it was not given
+    assert train_options(f"--resume {name} --resume_step 0").resume == name  # as if it was not given
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_held_out_options_need_an_eval_interval(name, value):
     assert f"--eval_{name} {value}: " in train_error(f"--eval_{name} {value}")
     if name == "mmlu_dir":
         name, value = "dataset_name", "other"
-    assert getattr(train(f"--eval_interval 5 --eval_{name} {value}"), f"eval_{name}") == value
+    assert getattr(train_options(f"--eval_interval 5 --eval_{name} {value}"), f"eval_{name}") == value
 
 
 HUB = "--dataset_name D --dataset_subset C"
@@ -122,7 +122,7 @@ def test_text_that_is_trained_on_is_not_held_out(line):
     ],
 )
 def test_where_held_out_text_comes_from(line, text):
-    assert train(f"{line} --eval_interval 5").held_out_text() == text
+    assert train_options(f"{line} --eval_interval 5").held_out_text() == text
 
 
 OF_A_RUN = {"seed", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights", "seq_length"}
@@ -131,8 +131,8 @@ OF_A_RUN |= {"dataset_streaming"}
 
 
 def test_what_a_resumed_run_must_keep():
-    assert kept_options(train("--dataset_streaming")) == OF_A_RUN | {"shuffle_buffer", "batch_size"}
-    assert kept_options(train("--no_dataset_streaming")) == OF_A_RUN | {"skip_bad_rows"}
+    assert kept_options(train_options("--dataset_streaming")) == OF_A_RUN | {"shuffle_buffer", "batch_size"}
+    assert kept_options(train_options("--no_dataset_streaming")) == OF_A_RUN | {"skip_bad_rows"}
 
 
 def test_what_a_resumed_run_may_change_without_a_warning():
@@ -164,7 +164,7 @@ def test_problems_of_an_evaluation(line, expected):
 @pytest.mark.parametrize("line", ["--num_fewshot -1", "--num_fewshot 6"])
 def test_examples_of_the_evaluation_are_bounded(line):
     assert f"{line}: expected 0 to 5" in eval_error(line)
-    assert [evaluation(f"--num_fewshot {n}").num_fewshot for n in ("0", "5")] == [0, 5]
+    assert [eval_options(f"--num_fewshot {n}").num_fewshot for n in ("0", "5")] == [0, 5]
 
 
 @pytest.mark.parametrize("line", ["--batch_size 0", "--limit 0", "--max_length 0"])

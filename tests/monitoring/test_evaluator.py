@@ -24,6 +24,7 @@ from tests import fresh
 from tests.faults.compare import differences, rows, tensors
 from tests.monitoring import evaluator_runs
 from tests.monitoring.evaluator_runs import TINY
+from tests.small_runs import read_metrics
 from tests.tiny import tiny_student
 from text.sources import TextSource
 from training_utils import DistillationModel
@@ -46,8 +47,7 @@ def facts(stage, name):
 
 def evaluations(stage, name):
     """Returns the evaluated figures by step."""
-    lines = (stage / name / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["eval"] for row in map(json.loads, lines) if "eval" in row}
+    return {row["step"]: row["eval"] for row in read_metrics(stage / name) if "eval" in row}
 
 
 def training_rows(stage, name):
@@ -80,7 +80,7 @@ def test_a_run_killed_in_an_evaluation_resumes_exactly(stage):
 
 def test_the_time_of_an_evaluation_is_no_steps(stage):
     """One of them took two seconds and more."""
-    lines = [json.loads(line) for line in (stage / "killed" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(stage / "killed")
     (slow,) = [i for i, row in enumerate(lines) if row.get("eval", {"seconds": 0})["seconds"] > 2]
     for name in ("step_time_s", "teacher_wait_s", "data_wait_s"):
         assert max(row[name] for row in lines[slow : slow + 2]) < 1.5, name

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from arguments import parse_train_args
 from checkpointing.run_folder import ended_before_restart, read_status, taken, write_status
 from monitoring import run_log
 from monitoring.run_log import RunLog, format_metrics
 from monitoring.warnings_file import recording_warnings
+from tests.parsing import options_in
 from utils import setup_logging
 
 
@@ -22,10 +22,6 @@ def row(step, **changes):
     figures = {"loss": 2.5, "kl": 1.25, "ce": 2.375, "lr": 1e-5, "grad_norm": 0.5, "tokens": 64 * step}
     speed = {"tokens_per_s": 12345.6, "step_time_s": 0.1, "teacher_wait_s": 0.02}
     return {"step": step, "micro_step": 2 * step, **figures, **speed, **changes}
-
-
-def options(folder, *more):
-    return parse_train_args(["--output_dir", str(folder), *more])
 
 
 def refuse_constant(text):
@@ -42,19 +38,19 @@ def rows_of(folder):
 
 
 def test_rows_are_on_the_disk_as_soon_as_they_are_written(tmp_path):
-    with RunLog(options(tmp_path), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         for step in (1, 2):
             log.write(row(step))
             assert rows_of(tmp_path) == [row(n) for n in range(1, step + 1)]  # while the file is open
 
 
 def test_a_run_that_goes_on_appends_and_sets_aside_what_it_takes_again(tmp_path):
-    with RunLog(options(tmp_path), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         for step in (1, 2, 3):
             log.write(row(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "mic')  # the run died while it wrote
-    with RunLog(options(tmp_path), row(2)["micro_step"], is_main=True) as log:
+    with RunLog(options_in(tmp_path), row(2)["micro_step"], is_main=True) as log:
         assert rows_of(tmp_path) == [row(1), row(2)]
         log.write(row(3, loss=1.5))
     assert rows_of(tmp_path) == [row(1), row(2), row(3, loss=1.5)]
@@ -65,7 +61,7 @@ def test_a_run_that_goes_on_appends_and_sets_aside_what_it_takes_again(tmp_path)
 @pytest.mark.parametrize("norm", [float("inf"), float("nan")])
 def test_a_skipped_float16_step_is_valid_json_too(tmp_path, norm):
     """`update` returns such a norm when the loss scale overflowed; a bad step's loss is such, too."""
-    with RunLog(options(tmp_path), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         log.write(row(1, grad_norm=norm))
         log.write(row(2, loss=norm))
     first, second = rows_of(tmp_path)
@@ -91,7 +87,7 @@ def test_spoilt_lines_are_set_aside(tmp_path, spoilt):
     lines = [json.dumps(row(step)).encode() + b"\n" for step in (1, 2)]
     content = b"".join([lines[0], spoilt, *([lines[1]] if spoilt.endswith(b"\n") else [])])
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with RunLog(options(tmp_path), 4, is_main=True) as log:
+    with RunLog(options_in(tmp_path), 4, is_main=True) as log:
         log.write(row(3))
     kept = [row(1), row(2), row(3)] if spoilt.endswith(b"\n") else [row(1), row(3)]
     assert rows_of(tmp_path) == kept
@@ -100,9 +96,9 @@ def test_spoilt_lines_are_set_aside(tmp_path, spoilt):
 
 def test_what_was_set_aside_before_is_kept(tmp_path):
     for step in (1, 2):
-        with RunLog(options(tmp_path), 0, is_main=True) as log:
+        with RunLog(options_in(tmp_path), 0, is_main=True) as log:
             log.write(row(step))
-    with RunLog(options(tmp_path), 0, is_main=True):
+    with RunLog(options_in(tmp_path), 0, is_main=True):
         pass
     abandoned = (tmp_path / "metrics.abandoned.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in abandoned] == [row(1), row(2)]
@@ -134,7 +130,7 @@ class FullDisk:
 def test_rows_that_a_full_disk_does_not_take_are_kept(tmp_path, capsys, room):
     """In order, whole, and none twice; one warning tells it."""
     setup_logging(None, is_main=True)
-    with RunLog(options(tmp_path, "--log_interval", "100"), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path, "--log_interval", "100"), 0, is_main=True) as log:
         log.file.file = disk = FullDisk(log.file.file, room)
         for step in range(1, 7):
             log.write(row(step))
@@ -154,14 +150,14 @@ def test_rows_that_a_full_disk_does_not_take_are_kept(tmp_path, capsys, room):
 
 
 def test_a_disk_that_stays_full_does_not_end_the_run(tmp_path):
-    with RunLog(options(tmp_path), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         log.file.file = disk = FullDisk(log.file.file, 0)
         log.write(row(1))
     assert disk.closed and (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    with RunLog(options(tmp_path, "--wandb", "--local_files_only"), 0, is_main=False) as log:
+    with RunLog(options_in(tmp_path, "--wandb", "--local_files_only"), 0, is_main=False) as log:
         log.write(row(1))
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
@@ -169,7 +165,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_the_first_and_every_nth_step_are_logged(tmp_path, capsys):
     setup_logging(None, is_main=True)
-    with RunLog(options(tmp_path, "--log_interval", "3"), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path, "--log_interval", "3"), 0, is_main=True) as log:
         for step in range(1, 8):
             log.write(row(step))
     shown = capsys.readouterr().err.splitlines()
@@ -192,7 +188,7 @@ def test_what_the_gauges_show_is_in_the_rows(tmp_path):
         def read(self, tokens_per_s):
             return {"mfu": tokens_per_s / 1e6, "memory_gb": 2.5}
 
-    with RunLog(options(tmp_path), 0, is_main=True, gauges=Gauges()) as log:
+    with RunLog(options_in(tmp_path), 0, is_main=True, gauges=Gauges()) as log:
         log.write(given := row(1))
     assert rows_of(tmp_path) == [row(1, mfu=0.0123456, memory_gb=2.5)] and given == row(1)
 
@@ -201,7 +197,7 @@ def test_a_line_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys
     """Such as one to a terminal that is gone."""
     setup_logging(None, is_main=True)
     monkeypatch.setattr(run_log, "format_metrics", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
-    with RunLog(options(tmp_path), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         log.write(row(1))
         log.write(row(2))
     assert rows_of(tmp_path) == [row(1), row(2)]
@@ -283,7 +279,7 @@ def test_the_status_of_a_run(tmp_path):
 
 
 def test_a_run_that_its_input_ends_is_not_running(tmp_path):
-    with pytest.raises(ValueError), taken(options(tmp_path), checkpoint=None):
+    with pytest.raises(ValueError), taken(options_in(tmp_path), checkpoint=None):
         assert read_status(tmp_path)["status"] == "running" and read_status(tmp_path)["pid"] == os.getpid()
         raise ValueError("--eval_dataset_name nope: not there")
     expected = {"status": "refused", "exit_code": 2, "text": "--eval_dataset_name nope: not there"}

@@ -15,11 +15,12 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from arguments import parse_train_args
 from checkpointing.run_folder import write_status
 from monitoring import trackers
 from monitoring.run_log import RunLog
 from monitoring.trackers import check_trackers, flat
+from tests.parsing import options_in
+from tests.small_runs import read_metrics
 from utils import setup_logging
 
 
@@ -30,19 +31,11 @@ def row(step, **changes):
     return {"step": step, "micro_step": 2 * step, **figures, **speed, **evaluated, **changes}
 
 
-def options(folder, *more):
-    return parse_train_args(["--output_dir", str(folder), *more])
-
-
 def run_steps(args, first, last, **changes):
     """The steps `first` to `last` of a run, which knows what stood there before."""
     with RunLog(args, 2 * (first - 1), is_main=True, step=first - 1) as log:
         for step in range(first, last + 1):
             log.write(row(step, **changes))
-
-
-def rows_on_disk(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_rows_become_charts():
@@ -123,7 +116,7 @@ def summary(file):
 
 def test_an_offline_run_that_goes_on_has_one_whole_history(tmp_path, no_network):
     """The newest directory has it all, so that `wandb sync DIR/wandb/offline-run-*` sends one run."""
-    args = options(tmp_path, "--wandb", "--local_files_only", "--wandb_run_name", "mine")
+    args = options_in(tmp_path, "--wandb", "--local_files_only", "--wandb_run_name", "mine")
     run_steps(args, 1, 5)
     run_id = (tmp_path / "wandb_id").read_text().strip()
     (first,) = (tmp_path / "wandb").glob("offline-run-*")
@@ -149,9 +142,9 @@ def test_an_offline_run_that_goes_on_has_one_whole_history(tmp_path, no_network)
 
 
 def test_disabled_wandb_leaves_nothing(tmp_path, no_network):
-    run_steps(options(tmp_path, "--wandb", "--wandb_mode", "disabled"), 1, 2)
+    run_steps(options_in(tmp_path, "--wandb", "--wandb_mode", "disabled"), 1, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert len(rows_on_disk(tmp_path)) == 2
+    assert len(read_metrics(tmp_path)) == 2
 
 
 class Run:
@@ -190,7 +183,7 @@ def test_an_online_run_gets_what_it_has_not(tmp_path, played):
     """The run had come to step 5, of which W&B knows 2, or 7, and goes on from step 3."""
     runs, calls = played
     runs += [Run(0), Run(3), Run(8)]
-    args = options(tmp_path, "--wandb", "--wandb_mode", "online")
+    args = options_in(tmp_path, "--wandb", "--wandb_mode", "online")
     run_steps(args, 1, 5)
     run_steps(args, 4, 5)
     run_steps(args, 4, 9)
@@ -203,7 +196,7 @@ def test_another_run_in_the_same_directory_is_another_run(tmp_path, played):
     """A run that begins at 0 is another, unless it goes on from checkpoint-0."""
     runs, calls = played
     runs += [Run(0), Run(0), Run(0)]
-    args = options(tmp_path, "--wandb", "--wandb_mode", "online")
+    args = options_in(tmp_path, "--wandb", "--wandb_mode", "online")
     run_steps(args, 1, 2)
     run_steps(args, 1, 2)
     (tmp_path / "checkpoint-0").mkdir()
@@ -217,11 +210,11 @@ def test_offline_directories_of_a_run_that_goes_on_are_set_aside(tmp_path, playe
     """Whichever way it goes on: sent later, they would take the place of what it has by then."""
     runs, calls = played
     runs += [Run(0), Run(0)]
-    run_steps(options(tmp_path, "--wandb", "--wandb_mode", "offline"), 1, 2)
+    run_steps(options_in(tmp_path, "--wandb", "--wandb_mode", "offline"), 1, 2)
     run_id = (tmp_path / "wandb_id").read_text().strip()
     for name in (f"offline-run-20260101_000000-{run_id}", "offline-run-20260101_000000-other", f"run-1-{run_id}"):
         (tmp_path / "wandb" / name).mkdir(parents=True)
-    run_steps(options(tmp_path, "--wandb", "--wandb_mode", mode), 2, 3)
+    run_steps(options_in(tmp_path, "--wandb", "--wandb_mode", mode), 2, 3)
     assert [path.name for path in (tmp_path / "wandb" / "earlier").iterdir()] == [
         f"offline-run-20260101_000000-{run_id}"
     ]
@@ -236,7 +229,7 @@ def test_wandb_is_told_how_the_run_ended(tmp_path, played, error, exit_code):
     write_status(tmp_path, "stopped", 75)
 
     def work():
-        with RunLog(options(tmp_path, "--wandb"), 0, is_main=True):
+        with RunLog(options_in(tmp_path, "--wandb"), 0, is_main=True):
             if error:
                 raise error
 
@@ -262,7 +255,7 @@ def test_a_wandb_that_does_not_come_back_holds_up_no_failing_run(tmp_path, playe
         return real(self, timeout and 0.1)
 
     monkeypatch.setattr(Future, "result", wait_less)
-    with pytest.raises(KeyError), RunLog(options(tmp_path, "--wandb"), 0, is_main=True):
+    with pytest.raises(KeyError), RunLog(options_in(tmp_path, "--wandb"), 0, is_main=True):
         raise KeyError
     assert waited == [10.0]
     never.set()
@@ -275,7 +268,7 @@ def test_nor_a_run_that_is_complete(tmp_path, played, monkeypatch, capsys):
     runs[0].finish = lambda exit_code: never.wait(60)
     monkeypatch.setattr("monitoring.trackers.UPLOAD_WAIT_S", 0.1)
     setup_logging(None, is_main=True)
-    with RunLog(options(tmp_path, "--wandb"), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path, "--wandb"), 0, is_main=True) as log:
         log.write(row(1))
     assert "W&B has not taken all of the run; send the rest with `wandb sync`" in capsys.readouterr().err
     assert calls[0]["settings"].finish_timeout < 330
@@ -284,13 +277,13 @@ def test_nor_a_run_that_is_complete(tmp_path, played, monkeypatch, capsys):
 
 def test_online_without_a_login_is_told_before_training(tmp_path, no_network, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # nobody to ask
-    args = options(tmp_path, "--wandb", "--wandb_mode", "online")
+    args = options_in(tmp_path, "--wandb", "--wandb_mode", "online")
     with pytest.raises(ValueError, match="--wandb: W&B does not start .*wandb login.*--wandb_mode offline"):
         check_trackers(args)
     with pytest.raises(ValueError, match="--wandb: W&B does not start"):
         RunLog(args, 0, is_main=True)
-    check_trackers(options(tmp_path, "--wandb", "--local_files_only"))  # needs none
-    check_trackers(options(tmp_path, "--wandb", "--wandb_mode", "disabled"))
+    check_trackers(options_in(tmp_path, "--wandb", "--local_files_only"))  # needs none
+    check_trackers(options_in(tmp_path, "--wandb", "--wandb_mode", "disabled"))
 
 
 def test_a_run_that_wandb_refuses_to_go_on_with_names_the_file_of_its_id(tmp_path, monkeypatch):
@@ -302,7 +295,7 @@ def test_a_run_that_wandb_refuses_to_go_on_with_names_the_file_of_its_id(tmp_pat
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ValueError, match=r"that run was deleted.*without \S+/wandb_id it would be a new run"):
-        RunLog(options(tmp_path, "--wandb", "--wandb_mode", "online"), 2, is_main=True, step=1)
+        RunLog(options_in(tmp_path, "--wandb", "--wandb_mode", "online"), 2, is_main=True, step=1)
 
 
 def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, capsys):
@@ -315,14 +308,14 @@ def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, cap
 
     runs[0].log = break_once
     setup_logging(None, is_main=True)
-    with RunLog(options(tmp_path, "--wandb", "--log_interval", "100"), 0, is_main=True) as log:
+    with RunLog(options_in(tmp_path, "--wandb", "--log_interval", "100"), 0, is_main=True) as log:
         thread = log.watchers[-1].thread
         log.write(row(1))
         log.watchers[-1].write(row(2))  # before anybody has looked what became of the first
         thread.submit(lambda: None).result(timeout=60)
         log.write(row(2))
         log.write(row(3))
-    assert len(rows_on_disk(tmp_path)) == 3
+    assert len(read_metrics(tmp_path)) == 3
     told = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
     assert told == ["[train] W&B: ConnectionResetError: W&B's process is gone; it gets no more rows"]
     assert runs[0].exit_code is None
@@ -331,8 +324,8 @@ def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, cap
 def test_without_wandb_and_tensorboard_neither_is_imported(tmp_path, monkeypatch):
     for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
-    check_trackers(options(tmp_path))
-    run_steps(options(tmp_path), 1, 1)
+    check_trackers(options_in(tmp_path))
+    run_steps(options_in(tmp_path), 1, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -341,7 +334,7 @@ def test_a_package_that_is_not_there_is_told_before_training(tmp_path, monkeypat
     real = trackers.importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(ValueError, match=f"--{package}: .*pip install {package}"):
-        check_trackers(options(tmp_path, f"--{package}", "--local_files_only"))
+        check_trackers(options_in(tmp_path, f"--{package}", "--local_files_only"))
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------------------
@@ -355,7 +348,7 @@ def scalars(folder, name):
 
 def test_tensorboard_has_each_step_once(tmp_path):
     began = time.time()
-    args = options(tmp_path, "--tensorboard")
+    args = options_in(tmp_path, "--tensorboard")
     run_steps(args, 1, 5)
     run_steps(args, 4, 6, lr=2e-5)  # from a checkpoint at step 3
     assert scalars(tmp_path, "train/lr") == [*((step, 1e-5) for step in (1, 2, 3)), *((n, 2e-5) for n in (4, 5, 6))]
@@ -365,12 +358,12 @@ def test_tensorboard_has_each_step_once(tmp_path):
 
 
 def test_tensorboard_that_is_asked_for_later_has_the_steps_before(tmp_path):
-    run_steps(options(tmp_path), 1, 3)
-    run_steps(options(tmp_path, "--tensorboard"), 3, 4)
+    run_steps(options_in(tmp_path), 1, 3)
+    run_steps(options_in(tmp_path, "--tensorboard"), 3, 4)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2, 3, 4]
 
 
 def test_another_run_in_the_same_directory_has_its_own_curve(tmp_path):
     for _ in range(2):
-        run_steps(options(tmp_path, "--tensorboard"), 1, 2)
+        run_steps(options_in(tmp_path, "--tensorboard"), 1, 2)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2]

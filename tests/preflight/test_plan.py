@@ -20,16 +20,13 @@ from preflight.footprint import gradient_bytes, measure_footprint
 from preflight.plan import Machine, Plan, asked_placement, find_machine, make_plan, wire_bytes
 from preflight.plan_report import advice, assumptions, disk_advice, machine_text, print_plan, run_table, seats
 from tests import fresh
+from tests.parsing import train_options
 from tests.preflight.test_footprint import folder, options
 from tests.project.test_readme import PRODUCTION
 
 __all__ = ["folder"]  # a fixture
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-
-def train(text):
-    return parse_train_args(text.split())
 
 
 # --- the machine ---------------------------------------------------------------------------------------------
@@ -62,27 +59,29 @@ def launched(monkeypatch):
 
 
 def test_without_gpus_it_is_the_machine_of_the_long_run(visible, no_torchrun):
-    assert find_machine(train("")) == Machine(5, 80e9, 0.8 * 989e12)
-    assert find_machine(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 100 --nodes 2")) == Machine(3, 24e9, 80e12, 2)
+    assert find_machine(train_options()) == Machine(5, 80e9, 0.8 * 989e12)
+    described = train_options("--dry_run --gpus 3 --gpu_gb 24 --tflops 100 --nodes 2")
+    assert find_machine(described) == Machine(3, 24e9, 80e12, 2)
 
 
 def test_gpus_that_are_visible_are_planned_for(visible, no_torchrun):
     visible(("NVIDIA A100-SXM4-80GB", 85e9), ("NVIDIA A100-SXM4-80GB", 84e9))
-    assert find_machine(train("")) == Machine(2, 84e9, 0.8 * peak_operations("NVIDIA A100-SXM4-80GB", torch.bfloat16))
+    speed = 0.8 * peak_operations("NVIDIA A100-SXM4-80GB", torch.bfloat16)
+    assert find_machine(train_options()) == Machine(2, 84e9, speed)
     visible(("A card of tomorrow", 1e12))
-    assert find_machine(train("--kl_weight 0")).speed == 0.8 * 989e12
-    assert find_machine(train("--kl_weight 0 --dry_run --gpu_gb 24")).gpu_bytes == 24e9
+    assert find_machine(train_options("--kl_weight 0")).speed == 0.8 * 989e12
+    assert find_machine(train_options("--kl_weight 0 --dry_run --gpu_gb 24")).gpu_bytes == 24e9
 
 
 def test_torchrun_says_how_many_students_there_are(visible, launched):
     launched(3, n_nodes=2)
-    machine = find_machine(train(""))
+    machine = find_machine(train_options())
     assert (machine.n_gpus, machine.n_students, machine.n_nodes) == (4, 3, 2)
-    assert find_machine(train("--teacher_placement colocated")).n_gpus == 3
-    assert find_machine(train("--teacher_device cuda:0")).n_gpus == 3
-    assert find_machine(train("--teacher_device cuda:5")).n_gpus == 6
+    assert find_machine(train_options("--teacher_placement colocated")).n_gpus == 3
+    assert find_machine(train_options("--teacher_device cuda:0")).n_gpus == 3
+    assert find_machine(train_options("--teacher_device cuda:5")).n_gpus == 6
     visible(*[("NVIDIA H100", 80e9)] * 8)
-    machine = find_machine(train(""))
+    machine = find_machine(train_options())
     assert (machine.n_gpus, machine.n_students) == (8, 3)
 
 
@@ -99,7 +98,7 @@ def test_torchrun_says_how_many_students_there_are(visible, launched):
 )
 def test_mistakes_are_named(visible, no_torchrun, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        find_machine(train(text))
+        find_machine(train_options(text))
 
 
 # --- placements and advice -----------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ MACHINE = Machine(n_gpus=5, gpu_bytes=80e9, speed=790e12)
     ],
 )
 def test_the_options_say_where_the_teacher_sits(text, placement):
-    assert asked_placement(parse_train_args(text.split()), MACHINE) == placement
+    assert asked_placement(train_options(text), MACHINE) == placement
 
 
 def test_step_times_of_the_placements(folder):
@@ -175,7 +174,7 @@ def test_the_fastest_that_fits_is_advised(asked, other, expected):
 
 def test_a_teacher_on_a_named_gpu_shares_it_if_a_student_is_there():
     """By the students that torchrun has started, if it has."""
-    args = train("--teacher_device cuda:1")
+    args = train_options("--teacher_device cuda:1")
     for machine, placement in (
         (Machine(2, 80e9, 1e12), "dedicated"),
         (Machine(2, 80e9, 1e12, n_students=2), "shared"),
@@ -183,7 +182,7 @@ def test_a_teacher_on_a_named_gpu_shares_it_if_a_student_is_there():
         (Machine(1, 80e9, 1e12), "dedicated"),
     ):
         assert asked_placement(args, machine) == placement
-    assert asked_placement(train("--teacher_device cuda:0"), Machine(1, 80e9, 1e12)) == "shared"
+    assert asked_placement(train_options("--teacher_device cuda:0"), Machine(1, 80e9, 1e12)) == "shared"
     made = Plan("dedicated", 1, 1, {}, 0.1, 0.1, 0.1, 100)
     assert "runs the teacher on cuda:1" in seats(made, args, Machine(5, 80e9, 1e12, n_students=1))
     assert seats(made, args, Machine(5, 80e9, 1e12, n_students=1)).endswith("cuda:2, cuda:3, cuda:4: not used")
@@ -196,19 +195,20 @@ def test_without_a_teacher_on_a_gpu_there_is_one_placement():
 
 @pytest.mark.parametrize("text,asks", [("", False), ("--dtype float32", True), ("--dtype float32 --tflops 100", False)])
 def test_a_peak_that_is_not_known_is_asked_for(visible, text, asks):
-    assert ("Give --tflops" in assumptions(train(text), MACHINE)) == asks
+    assert ("Give --tflops" in assumptions(train_options(text), MACHINE)) == asks
     visible(("A card of tomorrow", 1e12))
-    assert ("Give --tflops" in assumptions(train(text), MACHINE)) == ("--tflops" not in text)
+    assert ("Give --tflops" in assumptions(train_options(text), MACHINE)) == ("--tflops" not in text)
 
 
 def test_what_is_not_known_is_asked_for(visible, capsys):
-    assert machine_text(train("--dry_run --gpus 3"), MACHINE).endswith("describe yours with --gpu_gb, --tflops.")
-    assert machine_text(train("--dry_run --gpus 3 --gpu_gb 24 --tflops 9"), MACHINE).endswith("of 80 GB.")
+    text = machine_text(train_options("--dry_run --gpus 3"), MACHINE)
+    assert text.endswith("describe yours with --gpu_gb, --tflops.")
+    assert machine_text(train_options("--dry_run --gpus 3 --gpu_gb 24 --tflops 9"), MACHINE).endswith("of 80 GB.")
 
 
 def test_a_plan_that_cannot_be_written_is_the_first_error():
     with pytest.raises(ValueError, match="--plan_json /absent/x.json: its folder is not there"):
-        print_plan(train("--dry_run --plan_json /absent/x.json"))
+        print_plan(train_options("--dry_run --plan_json /absent/x.json"))
 
 
 def test_layers_that_cannot_be_compared_are_an_error_of_a_plan(folder):
@@ -227,20 +227,21 @@ def test_advice_names_the_option_that_is_in_the_way():
 
 def test_the_seats_are_those_of_the_readme():
     made = Plan("dedicated", 4, 4, {}, 0.1, 0.1, 0.1, 100)
-    lines = [line.split(maxsplit=3) for line in seats(made, train(""), MACHINE).splitlines()]
+    lines = [line.split(maxsplit=3) for line in seats(made, train_options(), MACHINE).splitlines()]
     assert lines[1] == ["rank", "0", "cuda:0", "runs the teacher on cuda:4"]
     assert lines[4] == ["rank", "3", "cuda:3"] and len(lines) == 5
     beside = Plan("colocated", 5, 5, {}, 0.1, 0.1, 0.1, 100)
-    assert seats(beside, train(""), MACHINE).count("a teacher beside its student") == 5
+    assert seats(beside, train_options(), MACHINE).count("a teacher beside its student") == 5
     none = Plan("none", 5, 5, {}, 0.1, 0.1, 0.1, 100)
-    assert "rank 0    cuda:0      runs the teacher on the CPU\n" in seats(none, train("--teacher_device cpu"), MACHINE)
-    assert "teacher" not in seats(none, train("--kl_weight 0"), MACHINE)
+    text = seats(none, train_options("--teacher_device cpu"), MACHINE)
+    assert "rank 0    cuda:0      runs the teacher on the CPU\n" in text
+    assert "teacher" not in seats(none, train_options("--kl_weight 0"), MACHINE)
     few = Plan("dedicated", 2, 2, {}, 0.1, 0.1, 0.1, 100)
-    assert seats(few, train(""), MACHINE).endswith("cuda:2, cuda:3: not used")
+    assert seats(few, train_options(), MACHINE).endswith("cuda:2, cuda:3: not used")
 
 
 def test_what_a_rank_receives(folder):
-    args = train(" ".join(options(folder, "wide", "--seq_length 40 --batch_size 2 --grad_accumulation_steps 3")))
+    args = parse_train_args(options(folder, "wide", "--seq_length 40 --batch_size 2 --grad_accumulation_steps 3"))
     footprint = measure_footprint(args)
     trained = gradient_bytes(footprint.student)
     assert wire_bytes(args, footprint, make_plan(args, footprint, MACHINE, "dedicated")) == {
@@ -258,7 +259,7 @@ def test_what_a_rank_receives(folder):
 def test_tokens_and_time(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     text = f"--seq_length 40 --batch_size 2 --grad_accumulation_steps 3 --max_steps 1000 --output_dir {tmp_path}"
-    args = train(" ".join(options(folder, "wide", text + " --save_interval 0")))
+    args = parse_train_args(options(folder, "wide", text + " --save_interval 0"))
     footprint = measure_footprint(args)
     made = make_plan(args, footprint, MACHINE, "dedicated")
     shown = run_table(args, footprint, made, disk_room(args, footprint.student, 3000))
@@ -272,7 +273,7 @@ def test_tokens_and_time(folder, tmp_path, monkeypatch):
 
 def test_room_on_the_disk(folder, tmp_path, monkeypatch):
     text = f"--seq_length 8 --max_steps 10 --save_interval 2 --output_dir {tmp_path}/a/b"
-    args = train(" ".join(options(folder, "wide", text)))
+    args = parse_train_args(options(folder, "wide", text))
     footprint = measure_footprint(args)
     size = sum(footprint.weights.values()) + 8 * sum(
         p.numel() for p in footprint.student.parameters() if p.requires_grad

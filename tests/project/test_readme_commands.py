@@ -21,6 +21,7 @@ import train_gpus
 from llamba import export
 from tests import fresh
 from tests.project.markdown import ENGLISH, ROOT, commands, read
+from tests.small_runs import read_metrics
 
 TINY = ROOT / "presets" / "tiny"
 PAGES = (ENGLISH, *(f"docs/{page}.md" for page in ("evaluation", "reliability", "logs", "data")))
@@ -157,7 +158,7 @@ def test_a_command(folder, index, monkeypatch):
 
 
 def assert_trained(output_dir):
-    steps = [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in read_metrics(output_dir)]
     assert steps[-1] == 2 and (output_dir / "latest" / "model.safetensors").is_file()
     assert (output_dir / "args.yaml").is_file()
 

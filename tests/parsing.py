@@ -1,4 +1,6 @@
-"""Command lines as text to options or to the error that refuses them."""
+"""Parses command lines to options, or to the error that refuses them."""
+
+from pathlib import Path
 
 import pytest
 
@@ -12,21 +14,26 @@ PRODUCTION = (
 )
 
 
-def train(line: str = "") -> TrainArguments:
+def train_options(line: str = "") -> TrainArguments:
     return parse_train_args(line.split())
 
 
-def evaluation(line: str = "") -> EvalArguments:
+def options_in(folder: Path, *more: str) -> TrainArguments:
+    """Returns the options of a run that writes into `folder`."""
+    return parse_train_args(["--output_dir", str(folder), *more])
+
+
+def eval_options(line: str = "") -> EvalArguments:
     return parse_eval_args(line.split())
 
 
 def train_error(line: str) -> str:
     with pytest.raises(ValueError) as error:
-        train(line)
+        train_options(line)
     return str(error.value)
 
 
 def eval_error(line: str) -> str:
     with pytest.raises(ValueError) as error:
-        evaluation(line)
+        eval_options(line)
     return str(error.value)
