@@ -26,7 +26,7 @@ IMPORTED = ["train_gpus", "eval_mmlu_hybrid", "tests.small_runs", "pytest", "sci
 
 
 class Process:
-    """A process that runs `function(*args)` in this directory and in this environment with the given changes."""
+    """Runs `function(*args)` in a process, in this directory and in this environment with the given changes."""
 
     def __init__(self, function: Callable, *args: Any, **environment: str) -> None:
         CONTEXT.set_forkserver_preload(IMPORTED)

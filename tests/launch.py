@@ -23,7 +23,7 @@ Arm = Callable[[int], None]
 
 
 class Launch:
-    """The ranks of one run as forks of this process."""
+    """Starts the ranks of one run as forks of this process."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ finally:
 
 
 def answer(entry, *options):
-    """The exit code of an entry, all that it printed, and which of the heavy packages it has imported."""
+    """Returns the exit code of an entry, all that it printed, and which of the heavy packages it has imported."""
     command = [sys.executable, "-c", RUN, str(ROOT / entry), *options]
     process = subprocess.run(command, capture_output=True, text=True, timeout=200)
     *lines, loaded = process.stderr.splitlines()

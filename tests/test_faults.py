@@ -100,7 +100,7 @@ def test_a_signal_stops_the_tokenising_and_leaves_nothing_half_made(stage, facts
 # --- another number of ranks ---------------------------------------------------------------------------------
 
 
-def windows_of(stage, run, n_ranks):
+def logged_windows(stage, run, n_ranks):
     """Returns the windows of each micro step, those of all ranks in order."""
     by_rank = [(stage / f"windows-{run}-{r}.jsonl").read_text().splitlines() for r in range(n_ranks)]
     return [[i for line in lines for i in json.loads(line)] for lines in zip(*by_rank, strict=True)]
@@ -109,7 +109,7 @@ def windows_of(stage, run, n_ranks):
 def test_two_then_three_then_one_rank_take_every_window_once(stage, facts):
     alone, *stages = facts("other_world_sizes")
     assert [fact["codes"] for fact in stages] == [[75, 75], [75, 75, 75], [0]]
-    steps = [windows_of(stage, run, n_ranks) for run, n_ranks in enumerate((2, 3, 1))]
+    steps = [logged_windows(stage, run, n_ranks) for run, n_ranks in enumerate((2, 3, 1))]
     assert [len(run) for run in steps[:2]] == [5, 7] and len(steps[2]) > 10
     taken = [i for run in steps for step in run for i in step]
     n_windows = int(re.search(r"(\d+) windows in 1 epoch", alone["log"])[1])

@@ -55,7 +55,7 @@ def run(models, tmp_path_factory):
     return run_once
 
 
-def weights(folder, rank=0):
+def final_weights(folder, rank=0):
     return torch.load(folder / f"rank-{rank}.pt", weights_only=True)
 
 
@@ -72,7 +72,7 @@ def moved(folder, step):
 
 def test_all_ranks_hold_the_same_weights(run):
     folder = run(2, **FROZEN)
-    first, second = weights(folder, 0), weights(folder, 1)
+    first, second = final_weights(folder, 0), final_weights(folder, 1)
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -84,7 +84,7 @@ def test_two_students_equal_one_with_twice_the_batch(run):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
-    two_weights, one_weights = weights(two), weights(one)
+    two_weights, one_weights = final_weights(two), final_weights(one)
     for name in two_weights:
         torch.testing.assert_close(two_weights[name], one_weights[name], rtol=1e-3, atol=1e-4)
 
@@ -96,8 +96,8 @@ def test_two_nodes_equal_two_ranks_of_one(run):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-6)
     for rank in (0, 1):
-        for name, weight in weights(two_nodes, rank).items():
-            torch.testing.assert_close(weight, weights(one_node)[name], rtol=1e-4, atol=1e-6)
+        for name, weight in final_weights(two_nodes, rank).items():
+            torch.testing.assert_close(weight, final_weights(one_node)[name], rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_steps_equal_one_large_batch(run):
@@ -123,8 +123,8 @@ def test_where_and_when_the_teacher_works_changes_no_figure(run, changes):
     for a, b in zip(ahead, other, strict=True):
         for name in ("micro_step", "tokens", "loss", "kl", "ce", "grad_norm", "lr"):
             assert a[name] == b[name], name
-    for name, weight in weights(run(2, **FROZEN)).items():
-        assert torch.equal(weight, weights(run(2, **changes, **FROZEN))[name]), name
+    for name, weight in final_weights(run(2, **FROZEN)).items():
+        assert torch.equal(weight, final_weights(run(2, **changes, **FROZEN))[name]), name
 
 
 # --- what a step does ----------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_the_first_loss_is_the_reference_loss(run, models):
 def test_frozen_weights_stay_and_all_others_move(run):
     folder = run(2, **FROZEN)
     changed = moved(folder, 6)
-    everything = set(weights(folder))
+    everything = set(final_weights(folder))
     frozen = {name for name in everything if ".mlp." in name or ".layers.1." in name or ".layers.3." in name}
     assert changed == everything - frozen
 

@@ -55,14 +55,14 @@ def test_a_run_needs_room_for_two_checkpoints(disk, n, argv):
         (2, ("--save_interval", "0"), None),
     ],
 )
-def test_too_little_room_for_all_is_told(disk, caplog, monkeypatch, n, argv, warned):
+def test_too_little_room_for_all_is_reported(disk, caplog, monkeypatch, n, argv, warned):
     monkeypatch.setattr(resume.logger, "propagate", True)
     check_space(args(*argv), disk(n), 100)
     assert (warned in caplog.text and "--save_total_limit" in caplog.text) if warned else caplog.text == ""
 
 
-def test_a_run_that_goes_on_needs_room_for_one_more(disk, tmp_path, caplog, monkeypatch):
-    """Those that it keeps are there already."""
+def test_a_resumed_run_needs_room_for_one_more(disk, tmp_path, caplog, monkeypatch):
+    """The checkpoints that it keeps are on the disk already."""
     monkeypatch.setattr(resume.logger, "propagate", True)
     argv = ("--output_dir", str(tmp_path), "--save_interval", "10", "--save_total_limit", "3")
     for step in (10, 20, 30):
@@ -83,7 +83,7 @@ def test_what_cannot_be_written_before_training_is_one_line(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """The checkpoint and the state of a run of two ranks with the options given."""
+    """Returns the checkpoint and the state of a run of two ranks with the options given."""
     return lambda *argv: (tmp_path, {"arguments": dataclasses.asdict(args(*argv)), "world_size": 2})
 
 

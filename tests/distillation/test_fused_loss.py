@@ -42,7 +42,7 @@ def fused_loss(ce_weight, kl_weight, temperature, chunk_tokens=None, compiled=Fa
 
 
 def reference(p, temperature):
-    """The plain way, with autograd."""
+    """Returns the loss figures by compute_distill_loss, whose gradients are autograd's."""
     logits = F.linear(p["student_hidden"], p["student_head"], p["student_bias"])[None, :, : p["vocab"]]
     teacher = p["teacher"]
     if teacher is not None:

@@ -18,7 +18,7 @@ B, S, V = 2, 5, 11
 
 
 def inputs(student_vocab=V, teacher_vocab=V, dtype=torch.float32, seed=0):
-    """Student and teacher logits, labels that all know, and a mask with holes."""
+    """Returns student and teacher logits, labels that all know, and a mask with holes."""
     g = torch.Generator().manual_seed(seed)
     student = (3 * torch.randn(B, S, student_vocab, generator=g)).to(dtype).requires_grad_()
     teacher = (3 * torch.randn(B, S, teacher_vocab, generator=g)).to(dtype)
@@ -28,7 +28,7 @@ def inputs(student_vocab=V, teacher_vocab=V, dtype=torch.float32, seed=0):
 
 
 def by_torch(student, teacher, labels, loss_mask, temperature):
-    """(kl, ce) the other way: pick the unmasked tokens first, then PyTorch's means over them."""
+    """Returns (kl, ce) the other way: picks the unmasked tokens first, then PyTorch's means over them."""
     student, teacher, labels = student[loss_mask], teacher[loss_mask], labels[loss_mask]  # (N, V), (N, V), (N)
     ce = F.cross_entropy(student, labels)
     p = F.softmax(teacher / temperature, dim=-1)

@@ -90,7 +90,7 @@ class Announcing(StandIn):
         return super().__call__(input_ids)
 
 
-def test_the_lane_lets_go_of_an_answer_once_it_is_taken(ranks):
+def test_the_lane_releases_an_answer_once_it_is_taken(ranks):
     lane = TeacherLane(StandIn(fails_at=0), ranks)
     answer = weakref.ref(lane.submit(batches(1)[0].input_ids).result())
     wait_until(lambda: answer() is None, seconds=30)  # its thread may still be about to release it

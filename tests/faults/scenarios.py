@@ -207,7 +207,7 @@ def rank_0_is_killed(scene: Scene) -> None:
 
 
 def a_rank_dies_while_others_wait_in_native_code(scene: Scene) -> None:
-    """As under NCCL, the main thread of rank 0 hangs: only its lifeline can end it."""
+    """Hangs the main thread of rank 0, as NCCL does: only its lifeline can end it."""
 
     def arm(rank: int) -> None:
         if rank == 1:
@@ -264,7 +264,7 @@ def no_memory_for_the_copy(scene: Scene) -> None:
 
 
 def slow_disk(scene: Scene) -> None:
-    """Rank 1 finishes its part of checkpoint-4 only when micro step 8 has begun."""
+    """Has rank 1 finish its part of checkpoint-4 only when micro step 8 has begun."""
 
     def arm() -> None:
         begun = threading.Event()

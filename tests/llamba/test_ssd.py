@@ -212,7 +212,7 @@ def test_mamba_adapter_survives_a_decay_of_nothing():
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("with_past", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 9])
-def test_convolution_is_causal_and_goes_on_from_its_past(activation, with_past, length):
+def test_convolution_is_causal_and_continues_from_its_past(activation, with_past, length):
     torch.manual_seed(0)
     x, past = torch.randn(2, 6, length), torch.randn(2, 6, 4)
     weight, bias = torch.randn(6, 4), torch.randn(6)

@@ -32,7 +32,7 @@ def row(step):
 
 
 def work(folder, *more, start=0, last=6):
-    """A run that logs a line before, a warning in between, and one after its log is closed."""
+    """Runs some steps: logs a line before them, a warning between them, and a line after the run log is closed."""
     args = parse_train_args(["--output_dir", str(folder), "--log_interval", "100", *more])
     setup_logging(args.log_file, is_main=True)
     logger = logging.getLogger("train")
@@ -46,7 +46,7 @@ def work(folder, *more, start=0, last=6):
 
 
 def on_a_terminal(act, columns=200):
-    """What a process writes to a pseudo-terminal of its own while it runs `act`."""
+    """Returns what a process writes to its own pseudo-terminal while it runs `act`."""
     process, terminal = pty.fork()
     if not process:
         code = 1
@@ -70,7 +70,7 @@ def on_a_terminal(act, columns=200):
 
 
 def shown(written):
-    """The lines on the screen when all is written: a carriage return goes back, and what follows overwrites."""
+    """Returns the lines on the screen when all is written: a carriage return goes back, and what follows overwrites."""
     lines, column = [""], 0
     for character in written:
         if character == "\n":
@@ -97,7 +97,7 @@ def test_lines_stand_above_the_bar(tmp_path):
     assert bar.endswith("eta 0:00:00], loss 2.5000 | 12,346 tok/s | mfu 41.2% | mem 51.2 GB | teacher wait 20%")
 
 
-def test_the_bar_of_a_run_that_goes_on_begins_at_its_step(tmp_path):
+def test_the_bar_of_a_resumed_run_begins_at_its_step(tmp_path):
     written = on_a_terminal(lambda: work(tmp_path, start=3, last=5))
     assert " 50%|" in written and "| 3/6 [" in written and " 0%|" not in written
     assert "| 5/6 [" in shown(written)[-2]

@@ -1,4 +1,4 @@
-"""What a run tells of itself: its rows whatever becomes of the disk or the run, lines of the log, warnings.jsonl and
+"""What a run reports: its rows, however the disk fails or the run ends, lines of the log, warnings.jsonl and
 status.json.
 """
 
@@ -29,7 +29,7 @@ def refuse_constant(text):
 
 
 def rows_of(folder):
-    """As a strict reader takes them: NaN and Infinity are Python's own and not JSON."""
+    """Returns the rows as a strict reader takes them: NaN and Infinity are Python's own and not JSON."""
     text = (folder / "metrics.jsonl").read_text()
     return [json.loads(line, parse_constant=refuse_constant) for line in text.splitlines()]
 
@@ -44,7 +44,7 @@ def test_rows_are_on_the_disk_as_soon_as_they_are_written(tmp_path):
             assert rows_of(tmp_path) == [row(n) for n in range(1, step + 1)]  # while the file is open
 
 
-def test_a_run_that_goes_on_appends_and_sets_aside_what_it_takes_again(tmp_path):
+def test_a_resumed_run_appends_and_sets_aside_what_it_takes_again(tmp_path):
     with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         for step in (1, 2, 3):
             log.write(row(step))
@@ -82,7 +82,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("spoilt", SPOILT.values(), ids=SPOILT)
 def test_spoilt_lines_are_set_aside(tmp_path, spoilt):
-    """Whatever stands among the rows or behind them, every line of metrics.jsonl is a row when a run goes on."""
+    """In a resumed run every line of metrics.jsonl is a row, whatever stood among the rows or behind them."""
     spoilt = spoilt if isinstance(spoilt, bytes) else spoilt.encode()
     lines = [json.dumps(row(step)).encode() + b"\n" for step in (1, 2)]
     content = b"".join([lines[0], spoilt, *([lines[1]] if spoilt.endswith(b"\n") else [])])
@@ -106,7 +106,7 @@ def test_what_was_set_aside_before_is_kept(tmp_path):
 
 
 class FullDisk:
-    """A file that takes `room` bytes, and then raises until there is room again."""
+    """Stands for a file: takes `room` bytes, and then raises until there is room again."""
 
     def __init__(self, file, room):
         self.file, self.room, self.closed = file, room, False
@@ -128,7 +128,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("room", [0, 30, 500])
 def test_rows_that_a_full_disk_does_not_take_are_kept(tmp_path, capsys, room):
-    """In order, whole, and none twice; one warning tells it."""
+    """They are written in order, whole, and none twice; one warning reports the full disk."""
     setup_logging(None, is_main=True)
     with RunLog(options_in(tmp_path, "--log_interval", "100"), 0, is_main=True) as log:
         log.file.file = disk = FullDisk(log.file.file, room)
@@ -292,7 +292,7 @@ def test_a_status_that_is_damaged_says_nothing(tmp_path):
         assert read_status(tmp_path) == {}
 
 
-def test_a_status_that_cannot_be_written_is_told_and_no_more(tmp_path, capsys):
+def test_a_status_that_cannot_be_written_is_reported_and_no_more(tmp_path, capsys):
     setup_logging(None, is_main=True)
     write_status(tmp_path / "absent", "running", 0)
     assert "status.json cannot be written (No such file or directory)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard: one history of a run that is stopped and goes on, read back from the files they
+"""Weights & Biases and TensorBoard: one history of a run that is stopped and resumed, read back from the files they
 leave; no network is touched, and nothing that goes wrong there ends a run.
 """
 
@@ -32,7 +32,7 @@ def row(step, **changes):
 
 
 def run_steps(args, first, last, **changes):
-    """The steps `first` to `last` of a run, which knows what stood there before."""
+    """Logs the steps `first` to `last` of a run that resumes from the step before."""
     with RunLog(args, 2 * (first - 1), is_main=True, step=first - 1) as log:
         for step in range(first, last + 1):
             log.write(row(step, **changes))
@@ -57,8 +57,8 @@ def test_rows_become_charts():
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """No socket of this process leaves the machine, and W&B's own process finds nobody but our ear. Returns it: a
-    listening socket that nobody should call.
+    """Keeps the sockets of this process on this machine, and gives W&B's own process a server here. Returns the
+    server's listening socket, which nothing should connect to.
     """
     connect = socket.socket.connect
 
@@ -84,7 +84,9 @@ def no_network(monkeypatch, tmp_path):
 
 
 def records(file):
-    """What a W&B file holds: blocks of 32 KiB, in them pieces of records behind a checksum, a length and a kind."""
+    """Returns the records of a W&B file. It has blocks of 32 KiB with pieces of records, each behind a checksum, a
+    length and a kind.
+    """
     data, place, whole = file.read_bytes(), 7, b""
     while place + 7 <= len(data):
         room = 32768 - place % 32768
@@ -100,7 +102,7 @@ def records(file):
 
 
 def history(file):
-    """Steps, and for each of them its charts."""
+    """Returns each step with its charts."""
     found = []
     for record in records(file):
         if record.HasField("history"):
@@ -114,7 +116,7 @@ def summary(file):
     return {update.key or "/".join(update.nested_key): json.loads(update.value_json) for update in updates}
 
 
-def test_an_offline_run_that_goes_on_has_one_whole_history(tmp_path, no_network):
+def test_a_resumed_offline_run_has_one_whole_history(tmp_path, no_network):
     """The newest directory has it all, so that `wandb sync DIR/wandb/offline-run-*` sends one run."""
     args = options_in(tmp_path, "--wandb", "--local_files_only", "--wandb_run_name", "mine")
     run_steps(args, 1, 5)
@@ -148,7 +150,7 @@ def test_disabled_wandb_leaves_nothing(tmp_path, no_network):
 
 
 class Run:
-    """Stands for W&B's: remembers what it is told."""
+    """Stands for a run of W&B: records its calls."""
 
     disabled = False
 
@@ -168,7 +170,7 @@ class Run:
 
 @pytest.fixture
 def played(monkeypatch):
-    """(runs, calls): each wandb.init gives the next of the runs, and is told in calls."""
+    """Returns (runs, calls): each wandb.init returns the next of the runs and adds its arguments to the calls."""
     runs, calls = [], []
 
     def init(**how):
@@ -180,7 +182,7 @@ def played(monkeypatch):
 
 
 def test_an_online_run_gets_what_it_has_not(tmp_path, played):
-    """The run had come to step 5, of which W&B knows 2, or 7, and goes on from step 3."""
+    """The run had reached step 5 and resumes from step 3; W&B has 2 steps of it, or 7."""
     runs, calls = played
     runs += [Run(0), Run(3), Run(8)]
     args = options_in(tmp_path, "--wandb", "--wandb_mode", "online")
@@ -193,7 +195,7 @@ def test_an_online_run_gets_what_it_has_not(tmp_path, played):
 
 
 def test_another_run_in_the_same_directory_is_another_run(tmp_path, played):
-    """A run that begins at 0 is another, unless it goes on from checkpoint-0."""
+    """A run that begins at 0 is another, unless it resumes from checkpoint-0."""
     runs, calls = played
     runs += [Run(0), Run(0), Run(0)]
     args = options_in(tmp_path, "--wandb", "--wandb_mode", "online")
@@ -206,8 +208,8 @@ def test_another_run_in_the_same_directory_is_another_run(tmp_path, played):
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
-def test_offline_directories_of_a_run_that_goes_on_are_set_aside(tmp_path, played, mode):
-    """Whichever way it goes on: sent later, they would take the place of what it has by then."""
+def test_offline_directories_of_a_resumed_run_are_set_aside(tmp_path, played, mode):
+    """They are set aside in both modes: sent later, they would replace what W&B has by then."""
     runs, calls = played
     runs += [Run(0), Run(0)]
     run_steps(options_in(tmp_path, "--wandb", "--wandb_mode", "offline"), 1, 2)
@@ -223,7 +225,7 @@ def test_offline_directories_of_a_run_that_goes_on_are_set_aside(tmp_path, playe
 
 
 @pytest.mark.parametrize("error,exit_code", [(None, 0), (KeyboardInterrupt, 1)])
-def test_wandb_is_told_how_the_run_ended(tmp_path, played, error, exit_code):
+def test_wandb_learns_how_the_run_ended(tmp_path, played, error, exit_code):
     runs, _ = played
     runs.append(Run(0))
     write_status(tmp_path, "stopped", 75)
@@ -275,7 +277,7 @@ def test_nor_a_run_that_is_complete(tmp_path, played, monkeypatch, capsys):
     never.set()
 
 
-def test_online_without_a_login_is_told_before_training(tmp_path, no_network, monkeypatch):
+def test_online_without_a_login_is_reported_before_training(tmp_path, no_network, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # nobody to ask
     args = options_in(tmp_path, "--wandb", "--wandb_mode", "online")
     with pytest.raises(ValueError, match="--wandb: W&B does not start .*wandb login.*--wandb_mode offline"):
@@ -286,7 +288,7 @@ def test_online_without_a_login_is_told_before_training(tmp_path, no_network, mo
     check_trackers(options_in(tmp_path, "--wandb", "--wandb_mode", "disabled"))
 
 
-def test_a_run_that_wandb_refuses_to_go_on_with_names_the_file_of_its_id(tmp_path, monkeypatch):
+def test_a_run_that_wandb_refuses_to_resume_names_the_file_of_its_id(tmp_path, monkeypatch):
     (tmp_path / "wandb_id").write_text("abcd1234\n")
 
     def refuse(**how):
@@ -298,7 +300,7 @@ def test_a_run_that_wandb_refuses_to_go_on_with_names_the_file_of_its_id(tmp_pat
         RunLog(options_in(tmp_path, "--wandb", "--wandb_mode", "online"), 2, is_main=True, step=1)
 
 
-def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, capsys):
+def test_what_breaks_during_the_run_does_not_end_it(tmp_path, played, capsys):
     runs, _ = played
     runs.append(Run(0))
 
@@ -316,8 +318,8 @@ def test_what_breaks_while_the_run_goes_on_does_not_end_it(tmp_path, played, cap
         log.write(row(2))
         log.write(row(3))
     assert len(read_metrics(tmp_path)) == 3
-    told = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
-    assert told == ["[train] W&B: ConnectionResetError: W&B's process is gone; it gets no more rows"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
+    assert said == ["[train] W&B: ConnectionResetError: W&B's process is gone; it gets no more rows"]
     assert runs[0].exit_code is None
 
 
@@ -330,7 +332,7 @@ def test_without_wandb_and_tensorboard_neither_is_imported(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_a_package_that_is_not_there_is_told_before_training(tmp_path, monkeypatch, package):
+def test_a_package_that_is_not_there_is_reported_before_training(tmp_path, monkeypatch, package):
     real = trackers.importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(ValueError, match=f"--{package}: .*pip install {package}"):

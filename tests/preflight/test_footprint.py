@@ -62,7 +62,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
 
 
 def options(folder, size, text):
-    """The command line of a case."""
+    """Returns the command line of a case."""
     models = ["--teacher_model", f"{folder}/{size}/teacher", "--student_model", f"{folder}/{size}/student"]
     usual = ["--preset", "tiny", "--output_dir", "unused", "--layers", "2", "3", "--no_freeze_replaced_layers"]
     return [*usual, *models, "--loss_chunk_tokens", "64", "--save_interval", "0", *text.split()]
@@ -174,7 +174,7 @@ def child():
 
 @pytest.fixture(scope="module", params=list(CASES), ids=lambda n: f"{n} ranks")
 def measured(request, folder):
-    """Number of ranks, and for every rank what it found in each case."""
+    """Returns the number of ranks, and for every rank what it found in each case."""
     n_ranks = request.param
     codes, text = fresh.ranks([str(folder)], n_ranks, child, free_at_once)
     assert codes == [0] * n_ranks, text[-4000:]

@@ -32,7 +32,7 @@ def test_devices_are_counted(monkeypatch):
         ("cuda", set(), True, False),
     ],
 )
-def test_a_missing_compiler_is_told_before_a_run(monkeypatch, device_type, programs, has_triton, expected):
+def test_a_missing_compiler_is_reported_before_a_run(monkeypatch, device_type, programs, has_triton, expected):
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("processes.devices.shutil.which", lambda name: name if name in programs else None)

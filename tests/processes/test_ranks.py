@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch, no_torchrun):
-    """A machine with some GPUs and torchrun's environment of one rank."""
+    """Mocks a machine with some GPUs and torchrun's environment of one rank."""
 
     def become(n_gpus, n_students, local_rank=0):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
@@ -103,7 +103,7 @@ def test_one_rank_takes_the_gpu_that_is_named(machine):
     assert choose_device("cuda:2") == torch.device("cuda:2")
 
 
-def test_ranks_without_enough_gpus_are_told(machine):
+def test_ranks_without_enough_gpus_are_refused(machine):
     machine(n_gpus=2, n_students=3)
     with pytest.raises(ValueError, match="--nproc_per_node 3: each rank takes a GPU, and 2 are visible"):
         choose_device(None)
@@ -181,7 +181,7 @@ def work(ranks):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What each of two real processes found."""
+    """Returns what each of two real ranks found."""
     return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 

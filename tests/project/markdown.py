@@ -38,7 +38,7 @@ def read(name: str) -> str:
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block."""
+    """Returns (language, content) of each fenced block."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -62,7 +62,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def table(script: str, text: str) -> list[tuple[str, str]]:
-    """(option, default) of each row below a header that names the script."""
+    """Returns (option, default) of each row below a header that names the script."""
     rows, inside = [], False
     for line in prose(text).splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -86,7 +86,7 @@ def option_names(script: str) -> set[str]:
 
 
 def defaults(script: str) -> dict[str, str]:
-    """As a table shows them: a preset's value with an asterisk, switches as on or off, nothing as a dash."""
+    """Returns defaults as tables show them: a preset's with an asterisk, switches as on or off, None as a dash."""
     _, parse, section = SCRIPTS[script]
     preset = json.loads((PRESETS / "llamba-8b" / "preset.json").read_text())
     starred = {**preset["common"], **preset[section]}
@@ -105,7 +105,7 @@ def defaults(script: str) -> dict[str, str]:
 
 @functools.cache
 def known_options() -> set[str]:
-    """Of both scripts, of torchrun, and of every program here that has a parser of its own."""
+    """Returns the options of both scripts, of torchrun, and of every program here that has a parser of its own."""
     known = {name for script in SCRIPTS for name in option_names(script)} | LAUNCHER | {"--help"}
     for file in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', file.read_text(encoding="utf-8")))
@@ -114,7 +114,7 @@ def known_options() -> set[str]:
 
 @functools.cache
 def definitions() -> dict[str, set[str]]:
-    """Module or class of the product -> the names that it defines; where several share a name, all of theirs."""
+    """Returns the names that each module or class of the product defines; modules of one name are taken together."""
     found: dict[str, set[str]] = {}
     for file in [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -205,7 +205,7 @@ def name_problems(name: str, text: str) -> list[str]:
 
 
 def math_problems(name: str, text: str) -> list[str]:
-    """What GitHub does not show as a formula: outside of blocks Markdown takes the backslash from \\, and the like."""
+    """Returns formulas that GitHub does not show. Outside of blocks, Markdown drops a backslash before punctuation."""
     found = []
     lines = re.sub(r"`[^`\n]+`", "", prose(text))
     for paragraph in re.split(r"\n\s*\n", lines):

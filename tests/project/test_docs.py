@@ -30,7 +30,7 @@ FIELDS_OF_A_FORM = {"textarea", "input", "dropdown", "checkboxes", "markdown"}
 
 
 def form_problems(name, text):
-    """A form that GitHub would refuse or leave out."""
+    """Returns why GitHub would refuse a form or leave it out."""
     try:
         form = yaml.safe_load(text)
     except yaml.YAMLError as error:

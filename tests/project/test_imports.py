@@ -45,7 +45,7 @@ DOTTED_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 def project_sources():
-    """Module name -> source of everything that the entries are made of."""
+    """Returns the source of every module that the entries are made of, by its name."""
     rooms = [ROOT / room for room in FLOOR_OF if (ROOT / room).is_dir()]
     files = [*ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
     return {".".join(file.relative_to(ROOT).with_suffix("").parts): file.read_text() for file in files}
@@ -56,7 +56,7 @@ def room_of(name):
 
 
 def imported(tree):
-    """Absolute dotted names that a module imports, wherever the statement stands."""
+    """Yields absolute dotted names that a module imports, wherever the statement stands."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -65,7 +65,7 @@ def imported(tree):
 
 
 def named_in_calls(tree):
-    """Dotted names that a module gives to calls as text, as `importlib.import_module` wants them."""
+    """Yields dotted names that a module gives to calls as text, as `importlib.import_module` wants them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
@@ -74,7 +74,7 @@ def named_in_calls(tree):
 
 
 def climbs_out(tree, depth):
-    """Whether a relative import leaves the package of a module `depth` packages deep."""
+    """Returns whether a relative import leaves the package of a module `depth` packages deep."""
     return any(isinstance(node, ast.ImportFrom) and node.level > depth for node in ast.walk(tree))
 
 
@@ -90,7 +90,7 @@ def is_below(module, target):
 
 
 def violations(sources):
-    """Every breach of the rule, as `module: what`."""
+    """Returns every breach of the rule, as `module: what`."""
     found = []
     for name, source in sorted(sources.items()):
         room, tree = room_of(name), ast.parse(source)

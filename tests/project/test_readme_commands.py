@@ -49,7 +49,7 @@ NOT_HERE = {
     "make demo": "tests/test_demo.py runs it",
     "make test": "it is what runs these tests",
     "source": "the tests have an environment",
-    "kill": "no run is going on here; tests/test_faults.py signals its own",
+    "kill": "no run is under way here; tests/test_faults.py signals its own",
     "hf auth": "needs a network and an account",
     "hf download": "needs a network",
     "python -c import datasets": "needs a network",
@@ -58,7 +58,7 @@ NOT_HERE = {
 
 
 def shown():
-    """(page, words) of each command, once."""
+    """Returns (page, words) of each command, once."""
     seen = set()
     for page in PAGES:
         for words in commands(read(page)):
@@ -72,7 +72,7 @@ COMMANDS = list(shown())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands run, with the files that the README supposes."""
+    """Returns the folder in which the commands run, with the files that the README supposes."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "data").mkdir()
@@ -90,7 +90,7 @@ def environment_of(folder):
 
 
 def run_whole(command, folder):
-    """In a process of its own, as a shell starts it."""
+    """Runs a command in its own process, as a shell does, and returns what it printed."""
     environment = {**os.environ, **environment_of(folder)}
     ended = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
@@ -100,7 +100,7 @@ def run_whole(command, folder):
 
 
 def run_forked(command, folder):
-    """The same of a program of ours, in a fork of a process that has imported everything; torchrun's one rank too."""
+    """Runs a program of ours, or the one rank of a torchrun, in a fork of a process that has imported everything."""
     environment = environment_of(folder)
     if command[1:2] == ["-m"]:
         code, printed = fresh.script(command[3:], export.main, **environment)
@@ -122,7 +122,7 @@ def run_code():
 
 
 def small(words, index):
-    """The command on the tiny preset. A run that neither is the first nor resumes has a directory of its own."""
+    """Returns the command for the tiny preset. A run that is neither the first nor resumed has its own directory."""
     line = " ".join(words)
     if "train_gpus.py" in line or "doctor.py" in line:
         line += f" {TRAIN}"

@@ -62,7 +62,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A run that has everything, with its report."""
+    """Returns a run that has everything, and its report."""
     run = full_run(tmp_path_factory.mktemp("one"))
     return run, write_page([run], None)
 
