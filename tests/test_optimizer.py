@@ -113,12 +113,8 @@ def test_masters_are_kept_as_asked(no_torchrun):
     with process_groups(CPU):
         for line, kept in (("", True), ("--no_master_weights", False)):
             args = options(line)
-            assert (
-                build_optimizer(
-                    MixedParameters(), args.max_lr, args.weight_decay, args.master_weights
-                ).optim.master_weights
-                is kept
-            )
+            optimizer = build_optimizer(MixedParameters(), args.max_lr, args.weight_decay, args.master_weights)
+            assert optimizer.optim.master_weights is kept
 
 
 STEPS = 6
