@@ -270,12 +270,12 @@ def check_trainable(student: nn.Module) -> None:
         )
 
 
-def check_layer_map(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+def check_layer_map(interval: int, student: LlambaConfig, teacher: PretrainedConfig) -> None:
     """Raises ValueError if --layer_map_interval is given and the models' layers cannot be compared one by one."""
     shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
-    if args.layer_map_interval and shapes[0] != shapes[1]:
+    if interval and shapes[0] != shapes[1]:
         raise ValueError(
-            f"--layer_map_interval {args.layer_map_interval}: the student has {shapes[0][0]} layers of width "
+            f"--layer_map_interval {interval}: the student has {shapes[0][0]} layers of width "
             f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
             "the option out"
         )

@@ -174,7 +174,8 @@ def first_n(loader: CachedLoader | StreamingLoader, n: int) -> TimedIterator[Bat
 def begin(job: Job, learner: Learner, state: RunState, saver: Saver | NoSaver) -> RunState:
     """Brings the learner to its first step, and saves the student of a new run as it is."""
     learner.model.train()
-    settle_buckets(learner.model, job.args, job.ranks.device)
+    # In the run's own shape: torch.compile compiles for it here.
+    settle_buckets(learner.model, (job.args.batch_size, job.args.seq_length))
     state = dataclasses.replace(state, loss_chunk_tokens=learner.model.module.chunk_tokens)
     text = "%d optimizer steps of %d micro steps, from step %d"
     logger.info(text, learner.total_steps, learner.accumulate, state.step)

@@ -111,14 +111,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, args: TrainArguments) -> ZeroRedundancyOptimizer:
+def build_optimizer(
+    model: nn.Module, max_lr: float, weight_decay: float, master_weights: bool
+) -> ZeroRedundancyOptimizer:
     """Returns AdamW (0.9, 0.95) whose masters and moments are kept on the one rank that owns the shard."""
     return ZeroRedundancyOptimizer(
-        parameter_groups(model, args.weight_decay),
+        parameter_groups(model, weight_decay),
         optimizer_class=MasterWeightAdamW,
-        lr=args.max_lr,
+        lr=max_lr,
         betas=(0.9, 0.95),
-        master_weights=args.master_weights,
+        master_weights=master_weights,
     )
 
 
@@ -198,7 +200,7 @@ def build_learner(
     """
     args = job.args
     ddp = wrap_ddp(model, job.ranks.device)
-    optimizer = build_optimizer(ddp, args)
+    optimizer = build_optimizer(ddp, args.max_lr, args.weight_decay, args.master_weights)
     return Learner(
         model=ddp,
         optimizer=optimizer,
@@ -225,18 +227,20 @@ def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataP
         )
 
 
-def settle_buckets(model: DistributedDataParallel, args: TrainArguments, device: torch.device) -> None:
+def settle_buckets(model: DistributedDataParallel, shape: tuple[int, int]) -> None:
     """Makes DDP arrange its buckets for good. Without this, a resumed run of three ranks differs in the last bits: DDP
     rearranges its buckets in the forward pass after the first backward pass, and the order in which gradients are
-    summed depends on them. Takes two passes over made-up tokens; weights and random state stay as they are.
+    summed depends on them. Takes two passes over made-up tokens of `shape` (B, S); weights and random state stay as
+    they are.
     """
-    shape = (args.batch_size, args.seq_length)  # the real one: another would be compiled for, too
-    ids = torch.zeros(shape, dtype=torch.int64, device=device)
-    signal, inner = None, model.module
-    if args.kl_weight > 0:
+    inner: DistillationModel = model.module
+    weight = inner.student.lm_head.weight
+    ids = torch.zeros(shape, dtype=torch.int64, device=weight.device)
+    signal = None
+    if inner.weights.kl_weight > 0:
         width = inner.vocab if inner.teacher_head is None else inner.teacher_head.shape[1]
-        signal = torch.zeros(*shape, width, dtype=DTYPES[args.dtype], device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        signal = torch.zeros(*shape, width, dtype=weight.dtype, device=weight.device)
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         for _ in range(2):
             loss, _ = model(Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)), signal)
             (loss * 0).backward()

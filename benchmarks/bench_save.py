@@ -49,7 +49,7 @@ def run(case: str, candidate: str) -> dict:
         args = parse_train_args(["--kl_weight", "0", "--dtype", "float32", "--output_dir", folder, background])
         student = LlambaForCausalLM(config).to(device)
         model = wrap_ddp(DistillationModel(student, None, vocab, args), device)
-        optimizer = build_optimizer(model, args)
+        optimizer = build_optimizer(model, args.max_lr, args.weight_decay, args.master_weights)
         saver = Saver(args, student, optimizer, AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher"), ranks, -1)
         batch = Batch.from_windows(torch.randint(vocab, (1, SEQ_LEN + 1), device=device))
         scale = LossScale.for_dtype(torch.float32)

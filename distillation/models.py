@@ -51,7 +51,7 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     teacher_config, student_config = get_configs(teacher, student)
     check_replacements(student_config, teacher_config, args.layers)
     check_checkpoint_blocks(student_config, args.checkpoint_blocks)
-    check_layer_map(args, student_config, teacher_config)
+    check_layer_map(args.layer_map_interval, student_config, teacher_config)
     tokenizer = get_tokenizer("--teacher_model", teacher)
     check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
     if not runs_teacher:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from arguments import TrainArguments
 from llamba import LlambaForCausalLM
 from llamba.parts import parameters_by_part
 from processes.ranks import Ranks
@@ -60,11 +59,12 @@ class UpdateHealth:
     EXPECTED = 0.5  # share that moves at least, between reports, where no update is lost
 
     def __init__(
-        self, args: TrainArguments, student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer, ranks: Ranks
+        self, interval: int, student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer, ranks: Ranks
     ) -> None:
-        self.interval, self.optimizer, self.ranks = args.health_interval, optimizer, ranks
+        """interval: optimizer steps between reports, 0 for none."""
+        self.interval, self.optimizer, self.ranks = interval, optimizer, ranks
         # Masters gather what is too small to move a 16-bit weight yet, so that nothing is lost.
-        self.keeps_masters = args.dtype != "float32" and args.master_weights
+        self.keeps_masters = student.dtype != torch.float32 and optimizer.optim.master_weights
         self.parts = list(parameters_by_part(student))
         part_of = {p: i for i, members in enumerate(parameters_by_part(student).values()) for p in members}
         owned = [parameter for _, parameter in owned_parameters(student, optimizer)]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arguments import TrainArguments
 from distillation.teacher import Lane, NoTeacher
 from llamba import LlambaForCausalLM
 from monitoring.undisturbed import undisturbed
@@ -25,9 +24,9 @@ MOST_TOKENS = 512  # of one window: for an 8B model 33 hidden states take 140 MB
 class LayerMap:
     """Makes the maps on the first rank, with the teacher that it runs."""
 
-    def __init__(self, args: TrainArguments, student: LlambaForCausalLM, lane: Lane, is_main: bool) -> None:
-        self.interval = args.layer_map_interval if is_main else 0
-        self.student, self.lane, self.compiled = student, lane, args.compile
+    def __init__(self, interval: int, student: LlambaForCausalLM, lane: Lane, compiled: bool = False) -> None:
+        """interval: optimizer steps between maps, 0 for none; compiled: the student's blocks are."""
+        self.interval, self.student, self.lane, self.compiled = interval, student, lane, compiled
 
     def add_to(self, row: dict[str, Any], batch: Batch) -> None:
         """Adds a map to the row of an optimizer step if one is due, of the beginning of `batch`'s first window."""

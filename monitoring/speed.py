@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from arguments import TrainArguments
 from llamba import DiscreteMamba2, LlambaForCausalLM
 
 # 10^12 dense operations per second in bfloat16 and float16 with sums in float32, by words of the name that
@@ -74,15 +73,22 @@ def _mixing_operations(module: nn.Module, seq_len: int) -> float:
 class Gauges:
     """Reads `mfu` and `memory_gb`. A row has no `mfu` where the peak of the GPUs is not known."""
 
-    def __init__(self, args: TrainArguments, student: LlambaForCausalLM, device: torch.device, n_students: int) -> None:
-        """device: of this rank's student."""
+    def __init__(
+        self,
+        student: LlambaForCausalLM,
+        device: torch.device,
+        n_students: int,
+        seq_length: int,
+        tflops: float | None = None,
+    ) -> None:
+        """device: of this rank's student; tflops: of a GPU, if not by its name."""
         self.device = device
-        peak = None if args.tflops is None else args.tflops * 1e12
+        peak = None if tflops is None else tflops * 1e12
         if peak is None and device.type == "cuda":
             peak = peak_operations(torch.cuda.get_device_name(device), student.dtype)
         self.full_speed = None  # tokens per second of all students, if they did nothing but these operations
         if peak is not None:
-            self.full_speed = n_students * peak / student_operations_per_token(student, args.seq_length)
+            self.full_speed = n_students * peak / student_operations_per_token(student, seq_length)
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
         """Returns the readings for a step. memory_gb, in 10^9 bytes, is this process's: on a GPU the most that tensors

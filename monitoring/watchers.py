@@ -54,9 +54,9 @@ def build_watchers(
 ) -> Watchers:
     """Returns what the options ask for. state: where the run begins; material: what it is evaluated on, if at all."""
     args, ranks, student = job.args, job.ranks, learner.student
-    gauges = Gauges(args, student, ranks.device, ranks.world_size)
-    health = UpdateHealth(args, student, learner.optimizer, ranks)
-    layer_map = LayerMap(args, student, learner.lane, ranks.is_main)
+    gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops)
+    health = UpdateHealth(args.health_interval, student, learner.optimizer, ranks)
+    layer_map = LayerMap(args.layer_map_interval if ranks.is_main else 0, student, learner.lane, args.compile)
     evaluator = Evaluator(args, material, tokenizer, ranks, learner.model.module, learner.lane, job.stop)
     total = learner.total_steps
     # Last: it opens files and trackers, which have to be closed.

@@ -130,7 +130,7 @@ def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausal
     teacher_config, student_config = find_configs(args)
     check_replacements(student_config, teacher_config, args.layers)
     check_checkpoint_blocks(student_config, args.checkpoint_blocks)
-    check_layer_map(args, student_config, teacher_config)
+    check_layer_map(args.layer_map_interval, student_config, teacher_config)
     AttentionInterface.register("on_meta", attention_on_meta)
     settings = {"dtype": DTYPES[args.dtype], "attn_implementation": "on_meta"}
     with torch.device("meta"):

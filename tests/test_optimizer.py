@@ -108,7 +108,9 @@ def test_schedules_without_warm_up_or_decay():
 def test_masters_are_kept_as_asked(no_torchrun):
     with process_groups(CPU):
         for line, kept in (("", True), ("--no_master_weights", False)):
-            assert build_optimizer(MixedParameters(), train_options(line)).optim.master_weights is kept
+            args = train_options(line)
+            optimizer = build_optimizer(MixedParameters(), args.max_lr, args.weight_decay, args.master_weights)
+            assert optimizer.optim.master_weights is kept
 
 
 STEPS = 6
@@ -120,7 +122,7 @@ def train_mixed(dtype):
     after DDP. Returns the model and the optimizer.
     """
     args, model = train_options(TRAINING), MixedParameters(dtype)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args.max_lr, args.weight_decay, args.master_weights)
     schedule = build_schedule(optimizer, args, STEPS, done=0)
     for step in range(STEPS):
         give_gradients(model, seed=step)

@@ -82,8 +82,7 @@ def test_a_map_goes_into_its_row_and_leaves_the_student_in_training(models, capl
     student, teacher = models
     student.train()
     monkeypatch.setattr("monitoring.layer_map.logger.propagate", True)
-    args = parse_train_args(["--layer_map_interval", "5"])
-    maps = LayerMap(args, student, ColocatedTeacher(teacher, CPU), is_main=True)
+    maps = LayerMap(5, student, ColocatedTeacher(teacher, CPU))
     batch = Batch.from_windows(tokens(batch=3, length=MOST_TOKENS // 4))
     before, random = [p.clone() for p in student.parameters()], torch.get_rng_state()
     rows = [{"step": step} for step in (4, 5)]
@@ -96,7 +95,7 @@ def test_a_map_goes_into_its_row_and_leaves_the_student_in_training(models, capl
     assert all(p.grad is None for p in student.parameters())
     assert "layer map (opt 5)" in caplog.text
     row = {"step": 5}
-    LayerMap(args, student, ColocatedTeacher(teacher, CPU), is_main=False).add_to(row, batch)
+    LayerMap(0, student, ColocatedTeacher(teacher, CPU)).add_to(row, batch)
     assert row == {"step": 5}
 
 
@@ -105,7 +104,7 @@ def test_a_map_that_cannot_be_made_ends_no_run(models, caplog, monkeypatch):
     student.train()
     monkeypatch.setattr("monitoring.layer_map.logger.propagate", True)
     monkeypatch.setattr(teacher, "hidden_states", lambda input_ids: 1 / 0)
-    maps = LayerMap(parse_train_args(["--layer_map_interval", "1"]), student, ColocatedTeacher(teacher, CPU), True)
+    maps = LayerMap(1, student, ColocatedTeacher(teacher, CPU))
     for step in (1, 2):
         row = {"step": step}
         maps.add_to(row, Batch.from_windows(tokens()))
@@ -122,11 +121,10 @@ def test_the_line_names_the_layers_that_stray_most():
 
 
 def test_models_of_other_shapes_are_refused():
-    args = parse_train_args(["--layer_map_interval", "5"])
-    check_layer_map(args, tiny_config(), tiny_teacher().config)
+    check_layer_map(5, tiny_config(), tiny_teacher().config)
     with pytest.raises(ValueError, match="--layer_map_interval 5: the student has 3 layers of width 32, the teacher 4"):
-        check_layer_map(args, tiny_config(n_layer=3), tiny_teacher().config)
-    check_layer_map(parse_train_args([]), tiny_config(n_layer=3), tiny_teacher().config)
+        check_layer_map(5, tiny_config(n_layer=3), tiny_teacher().config)
+    check_layer_map(0, tiny_config(n_layer=3), tiny_teacher().config)
 
 
 def test_without_a_teacher_there_is_nothing_to_compare():

@@ -118,13 +118,12 @@ def test_old_gpus_have_no_bfloat16(name, tera):
 
 def test_the_mfu_is_a_share_of_all_students_gpus():
     student = tiny_student()
-    args = parse_train_args(["--tflops", "2", "--seq_length", "16"])
-    figures = Gauges(args, student, torch.device("cpu"), n_students=4).read(tokens_per_s=1000.0)
+    figures = Gauges(student, torch.device("cpu"), 4, seq_length=16, tflops=2).read(tokens_per_s=1000.0)
     assert figures["mfu"] == pytest.approx(1000 * student_operations_per_token(student, 16) / (4 * 2e12))
 
 
 def test_a_cpu_has_no_mfu_and_the_memory_of_the_process():
-    figures = Gauges(parse_train_args([]), tiny_student(), torch.device("cpu"), n_students=1).read(1000.0)
+    figures = Gauges(tiny_student(), torch.device("cpu"), n_students=1, seq_length=16).read(1000.0)
     assert figures.keys() == {"memory_gb"}
     with open("/proc/self/status") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
@@ -139,7 +138,7 @@ def test_a_gpu_is_read_and_its_peak_forgotten(monkeypatch, dtype, has_mfu):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.pop(0))
     student = tiny_student().to(dtype)
-    gauges = Gauges(parse_train_args(["--seq_length", "16"]), student, torch.device("cuda", 0), n_students=1)
+    gauges = Gauges(student, torch.device("cuda", 0), n_students=1, seq_length=16)
     first, second = gauges.read(1e6), gauges.read(1e6)
     assert (first["memory_gb"], second["memory_gb"]) == (30.0, 20.0)
     assert ("mfu" in first) == has_mfu

@@ -311,9 +311,9 @@ def test_what_breaks_during_the_run_does_not_end_it(tmp_path, played, capsys):
     runs[0].log = break_once
     setup_logging(None, is_main=True)
     with RunLog(options_in(tmp_path, "--wandb", "--log_interval", "100"), 0, is_main=True) as log:
-        thread = log.watchers[-1].thread
+        thread = log.outputs[-1].thread
         log.write(row(1))
-        log.watchers[-1].write(row(2))  # before anybody has looked what became of the first
+        log.outputs[-1].write(row(2))  # before anybody has looked what became of the first
         thread.submit(lambda: None).result(timeout=60)
         log.write(row(2))
         log.write(row(3))

@@ -298,7 +298,7 @@ def test_shards_are_dealt_as_the_optimizer_deals_them():
     args = parse_train_args(["--preset", "tiny"])
     _, student = build_models(args)
     dist.init_process_group("fake", rank=0, world_size=5, store=FakeStore())
-    optimizer = build_optimizer(student, args)
+    optimizer = build_optimizer(student, args.max_lr, args.weight_decay, args.master_weights)
     dealt = [[p for group in rank for p in group["params"]] for rank in optimizer._partition_parameters()]
     ours = shards(parameter_groups(student, args.weight_decay), 5)
     assert [[id(p) for p in rank] for rank in ours] == [[id(p) for p in rank] for rank in dealt]
