@@ -140,13 +140,27 @@ def test_every_reason_is_needed():
     assert [start for start in NOT_HERE if not any(line.startswith(start) for line in lines)] == []
 
 
-@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i][1])[:60])
-def test_a_command(folder, index, monkeypatch):
-    words = COMMANDS[index][1]
+def reason_to_skip(words):
     line = " ".join(words)
-    if reason := next((why for start, why in NOT_HERE.items() if line.startswith(start)), None):
-        pytest.skip(reason)
-    monkeypatch.chdir(folder)
+    return next((why for start, why in NOT_HERE.items() if line.startswith(start)), None)
+
+
+@pytest.fixture(scope="module")
+def played(folder):
+    """Runs all commands in their order, for later ones need what earlier ones leave. Returns the errors by index."""
+    errors = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for index, (_, words) in enumerate(COMMANDS):
+            if reason_to_skip(words) is None:
+                try:
+                    play(folder, index, words)
+                except (AssertionError, OSError) as error:
+                    errors[index] = error
+    return errors
+
+
+def play(folder, index, words):
     command = words if words[1] in ("-c", "-m") else small(words, index)
     printed = (run_whole if words[0] == "tail" else run_forked)(command, folder)
     if "--dry_run" in words:
@@ -163,7 +177,17 @@ def assert_trained(output_dir):
     assert (output_dir / "args.yaml").is_file()
 
 
-def test_what_the_commands_have_left(folder):
+@pytest.mark.timeout(600)  # for the first of them, on a busy machine: it plays all
+@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=lambda i: " ".join(COMMANDS[i][1])[:60])
+def test_a_command(played, index):
+    if reason := reason_to_skip(COMMANDS[index][1]):
+        pytest.skip(reason)
+    if index in played:
+        raise played[index]
+
+
+@pytest.mark.timeout(600)
+def test_what_the_commands_have_left(folder, played):
     """All that README and docs say a command leaves."""
     scores = json.loads((folder / "DIR" / "eval.json").read_text())
     assert {"teacher", "student", "hybrid", "hybrid_ft", "n"} <= scores.keys()
