@@ -127,7 +127,10 @@ def test_bfloat16_is_better_than_the_plain_form(bias):
 
 
 # With a last chunk that is shorter, and without: another shape is compiled for once more.
-@pytest.mark.parametrize("dtype,temperature,n", [(torch.float32, 1.0, 70), (torch.bfloat16, 2.0, 64)])
+@pytest.mark.parametrize(
+    "dtype,temperature,n",
+    [pytest.param(torch.float32, 1.0, 70, marks=pytest.mark.slow), (torch.bfloat16, 2.0, 64)],
+)
 def test_compiled_equals_eager(dtype, temperature, n):
     p = problem(n=n, vocab_s=500, vocab_t=500, d=32, dtype=dtype)
     settings = dict(ce_weight=WEIGHTS[0], kl_weight=WEIGHTS[1], temperature=temperature, chunk_tokens=32)

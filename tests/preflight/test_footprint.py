@@ -51,11 +51,11 @@ CASES = {
         ("wide", f"{FLOAT32} --freeze_mlp --freeze_replaced_layers"),
         ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
         ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
+        ("wide", f"{FLOAT32} --teacher_placement colocated"),
         ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
     ],
     2: [
-        ("wide", f"{FLOAT32} --teacher_placement colocated"),
-        ("narrow", f"{BFLOAT16} --gradient_checkpointing"),
+        ("wide", FLOAT32),
     ],
 }
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
