@@ -41,22 +41,27 @@ from training_utils import build_optimizer, parameter_groups
 VOCAB = {"wide": 8192, "narrow": 16384}
 STEPS = 3  # the first makes the optimizer's state, and DDP's final buckets are first written in the second
 
-# Models and options of the runs by number of ranks. bfloat16 products are slow on most CPUs.
 FLOAT32 = "--dtype float32 --batch_size 2 --seq_length 160"
 BFLOAT16 = "--dtype bfloat16 --batch_size 1 --seq_length 256"
+# Number of ranks, and models and options of the runs that they make one after another. bfloat16 is slow on most CPUs.
 CASES = {
-    1: [
-        ("wide", FLOAT32),
-        ("wide", f"{FLOAT32} --gradient_checkpointing --checkpoint_blocks 2"),
-        ("wide", f"{FLOAT32} --freeze_mlp --freeze_replaced_layers"),
-        ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
-        ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
-        ("wide", f"{FLOAT32} --teacher_placement colocated"),
-        ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
-    ],
-    2: [
-        ("wide", FLOAT32),
-    ],
+    "one rank": (
+        1,
+        [
+            ("wide", FLOAT32),
+            ("wide", f"{FLOAT32} --gradient_checkpointing --checkpoint_blocks 2"),
+            ("wide", f"{FLOAT32} --freeze_mlp --freeze_replaced_layers"),
+            ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
+            ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
+            ("narrow", f"{BFLOAT16} --kl_weight 0"),
+            ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
+        ],
+    ),
+    "two ranks": (
+        2,
+        [("wide", f"{FLOAT32} --teacher_placement colocated"), ("narrow", f"{BFLOAT16} --gradient_checkpointing")],
+    ),
+    "two ranks, float32": (2, [("wide", FLOAT32)]),
 }
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
 
@@ -165,26 +170,30 @@ def child():
         for size in VOCAB:  # what the libraries take when they are first used is not the run's
             dtype = "float32" if size == "wide" else "bfloat16"
             measured_run(options(folder, size, f"--batch_size 1 --seq_length 8 --dtype {dtype}"), VOCAB[size], ranks)
-        found = [measured_run(options(folder, *case), VOCAB[case[0]], ranks) for case in CASES[ranks.world_size]]
-    (folder / f"rank-{ranks.rank}-of-{ranks.world_size}.json").write_text(json.dumps(found))
+        _, cases = CASES[sys.argv[2]]
+        found = [measured_run(options(folder, *case), VOCAB[case[0]], ranks) for case in cases]
+    (folder / f"{sys.argv[2]}-{ranks.rank}.json").write_text(json.dumps(found))
 
 
 # --- the plan against it -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=list(CASES), ids=lambda n: f"{n} ranks")
+@pytest.fixture(
+    scope="module",
+    params=["one rank", "two ranks", pytest.param("two ranks, float32", marks=pytest.mark.slow)],
+)
 def measured(request, folder):
-    """Returns the number of ranks, and for every rank what it found in each case."""
-    n_ranks = request.param
-    codes, text = fresh.ranks([str(folder)], n_ranks, child, free_at_once)
+    """Returns the number of ranks, the cases, and for every rank what it found in each case."""
+    n_ranks, cases = CASES[request.param]
+    codes, text = fresh.ranks([str(folder), request.param], n_ranks, child, free_at_once)
     assert codes == [0] * n_ranks, text[-4000:]
-    files = [folder / f"rank-{rank}-of-{n_ranks}.json" for rank in range(n_ranks)]
-    return n_ranks, [json.loads(file.read_text()) for file in files]
+    files = [folder / f"{request.param}-{rank}.json" for rank in range(n_ranks)]
+    return n_ranks, cases, [json.loads(file.read_text()) for file in files]
 
 
 def test_peaks_are_within_15_percent(measured, folder):
-    n_ranks, found = measured
-    for i, case in enumerate(CASES[n_ranks]):
+    n_ranks, cases, found = measured
+    for i, case in enumerate(cases):
         args = parse_train_args(options(folder, *case))
         footprint = measure_footprint(args)
         placement = args.teacher_placement if footprint.teacher else "none"
@@ -199,8 +208,8 @@ def test_peaks_are_within_15_percent(measured, folder):
 
 
 def test_what_stays_is_exact(measured, folder):
-    n_ranks, found = measured
-    for i, case in enumerate(CASES[n_ranks]):
+    n_ranks, cases, found = measured
+    for i, case in enumerate(cases):
         args = parse_train_args(options(folder, *case))
         _, student = build_models(args)
         assert sum(weights_by_fate(student, args.layers).values()) == found[0][i]["weights"]
@@ -209,10 +218,10 @@ def test_what_stays_is_exact(measured, folder):
 
 
 def test_summing_up_micro_steps_takes_no_more_memory(measured):
-    n_ranks, found = measured
+    n_ranks, cases, found = measured
     if n_ranks > 1:
         pytest.skip("measured with one rank")
-    peaks = {text: found[0][i]["peak"] for i, (_, text) in enumerate(CASES[1])}
+    peaks = {text: found[0][i]["peak"] for i, (_, text) in enumerate(cases)}
     more = peaks[f"{FLOAT32} --grad_accumulation_steps 2"] - peaks[FLOAT32]
     assert abs(more) < found[0][0]["gradients"] / 3
 
