@@ -32,7 +32,7 @@ from checkpointing.state import RunState, random_state
 from data import CachedLoader, build_dataloader
 from distillation.models import Models, check_models, load_models
 from distillation.teacher import ask_ahead
-from inputs.options import as_yaml
+from inputs.option_files import as_yaml
 from llamba.parts import parameter_table
 from model_utils import adopt_special_tokens
 from monitoring.evaluator import read_material

@@ -29,7 +29,7 @@ def run(case: str, candidate: str) -> dict:
     from checkpointing.saver import Saver
     from checkpointing.state import RunState, random_state
     from distillation.adamw import LossScale, step_or_skip
-    from inputs.options import PRESETS
+    from inputs.option_values import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
     from processes.ranks import process_groups
     from text.batch import Batch

@@ -24,7 +24,7 @@ from arguments import TrainArguments, parse_train_args
 from distillation.adamw import MasterWeightAdamW
 from distillation.losses import shared_vocab
 from distillation.models import Models, load_models
-from inputs.options import PRESETS
+from inputs.option_values import PRESETS
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
 from model_utils import DTYPES, apply_replacements, freeze_student_layers, freeze_student_mlps

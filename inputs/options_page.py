@@ -6,7 +6,8 @@ python arguments.py > docs/options.md
 import typing
 from typing import Any
 
-from inputs.options import Option, as_text, default_values, kind_of, options_of, preset_values
+from inputs.option_values import preset_values
+from inputs.options import Option, as_text, default_values, kind_of, options_of
 
 INTRO = """\
 # Options

@@ -25,7 +25,7 @@ from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
 from distillation.teacher import Teacher, teacher_head
-from inputs.options import PRESETS, preset_values
+from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import (
     DTYPES,

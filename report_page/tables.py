@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arguments import TrainArguments
-from inputs.options import default_values, preset_values
+from inputs.option_values import preset_values
+from inputs.options import default_values
 from report_page.run_data import Run, finite_or_nan
 from report_page.series import share_of_time, smooth
 from utils import format_duration

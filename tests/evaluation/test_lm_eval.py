@@ -23,7 +23,7 @@ from evaluation.lm_eval_tasks import PIN, check_tasks, run_task, task_manager
 from evaluation.mmlu import GROUP_OF
 from evaluation.mmlu_files import Example, Subject
 from evaluation.statistics import aggregate
-from inputs.options import PRESETS
+from inputs.option_values import PRESETS
 from tests.byte_tokenizers import TOKENIZERS
 from tests.evaluation.mmlu_data import write_snapshot
 from tests.tiny import tiny_model

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from evaluation.retrieval import FILLERS, build_contexts, probe
-from inputs.options import PRESETS
+from inputs.option_values import PRESETS
 
 TINY = PRESETS / "tiny" / "teacher"
 

@@ -8,16 +8,17 @@ import json
 import pytest
 
 from arguments import TrainArguments
-from inputs import options
+from inputs import option_values
+from inputs.option_files import as_yaml
 from tests.parsing import PRODUCTION, eval_error, eval_options, train_error, train_options
 
-SHIPPED = sorted(path.parent.name for path in options.PRESETS.glob("*/preset.json"))
+SHIPPED = sorted(path.parent.name for path in option_values.PRESETS.glob("*/preset.json"))
 
 
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """Writes a preset of a test's own, in the place of those that are shipped."""
-    monkeypatch.setattr(options, "PRESETS", tmp_path)
+    monkeypatch.setattr(option_values, "PRESETS", tmp_path)
 
     def write(name="mine", common=None, train=None, evaluation=None):
         basics = {"teacher_model": "T", "student_model": "S", "layers": [1], "dtype": "float32"}
@@ -213,9 +214,9 @@ def test_evaluations_of_a_file_can_be_turned_off(tmp_path):
 @pytest.mark.parametrize("line", [PRODUCTION, "--preset tiny --eval_interval 5 --max_lr 3e-4", "--layers -1"])
 def test_what_a_run_writes_down_repeats_it(tmp_path, line):
     args = train_options(line)
-    again = train_options(config(tmp_path, options.as_yaml(args)))
+    again = train_options(config(tmp_path, as_yaml(args)))
     assert {**vars(again), "config": None} == vars(args)
-    assert train_options(config(tmp_path, options.as_yaml(args)) + " --seed 5").seed == 5
+    assert train_options(config(tmp_path, as_yaml(args)) + " --seed 5").seed == 5
 
 
 def test_layers_in_a_file_count_as_given(tmp_path):

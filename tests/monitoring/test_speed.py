@@ -10,7 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from arguments import parse_train_args
-from inputs.options import PRESETS
+from inputs.option_values import PRESETS
 from llamba import DiscreteMamba2
 from monitoring.speed import Gauges, _mixing_operations, peak_operations, student_operations_per_token
 from preflight.footprint import measure_footprint

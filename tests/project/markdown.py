@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
-from inputs.options import PRESETS
+from inputs.option_values import PRESETS
 
 ROOT = Path(__file__).parents[2]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"

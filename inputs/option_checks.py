@@ -1,0 +1,116 @@
+"""Checks of options against each other, which need no file and no model: each yields a line with flags, values and
+remedy. `args` is an instance of a dataclass of arguments.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def train_problems(args: Any) -> Iterator[str]:
+    """Yields what does not go together in the options of training."""
+    for check in (_layer_problems, _teacher_problems, _training_problems, _evaluation_problems, _plan_problems):
+        yield from check(args)
+
+
+def eval_problems(args: Any) -> Iterator[str]:
+    """Yields what does not go together in the options of an evaluation."""
+    yield from _layer_problems(args)
+    if not (args.mmlu or args.tasks or args.held_out or args.retrieval):
+        yield "--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval"
+    if args.resume and args.output is None:
+        yield "--resume: resumes from the results beside --output, which is not given; give it"
+    if args.resume and args.overwrite:
+        yield "--resume --overwrite: the one keeps what the other throws away; give one of them"
+
+
+def _layer_problems(args: Any) -> Iterator[str]:
+    shown = f"--layers {' '.join(map(str, args.layers))}"
+    if any(index < 0 for index in args.layers):
+        yield f"{shown}: a negative index means no layer and stands alone"
+    elif len(set(args.layers)) != len(args.layers):
+        yield f"{shown}: expected each index once"
+
+
+def _teacher_problems(args: Any) -> Iterator[str]:
+    if args.layer_map_interval > 0 and args.kl_weight == 0:
+        yield (
+            f"--layer_map_interval {args.layer_map_interval} --kl_weight 0: a map compares with the teacher, and "
+            "none runs; leave one of them out"
+        )
+    if args.teacher_placement == "colocated" and args.teacher_device is not None:
+        yield (
+            f"--teacher_device {args.teacher_device}: a colocated teacher is on each student's own device; "
+            "leave it out, or use --teacher_placement dedicated"
+        )
+    if args.ce_weight == args.kl_weight == 0:
+        yield "--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight"
+
+
+def _training_problems(args: Any) -> Iterator[str]:
+    if args.resume is not None and args.resume_step:
+        yield (
+            f"--resume {args.resume} --resume_step {args.resume_step}: --resume takes its counters from the "
+            "checkpoint; leave --resume_step out"
+        )
+    if args.checkpoint_blocks is not None and not args.gradient_checkpointing:
+        yield (
+            f"--checkpoint_blocks {args.checkpoint_blocks}: says how many blocks --gradient_checkpointing "
+            "recomputes, which is off; give both"
+        )
+    if args.min_lr > args.max_lr:
+        yield f"--min_lr {args.min_lr}: expected at most --max_lr {args.max_lr}; lower it"
+    ratios = (args.warmup_ratio, args.decay_ratio)
+    if not (all(ratio >= 0 for ratio in ratios) and sum(ratios) <= 1):
+        yield (
+            f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, "
+            "each at least 0 and together at most 1"
+        )
+    for name in ("save_interval", "resume_step"):
+        if getattr(args, name) % max(args.grad_accumulation_steps, 1):
+            yield (
+                f"--{name} {getattr(args, name)}: expected a multiple of --grad_accumulation_steps "
+                f"{args.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
+            )
+
+
+def _evaluation_problems(args: Any) -> Iterator[str]:
+    if args.eval_interval <= 0:
+        for name in ("eval_dataset_name", "eval_dataset_subset", "eval_dataset_split", "eval_mmlu_dir"):
+            if getattr(args, name) is not None:
+                yield (
+                    f"--{name} {getattr(args, name)}: is for evaluations during training, and there are none; give "
+                    "--eval_interval"
+                )
+        return
+    name, subset, split = args.held_out_text()
+    is_trained_on = (name, subset) == (args.dataset_name, args.dataset_subset)
+    if is_trained_on and _have_rows_in_common(split, args.dataset_split):
+        yield (
+            f"--eval_interval {args.eval_interval}: {name!r}, split {split!r}, is trained on; give other text with "
+            "--eval_dataset_name FILE, or keep a part of this one from training, as --dataset_split "
+            '"train[:99%]" --eval_dataset_split "train[99%:]" does with --no_dataset_streaming'
+        )
+
+
+def _plan_problems(args: Any) -> Iterator[str]:
+    for name in ("gpus", "gpu_gb", "nodes", "plan_json"):
+        if not args.dry_run and getattr(args, name) is not None:
+            yield f"--{name} {getattr(args, name)}: is for a plan; add --dry_run, or leave it out"
+
+
+def is_same_name(name: str, other: str) -> bool:
+    """Returns whether two names of data sets mean the same one; two ways to write a path do."""
+    return Path(name).expanduser().absolute() == Path(other).expanduser().absolute()
+
+
+def _have_rows_in_common(split: str, other: str) -> bool:
+    """Returns whether two splits, such as "test" and "train[:99%]+test", share a split that is whole in one of them,
+    or the same part of it. Different parts of a split are taken to be disjoint.
+    """
+    pairs = [(one.strip(), two.strip()) for one in split.split("+") for two in other.split("+")]
+    return any(
+        ("all" in (one, two) or one.split("[")[0] == two.split("[")[0])
+        and (one == two or "[" not in one or "[" not in two)
+        for one, two in pairs
+    )
