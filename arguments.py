@@ -25,6 +25,8 @@ EVALUATION = "evaluation"
 MMLU = "MMLU"
 BEYOND = "beyond MMLU"
 
+LONGEST_CONTEXT = 10_000_000  # tokens; more than any model has
+
 
 @dataclass(kw_only=True)
 class CommonArguments:
@@ -190,13 +192,19 @@ class EvalArguments(CommonArguments):
     )
     ckpt: str | None = option(None, "checkpoint of a training run", EVALUATION)
     batch_size: int | None = option(
-        None, "sequences per forward pass, or auto: as many as fit (default)", EVALUATION, least=1, parse=auto_or_int
+        None,
+        "sequences per forward pass, or auto: as many as fit (default)",
+        EVALUATION,
+        least=1,
+        most=1_000_000,
+        parse=auto_or_int,
     )
     max_length: int | None = option(
         None,
         "tokens of a prompt at most; longer ones lose their start (default: the teacher's context)",
         EVALUATION,
         least=1,
+        most=LONGEST_CONTEXT,
     )
     output: str | None = option(
         None, "JSON file for scores and predictions; report (.md) and chart (.png) go beside it", EVALUATION
@@ -213,20 +221,26 @@ class EvalArguments(CommonArguments):
     num_fewshot: int = option(
         5, "examples per question, 0 to 5", MMLU, least=0, most=5, expected="0 to 5, as many as MMLU's dev split has"
     )
-    limit: int | None = option(None, "questions per subject, and per task of --tasks, at most", MMLU, least=1)
+    limit: int | None = option(
+        None, "questions per subject, and per task of --tasks, at most", MMLU, least=1, most=1_000_000
+    )
 
     tasks: list[str] = option([], "tasks of lm-evaluation-harness, by name, with commas or spaces", BEYOND)
-    tasks_num_fewshot: int | None = option(None, "examples before each question (default: the task's)", BEYOND, least=0)
+    tasks_num_fewshot: int | None = option(
+        None, "examples before each question (default: the task's)", BEYOND, least=0, most=1000
+    )
     held_out: str | None = option(
         None, "text for perplexity, and for KL and agreement with the teacher: named as --dataset_name", BEYOND
     )
     held_out_subset: str | None = option(None, "configuration of that data set", BEYOND)
     held_out_split: str = option("train", "split of that data set", BEYOND)
     held_out_text_field: str = option("text", "column that holds the text", BEYOND)
-    held_out_windows: int = option(64, "windows of it to read", BEYOND, least=1)
-    held_out_seq_length: int = option(1024, "tokens per window", BEYOND, least=1)
+    held_out_windows: int = option(64, "windows of it to read", BEYOND, least=1, most=10_000_000)
+    held_out_seq_length: int = option(1024, "tokens per window", BEYOND, least=1, most=LONGEST_CONTEXT)
     retrieval: bool = option(False, "ask for values in a context of key-value pairs; hard for recurrent models", BEYOND)
-    retrieval_lengths: list[int] = option([256, 1024, 4096], "tokens of these contexts", BEYOND, least=2)
+    retrieval_lengths: list[int] = option(
+        [256, 1024, 4096], "tokens of these contexts", BEYOND, least=2, most=LONGEST_CONTEXT
+    )
     retrieval_pairs: list[int] = option(
         [4, 16, 64],
         "pairs in them",
@@ -235,7 +249,9 @@ class EvalArguments(CommonArguments):
         most=900,
         expected="2 to 900, as many as there are three-digit codes",
     )
-    retrieval_questions: int = option(64, "questions for each length and number of pairs", BEYOND, least=1)
+    retrieval_questions: int = option(
+        64, "questions for each length and number of pairs", BEYOND, least=1, most=100_000
+    )
     layers_given: bool = False  # not an option: whether the command line or --config gives --layers
 
     def __post_init__(self) -> None:
