@@ -60,9 +60,9 @@ def evaluate(args: EvalArguments, inputs: CheckedInputs, ranks: Ranks) -> None:
     held_out = None if inputs.windows is None else HeldOutText(inputs.windows, inputs.device)
     pieces = pieces_of(args, inputs.questions, held_out, inputs.max_length)
     own = share_out(pieces, ranks.rank, ranks.world_size)
-    with resumable(output, inputs.settings, args.resume) if ranks.is_main else nullcontext():
+    with resumable(output, inputs.settings, args.resume, args.overwrite) if ranks.is_main else nullcontext():
         ranks.maximum(0)  # a barrier: the main rank has prepared the folder before another rank reads it
-        partial = PartialResults(None if output is None else partial_folder(output))
+        partial = PartialResults(None if output is None else partial_folder(output), inputs.settings)
         measure_models(args, inputs, own, held_out, partial, ranks.is_main)
         found = {key: result for results in ranks.gather(partial.found) for key, result in results.items()}
         if ranks.is_main:
@@ -100,6 +100,11 @@ def measure_models(
         for piece in todo:
             partial.put(name, piece.name, piece.measure(scorer))
             progress.advance(name, piece)
+        if scorer.n_cut:
+            logger.warning(
+                "%s: %d prompts are longer than %d tokens (--max_length) and lose their start",
+                *(name, scorer.n_cut, inputs.max_length),
+            )
         logger.info("%s: done in %.1f s", name, time.perf_counter() - started)
         del model, scorer  # before the next model is loaded
         gc.collect()

@@ -17,9 +17,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from arguments import EvalArguments
 from evaluation import mmlu, mmlu_files
 from evaluation.held_out import read_windows
+from evaluation.lengths import check_max_length, check_memory, check_retrieval
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
+from inputs.context import context_length
 from inputs.model_files import read_config
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
 from processes.devices import choose_device
@@ -71,7 +73,12 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
     if "hybrid" in models and teacher and student:
         sources["hybrid"] = attempt(_find_hybrid, args, student, teacher, trained)
     questions = (attempt(_read_questions, args) or []) if args.mmlu else []
-    windows = attempt(_read_held_out, args, tokenizer, max_length) if args.held_out and tokenizer else None
+    windows = None
+    if teacher:
+        attempt(check_max_length, args, max_length, _limited_readers(models, sources))
+        windows = attempt(_read_held_out, args, tokenizer, max_length, teacher.config) if args.held_out else None
+        if args.retrieval:
+            attempt(check_retrieval, args, tokenizer, max_length)
     if args.tasks:
         attempt(check_tasks, args.tasks, args.local_files_only)
     device = attempt(choose_device, args.device)
@@ -92,13 +99,27 @@ def _find_teacher(args: EvalArguments) -> tuple[ModelSource, PreTrainedTokenizer
     config = read_config("--teacher_model", args.teacher_model, path)
     tokenizer = get_tokenizer("--teacher_model", path)
     check_tokenizer(tokenizer, "--teacher_model", config.vocab_size)
-    context = config.to_dict().get("max_position_embeddings")
-    if context is None and args.max_length is None:
+    max_length = args.max_length or context_length(config)
+    if max_length is None:
         raise ValueError(
             f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not say how long "
             "its context is; give it"
         )
-    return ModelSource(path, config, None), tokenizer, args.max_length or context
+    return ModelSource(path, config, None), tokenizer, max_length
+
+
+def _limited_readers(models: list[str], sources: dict[str, ModelSource | None]) -> dict[str, PretrainedConfig]:
+    """Returns the configs of what may have a limited context, by what it is: the teacher and layers of a teacher."""
+    readers = {}
+    for name in models:
+        source = sources.get(name)
+        if source is not None and source.layers is None:
+            readers["the teacher"] = source.config
+        elif name == "hybrid" and (teacher := sources["teacher"]) is not None:
+            readers["the hybrid's layers of the teacher"] = teacher.config
+        elif source is not None and source.layers:
+            readers[f"the layers that {name} has from a teacher"] = source.config.attention_config()
+    return readers
 
 
 def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
@@ -153,13 +174,18 @@ def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
     return mmlu.build_questions(subjects, args.num_fewshot, args.limit)
 
 
-def _read_held_out(args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
-    if args.held_out_seq_length > max_length:
+def _read_held_out(
+    args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, teacher: PretrainedConfig
+) -> Tensor:
+    longest = min(max_length, context_length(teacher) or max_length)  # the teacher reads the windows in any case
+    if args.held_out_seq_length > longest:
         raise ValueError(
-            f"--held_out_seq_length {args.held_out_seq_length}: expected at most {max_length}, the "
+            f"--held_out_seq_length {args.held_out_seq_length}: expected at most {longest}, the "
             "teacher's context or --max_length"
         )
-    return read_windows(TextSource.for_eval_script(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
+    windows = read_windows(TextSource.for_eval_script(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
+    check_memory(args, windows, teacher)
+    return windows
 
 
 def _check_output(args: EvalArguments) -> None:
@@ -214,6 +240,15 @@ def _identity(source: ModelSource) -> dict[str, Any]:
     stats = [(file.name, file.stat()) for file in sorted(Path(source.path).iterdir()) if file.is_file()]
     files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return {"path": os.path.realpath(source.path), "layers": source.layers, "files": files}
+
+
+def check_unchanged(name: str, inputs: CheckedInputs) -> None:
+    """Raises ValueError if a model's files are others than when the evaluation began."""
+    if _identity(inputs.sources[name]) != inputs.settings[name]:
+        raise ValueError(
+            f"the {name}, {inputs.sources[name].path}, was deleted or written anew after this evaluation began; "
+            "start it again with a model that stays"
+        )
 
 
 def check_agreement(inputs: CheckedInputs, ranks: Ranks) -> None:

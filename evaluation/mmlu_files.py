@@ -56,7 +56,11 @@ def load_mmlu(
     wanted = list(dict.fromkeys(subjects)) if subjects is not None else available
     if unknown := [name for name in wanted if name not in available]:
         raise ValueError("; ".join(_unknown_subject(name, available) for name in unknown))
-    return [Subject(name, read(name, "dev"), read(name, "test")) for name in wanted]
+    found = [Subject(name, read(name, "dev"), read(name, "test")) for name in wanted]
+    if not found or (empty := [subject.name for subject in found if not subject.test]):
+        which = ", ".join(map(repr, empty)) if found else "its split `test`"
+        raise ValueError(f"{flag} {mmlu_dir or HUB_NAME}: {which} has no question; copy it again, or leave it out")
+    return found
 
 
 def _open(mmlu_dir: str | None, local_files_only: bool, flag: str) -> tuple[list[str], ReadSplit]:
@@ -109,6 +113,8 @@ def _read_csv(path: Path) -> list[Example]:
                 rows.append(Example(question=row[0], choices=tuple(row[1:5]), answer=row[5]))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, row {len(rows)} (counted from 0) or later: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     if not rows:
         raise ValueError(f"{path}: expected at least one row, the file is empty")
     return rows

@@ -9,13 +9,17 @@ from transformers import PreTrainedModel
 
 from arguments import EvalArguments
 from evaluation import mmlu, mmlu_files
-from evaluation.checks import CheckedInputs
+from evaluation.checks import CheckedInputs, check_unchanged
 from model_utils import DTYPES, apply_replacements, get_student_model, get_teacher_model
 
 
 def load_model(name: str, args: EvalArguments, inputs: CheckedInputs) -> PreTrainedModel:
-    """Loads one of `teacher`, `student`, `hybrid` and `hybrid_ft`, in eval mode."""
+    """Loads one of `teacher`, `student`, `hybrid` and `hybrid_ft`, in eval mode. Raises ValueError if the files
+    have changed since they were checked.
+    """
     dtype, source = DTYPES[args.dtype], inputs.sources[name]
+    for needed in ("teacher", name) if name == "hybrid" else (name,):
+        check_unchanged(needed, inputs)
     if name == "teacher":
         return get_teacher_model(source.path, dtype, inputs.device)
     student = get_student_model(source.path, dtype, inputs.device)

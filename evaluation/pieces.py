@@ -26,7 +26,7 @@ TASK_COST = 1_000_000  # a guess: the length of a task is not known beforehand
 class Piece:
     """Holds a part of an evaluation that is measured as a whole."""
 
-    name: str  # "<kind>-<what>", usable as a file name
+    name: str  # "<kind>-<what>"
     cost: int  # relative to other pieces'
     measure: Callable[[Scorer], Any]  # takes a model's scorer, returns JSON
     window: int | None = None  # of held-out text: the first of the piece's windows
@@ -71,6 +71,8 @@ def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         predictions = [mmlu.Prediction(**prediction) for part in parts for prediction in part["predictions"]]
         result |= aggregate(predictions)
         result["tokens"] = {key: sum(part["tokens"][key] for part in parts) for key in ("run", "plain")}
+        if n_cut := sum(part.get("cut", 0) for part in parts):
+            result["cut"] = n_cut
     if "held_out" in kinds:
         sums = [HeldOutSums(torch.tensor(values, dtype=torch.float64), True) for values in kinds["held_out"].values()]
         result["held_out"] = sum(sums[1:], start=sums[0]).means()
@@ -86,10 +88,11 @@ def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 def _mmlu_piece(subject: str, questions: list[mmlu.Question]) -> Piece:
     def measure(scorer: Scorer) -> dict[str, Any]:
-        before = (scorer.tokens_run, scorer.tokens_plain)
+        before = (scorer.tokens_run, scorer.tokens_plain, scorer.n_cut)
         predictions = mmlu.answer(scorer, questions)
         tokens = {"run": scorer.tokens_run - before[0], "plain": scorer.tokens_plain - before[1]}
-        return {"predictions": [dataclasses.asdict(prediction) for prediction in predictions], "tokens": tokens}
+        shown = [dataclasses.asdict(prediction) for prediction in predictions]
+        return {"predictions": shown, "tokens": tokens, "cut": scorer.n_cut - before[2]}
 
     prompts = [question.prompt for question in questions]
     shared = len(os.path.commonprefix(prompts))
@@ -110,7 +113,8 @@ def _retrieval_piece(args: EvalArguments, length: int, n_pairs: int, max_length:
         return retrieval.probe(scorer, length, n_pairs, n_questions, args.seed)
 
     n_contexts = -(-args.retrieval_questions // retrieval.QUESTIONS_PER_CONTEXT)
-    return Piece(f"retrieval-{length}x{n_pairs}", n_contexts * length * CHARACTERS_PER_TOKEN, measure)
+    cost = n_contexts * length * CHARACTERS_PER_TOKEN if length <= max_length else 1
+    return Piece(f"retrieval-{length}x{n_pairs}", cost, measure)
 
 
 def _task_piece(name: str, args: EvalArguments, max_length: int) -> Piece:

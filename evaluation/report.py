@@ -3,8 +3,10 @@ Markdown and a bar chart. Scores stand beside the options they were measured wit
 difference of their accuracies, with its 95% interval and p-value.
 """
 
+import html
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -14,9 +16,11 @@ from matplotlib.figure import Figure
 
 from evaluation.mmlu import Prediction
 from evaluation.statistics import compare
-from utils import finite, write_whole
+from utils import finite, printable, write_whole
 
 CHANCE = 0.25
+IN_MARKDOWN = re.compile(r"[\\`*|~$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")  # what means something there
+MOST_BARS, LONGEST_LABEL = 60, 30  # of a chart
 Table = list[list[str]]  # rows of cells, the first one its head
 
 
@@ -29,7 +33,8 @@ def report_results(results: dict[str, dict], output: Path | None) -> None:
     if output is not None:
         write_files(results, differences, output)
     for section in sections(results, differences, ("groups",)):
-        print("\n".join(["", *filter(None, (section.title, section.note)), aligned(section.table)]), flush=True)
+        texts = map(printable, filter(None, (section.title, section.note)))
+        print("\n".join(["", *texts, aligned(section.table)]), flush=True)
 
 
 def write_files(results: dict[str, dict], differences: list[dict[str, Any]], output: Path) -> None:
@@ -98,6 +103,8 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
             f"Prompt: {config['prompt']}. Data: {config['mmlu_dir']}, SHA-256 of the questions "
             f"{config['questions_sha256'][:16]}. The standard error is that within subjects, as lm-eval pools it."
         )
+        if "cut" in first:
+            note += f" {first['cut']} prompts are longer than {config['max_length']} tokens and lose their start."
         found.append(Section(title, note, accuracy_table(results)))
     if differences:
         note = (
@@ -198,6 +205,7 @@ def format_value(value: float | None) -> str:
 
 def aligned(table: Table) -> str:
     """Returns a table as text for the screen: the first column aligned left, the others right."""
+    table = [list(map(printable, row)) for row in table]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = (
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
@@ -210,22 +218,35 @@ def aligned(table: Table) -> str:
 
 
 def markdown(found: list[Section]) -> str:
-    """Returns the whole report."""
-    parts = [part for section in found for part in (f"## {section.title}", section.note, as_markdown(section.table))]
+    """Returns the whole report, in which names and texts from outside show as they are."""
+    parts = [
+        part
+        for section in found
+        for part in (f"## {escaped(section.title)}", escaped(section.note), as_markdown(section.table))
+    ]
     return "\n\n".join(["# Evaluation", *filter(None, parts)])
+
+
+def escaped(text: str) -> str:
+    """Returns Markdown that shows `text`: no HTML, no link or picture, no new cell or line. An underscore within a word
+    needs no escape, nor does a bracket that begins no link.
+    """
+    return IN_MARKDOWN.sub(r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 def as_markdown(table: Table) -> str:
     """Returns a table in Markdown."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    lines = ["| " + " | ".join(map(escaped, row)) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 
 def draw_chart(results: dict[str, dict]) -> bytes:
-    """Returns a PNG of accuracies with 95% intervals: over all, and by group, or by subject if none is in a group."""
+    """Returns a PNG of accuracies with 95% intervals: over all, and by group, or by subject if none is in a group and
+    there are few of them.
+    """
     first = next(iter(results.values()))
     part = "groups" if first["groups"] else "subjects"
-    labels = ["all", *first[part]]
+    labels = ["all", *(first[part] if len(first[part]) < MOST_BARS else ())]
     width = 0.8 / len(results)
     figure = Figure(figsize=(max(6.0, 1.4 * len(labels) * len(results) ** 0.5), 4.0), layout="constrained")
     axes = figure.subplots()
@@ -238,9 +259,9 @@ def draw_chart(results: dict[str, dict]) -> bytes:
             bars, [f"{100 * score['acc']:.1f}" for score in scores], padding=2, fontsize=6 if len(results) > 2 else 8
         )
     axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(
-        range(len(labels)), [f"{label}\nn = {n}" for label, n in zip(labels, _sizes(first, part), strict=True)]
-    )
+    sizes = [first["n"], *(first[part][label]["n"] for label in labels[1:])]
+    ticks = [f"{_short(label)}\nn = {n}" for label, n in zip(labels, sizes, strict=True)]
+    axes.set_xticks(range(len(labels)), ticks, parse_math=False)
     axes.set_ylim(0, 1.15)  # room for the legend
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_ylabel("accuracy")
@@ -251,5 +272,6 @@ def draw_chart(results: dict[str, dict]) -> bytes:
     return picture.getvalue()
 
 
-def _sizes(result: dict[str, Any], part: str) -> Sequence[int]:
-    return [result["n"], *(score["n"] for score in result[part].values())]
+def _short(label: str) -> str:
+    shown = printable(label)
+    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 1]}…"

@@ -54,7 +54,7 @@ class Scorer:
     max_length: longer sequences lose tokens on the left; None means that the model has no limit.
 
     `tokens_run` counts what went through the model, padding included; `tokens_plain` what would have without a shared
-    prefix and without padding.
+    prefix and without padding; `n_cut` the prompts that were longer than `max_length`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Scorer:
         self.batch_size, self.max_length = batch_size, max_length
         self.shares_prefixes = True  # until the model turns out to keep no states to share
         self.batch_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
-        self.tokens_run = self.tokens_plain = 0
+        self.tokens_run = self.tokens_plain = self.n_cut = 0
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[Request]) -> list[list[float]]:
@@ -87,6 +87,7 @@ class Scorer:
         rows = self._encode(requests)
         self._check_vocabulary(rows)
         self.tokens_plain += sum(len(row.tokens) for row in rows)
+        self.n_cut += len({row.request for row in rows if row.is_cut})
         scores = [[0.0] * len(request.continuations) for request in requests]
         # Sequences that were cut on the left no longer share the prefix.
         for members in ([row for row in rows if not row.is_cut], [row for row in rows if row.is_cut]):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+FEWEST_TOKENS = 16  # of an MMLU prompt: about what the letters of its choices and "Answer:" take
+
 
 def train_problems(args: Any) -> Iterator[str]:
     """Yields what does not go together in the options of training."""
@@ -19,6 +21,11 @@ def eval_problems(args: Any) -> Iterator[str]:
     yield from _options_without_effect(args)
     if not (args.mmlu or args.tasks or args.held_out or args.retrieval):
         yield "--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval"
+    if args.mmlu and args.max_length is not None and 1 <= args.max_length < FEWEST_TOKENS:
+        yield (
+            f"--max_length {args.max_length}: nothing of a question is left in so few tokens; expected at least "
+            f"{FEWEST_TOKENS}, or --no_mmlu"
+        )
     if args.resume and args.output is None:
         yield "--resume: resumes from the results beside --output, which is not given; give it"
     if args.resume and args.overwrite:

@@ -114,7 +114,8 @@ def _line_charts(runs: Sequence[Run]) -> Iterator[Chart]:
 def share_of_time(run: Run, name: str) -> NDArray:
     """Returns a column in seconds as a share of each step's time: (n,), NaN where the time is not known."""
     time = run.columns["step_time_s"]
-    return np.divide(run.columns[name], time, out=np.full_like(time, np.nan), where=time > 0)
+    with np.errstate(over="ignore"):
+        return np.divide(run.columns[name], time, out=np.full_like(time, np.nan), where=time > 0)
 
 
 def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:

@@ -18,6 +18,7 @@ from evaluation.partial_results import PartialResults, partial_folder, resumable
 from evaluation.pieces import Piece, share_out
 from tests import eval_runs, fresh
 from tests.eval_runs import OPTIONS
+from utils import lock_dir
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,19 +83,19 @@ def options_for(tmp_path: Path, *more: str):
 def test_what_is_saved_is_not_measured_again(tmp_path):
     args = options_for(tmp_path)
     inputs = check_inputs(args)
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, resume=False):
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, False, args.overwrite):
         PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
     found = PartialResults(partial_folder(Path(args.output)))
     assert ("teacher", "mmlu-tools") in found and ("teacher", "mmlu-meals") not in found
     assert check_inputs(options_for(tmp_path, "--resume")).settings == inputs.settings
-    with resumable(Path(args.output), inputs.settings, resume=True):
+    with resumable(Path(args.output), inputs.settings, True, False):
         assert PartialResults(partial_folder(Path(args.output))).found == {("teacher", "mmlu-tools"): {"found": 1}}
 
 
 def interrupt(args, inputs, *pieces: str) -> None:
     """Leaves these pieces of the teacher's results behind."""
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, args.resume):
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, args.resume, args.overwrite):
         for piece in pieces:
             PartialResults(partial_folder(Path(args.output))).put("teacher", piece, {"found": piece})
         raise RuntimeError("the power fails")
@@ -103,9 +104,21 @@ def interrupt(args, inputs, *pieces: str) -> None:
 def test_a_damaged_piece_is_named_and_measured_again(tmp_path, caplog):
     args = options_for(tmp_path)
     interrupt(args, check_inputs(args), "mmlu-tools", "mmlu-meals")
-    (partial_folder(Path(args.output)) / "teacher" / "mmlu-tools.json").write_text('{"fou')
-    assert list(PartialResults(partial_folder(Path(args.output))).found) == [("teacher", "mmlu-meals")]
-    assert "mmlu-tools.json is damaged" in caplog.text
+    file = partial_folder(Path(args.output)) / "teacher" / "mmlu-tools.json"
+    whole = file.read_text()
+    for content in (
+        '{"fou',
+        "[]",
+        "null",
+        '{"found": NaN}',
+        whole.replace('mmlu-tools\\"', 'mmlu-meals\\"'),
+        "[" * 100_000,
+    ):
+        assert content != whole
+        file.write_text(content)
+        caplog.clear()
+        assert list(PartialResults(partial_folder(Path(args.output))).found) == [("teacher", "mmlu-meals")]
+        assert "mmlu-tools.json is damaged" in caplog.text
     (partial_folder(Path(args.output)) / "settings.json").write_text("[]")
     with pytest.raises(ValueError, match="--resume: .*settings.json is damaged .*--overwrite"):
         check_inputs(options_for(tmp_path, "--resume"))
@@ -156,16 +169,72 @@ def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(partial_results, "write_whole", full)
     with pytest.raises(ValueError, match="--output: .*teacher/mmlu-a.json cannot be written .No space .*--resume"):
         PartialResults(tmp_path).put("teacher", "mmlu-a", {})
+    with pytest.raises(ValueError, match="--output .*eval.json.partial cannot be written .No space"):
+        resumable(tmp_path / "eval.json", {}, False, False).__enter__()
+
+
+@pytest.mark.parametrize("name", ["mmlu-../../../x", "mmlu-a/b", "mmlu-" + "x" * 400, "mmlu-.\n\0", "mmlu-\ud800 é"])
+def test_a_piece_of_any_name_is_a_file_of_its_own_in_the_folder(tmp_path, name):
+    PartialResults(tmp_path).put("teacher", name, {"found": 1})
+    PartialResults(tmp_path).put("teacher", f"{name}2", {"found": 2})
+    assert len(list((tmp_path / "teacher").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 1
+    assert PartialResults(tmp_path).found == {("teacher", name): {"found": 1}, ("teacher", f"{name}2"): {"found": 2}}
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again_with_all_results(tmp_path, caplog):
+    args = options_for(tmp_path)
+    inputs, folder = check_inputs(args), partial_folder(Path(args.output))
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, False, False):
+        partial = PartialResults(folder, inputs.settings)
+        partial.put("teacher", "mmlu-tools", 1)
+        shutil.rmtree(folder)
+        partial.put("teacher", "mmlu-meals", 2)
+        raise RuntimeError("the power fails")
+    assert "was removed: it is made again" in caplog.text
+    assert check_inputs(options_for(tmp_path, "--resume")).settings == inputs.settings
+    assert PartialResults(folder).found == {("teacher", "mmlu-tools"): 1, ("teacher", "mmlu-meals"): 2}
+
+
+def test_a_folder_that_is_gone_at_the_end_is_no_error(tmp_path):
+    with resumable(tmp_path / "eval.json", {}, False, False):
+        shutil.rmtree(tmp_path / "eval.json.partial")
+
+
+def test_what_another_evaluation_has_written_since_the_checks_stays(tmp_path):
+    """Two that begin at the same time both pass the checks; the slower one may get the lock after the other's end."""
+    output = tmp_path / "eval.json"
+    output.write_text("another's")
+    with pytest.raises(ValueError, match="--output .*eval.json exists already"), resumable(output, {}, False, False):
+        raise AssertionError("it must not begin")
+    assert not partial_folder(output).exists()
+    output.unlink()
+    with pytest.raises(RuntimeError), resumable(output, {}, False, False):
+        PartialResults(partial_folder(output)).put("teacher", "mmlu-tools", 1)
+        raise RuntimeError("the power fails")
+    with pytest.raises(ValueError, match="resume it with --resume, or throw"), resumable(output, {}, False, False):
+        raise AssertionError("it must not begin")
+    assert PartialResults(partial_folder(output)).found == {("teacher", "mmlu-tools"): 1}
+
+
+def test_a_lock_whose_folder_the_other_evaluation_removed_is_no_lock(tmp_path, monkeypatch):
+    def lock_and_lose(flag, folder):
+        lock = lock_dir(flag, folder)
+        shutil.rmtree(folder)
+        return lock
+
+    monkeypatch.setattr(partial_results, "lock_dir", lock_and_lose)
+    with pytest.raises(ValueError, match="another evaluation has just ended"):
+        resumable(tmp_path / "eval.json", {}, False, False).__enter__()
 
 
 def test_overwriting_removes_partial_results(tmp_path):
     args = options_for(tmp_path, "--overwrite")
     inputs = check_inputs(args)
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, resume=False):
+    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, False, args.overwrite):
         PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
     check_inputs(args)
-    with resumable(Path(args.output), inputs.settings, args.resume):
+    with resumable(Path(args.output), inputs.settings, args.resume, args.overwrite):
         assert PartialResults(partial_folder(Path(args.output))).found == {}
 
 
@@ -175,7 +244,7 @@ def test_a_model_that_was_written_again_is_another(tmp_path):
     args = options_for(tmp_path, "--student_model", str(student))
     with (
         pytest.raises(RuntimeError),
-        resumable(Path(args.output), check_inputs(args).settings, resume=False),
+        resumable(Path(args.output), check_inputs(args).settings, False, False),
     ):
         raise RuntimeError("the power fails")
     check_inputs(options_for(tmp_path, "--student_model", str(student), "--resume"))
@@ -187,9 +256,9 @@ def test_a_model_that_was_written_again_is_another(tmp_path):
 
 def test_two_evaluations_do_not_write_to_one_place(tmp_path):
     args = options_for(tmp_path)
-    second = resumable(Path(args.output), {}, resume=True)
+    second = resumable(Path(args.output), {}, True, False)
     with (
-        resumable(Path(args.output), {}, resume=False),
+        resumable(Path(args.output), {}, False, False),
         pytest.raises(ValueError, match="another run is writing there"),
     ):
         second.__enter__()

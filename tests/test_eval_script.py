@@ -161,9 +161,11 @@ def test_max_length_cuts_prompts(options, tmp_path):
     reports = []
     for length in ("40", "512"):
         evaluate(only(options, "student") | {"max_length": [length], "output": [str(tmp_path / length)]})
+        assert ("lose their start" in (tmp_path / f"{length}.md").read_text()) == (length == "40")
         reports.append(json.loads((tmp_path / length).read_text()))
     assert [report["config"]["max_length"] for report in reports] == [40, 512]
     assert reports[0]["predictions"] != reports[1]["predictions"]
+    assert [report.get("cut") for report in reports] == [12, None]
 
 
 def test_a_checkpoint_may_go_once_its_weights_are_read(models, options, tmp_path):

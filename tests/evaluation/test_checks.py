@@ -1,5 +1,6 @@
 """Options, models, data and outputs: what an evaluation reads and what it refuses before it loads a model."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from arguments import parse_eval_args
 from evaluation import checks
 from evaluation.checks import check_inputs
+from evaluation.models import load_model
 from tests.eval_models import TINY, command_line, make_student, only, options_of, save_models
 
 HELD_OUT = TINY / "text" / "heldout.jsonl"
@@ -44,6 +46,16 @@ def error_of_checks(options: dict[str, list[str]]) -> str:
         ({"layers": ["0", "9"], "which": ["hybrid"], "ckpt": None}, ["--layers 0 9", "[9] out of range"]),
         ({"teacher_model": [str(TINY / "text")]}, ["--teacher_model", "no config.json"]),
         ({"student_model": [str(TINY / "text")]}, ["--student_model", "no config.json"]),
+        (
+            {"max_length": ["513"]},
+            ["--max_length 513 (too long): the hybrid's layers of the teacher can read 512 tokens"],
+        ),
+        ({"max_length": ["15"]}, ["--max_length 15: nothing of a question is left", "expected at least 16"]),
+        (
+            {"retrieval": [], "retrieval_lengths": ["513", "4096"]},
+            ["--retrieval_lengths 513 4096: expected at most 512"],
+        ),
+        ({"retrieval": [], "retrieval_lengths": ["2"]}, ["--retrieval_lengths 2: 4 pairs and a question take more"]),
         ({"output": [str(TINY)]}, ["--output", "is a directory"]),
         ({"output": ["report.md"]}, ["--output report.md", "its report gets .md"]),
         ({"output": ["."]}, ["--output .", "expected the name of a JSON file"]),
@@ -100,6 +112,31 @@ def test_a_teacher_whose_config_does_not_say_its_context(models, options):
     assert "--max_length: not given" in error_of_checks(options)
     inputs = check_inputs(parse_eval_args(command_line({**options, "max_length": ["400"]})))
     assert inputs.max_length == 400
+
+
+def test_a_student_without_layers_of_a_teacher_reads_any_length(options):
+    """Its held-out windows are no longer than the teacher's context, because the teacher reads them too."""
+    options = only(options, "student") | {"max_length": ["2000"]}
+    assert check_inputs(parse_eval_args(command_line(options))).max_length == 2000
+    options |= {"held_out": [str(HELD_OUT)], "held_out_seq_length": ["513"]}
+    assert "--held_out_seq_length 513: expected at most 512" in error_of_checks(options)
+
+
+def test_held_out_windows_that_do_not_fit_into_memory(options, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=100_000))
+    options |= {"held_out": [str(HELD_OUT)], "held_out_seq_length": ["64"], "held_out_windows": ["20"]}
+    assert "--held_out_windows 20: the teacher's hidden states of 20 windows take" in error_of_checks(options)
+    assert "give at most 6" in error_of_checks(options)  # half of the memory, 64 * 32 * 4 bytes a window
+
+
+def test_a_model_that_changes_after_the_checks_is_not_scored(models, options, tmp_path):
+    shutil.copytree(models.root / "ckpt", tmp_path / "ckpt")
+    args = parse_eval_args(command_line({**options, "ckpt": [str(tmp_path / "ckpt")]}))
+    inputs = check_inputs(args)
+    assert load_model("hybrid_ft", args, inputs)
+    os.utime(tmp_path / "ckpt" / "config.json", ns=(1, 1))
+    with pytest.raises(ValueError, match="the hybrid_ft, .*ckpt, was deleted or written anew"):
+        load_model("hybrid_ft", args, inputs)
 
 
 def test_ranks_that_read_different_questions_are_an_error(options):

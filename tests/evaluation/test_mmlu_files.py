@@ -1,5 +1,6 @@
 """MMLU's rows from all three places they can be in, and what is said where they are not."""
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -136,6 +137,29 @@ def test_a_row_of_a_snapshot_that_is_no_question_is_named(snapshot, change):
     pq.write_table(pa.Table.from_pylist([good | change]), file)
     with pytest.raises(ValueError, match="--mmlu_dir: .*logic, row 0 .*four choices"):
         load_mmlu(snapshot, ["logic"])
+
+
+def test_a_subject_without_questions_is_named(snapshot):
+    """It would be missing in the results, and a run of such subjects alone would measure nothing."""
+    file = snapshot / "logic" / "test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(ValueError, match="--mmlu_dir .*: 'logic' has no question"):
+        load_mmlu(snapshot)
+    (snapshot / "all").mkdir()
+    for split in ("dev", "test"):
+        pq.write_table(pq.read_table(file), snapshot / "all" / f"{split}-00000-of-00001.parquet")
+    shutil.rmtree(snapshot / "logic")
+    shutil.rmtree(snapshot / "world_geography")
+    with pytest.raises(ValueError, match="--mmlu_dir .*: its split `test` has no question"):
+        load_mmlu(snapshot)
+
+
+def test_a_file_that_cannot_be_read_is_named(mmlu_dir):
+    file = mmlu_dir / "test" / "logic_test.csv"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"logic_test.csv: cannot be read \(Is a directory\)"):
+        load_mmlu(mmlu_dir)
 
 
 def test_all_together_needs_to_say_of_which_subject(snapshot, mmlu_dir, tmp_path):

@@ -14,6 +14,7 @@ from evaluation.report import (
     compare_all,
     difference_table,
     draw_chart,
+    escaped,
     markdown,
     output_files,
     report_results,
@@ -142,6 +143,48 @@ def test_the_report_says_what_was_measured_and_how(results):
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
     assert as_markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("high_school_biology, p [1]", "high_school_biology, p [1]"),
+        ("a|b`c*d~e\\$f$", "a\\|b\\`c\\*d\\~e\\\\\\$f\\$"),
+        ("<img src=x> & co", "&lt;img src=x&gt; &amp; co"),
+        ("[x](http://x) ![x][y]", "[x\\](http://x) ![x\\][y]"),
+        ("_x_ __init__", "\\_x\\_ \\_\\_init\\_\\_"),
+        ("a\n# b\r\t\x1b[2J\ud800", "a\\\\n# b\\\\r\\\\t\\\\x1b[2J\\\\ud800"),
+        ("混合\u3000模型", "混合\u3000模型"),
+    ],
+)
+def test_names_from_outside_are_shown_as_they_are(text, shown):
+    assert escaped(text) == shown
+
+
+@pytest.mark.parametrize("subject", ["a|b\n\x1b[2J", "$\\frac{$", "\ud800", "../../../etc/passwd", "x" * 5000])
+def test_a_subject_may_have_any_name(subject, tmp_path, capsys):
+    pieces = {
+        f"mmlu-{subject}": {
+            "predictions": [
+                {"subject": subject, "index": 0, "answer": "A", "prediction": "A", "log_likelihoods": [-1.0] * 4}
+            ],
+            "tokens": {"run": 1, "plain": 1},
+            "cut": 1,
+        }
+    }
+    report_results({name: assemble(pieces, CONFIG) for name in ("student", "teacher")}, tmp_path / "eval.json")
+    report = (tmp_path / "eval.md").read_text()
+    assert f"| {escaped(subject)} | 1 | 1.0000 | 1.0000 |" in report
+    assert "1 prompts are longer than 512 tokens and lose their start." in report
+    assert subject in json.loads((tmp_path / "eval.json").read_text())["models"]["student"]["subjects"]
+    assert not {"\x1b", "\ud800"} & set(capsys.readouterr().out)
+
+
+def test_many_subjects_without_groups_do_not_fill_a_picture(results):
+    for result in results.values():
+        result["groups"] = {}
+        result["subjects"] = {f"s{i}": result["subjects"]["virology"] for i in range(2000)}
+    assert draw_chart(results).startswith(b"\x89PNG")
 
 
 def test_the_chart_is_a_picture_of_a_size_to_be_looked_at(results):

@@ -20,10 +20,12 @@ FIGURES = ("loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "ste
 
 
 def page_of(folder: Path) -> str:
-    return write_page([folder], None).read_text()
+    runs = read_runs([folder])
+    drawings = charts_of(runs)
+    return make_page(runs, drawings, [draw(drawing, ["run"], span_of(runs), "svg") for drawing in drawings])
 
 
-@pytest.mark.parametrize("value", [1e308, -1e308, 1.7976931348623157e308])
+@pytest.mark.parametrize("value", [1e308, -1.7976931348623157e308])
 def test_a_figure_that_no_chart_can_show_is_left_out_and_counted(tmp_path, value):
     rows = [row_of(step) for step in range(1, 5)]
     rows[2] |= dict.fromkeys(FIGURES, value) | {"eval": {"ce": value, "perplexity": 9.0}, "layer_map": {"own": [value]}}
@@ -83,7 +85,7 @@ def test_names_that_are_no_text_are_drawn(tmp_path):
     names = ["\ud800", "a\nb\0\x1b[2J", "<b>|`"]
     run = build(tmp_path / "run", [row_of(1, update_health=dict.fromkeys(names, 0.5))])
     (run / "eval.json").write_text(json.dumps(result(names[0], 0.5, f"/x/run/checkpoint-{'1' * 5000}")))
-    page = page_of(run)
+    page = write_page([run], None).read_text()
     assert "&lt;b&gt;|`" in page and "<b>" not in page
     runs = read_runs([run]) * 2
     assert draw(charts_of(runs)[0], names[:2], span_of(runs), "png")
