@@ -4,6 +4,7 @@ one error. `check_inputs` returns what it has read on the way as `CheckedInputs`
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from processes.devices import choose_device
 from processes.ranks import Ranks
 from text.encoding import check_tokenizer
 from text.sources import TextSource
+
+logger = logging.getLogger("train")
 
 MODEL_NAMES = ("student", "hybrid", "hybrid_ft", "teacher")  # from what training starts with to what it aims at
 
@@ -88,9 +91,17 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
         settings = settings_of(args, sources, questions, windows, max_length)
         if args.output is not None:
             attempt(check_partial, Path(args.output), settings, models, args.resume, args.overwrite)
+    _log_options_without_effect(args)
     if problems:
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
     return CheckedInputs(sources, models, device, tokenizer, questions, windows, max_length, settings)
+
+
+def _log_options_without_effect(args: EvalArguments) -> None:
+    for part, switch in {"held_out": "--held_out TEXT", "retrieval": "--retrieval", "tasks": "--tasks NAME"}.items():
+        unused = sorted(name for name in args.given if name.startswith(f"{part}_"))
+        if unused and not getattr(args, part) and part not in args.given:  # who gives --no_retrieval knows it
+            logger.info("--%s: without effect, because %s is not given", " --".join(unused), switch)
 
 
 def _find_teacher(args: EvalArguments) -> tuple[ModelSource, PreTrainedTokenizerBase, int]:

@@ -139,6 +139,15 @@ def test_a_model_that_changes_after_the_checks_is_not_scored(models, options, tm
         load_model("hybrid_ft", args, inputs)
 
 
+def test_options_of_a_part_that_is_not_measured_are_logged(options, caplog):
+    caplog.set_level("INFO", logger="train")
+    options |= {"retrieval_lengths": ["64"]}
+    for more, n in ({}, 1), ({"no_retrieval": []}, 0), ({"retrieval": []}, 0):
+        caplog.clear()
+        check_inputs(parse_eval_args(command_line(options | more)))
+        assert caplog.text.count("--retrieval_lengths: without effect, because --retrieval is not given") == n
+
+
 def test_ranks_that_read_different_questions_are_an_error(options):
     class Ranks:
         def all_have(self, content):
