@@ -10,7 +10,8 @@ from typing import Literal
 
 from inputs.option_checks import eval_problems, is_same_name, train_problems
 from inputs.option_values import option_values
-from inputs.options import BY_PRESET, auto_or_int, option, options_of, out_of_bounds
+from inputs.options import BY_PRESET, option, options_of, out_of_bounds, path_option
+from inputs.value_types import auto_or_int
 
 # Groups, as --help and docs/options.md list them.
 GENERAL = "general"
@@ -33,11 +34,15 @@ class CommonArguments:
     """Holds the options that training and evaluation share."""
 
     preset: str = option("llamba-8b", "folder under presets/ with the values of options not given", GENERAL, free=True)
-    config: str | None = option(None, "YAML file, option: value; the command line overrides it", GENERAL, free=True)
+    config: str | None = path_option(
+        None, "YAML file, option: value; the command line overrides it", GENERAL, free=True
+    )
     seed: int = option(0, "seed of all random choices: data order, dropout, retrieval probe", GENERAL, kept=True)
     local_files_only: bool = option(False, "use only files on this disk, and no network", GENERAL, free=True)
-    teacher_model: str = option(BY_PRESET, "name or directory of the teacher, a Llama-family causal LM", MODELS)
-    student_model: str = option(BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True)
+    teacher_model: str = path_option(BY_PRESET, "name or directory of the teacher, a Llama-family causal LM", MODELS)
+    student_model: str = path_option(
+        BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True
+    )
     layers: list[int] = option(
         BY_PRESET, "student layers that the teacher's replace, by index; -1 for none", MODELS, nargs="*", kept=True
     )
@@ -70,7 +75,7 @@ class TrainArguments(CommonArguments):
     )
     compile: bool = option(False, "torch.compile the blocks and the loss; the first step takes minutes", MODELS)
 
-    dataset_name: str = option(
+    dataset_name: str = path_option(
         BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)", DATA, kept=True
     )
     dataset_subset: str | None = option(None, "configuration of the data set", DATA, kept=True)
@@ -80,7 +85,9 @@ class TrainArguments(CommonArguments):
     dataset_streaming: bool = option(
         True, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", DATA, kept=True
     )
-    dataset_cache_dir: str | None = option(None, "cache of packed tokens (default: datasets' own)", DATA, free=True)
+    dataset_cache_dir: str | None = path_option(
+        None, "cache of packed tokens (default: datasets' own)", DATA, free=True
+    )
     dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0)
     # A stream that stopped at a bad row may be resumed with --skip_bad_rows.
     skip_bad_rows: bool = option(False, "skip and count rows that cannot be read or are no text", DATA, kept="caches")
@@ -114,7 +121,7 @@ class TrainArguments(CommonArguments):
     max_bad_steps: int = option(
         5, "skipped optimizer steps in a row (loss or gradient not finite) that stop the run", TRAINING, least=1
     )
-    resume: str | None = option(
+    resume: str | None = path_option(
         None, "checkpoint to resume from, or auto: the newest good one in --output_dir, if any", TRAINING, free=True
     )
     resume_step: int = option(
@@ -125,7 +132,9 @@ class TrainArguments(CommonArguments):
     )
 
     eval_interval: int = option(0, "optimizer steps between evaluations on held-out text; 0: off", IN_TRAINING, least=0)
-    eval_dataset_name: str | None = option(None, "held-out text, as --dataset_name (default: the same)", IN_TRAINING)
+    eval_dataset_name: str | None = path_option(
+        None, "held-out text, as --dataset_name (default: the same)", IN_TRAINING
+    )
     eval_dataset_subset: str | None = option(
         None, "its configuration (default: that of training, if it is the same data set)", IN_TRAINING
     )
@@ -133,10 +142,10 @@ class TrainArguments(CommonArguments):
         None, "its split (default: that of training, if it is the same data set; else train)", IN_TRAINING
     )
     eval_windows: int = option(64, "windows of the held-out text, its first ones", IN_TRAINING, least=1)
-    eval_mmlu_dir: str | None = option(None, "folder of MMLU, to score its questions too, zero-shot", IN_TRAINING)
+    eval_mmlu_dir: str | None = path_option(None, "folder of MMLU, to score its questions too, zero-shot", IN_TRAINING)
     eval_mmlu_limit: int = option(5, "of these, questions per subject at most", IN_TRAINING, least=1)
 
-    output_dir: str = option(BY_PRESET, "where checkpoints and metrics.jsonl are written", OUTPUT)
+    output_dir: str = path_option(BY_PRESET, "where checkpoints and metrics.jsonl are written", OUTPUT)
     save_interval: int = option(
         1000, "micro steps between checkpoints; 0 saves the first and the last only", OUTPUT, least=0
     )
@@ -147,7 +156,7 @@ class TrainArguments(CommonArguments):
         0, "optimizer steps between maps of how far each layer is from the teacher's; 0: off", OUTPUT, least=0
     )
     log_interval: int = option(10, "optimizer steps between log lines", OUTPUT, least=1)
-    log_file: str | None = option(None, "also write the log to this file", OUTPUT)
+    log_file: str | None = path_option(None, "also write the log to this file", OUTPUT)
     tensorboard: bool = option(False, "log to TensorBoard, into the folder tensorboard of --output_dir", OUTPUT)
     wandb: bool = option(False, "log to Weights & Biases", OUTPUT)
     wandb_project: str = option("llamba-distill", "W&B project", OUTPUT)
@@ -167,7 +176,7 @@ class TrainArguments(CommonArguments):
         above=0,
     )
     nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, above=0)
-    plan_json: str | None = option(None, "also write the plan's figures to this file", PLAN)
+    plan_json: str | None = path_option(None, "also write the plan's figures to this file", PLAN)
 
     def problems(self) -> list[str]:
         """Returns a line for each option, or pair of options, that cannot be used."""
@@ -190,7 +199,7 @@ class EvalArguments(CommonArguments):
         "models to score; hybrid: the student with --layers replaced, untrained; hybrid_ft: --ckpt; all: all four",
         EVALUATION,
     )
-    ckpt: str | None = option(None, "checkpoint of a training run", EVALUATION)
+    ckpt: str | None = path_option(None, "checkpoint of a training run", EVALUATION)
     batch_size: int | None = option(
         None,
         "sequences per forward pass, or auto: as many as fit (default)",
@@ -206,7 +215,7 @@ class EvalArguments(CommonArguments):
         least=1,
         most=LONGEST_CONTEXT,
     )
-    output: str | None = option(
+    output: str | None = path_option(
         None, "JSON file for scores and predictions; report (.md) and chart (.png) go beside it", EVALUATION
     )
     overwrite: bool = option(False, "replace --output if it exists, and drop interrupted results", EVALUATION)
@@ -214,7 +223,7 @@ class EvalArguments(CommonArguments):
     device: str | None = option(None, "device to run on (default: a GPU for each rank, else the CPU)", EVALUATION)
 
     mmlu: bool = option(True, "score MMLU; --no_mmlu leaves it out", MMLU)
-    mmlu_dir: str | None = option(
+    mmlu_dir: str | None = path_option(
         None, "folder of the original release (CSV) or of cais/mmlu (parquet) (default: cais/mmlu by name)", MMLU
     )
     subjects: list[str] | None = option(None, "subjects to score (default: all)", MMLU)
@@ -229,7 +238,7 @@ class EvalArguments(CommonArguments):
     tasks_num_fewshot: int | None = option(
         None, "examples before each question (default: the task's)", BEYOND, least=0, most=1000
     )
-    held_out: str | None = option(
+    held_out: str | None = path_option(
         None, "text for perplexity, and for KL and agreement with the teacher: named as --dataset_name", BEYOND
     )
     held_out_subset: str | None = option(None, "configuration of that data set", BEYOND)

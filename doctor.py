@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paths import expanded_path
 from preflight.checks.basics import (
     FAILURE,
     OK,
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         help="ranks on this machine, as given to torchrun (default: one per GPU, without the teacher's)",
     )
     parser.add_argument("--collectives", action="store_true", help="also start that many processes and time all-reduce")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
+    parser.add_argument("--json", type=expanded_path, metavar="FILE", help="also write the findings to this file")
     options, rest = parser.parse_known_args(argv)
 
     if options.json is not None and (problem := file_problem(options.json)):

@@ -1,6 +1,7 @@
 """Chooses the checkpoint that a run resumes from, checks that it is of this run, and restores from it."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,18 @@ def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
     return (problem or "a file is not what was written") if is_bad else None
 
 
+def _is_same(before: Any, now: Any) -> bool:
+    """Returns whether a checkpoint has this value of an option; earlier versions kept `~` in it as it was written."""
+    return before == now or (isinstance(before, str) and before[:1] == "~" and os.path.expanduser(before) == now)
+
+
 def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments, world_size: int) -> None:
     """Raises ValueError that lists all options that make it another run than the one that wrote the checkpoint, and
     logs those that may change. state: the checkpoint's training_state.json.
     """
     before: dict[str, Any] = state["arguments"]
     kept = kept_options(args)
-    changed = {name: value for name, value in vars(args).items() if name in before and before[name] != value}
+    changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
     problems = [
         f"--{name} {value}: the run of {checkpoint} has {before[name]}; give the same"
         for name, value in changed.items()

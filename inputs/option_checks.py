@@ -101,7 +101,7 @@ def _plan_problems(args: Any) -> Iterator[str]:
 
 def is_same_name(name: str, other: str) -> bool:
     """Returns whether two names of data sets mean the same one; two ways to write a path do."""
-    return Path(name).expanduser().absolute() == Path(other).expanduser().absolute()
+    return Path(name).absolute() == Path(other).absolute()
 
 
 def _have_rows_in_common(split: str, other: str) -> bool:

@@ -11,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from inputs.value_types import number, some_text, whole_number
+from paths import expanded
+
 BY_PRESET: Any = dataclasses.MISSING  # in place of a default: every preset gives this option a value
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+TYPES: dict[type, Callable[[str], Any]] = {int: whole_number, float: number, str: some_text}
 
 
 # --- what an option is ---------------------------------------------------------------------------------------
@@ -30,6 +34,7 @@ class Option:
     expected: str | None = None  # the bounds in words, where they say more than the numbers
     kept: bool | Literal["streams", "caches"] = False  # a resumed run must keep it: always, or with such data
     free: bool = False  # a resumed run may change it, and no warning is logged
+    is_path: bool = False  # a path, or a name that may be one: `~` and environment variables are expanded
     nargs: str = "+"  # of a list, as in argparse
     parse: Callable[[str], Any] | None = None  # makes the value of its text, where the field's type does not
 
@@ -58,6 +63,11 @@ def option(default: Any, help: str, group: str, **details: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def path_option(default: Any, help: str, group: str, **details: Any) -> Any:
+    """Returns an option whose value is a path, or a name that may be one."""
+    return option(default, help, group, is_path=True, **details)
+
+
 def options_of(cls: Any) -> dict[str, Option]:
     """Returns name -> option of a dataclass or of an instance of one, without fields that are no option."""
     return {field.name: field.metadata["option"] for field in dataclasses.fields(cls) if "option" in field.metadata}
@@ -83,17 +93,12 @@ def out_of_bounds(args: Any) -> list[str]:
     return found
 
 
-def auto_or_int(text: str) -> int | None:
-    """Returns None for "auto", else the whole number that `text` is."""
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, or auto")
-    return None if text == "auto" else int(text)
-
-
 # --- how it becomes a flag -----------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class StrictParser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see --help")
 
@@ -104,7 +109,7 @@ def make_parser(cls: type, description: str, preset: dict[str, Any]) -> argparse
 
     preset: values of the preset, which the help shows as defaults.
     """
-    parser = _Parser(
+    parser = StrictParser(
         usage="%(prog)s [option ...]",
         description=f"{description} Switches have an opposite: --no_wandb for --wandb.",
         argument_default=argparse.SUPPRESS,
@@ -126,8 +131,15 @@ def make_parser(cls: type, description: str, preset: dict[str, Any]) -> argparse
             type_, choices, is_list = kind_of(types_of[name])
             metavar = None if choices else METAVARS[type_]
             nargs = about.nargs if is_list else None
-            add(flag, type=about.parse or type_, choices=choices, nargs=nargs, metavar=metavar, help=help)
+            add(flag, type=_type_of(about, type_, choices), choices=choices, nargs=nargs, metavar=metavar, help=help)
     return parser
+
+
+def _type_of(about: Option, type_: type, choices: tuple | None) -> Callable[[str], Any]:
+    """Returns what makes a value of a text."""
+    if about.is_path:
+        return expanded
+    return about.parse or (str if choices else TYPES[type_])  # a wrong choice is listed with the right ones
 
 
 def as_text(value: Any) -> str:

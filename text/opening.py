@@ -76,11 +76,11 @@ def local_path(source: TextSource) -> Path | None:
     be a path and nothing is there.
     """
     name = source.name
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.exists():
         return path
     has_ending = path.suffix in (".gz", *FILE_READERS)
-    if "://" not in name and (has_ending or name.startswith((".", "~", "/")) or name.count("/") > 1):
+    if "://" not in name and (has_ending or name.startswith((".", "/")) or name.count("/") > 1):
         raise ValueError(f"{source.flags.name} {name!r}: no such file or directory; give a path or a hub dataset")
     return None
 

@@ -99,7 +99,7 @@ class TextSource:
     @property
     def cache_root(self) -> Path:
         """Returns the folder that packed tokens are cached in."""
-        return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+        return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 
 def _is_part(split: str) -> bool:
