@@ -61,11 +61,8 @@ def _training_problems(args: Any) -> Iterator[str]:
     if args.min_lr > args.max_lr:
         yield f"--min_lr {args.min_lr}: expected at most --max_lr {args.max_lr}; lower it"
     ratios = (args.warmup_ratio, args.decay_ratio)
-    if not (all(ratio >= 0 for ratio in ratios) and sum(ratios) <= 1):
-        yield (
-            f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, "
-            "each at least 0 and together at most 1"
-        )
+    if sum(ratios) > 1 >= max(ratios):
+        yield f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, together at most 1"
     for name in ("save_interval", "resume_step"):
         if getattr(args, name) % max(args.grad_accumulation_steps, 1):
             yield (

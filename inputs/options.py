@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from inputs.value_types import number, some_text, whole_number
+from inputs.value_types import SHOWN, number, some_text, whole_number
 from paths import expanded
 
 BY_PRESET: Any = dataclasses.MISSING  # in place of a default: every preset gives this option a value
@@ -40,19 +40,18 @@ class Option:
 
     @property
     def bounds(self) -> str:
-        """Returns the bounds in words, such as "at least 1"; empty if there are none."""
+        """Returns the bounds in words, such as "at least 1, at most 1_000"; empty if there are none."""
         if self.expected is not None:
             return self.expected
-        if self.above is not None:
-            return f"a number above {self.above}"
-        if self.least is None:
-            return "" if self.most is None else f"at most {self.most}"
-        return f"at least {self.least}"
+        bounds = {"a number above": self.above, "at least": self.least, "at most": self.most}
+        return ", ".join(f"{words} {bound:_}" for words, bound in bounds.items() if bound is not None)
 
     def allows(self, value: float) -> bool:
         """Returns whether a number is within the bounds; no bound allows nan or infinity."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         is_low = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
-        return math.isfinite(value) and not is_low and (self.most is None or value <= self.most)
+        return not is_low and (self.most is None or value <= self.most)
 
 
 def option(default: Any, help: str, group: str, **details: Any) -> Any:
@@ -89,7 +88,7 @@ def out_of_bounds(args: Any) -> list[str]:
         value = getattr(args, name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if about.bounds and (wrong := [item for item in values if not about.allows(item)]):
-            found.append(f"--{name} {wrong[0]}: expected {about.bounds}")
+            found.append(f"--{name} {str(wrong[0]):.{SHOWN}}: expected {about.bounds}")
     return found
 
 

@@ -11,7 +11,7 @@ def whole_number(text: str) -> int:
     """Returns the whole number that a text is, in plain digits; underscores may group them."""
     try:
         return int(_plain(text))
-    except ValueError as error:  # of more than 4300 digits, too
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r:.{SHOWN}}: expected a whole number, such as 1000") from error
 
 
@@ -39,7 +39,9 @@ def some_text(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns the text. Raises ValueError for digits of other scripts, which Python would accept."""
-    if not text.isascii():
+    """Returns the text. Raises ValueError where Python would accept more than a user means: digits of other scripts,
+    and more digits than any option needs.
+    """
+    if not text.isascii() or len(text) > SHOWN:
         raise ValueError(text)
     return text
