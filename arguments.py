@@ -255,11 +255,12 @@ class EvalArguments(CommonArguments):
     """Holds the options of eval_mmlu_hybrid.py."""
 
     which: list[Literal["teacher", "student", "hybrid", "hybrid_ft", "all"]] = option(
-        ["teacher"],
-        "models to score; hybrid: the student with --layers replaced, untrained; hybrid_ft: --ckpt; all: all four",
+        [],
+        "models to score (default: hybrid_ft with --ckpt, else teacher); hybrid: the student with --layers replaced, "
+        "untrained; hybrid_ft: --ckpt; all: all four",
         EVALUATION,
     )
-    ckpt: str | None = path_option(None, "checkpoint of a training run", EVALUATION)
+    ckpt: str | None = path_option(None, "checkpoint of a training run, to score as hybrid_ft", EVALUATION)
     batch_size: int | None = option(
         None,
         "sequences per forward pass, or auto: as many as fit (default)",
@@ -321,13 +322,19 @@ class EvalArguments(CommonArguments):
     retrieval_questions: int = option(
         64, "questions for each length and number of pairs", BEYOND, least=1, most=100_000
     )
-    layers_given: bool = False  # not an option: whether the command line or --config gives --layers
+    given: frozenset[str] = frozenset()  # not an option: names of those that the command line or --config gives
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.which = self.which or ["teacher" if self.ckpt is None else "hybrid_ft"]
         self.tasks = list(dict.fromkeys(name for part in self.tasks for name in part.split(",") if name))
         self.retrieval_lengths = list(dict.fromkeys(self.retrieval_lengths))
         self.retrieval_pairs = list(dict.fromkeys(self.retrieval_pairs))
+
+    @property
+    def layers_given(self) -> bool:
+        """Returns whether the command line or --config gives --layers."""
+        return "layers" in self.given
 
     def problems(self) -> list[str]:
         """Returns a line for each option, or pair of options, that cannot be used."""
@@ -345,7 +352,7 @@ def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
 def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
     """Returns the options of an evaluation. Raises ValueError that lists every problem found."""
     values, given = option_values(EvalArguments, "eval", "Score teacher, student and hybrids on MMLU and beyond.", argv)
-    args = EvalArguments(**values, layers_given="layers" in given)
+    args = EvalArguments(**values, given=frozenset(given))
     _raise_for(args.problems())
     return args
 

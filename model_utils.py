@@ -22,7 +22,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from arguments import TrainArguments
-from inputs.model_files import check_weight_files, one_line, read_config
+from inputs.loaded_models import check_all_used, check_weights
+from inputs.model_files import check_weight_files, dead_links, one_line, read_config
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
 
@@ -32,7 +33,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def get_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model. Raises ValueError that names the option."""
     remedy = "copy tokenizer.json and tokenizer_config.json into it"
-    with one_line(f"{flag} {name}: cannot read its tokenizer", remedy):
+    remark = dead_links(Path(name)) if Path(name).is_dir() else ""
+    with one_line(f"{flag} {name}: cannot read its tokenizer{remark}", remedy):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
@@ -42,6 +44,11 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
     the option.
     """
     folder = Path(name)
+    if folder.is_file() or folder.is_symlink() and not folder.exists():
+        what = "a file" if folder.is_file() else "a link that leads nowhere"
+        raise ValueError(
+            f"{flag} {name}: is {what}; expected a directory with config.json and weights, as save_pretrained writes it"
+        )
     if not folder.is_dir():
         if not local_files_only and not name.startswith((".", "/")):
             return name
@@ -53,7 +60,9 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
                 f"directory, or run `hf download {name}` on a machine with network and copy its cache"
             ) from error
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{flag} {name}: no config.json in it; expected a directory written by save_pretrained")
+        raise ValueError(
+            f"{flag} {name}: no config.json in it{dead_links(folder)}; expected a directory written by save_pretrained"
+        )
     if needs_weights:
         check_weight_files(flag, name, folder)
     return str(folder)
@@ -115,7 +124,8 @@ def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_
     """Loads the teacher, frozen and in eval mode, directly onto `device` in `dtype`. On the meta device it has all
     shapes and no weights. Without its head it can give layers but has no logits.
 
-    Raises ValueError if a weight is missing or misshapen: transformers would fill it at random.
+    Raises ValueError if a weight is missing or misshapen (transformers would fill it at random), belongs to a layer
+    that the model does not have, is quantised or not finite.
     """
     auto_class = AutoModelForCausalLM if with_head else AutoModel
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
@@ -132,21 +142,26 @@ def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_
             ignore_mismatched_sizes=True,  # so that they are listed with the rest
             **settings,
         )
-        if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-            raise ValueError(
-                f"--teacher_model {name}: weights that its config.json asks for are missing or misshapen: "
-                f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}; copy the model again"
-            )
+        check_all_used("--teacher_model", name, teacher, info)
+        check_weights("--teacher_model", name, teacher)
     return teacher.eval().requires_grad_(False)
 
 
-def get_student_model(name: str, dtype: torch.dtype, device: torch.device) -> LlambaForCausalLM:
+def get_student_model(
+    name: str, dtype: torch.dtype, device: torch.device, flag: str = "--student_model"
+) -> LlambaForCausalLM:
     """Loads the student, or a hybrid checkpoint with its layout, directly onto `device` in `dtype`. Anything but
-    weights in a .bin file is an error, as it is for the teacher: unpickled, it could run code.
+    weights in a .bin file is an error, as it is for the teacher: unpickled, it could run code. So are weights that are
+    missing, misshapen, unexpected, quantised or not finite. flag: the option that names it in the error.
     """
-    return LlambaForCausalLM.from_pretrained(
-        name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", weights_only=True
-    )
+    try:
+        student = LlambaForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", weights_only=True
+        )
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+    check_weights(flag, name, student)
+    return student
 
 
 @torch.no_grad()
@@ -230,14 +245,6 @@ def freeze_student_layers(student: LlambaForCausalLM, layers: list[int]) -> None
         student.backbone.layers[index].requires_grad_(False)
 
 
-def check_checkpoint_blocks(student: LlambaConfig, n_blocks: int | None) -> None:
-    """Raises ValueError if --checkpoint_blocks names more blocks than the student has."""
-    if n_blocks is not None and n_blocks > student.n_layer:
-        raise ValueError(
-            f"--checkpoint_blocks {n_blocks}: the student has {student.n_layer}; leave it out to recompute all of them"
-        )
-
-
 def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
     """Recomputes the activations of the first `n_blocks` blocks in backward (None: of all) instead of keeping them. It
     is the first blocks because they are recomputed last, when the others' activations have been freed.
@@ -267,15 +274,4 @@ def check_trainable(student: nn.Module) -> None:
         raise ValueError(
             "nothing is left to train: --freeze_mlp and --freeze_replaced_layers freeze every parameter of this "
             "student; leave one of them out, or replace fewer --layers"
-        )
-
-
-def check_layer_map(interval: int, student: LlambaConfig, teacher: PretrainedConfig) -> None:
-    """Raises ValueError if --layer_map_interval is given and the models' layers cannot be compared one by one."""
-    shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
-    if interval and shapes[0] != shapes[1]:
-        raise ValueError(
-            f"--layer_map_interval {interval}: the student has {shapes[0][0]} layers of width "
-            f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
-            "the option out"
         )

@@ -47,7 +47,7 @@ def write_page(run_dirs: list[Path], output: Path | None) -> Path:
     runs = read_runs(run_dirs)
     if output is None:
         output = runs[0].folder / "report" / ("index.html" if len(runs) == 1 else "comparison/index.html")
-    if output.suffix not in (".html", ".htm"):
+    if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {output}: expected an HTML file; name one that ends in .html")
     drawings, names, span = charts_of(runs), [run.name for run in runs], span_of(runs)
     contents = {

@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -102,6 +103,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(text: str) -> str:
+    """Returns the text on one line: line ends, control characters and halves of surrogate pairs, which a terminal would
+    obey or a file could not hold, become escapes such as \\n.
+    """
+    is_shown = (character.isprintable() or unicodedata.category(character) == "Zs" for character in text)
+    pairs = zip(text, is_shown, strict=True)
+    return "".join(c if shown else c.encode("unicode_escape").decode() for c, shown in pairs)
 
 
 def flush_to_disk(path: Path) -> None:

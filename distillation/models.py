@@ -8,14 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from distillation.losses import shared_vocab
+from distillation.pairing import check_pair, warn_of_another_tokenizer
 from distillation.teacher import Lane, NoTeacher, open_lane, share_layers
 from llamba import LlambaForCausalLM
 from model_utils import (
     DTYPES,
     apply_replacements,
-    check_checkpoint_blocks,
-    check_layer_map,
-    check_replacements,
     get_configs,
     get_student_model,
     get_teacher_model,
@@ -49,11 +47,11 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     else:
         student = locate_model("--resume", str(checkpoint), local_files_only=True)
     teacher_config, student_config = get_configs(teacher, student)
-    check_replacements(student_config, teacher_config, args.layers)
-    check_checkpoint_blocks(student_config, args.checkpoint_blocks)
-    check_layer_map(args.layer_map_interval, student_config, teacher_config)
+    check_pair(args, student_config, teacher_config)
     tokenizer = get_tokenizer("--teacher_model", teacher)
     check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
+    if checkpoint is None:  # a checkpoint has the teacher's
+        warn_of_another_tokenizer(student, tokenizer)
     if not runs_teacher:
         return Models(teacher, student, student_config.vocab_size, tokenizer)
     check_tokenizer(tokenizer, "--teacher_model", teacher_config.vocab_size)

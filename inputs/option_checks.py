@@ -16,12 +16,24 @@ def train_problems(args: Any) -> Iterator[str]:
 def eval_problems(args: Any) -> Iterator[str]:
     """Yields what does not go together in the options of an evaluation."""
     yield from _layer_problems(args)
+    yield from _options_without_effect(args)
     if not (args.mmlu or args.tasks or args.held_out or args.retrieval):
         yield "--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval"
     if args.resume and args.output is None:
         yield "--resume: resumes from the results beside --output, which is not given; give it"
     if args.resume and args.overwrite:
         yield "--resume --overwrite: the one keeps what the other throws away; give one of them"
+
+
+def _options_without_effect(args: Any) -> Iterator[str]:
+    """Yields options of an evaluation that are given and that nothing would use."""
+    if args.ckpt is not None and not {"hybrid_ft", "all"} & set(args.which):
+        which = f"--which {' '.join(args.which)}"
+        yield f"--ckpt {args.ckpt}: {which} does not score it; add hybrid_ft, or leave --ckpt out"
+    for part, switch in {"held_out": "--held_out TEXT", "retrieval": "--retrieval", "tasks": "--tasks NAME"}.items():
+        unused = sorted(name for name in args.given if name.startswith(f"{part}_"))
+        if unused and not getattr(args, part) and part not in args.given:  # who gives --no_retrieval knows it
+            yield f"--{' --'.join(unused)}: without effect, because {switch} is not given; add it, or leave these out"
 
 
 def _layer_problems(args: Any) -> Iterator[str]:

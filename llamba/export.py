@@ -28,6 +28,7 @@ from paths import expanded
 from .card import model_card
 from .configuration import LlambaConfig
 from .modeling import LlambaForCausalLM
+from .quantised import SUPPORTED, dtype_name, quantisation, quantised_weight
 
 CODE = Path(__file__).parent / "modeling.py"  # and the files that it imports
 AUTO_MAP = {"AutoConfig": "configuration.LlambaConfig", "AutoModelForCausalLM": "modeling.LlambaForCausalLM"}
@@ -44,7 +45,6 @@ OTHER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors' names
 # The errors of reading a weight file that is cut short, damaged, or holds something else.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError, OSError)
 
@@ -192,6 +192,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], LlambaConfig]:
             f"CKPT {folder}: its config.json says model_type {values.get('model_type')!r}; expected 'llamba'; other "
             "architectures need no export: transformers loads them as they are"
         )
+    if method := quantisation(values):
+        raise ValueError(f"CKPT {folder}: its weights are quantised, by {method} as config.json says; {SUPPORTED}")
     try:
         return values, LlambaConfig(**values)
     except (ValueError, TypeError) as error:
@@ -226,18 +228,22 @@ def _open(folder: Path, name: str) -> list[tuple[str, Stored]]:
     try:
         if name.endswith(".bin"):
             tensors = torch.load(folder / name, map_location="meta", weights_only=True)
-            return [(key, Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."))) for key, t in tensors.items()]
+            return [(key, Stored(tuple(t.shape), dtype_name(str(t.dtype)))) for key, t in tensors.items()]
         with safe_open(folder / name, framework="pt") as file:
             slices = [(key, file.get_slice(key)) for key in list(file.keys())]
-            return [(key, Stored(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()))) for key, s in slices]
+            return [(key, Stored(tuple(s.get_shape()), dtype_name(s.get_dtype()))) for key, s in slices]
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"CKPT {folder}: {name} cannot be read as weights: {reason}; copy it again") from error
 
 
 def _check_weights(folder: Path, model: LlambaForCausalLM, stored: dict[str, Stored]) -> None:
-    """Raises ValueError unless names and shapes are the model's. Loading would refuse them too, but only later."""
+    """Raises ValueError unless names and shapes are the model's and none is quantised. Loading would refuse them too,
+    but only later.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if weight := quantised_weight({name: kind.dtype for name, kind in stored.items()}, expected):
+        raise ValueError(f"CKPT {folder}: {weight} is {stored[weight].dtype}; {SUPPORTED}")
     given = {name: kind.shape for name, kind in stored.items()}
     if model.config.tie_embeddings:  # the file may leave the head out
         given.setdefault("lm_head.weight", expected["lm_head.weight"])

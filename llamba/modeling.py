@@ -76,13 +76,16 @@ class LlambaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
-        """Loads as transformers does. Raises ValueError that lists every missing, unexpected or misshapen weight."""
+        """Loads as transformers does. Raises ValueError that lists missing, unexpected and misshapen weights."""
         kwargs["ignore_mismatched_sizes"] = True  # so that they are listed below with the rest
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
+        problems = []
+        for kind, names in ((kind, sorted(map(str, info[kind]))) for kind in info if info[kind]):
+            problems.append(f"{kind.replace('_', ' ')} {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
         if problems:
-            lines = [f"  {kind}: {', '.join(names)}" for kind, names in problems.items()]
-            raise ValueError(f"{name} does not hold the weights that its config.json asks for:\n" + "\n".join(lines))
+            raise ValueError(
+                f"{name}: not the weights that its config.json asks for: {', '.join(problems)}; copy the model again"
+            )
         return (model, info) if output_loading_info else model
 
 

@@ -24,15 +24,13 @@ from arguments import TrainArguments
 from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
+from distillation.pairing import check_pair
 from distillation.teacher import Teacher, teacher_head
 from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import (
     DTYPES,
     apply_replacements,
-    check_checkpoint_blocks,
-    check_layer_map,
-    check_replacements,
     get_configs,
     locate_model,
     prepare_student,
@@ -128,9 +126,7 @@ def find_configs(args: TrainArguments) -> tuple[PretrainedConfig, LlambaConfig]:
 def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausalLM]:
     """Builds teacher and student as a run has them when training begins, on the meta device."""
     teacher_config, student_config = find_configs(args)
-    check_replacements(student_config, teacher_config, args.layers)
-    check_checkpoint_blocks(student_config, args.checkpoint_blocks)
-    check_layer_map(args.layer_map_interval, student_config, teacher_config)
+    check_pair(args, student_config, teacher_config)
     AttentionInterface.register("on_meta", attention_on_meta)
     settings = {"dtype": DTYPES[args.dtype], "attn_implementation": "on_meta"}
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from report_page.series import Chart, Drawing, HeatMap, is_log, smooth, smoothing_width, thin
+from utils import printable
 
 CHANCE = 0.25  # accuracy of guessing one of four answers
 ROUND = [1, 2, 2.5, 5, 10]  # the ticks of an axis are multiples of these
@@ -65,10 +66,20 @@ def draw(drawing: Drawing, names: Sequence[str], span: tuple[float, float], kind
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if is_file:
             unit = f" ({drawing.unit})" if drawing.unit else ""
-            figure.text(LEFT / WIDTH, 1 - 0.12 / height, drawing.title + unit, va="top", fontsize=10, color="black")
+            figure.text(
+                LEFT / WIDTH, 1 - 0.12 / height, printable(drawing.title + unit), va="top", fontsize=10, color="black"
+            )
         if rows:
             lines = [axes.plot([], [], color=colour_of(i), linestyle=dash_of(i))[0] for i in range(len(names))]
-            figure.legend(lines, names, loc="lower center", ncols=3, frameon=False, fontsize=8, borderaxespad=0.2)
+            figure.legend(
+                lines,
+                list(map(printable, names)),
+                loc="lower center",
+                ncols=3,
+                frameon=False,
+                fontsize=8,
+                borderaxespad=0.2,
+            )
         picture = io.BytesIO()
         with matplotlib.rc_context({"savefig.transparent": not is_file}):
             figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
@@ -111,7 +122,7 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
         is_count = chart.key == "skipped"
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND, integer=is_count))
         if chart.from_zero:
-            axes.set_ylim(0, max(axes.get_ylim()[1], LEAST_SHARE if chart.percent else 0))
+            axes.set_ylim(0, max(axes.get_ylim()[1], LEAST_SHARE if chart.percent else 0) or 1)
     axes.yaxis.set_major_formatter(PERCENT if chart.percent else PLAIN)
     if chart.key == "tokens-per-s":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -136,7 +147,7 @@ def _draw_heat_map(figure: Figure, axes: Axes, drawing: HeatMap, height: float, 
     axes.grid(False)
     axes.set_ylabel("layer", fontsize=8, labelpad=2)
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    marked = [layer for layer in drawing.marked if layer < len(error)]
+    marked = [layer for layer in drawing.marked if 0 <= layer < len(error)]
     axes.plot(
         *([1.02] * len(marked), marked), "<", color=INK, ms=3.5, transform=axes.get_yaxis_transform(), clip_on=False
     )

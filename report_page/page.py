@@ -5,10 +5,13 @@ allowed to load anything. Everything that comes from a run is escaped.
 import base64
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from report_page.charts import colour_of, dash_of
+from report_page.lenient import LARGEST
 from report_page.run_data import Run, Score, Series
 from report_page.series import Drawing, HeatMap, smoothing_width
 from report_page.style import CSS
@@ -73,14 +76,29 @@ def _remarks(run: Run) -> list[str]:
     """Returns what a reader has to know before trusting the numbers, in sentences."""
     found = []
     if run.status.get("status") == "running":
-        found.append("has not reported its end: it is still running, or was killed")
+        found.append(f"has not reported its end: {_where(run.status.get('pid'))}")
     if run.is_cut:
         found.append("the last line of metrics.jsonl is left out: it is cut short, as a crash leaves it")
     if run.damaged:
         found.append(f"{run.damaged} lines of metrics.jsonl are left out: they cannot be read")
+    if run.repeated:
+        found.append(f"{run.repeated} rows of metrics.jsonl are left out: a later row has the same step")
+    if run.missing:
+        found.append(f"{run.missing:,} steps between the first row and the last have no row")
+    if run.too_large:
+        found.append(f"{run.too_large} numbers are left out: they are beyond {LARGEST:g}, and no chart can show them")
     if run.abandoned:
         found.append(f"{run.abandoned} rows were computed again after a resume; the earlier ones are left out")
     return [f"{run.name}: {text}." for text in found]
+
+
+def _where(pid: Any) -> str:
+    """Returns what is known of a process that has not reported its end."""
+    if type(pid) is not int or not 0 < pid < 2**31:
+        return "it is still running, or was killed"
+    if Path(f"/proc/{pid}").exists():
+        return f"its process {pid} is still running"
+    return f"it was killed, or runs on another machine; there is no process {pid} on this one"
 
 
 def _note(text: str) -> str:

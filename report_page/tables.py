@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arguments import TrainArguments
-from inputs.option_values import preset_values
+from inputs.option_values import PRESETS, preset_values
 from inputs.options import default_values
-from report_page.run_data import Run, finite_or_nan
+from report_page.lenient import finite_or_nan
+from report_page.run_data import Run
 from report_page.series import share_of_time, smooth
 from utils import format_duration
 
@@ -168,10 +169,9 @@ def option_tables(runs: Sequence[Run]) -> dict[str, Table]:
 def defaults_of(options: dict[str, Any]) -> dict[str, Any]:
     """Returns the values of all options of training if only the preset of `options` were given."""
     values, preset = default_values(TrainArguments), str(options.get("preset", TrainArguments.preset))
-    try:
-        return {**values, **preset_values(preset, TrainArguments, "train"), "preset": preset}
-    except ValueError:  # the run was made by a version with other presets
+    if preset not in {file.parent.name for file in PRESETS.glob("*/preset.json")}:  # it is of another version
         return values
+    return {**values, **preset_values(preset, TrainArguments, "train"), "preset": preset}
 
 
 def _value(options: dict[str, Any], name: str) -> str:

@@ -82,5 +82,11 @@ def options_of(root: Path) -> dict[str, list[str]]:
     }
 
 
+def only(options: dict[str, list[str]], *which: str) -> dict[str, list[str]]:
+    """Returns the options of a call that scores these models; --ckpt is among them if it is scored."""
+    kept = {name: values for name, values in options.items() if name != "ckpt" or "hybrid_ft" in which}
+    return {**kept, "which": list(which)}
+
+
 def command_line(options: dict[str, list[str]]) -> list[str]:
     return [word for name, values in options.items() for word in (f"--{name}", *values)]

@@ -1,7 +1,10 @@
-"""Damages files of models: changes values of a JSON file, and runs a command from a pickle."""
+"""Changes files of models: values of a JSON file, a weight, a command in a pickle, a copy in the cache of the hub."""
 
 import json
 import os
+import shutil
+
+from safetensors.torch import load_file, save_file
 
 
 def change_json(file, **changes):
@@ -22,3 +25,19 @@ class Command:
 
     def __reduce__(self):
         return os.system, (f"touch {self.marker}",)
+
+
+def change_weight(folder, name, change):
+    """Replaces a weight in a folder's model.safetensors by `change(weight)`."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights[name] = change(weights[name])
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def cache_of_the_hub(folder, name, model):
+    """Puts a copy of the model's directory where the hub's cache `folder` has the repository `name`."""
+    repository = folder / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    return shutil.copytree(model, repository / "snapshots" / "abc")

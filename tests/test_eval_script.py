@@ -18,7 +18,7 @@ from evaluation.held_out import read_windows
 from model_utils import apply_replacements
 from processes.ranks import process_groups
 from tests import fresh
-from tests.eval_models import MODELS, TINY, command_line, options_of, save_models
+from tests.eval_models import MODELS, TINY, command_line, only, options_of, save_models
 from text.sources import TextSource
 
 ROOT = Path(__file__).parents[1]
@@ -88,9 +88,7 @@ def test_four_models_are_scored_each_as_itself(models, options, tmp_path, capsys
 
 def test_one_model_is_reported_flat(options, tmp_path):
     output = tmp_path / "eval.json"
-    options |= {"which": ["student"], "subjects": ["tools"], "output": [str(output)]}
-    del options["ckpt"]
-    evaluate(options)
+    evaluate(only(options, "student") | {"subjects": ["tools"], "output": [str(output)]})
     report = json.loads(output.read_text())
     assert list(report) == ["acc", "stderr", "n", "groups", "subjects", "tokens", "config", "predictions"]
     score = {key: report[key] for key in ("acc", "stderr", "n")}
@@ -138,8 +136,8 @@ def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch
     monkeypatch.setattr(pieces, "run_task", stand_in)
     monkeypatch.setattr(checks, "check_tasks", lambda names, local_files_only: None)
     output = tmp_path / "eval.json"
-    more = {"tasks": ["arc_easy,gsm8k"], "tasks_num_fewshot": ["3"], "which": ["student", "teacher"]}
-    evaluate({**options, **more, "output": [str(output)]})
+    more = {"tasks": ["arc_easy,gsm8k"], "tasks_num_fewshot": ["3"], "output": [str(output)]}
+    evaluate(only(options, "student", "teacher") | more)
     assert sorted(asked) == sorted(
         (task, kind, 4, 512, 3, 3, False) for task in ("arc_easy", "gsm8k") for kind in ("llamba", "llama")
     )
@@ -151,7 +149,7 @@ def test_a_task_is_a_piece_like_any_other(models, options, tmp_path, monkeypatch
 def test_an_output_is_never_overwritten_in_silence(options, tmp_path):
     output = tmp_path / "eval.json"
     output.write_text("precious")
-    options |= {"output": [str(output)], "which": ["teacher"]}
+    options = only(options, "teacher") | {"output": [str(output)]}
     with pytest.raises(ValueError, match="--overwrite"):
         evaluate(options)
     assert output.read_text() == "precious"
@@ -162,8 +160,7 @@ def test_an_output_is_never_overwritten_in_silence(options, tmp_path):
 def test_max_length_cuts_prompts(options, tmp_path):
     reports = []
     for length in ("40", "512"):
-        options |= {"which": ["student"], "max_length": [length], "output": [str(tmp_path / length)]}
-        evaluate(options)
+        evaluate(only(options, "student") | {"max_length": [length], "output": [str(tmp_path / length)]})
         reports.append(json.loads((tmp_path / length).read_text()))
     assert [report["config"]["max_length"] for report in reports] == [40, 512]
     assert reports[0]["predictions"] != reports[1]["predictions"]
@@ -190,9 +187,11 @@ def test_a_checkpoint_may_go_once_its_weights_are_read(models, options, tmp_path
 def test_the_layers_of_a_preset_do_not_contradict_a_checkpoint(models, options, tmp_path):
     # Without --layers the preset's 14 16 17 30 stand; the checkpoint's own count.
     del options["layers"]
-    options |= {"which": ["hybrid_ft"], "output": [str(tmp_path / "eval.json")]}
+    del options["which"]  # with --ckpt, hybrid_ft
+    options |= {"output": [str(tmp_path / "eval.json")]}
     evaluate(options)
-    assert json.loads((tmp_path / "eval.json").read_text())["config"]["layers"] == [0, 2]
+    config = json.loads((tmp_path / "eval.json").read_text())["config"]
+    assert (config["which"], config["layers"]) == ("hybrid_ft", [0, 2])
 
 
 def test_the_script_ends_with_one_clear_error(options, tmp_path):

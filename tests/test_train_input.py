@@ -1,13 +1,19 @@
 """Bad input to train_gpus.py is one clear error before any weight is read; of several ranks, one reports it."""
 
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 import distillation.models
 import train_gpus
+from arguments import parse_train_args
+from distillation.models import check_models
 from tests import fresh
-from tests.small_runs import make_models, options
+from tests.model_files import change_json
+from tests.small_runs import TOKENIZER, make_models, options
 from tests.tiny import tiny_student
 
 
@@ -31,6 +37,7 @@ def error_of_run(models, tmp_path, monkeypatch, **changes):
     "changes,words",
     [
         ({"layers": "1 9"}, ["--layers 1 9", "out of range", "0 to 3"]),
+        ({"seq_length": 129}, ["--seq_length 129", "128 tokens at once", "lower --seq_length"]),
         ({"dataset_text_field": "body"}, ["--dataset_text_field", "body", "text"]),
         ({"batch_size": 100_000}, ["too small", "--batch_size"]),
         ({"teacher_device": "cuda:3"}, ["--teacher_device cuda:3"]),
@@ -54,6 +61,29 @@ def test_bad_input_is_one_clear_error_before_a_model_is_loaded(models, tmp_path,
     message = error_of_run(models, tmp_path, monkeypatch, **changes)
     for word in words:
         assert word in message
+
+
+def test_a_quantised_model_is_refused(models, tmp_path, monkeypatch):
+    for role in ("teacher", "plain"):
+        folder = Path(shutil.copytree(models / role, tmp_path / role))
+        change_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    for option, role in (("teacher_model", "teacher"), ("student_model", "plain")):
+        message = error_of_run(models, tmp_path, monkeypatch, **{option: tmp_path / role})
+        assert f"--{option} {tmp_path / role}: its weights are quantised, by gptq" in message
+
+
+def test_a_student_of_other_tokens_is_warned_of_at_the_start(models, tmp_path, caplog):
+    student = Path(shutil.copytree(models / "plain", tmp_path / "student"))
+    args = parse_train_args(options(models, tmp_path / "out", student_model=student))
+    for file in TOKENIZER.glob("tokenizer*"):
+        shutil.copy(file, student)
+    check_models(args, None)
+    assert not caplog.records
+    tokens = json.loads((student / "tokenizer.json").read_text())["model"]
+    swapped = {**tokens["vocab"], "q": tokens["vocab"]["Q"], "Q": tokens["vocab"]["q"]}
+    change_json(student / "tokenizer.json", model={**tokens, "vocab": swapped})
+    check_models(args, None)
+    assert "2 of its tokens, such as 'Q', have other ids" in caplog.text
 
 
 def test_a_tokenizer_that_is_too_large_for_the_student(models, tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from arguments import TrainArguments
 from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights
+from distillation.pairing import PROBE
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import DTYPES, apply_replacements, get_teacher_model
 from preflight.checks.basics import FAILURE, OK, Finding, PlannedRun
 from preflight.checks.machine import run_device
-from preflight.checks.models import PROBE, configs, skeletons, teacher_place, teacher_tokenizer
+from preflight.checks.models import configs, skeletons, teacher_place, teacher_tokenizer
 from text.encoding import Encoder
 from training_utils import compiles_loss
 

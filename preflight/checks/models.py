@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from arguments import TrainArguments
 from checkpointing.resume import Resume
 from distillation.losses import shared_vocab
-from inputs.model_files import read_config
+from distillation.pairing import SAME_TOKENIZER, own_tokenizer, tokenizer_difference
+from inputs.model_files import folder_of, read_config
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
@@ -22,7 +23,6 @@ from preflight.footprint import build_models, find_configs, n_bytes
 from text.encoding import Encoder, check_tokenizer
 
 HUB_PATTERN = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 1234567890\n混合模型 😀🚀 e=mc²"
 
 
 @functools.cache
@@ -163,23 +163,14 @@ def check_tokens(run: PlannedRun) -> Iterator[Finding]:
 def _compare_tokenizers(run: PlannedRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Compares the student's own tokenizer, if it has one, with the teacher's."""
     name = "student's tokenizer"
-    try:
-        place = Path(locate_model("--student_model", offline(run).student_model, True, needs_weights=False))
-    except ValueError:
+    student = offline(run).student_model
+    if folder_of(student) is None:
         return  # reported by `check_model_files`
-    if not any((place / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    own = own_tokenizer("--student_model", student)
+    if own is None:
         yield Finding(OK, name, "it has none of its own; a run uses the teacher's")
-        return
-    own = get_tokenizer("--student_model", str(place))
-    found, vocab = "", tokenizer.get_vocab()
-    moved = sorted(token for token, i in own.get_vocab().items() if vocab.get(token, i) != i)
-    if moved:
-        found = f"{len(moved)} of its tokens, such as {moved[0]!r}, have other ids than the teacher's"
-    elif Encoder(own)([PROBE]).tolist() != Encoder(tokenizer)([PROBE]).tolist():
-        found = "splits a text in several scripts into other tokens than the teacher's does"
-    if found:
-        remedy = "--student_model, --teacher_model: choose two that were trained with the same tokenizer"
-        yield Finding(FAILURE, name, found, remedy)
+    elif found := tokenizer_difference(own, tokenizer):
+        yield Finding(FAILURE, name, found, f"--student_model, --teacher_model: {SAME_TOKENIZER}")
     else:
         yield Finding(OK, name, "has the teacher's ids and splits a text in several scripts as the teacher's does")
 

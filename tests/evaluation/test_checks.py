@@ -8,7 +8,7 @@ import pytest
 from arguments import parse_eval_args
 from evaluation import checks
 from evaluation.checks import check_inputs
-from tests.eval_models import TINY, command_line, make_student, options_of, save_models
+from tests.eval_models import TINY, command_line, make_student, only, options_of, save_models
 
 HELD_OUT = TINY / "text" / "heldout.jsonl"
 
@@ -41,7 +41,7 @@ def error_of_checks(options: dict[str, list[str]]) -> str:
         ({"ckpt": ["nowhere"]}, ["--ckpt nowhere: not a directory"]),
         ({"ckpt": [str(TINY / "text")]}, ["--ckpt", "no config.json"]),
         ({"layers": ["1"]}, ["--layers 1: --ckpt", "[0, 2]"]),
-        ({"layers": ["0", "9"], "which": ["hybrid"]}, ["--layers 0 9", "[9] out of range"]),
+        ({"layers": ["0", "9"], "which": ["hybrid"], "ckpt": None}, ["--layers 0 9", "[9] out of range"]),
         ({"teacher_model": [str(TINY / "text")]}, ["--teacher_model", "no config.json"]),
         ({"student_model": [str(TINY / "text")]}, ["--student_model", "no config.json"]),
         ({"output": [str(TINY)]}, ["--output", "is a directory"]),
@@ -94,11 +94,11 @@ def test_a_tokenizer_that_does_not_match_the_student(models, options, tmp_path):
 
 def test_a_teacher_whose_config_does_not_say_its_context(models, options):
     """A Llamba has no positions to run out of."""
-    student = {"which": ["teacher"], "teacher_model": [str(models.root / "with_tokenizer")]}
+    options = only(options, "teacher") | {"teacher_model": [str(models.root / "with_tokenizer")]}
     shutil.copytree(models.root / "student", models.root / "with_tokenizer")
     models.tokenizer.save_pretrained(models.root / "with_tokenizer")
-    assert "--max_length: not given" in error_of_checks({**options, **student})
-    inputs = check_inputs(parse_eval_args(command_line({**options, **student, "max_length": ["400"]})))
+    assert "--max_length: not given" in error_of_checks(options)
+    inputs = check_inputs(parse_eval_args(command_line({**options, "max_length": ["400"]})))
     assert inputs.max_length == 400
 
 
@@ -133,4 +133,4 @@ def test_a_teacher_without_tokenizer_is_named(models, options, tmp_path):
 def test_a_hybrid_is_no_student_to_make_a_hybrid_of(options):
     options |= {"student_model": options["ckpt"]}
     assert "--which hybrid: --student_model" in error_of_checks(options)
-    assert check_inputs(parse_eval_args(command_line(options | {"which": ["student"]}))).models == ["student"]
+    assert check_inputs(parse_eval_args(command_line(only(options, "student")))).models == ["student"]

@@ -174,6 +174,13 @@ def test_lists_are_not_shared_between_parses():
     assert eval_options().which == ["teacher"]
 
 
+@pytest.mark.parametrize(
+    ("line", "which"), [("", ["teacher"]), ("--ckpt C", ["hybrid_ft"]), ("--ckpt C --which all", ["all"])]
+)
+def test_a_checkpoint_is_what_is_scored_unless_which_says_more(line, which):
+    assert eval_options(line).which == which
+
+
 # --- layers and switches -------------------------------------------------------------------------------------
 
 

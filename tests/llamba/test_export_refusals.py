@@ -44,6 +44,12 @@ def drop_a_weight(folder):
     save_file(weights, folder / WEIGHTS[0])
 
 
+def round_a_weight(folder):
+    weights = load_file(folder / WEIGHTS[0])
+    weights[min(weights)] = weights[min(weights)].to(torch.int8)
+    save_file(weights, folder / WEIGHTS[0])
+
+
 def without_sums(damage):
     """Does the damage where no SHA256SUMS reveals it."""
 
@@ -75,6 +81,11 @@ DAMAGE = {
         lambda f: change_json(f / "model.safetensors.index.json", weight_map={"a": "../b.safetensors"}),
         "names ../b.safetensors; expected names of files beside it",
     ),
+    "quantised": (
+        without_sums(lambda f: change_json(f / "config.json", quantization_config={"quant_method": "fp8"})),
+        "its weights are quantised, by fp8 as config.json says; supported are float32",
+    ),
+    "an integer": (without_sums(round_a_weight), " is int8; supported are float32"),
     "cut short": (lambda f: cut_short(f / WEIGHTS[0]), f"{WEIGHTS[0]} cannot be read as weights"),
     "empty": (lambda f: (f / WEIGHTS[0]).write_bytes(b""), f"{WEIGHTS[0]} cannot be read as weights"),
     "lacking": (drop_a_weight, "missing: "),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from arguments import parse_train_args
+from distillation.pairing import check_layer_map
 from distillation.teacher import ColocatedTeacher, Teacher
-from model_utils import apply_replacements, check_layer_map
+from model_utils import apply_replacements
 from monitoring.layer_map import MOST_TOKENS, LayerMap, format_map, layer_map
 from tests.tiny import tiny_config, tiny_hybrid, tiny_student, tiny_teacher, tokens
 from text.batch import Batch

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from distillation.pairing import PROBE
 from preflight.checks import loss, models, storage
 from preflight.checks.basics import FAILURE, OK, WARNING, run_check
 from tests.model_files import change_json
@@ -50,6 +51,23 @@ def test_names_of_the_hub_that_are_not_here(monkeypatch, tmp_path):
 def test_a_student_that_is_a_llama(copy_of):
     bad = the_bad_one(found(models.check_model_files, "--student_model", copy_of("teacher")))
     assert "model_type 'llama'" in bad.found
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_quantised_model(copy_of, role):
+    folder = copy_of(role)
+    change_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    bad = the_bad_one(found(models.check_model_files, f"--{role}_model", folder))
+    assert bad.found.startswith("its weights are quantised, by gptq as config.json says; supported are float32")
+    assert bad.remedy == "give the model that it was made from"
+
+
+def test_windows_beyond_the_context(copy_of):
+    folder = copy_of("teacher")
+    change_json(folder / "config.json", max_position_embeddings=64)
+    assert statuses(found(models.check_configs, "--teacher_model", folder, "--seq_length", 64)) == [OK]
+    bad = the_bad_one(found(models.check_configs, "--teacher_model", folder, "--seq_length", 65))
+    assert bad.found.startswith("--seq_length 65: ") and "64 tokens at once" in bad.found
 
 
 def test_models_that_do_not_go_together(copy_of, tmp_path):
@@ -139,5 +157,5 @@ def test_special_tokens_of_another_model(copy_of):
 
 def test_the_probe_has_every_script():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "teacher")
-    assert tokenizer.decode(tokenizer(models.PROBE)["input_ids"]) == models.PROBE
-    assert all(part in models.PROBE for part in ("fox", "def f(x)", "模型", "🚀", "1234567890"))
+    assert tokenizer.decode(tokenizer(PROBE)["input_ids"]) == PROBE
+    assert all(part in PROBE for part in ("fox", "def f(x)", "模型", "🚀", "1234567890"))

@@ -217,6 +217,11 @@ def test_layers_that_cannot_be_compared_are_an_error_of_a_plan(folder):
         measure_footprint(parse_train_args(argv))
 
 
+def test_windows_beyond_the_context_are_an_error_of_a_plan(folder):
+    with pytest.raises(ValueError, match="--seq_length 2049: .* 2048 tokens at once"):
+        measure_footprint(parse_train_args(options(folder, "narrow", "--seq_length 2049")))
+
+
 def test_advice_names_the_option_that_is_in_the_way():
     text = advice(made_up("shared", 60, 100), [made_up("colocated", 70, 150)], MACHINE)
     assert text.endswith("give --teacher_placement colocated and no --teacher_device.")

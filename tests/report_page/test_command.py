@@ -37,12 +37,32 @@ def test_the_command_prints_where_the_page_is(tmp_path, monkeypatch, capsys):
             lambda folder: build(folder, [], '{"st'),
             "metrics.jsonl has no row yet; come back after the first optimizer step",
         ),
+        (
+            lambda folder: build(folder, [], "x\n[]\n"),
+            "metrics.jsonl has no row yet (2 lines cannot be read); come back after the first optimizer step",
+        ),
     ],
 )
 def test_what_is_not_a_run_directory_is_one_line(tmp_path, monkeypatch, capsys, make, message):
     make(tmp_path / "run")
     assert run_report(monkeypatch, tmp_path / "run") == 2
     assert capsys.readouterr().err == f"error: RUN_DIR {tmp_path / 'run'}: {message}\n"
+
+
+def test_a_folder_of_runs_names_them(tmp_path, monkeypatch, capsys):
+    runs = [build(tmp_path / name, [row_of(1)]) for name in "ab"]
+    assert run_report(monkeypatch, tmp_path) == 2
+    assert f"; there is one in {runs[0]}, {runs[1]}\n" in capsys.readouterr().err
+
+
+def test_metrics_that_may_not_be_read_are_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    run = build(tmp_path / "run", [row_of(1)])
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert run_report(monkeypatch, run) == 2
+    assert capsys.readouterr().err == f"error: RUN_DIR {run}: metrics.jsonl cannot be read (Permission denied)\n"
 
 
 def test_an_output_that_is_no_page_is_not_overwritten(tmp_path, monkeypatch, capsys):
@@ -55,8 +75,10 @@ def test_an_output_that_is_no_page_is_not_overwritten(tmp_path, monkeypatch, cap
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
     run = build(tmp_path / "run", [{"step": 1}])
-    assert run_report(monkeypatch, run, "--output", run / "status.json" / "x.html") == 2
-    assert f"--output {run / 'status.json' / 'x.html'}: cannot be written" in capsys.readouterr().err
+    (run / "folder.html").mkdir()
+    for output in (run / "status.json" / "x.html", run / "folder.html"):
+        assert run_report(monkeypatch, run, "--output", output) == 2
+        assert f"--output {output}: cannot be written" in capsys.readouterr().err
 
 
 def test_a_page_is_drawn_without_torch(tmp_path):

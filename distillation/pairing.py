@@ -1,0 +1,111 @@
+"""Checks whether teacher, student and options go together, by what is known before a weight is read."""
+
+import logging
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from arguments import TrainArguments
+from inputs.context import context_length
+from inputs.model_files import folder_of
+from llamba import LlambaConfig
+from model_utils import check_replacements, get_tokenizer
+from text.encoding import Encoder
+
+logger = logging.getLogger("train")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+SAME_TOKENIZER = "choose a student and a teacher that were trained with the same tokenizer"
+PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 1234567890\n混合模型 😀🚀 e=mc²"
+
+
+def check_pair(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Checks the models of a run against each other and against its options. Raises ValueError."""
+    check_replacements(student, teacher, args.layers)
+    check_context(args, student, teacher)
+    check_checkpoint_blocks(student, args.checkpoint_blocks)
+    check_layer_map(args.layer_map_interval, student, teacher)
+
+
+def check_context(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Raises ValueError if a window is longer than the context of the teacher, if it runs, or of the layers that the
+    student has from a teacher. Its other layers have no limit.
+    """
+    readers: dict[str, PretrainedConfig] = {}
+    if student.attention_layers:
+        readers["the layers that the student has from a teacher"] = student.attention_config()
+    elif args.layers:
+        readers["the layers that the student takes from the teacher"] = teacher
+    if args.kl_weight > 0:
+        readers["the teacher"] = teacher
+    limits = {reader: limit for reader, config in readers.items() if (limit := context_length(config)) is not None}
+    if not limits:
+        return
+    shortest = min(limits, key=limits.__getitem__)
+    if args.seq_length > limits[shortest]:
+        raise ValueError(
+            f"--seq_length {args.seq_length}: {shortest} can read {limits[shortest]} tokens at once, by "
+            "max_position_embeddings in the config and its scaling; lower --seq_length to that, or take a model with a "
+            "longer context"
+        )
+
+
+def check_checkpoint_blocks(student: LlambaConfig, n_blocks: int | None) -> None:
+    """Raises ValueError if --checkpoint_blocks names more blocks than the student has."""
+    if n_blocks is not None and n_blocks > student.n_layer:
+        raise ValueError(
+            f"--checkpoint_blocks {n_blocks}: the student has {student.n_layer}; leave it out to recompute all of them"
+        )
+
+
+def check_layer_map(interval: int, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Raises ValueError if --layer_map_interval is given and the models' layers cannot be compared one by one."""
+    shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
+    if interval and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--layer_map_interval {interval}: the student has {shapes[0][0]} layers of width "
+            f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
+            "the option out"
+        )
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------
+
+
+def own_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer beside a student's files on this disk, or None if it has none. Raises ValueError if it
+    cannot be read.
+    """
+    folder = folder_of(name)
+    if folder is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    return get_tokenizer(flag, str(folder))
+
+
+def tokenizer_difference(own: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase) -> str | None:
+    """Returns what a student's own tokenizer does otherwise than the teacher's, which a run uses; None if nothing."""
+    vocab = teachers.get_vocab()
+    moved = sorted((token, i) for token, i in own.get_vocab().items() if vocab.get(token, i) != i)
+    if moved:
+        token, i = moved[0]
+        ids = f"{i}, not {vocab[token]}"
+        return f"{len(moved)} of its tokens, such as {token!r}, have other ids than the teacher's ({ids})"
+    if Encoder(own)([PROBE]).tolist() != Encoder(teachers)([PROBE]).tolist():
+        return "it splits a text in several scripts into other tokens than the teacher's does"
+    return None
+
+
+def warn_of_another_tokenizer(student: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Logs a warning if the student was made for other tokens than the teacher's `tokenizer` gives."""
+    try:
+        own = own_tokenizer("--student_model", student)
+        found = None if own is None else tokenizer_difference(own, tokenizer)
+    except ValueError as error:  # a run does not need it
+        logger.warning("the student's tokenizer was not compared with the teacher's: %s", error)
+        return
+    if found is not None:
+        logger.warning(
+            "--student_model %s: its own tokenizer is not the teacher's, which the run uses: %s; %s",
+            student,
+            found,
+            SAME_TOKENIZER,
+        )
