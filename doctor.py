@@ -105,7 +105,7 @@ def all_findings(run: PlannedRun) -> Iterator[Finding]:
 
 def all_checks() -> dict[str, Check]:
     """Returns the checks by name, the cheap ones first. They are imported only here, after their packages."""
-    from preflight.checks import links, loss, machine, models, storage, text
+    from preflight.checks import links, loss, machine, models, storage, text, weights
 
     return {
         "optional packages": check_optional_packages,
@@ -121,6 +121,8 @@ def all_checks() -> dict[str, Check]:
         "--resume": models.check_resume,
         "models": models.check_model_files,
         "configs": models.check_configs,
+        "weights": weights.check_finite,
+        "teacher's logits": weights.check_logits,
         "tokenizer": models.check_tokens,
         "special tokens": models.check_special_tokens,
         "disk": storage.check_disk,

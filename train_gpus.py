@@ -30,6 +30,7 @@ from checkpointing.resume import Resume
 from checkpointing.saver import NoSaver, Saver
 from checkpointing.state import RunState, random_state
 from data import CachedLoader, build_dataloader
+from distillation.first_answer import check_first_answer
 from distillation.models import Models, check_models, load_models
 from distillation.teacher import ask_ahead
 from inputs.option_files import as_yaml
@@ -119,8 +120,9 @@ def run(job: Job, checked: Checked) -> int:
 
     # 2. The student takes over the teacher's layers, or is the hybrid of the checkpoint.
     if resume.checkpoint is not None:
-        models = models._replace(student=str(resume.checkpoint))
+        models = models._replace(student=str(resume.checkpoint), student_flag="--resume")
     student, head, lane = load_models(args, models, ranks, checked.teacher_device)
+    check_first_answer(args.teacher_model, lane, head, batches.peek(), ranks)
     adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
     model = DistillationModel(student, head, models.vocab, args, state.loss_chunk_tokens)
@@ -166,9 +168,9 @@ def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader, do
 
 def first_n(loader: CachedLoader | StreamingLoader, n: int) -> TimedIterator[Batch]:
     """Returns the loader's first n batches, of which it draws one at once, and never one more than is trained."""
-    batches = iter(loader)
-    first = next(batches, None)
-    return TimedIterator(itertools.islice(batches if first is None else itertools.chain([first], batches), n))
+    batches = TimedIterator(itertools.islice(loader, n))
+    batches.peek()
+    return batches
 
 
 def begin(job: Job, learner: Learner, state: RunState, saver: Saver | NoSaver) -> RunState:

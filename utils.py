@@ -3,6 +3,7 @@ needed.
 """
 
 import fcntl
+import itertools
 import logging
 import math
 import os
@@ -178,7 +179,7 @@ class TimedIterator(Iterator[T]):
     """Yields another iterator's items and counts the seconds that the caller waits for them."""
 
     def __init__(self, items: Iterable[T]) -> None:
-        self.items = iter(items)
+        self.items: Iterator[T] = iter(items)
         self.seconds = 0.0
 
     def __next__(self) -> T:
@@ -187,6 +188,13 @@ class TimedIterator(Iterator[T]):
             return next(self.items)
         finally:
             self.seconds += time.perf_counter() - start
+
+    def peek(self) -> T | None:
+        """Returns the next item without taking it, or None at the end. Nobody counts as waiting for it."""
+        first = next(self.items, None)
+        if first is not None:
+            self.items = itertools.chain([first], self.items)
+        return first
 
     def take(self) -> float:
         """Returns the seconds waited since the last call."""
