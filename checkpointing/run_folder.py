@@ -14,9 +14,10 @@ from typing import IO, Any
 
 from arguments import TrainArguments
 from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, remove_partial, set_bad_aside, step_of
+from checkpointing.small_files import check_places
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
-from utils import lock_dir, write_whole
+from utils import TakenError, lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
@@ -29,11 +30,14 @@ def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
     """
     folder = Path(args.output_dir)
     with explaining_write_errors(folder):
+        check_places(folder)
         lock = prepare_output_dir(args, checkpoint)
         launched = begin_status(folder)
     with lock:
         try:
             yield launched
+        except TakenError:  # it was removed meanwhile: its status.json is another run's
+            raise
         except ValueError as error:
             write_status(folder, "refused", 2, text=str(error))
             raise
