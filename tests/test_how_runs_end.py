@@ -2,11 +2,14 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from checkpointing import run_folder
 from checkpointing.state import RunState
-from processes.exits import REASONS
+from processes import exits
+from processes.exits import REASONS, StopRequest
 from tests import fresh
 from tests.faults.scenarios import spoil_loss
 from tests.parsing import options_in
@@ -62,3 +65,51 @@ def test_a_run_that_has_skipped_every_update_is_not_complete(tmp_path):
 
 def _spoil(first, rank):
     spoil_loss(first, 10**9, float("nan"))
+
+
+# --- the time limit ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """Returns clocks that stand still until a test sets them: `wall` since 1970, `boot` since the machine started."""
+    clocks = SimpleNamespace(wall=1e9, boot=1e4)
+    played = SimpleNamespace(time=lambda: clocks.wall, monotonic=lambda: clocks.boot)
+    monkeypatch.setattr(run_folder, "time", played)
+    monkeypatch.setattr(exits, "time", played)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    return clocks
+
+
+@pytest.mark.parametrize("jump", [0, 86400 * 30, -86400 * 30])
+def test_the_time_limit_counts_from_the_launch_whatever_the_wall_clock_does(tmp_path, clocks, monkeypatch, jump):
+    assert run_folder.begin_status(tmp_path) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    clocks.wall += jump + 600
+    clocks.boot += 600
+    stop = StopRequest(time_limit=15)
+    stop.count_from(run_folder.begin_status(tmp_path))
+    assert run_folder.read_status(tmp_path)["launched"] == 1e9
+    clocks.wall -= 2 * jump
+    assert stop.code == 0
+    clocks.boot += 299
+    assert stop.code == 0
+    clocks.boot += 2
+    assert REASONS[stop.code] == "--time_limit"
+
+
+@pytest.mark.parametrize("passed,counted", [(600, 600), (-86400, 0)])
+def test_on_another_machine_the_wall_clock_has_to_do(tmp_path, clocks, monkeypatch, passed, counted):
+    run_folder.begin_status(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(run_folder, "boot_id", lambda: "another")
+    clocks.wall += passed
+    clocks.boot = 5.0
+    assert run_folder.begin_status(tmp_path) == counted
+
+
+def test_a_run_that_is_started_again_by_hand_has_all_its_time(tmp_path, clocks):
+    run_folder.begin_status(tmp_path)
+    clocks.wall += 600
+    clocks.boot += 600
+    assert run_folder.begin_status(tmp_path) == 0
