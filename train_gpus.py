@@ -41,7 +41,7 @@ from monitoring.warnings_file import recording_warnings
 from monitoring.watchers import Watchers, build_watchers
 from preflight.plan_report import print_plan
 from processes.devices import check_compiler, choose_devices
-from processes.ranks import is_main_rank, launched_rank, launched_world_size, process_groups
+from processes.ranks import check_launch, is_main_rank, launched_rank, launched_world_size, process_groups
 from text.batch import Batch
 from text.stream_loader import StreamingLoader
 from training_utils import DistillationModel, Job, Learner, Meter, build_learner, settle_buckets, to_device
@@ -64,6 +64,7 @@ def main(args: TrainArguments | None = None) -> int:
     exit code.
     """
     args = args or parse_train_args()
+    check_launch()
     setup_logging(args.log_file, is_main_rank())
     if args.dry_run:
         return print_plan(args) if is_main_rank() else 0
