@@ -1,6 +1,4 @@
-"""The logger, files, threads and clocks that everything else uses. Imports nothing of ours, and torch only where it is
-needed.
-"""
+"""The logger, files, threads and clocks that everything else uses. Imports torch only where it is needed."""
 
 import fcntl
 import itertools
@@ -18,6 +16,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from appended_file import LogFile
+
 logger = logging.getLogger("train")
 
 T = TypeVar("T")
@@ -30,11 +30,10 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     formatter = logging.Formatter("[%(name)s] %(message)s")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [Screen(sys.stderr)]
     if log_file and is_main:
         try:
-            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(log_file))
+            handlers.append(LogFile(Path(log_file)))
         except OSError as error:
             raise ValueError(f"--log_file {log_file}: cannot be written ({error.strerror}); name another") from error
     for name in ("train", "llamba"):
@@ -45,6 +44,16 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
         for handler in handlers:
             handler.setFormatter(formatter)
             log.addHandler(handler)
+
+
+class Screen(logging.StreamHandler):
+    """Writes lines to standard error, and nothing about a line that it does not take: a terminal that is gone or a full
+    disk behind it ends no run.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def describe_environment() -> str:
@@ -64,9 +73,13 @@ def describe_environment() -> str:
     return " | ".join(parts)
 
 
+class TakenError(ValueError):
+    """Says that another process has locked a directory."""
+
+
 def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     """Creates the directory and locks it for this process, until the lock is closed. Raises ValueError if it cannot be
-    written or another run holds it.
+    written, TakenError if another run holds it.
     """
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -78,7 +91,7 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(
+        raise TakenError(
             f"{flag} {directory}: another run is writing there; wait for its end, or choose another directory"
         ) from error
     except OSError as error:  # some network file systems have no locks

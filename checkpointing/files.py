@@ -73,7 +73,7 @@ def write_part(
     folder: Path, rank: int, world_size: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], position: Any
 ) -> None:
     """Writes a rank's files and their hashes, and flushes them to the disk. position: in its data, as JSON."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # --output_dir may have been removed during the run
     files = [folder / name(rank, world_size) for name in (model_file, optimizer_file, data_file)]
     save_file({name: tensor.cpu() for name, tensor in weights.items()}, files[0], metadata={"format": "pt"})
     save_file({name: tensor.cpu() for name, tensor in optimizer.items()}, files[1])
@@ -91,7 +91,7 @@ def write_common(
     """Writes what one rank writes for all: configuration, tokenizer, the state of the run (JSON), and the index of
     which file has which weights. shares: from `deal_weights`.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     student.config.save_pretrained(folder)
     student.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

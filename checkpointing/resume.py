@@ -78,10 +78,7 @@ class Resume:
         if self.checkpoint is None:
             tokens = args.resume_step * self.world_size * args.batch_size * args.seq_length
             return RunState(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)
-        counters = {name: self._states[self.checkpoint][name] for name in COUNTERS}
-        if counters["bad_in_a_row"] >= args.max_bad_steps:  # why it stopped: it may skip as many again
-            counters["bad_in_a_row"] = 0
-        return RunState(**counters)
+        return RunState(**{name: self._states[self.checkpoint][name] for name in COUNTERS})
 
     def position(self, rank: int) -> dict[str, Any] | None:
         """Returns this rank's position in the data, as JSON, or None for its start. A cached run's is the same for all

@@ -14,26 +14,30 @@ from typing import IO, Any
 
 from arguments import TrainArguments
 from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, remove_partial, set_bad_aside, step_of
+from checkpointing.small_files import check_places
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
-from utils import lock_dir, write_whole
+from utils import TakenError, lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
 
 @contextlib.contextmanager
 def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
-    """Takes --output_dir for this run, within the block. Yields when torchrun launched the run, in seconds since the
-    epoch. Raises ValueError if the folder cannot be written, is another run's, or holds results that this run would
-    overwrite; status.json says "refused" for this ValueError and for any that is raised within the block.
+    """Takes --output_dir for this run, within the block. Yields how many seconds ago torchrun launched the run. Raises
+    ValueError if the folder cannot be written, is another run's, or holds results that this run would overwrite;
+    status.json says "refused" for this ValueError and for any that is raised within the block.
     """
     folder = Path(args.output_dir)
     with explaining_write_errors(folder):
+        check_places(folder)
         lock = prepare_output_dir(args, checkpoint)
-        launched = begin_status(folder)
+        seconds_ago = begin_status(folder)
     with lock:
         try:
-            yield launched
+            yield seconds_ago
+        except TakenError:  # it was removed meanwhile: its status.json is another run's
+            raise
         except ValueError as error:
             write_status(folder, "refused", 2, text=str(error))
             raise
@@ -165,13 +169,23 @@ def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
 
 def begin_status(output_dir: Path) -> float:
     """Writes status.json with "running", which stays if the run is killed, and with the pid to signal: the other ranks
-    stop with this one. Returns when torchrun launched the run, in seconds since the epoch; its restarts keep that time.
+    stop with this one. Returns how many seconds ago torchrun launched the run; its restarts keep that time.
     """
-    launched = time.time()
-    if _restarts():
-        launched = read_status(output_dir).get("launched", launched)
-    write_status(output_dir, "running", 0, launched=launched, pid=os.getpid())
-    return launched
+    now = {"launched": time.time(), "boot": boot_id(), "launched_since_boot": time.monotonic()}
+    before = read_status(output_dir) if _restarts() else {}
+    launched = {name: before.get(name, now[name]) for name in now}
+    write_status(output_dir, "running", 0, **launched, pid=os.getpid())
+    # The wall clock may jump. Only on another machine there is nothing better.
+    clock = "launched_since_boot" if launched["boot"] == now["boot"] else "launched"
+    return max(0.0, now[clock] - launched[clock])
+
+
+def boot_id() -> str:
+    """Returns what the kernel chose at random when the machine was booted, or nothing where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _restarts() -> int:

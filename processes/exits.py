@@ -44,10 +44,10 @@ class StopRequest:
         self.is_deferred = False
         self.agreed = 0  # the code that all ranks stop for
 
-    def count_from(self, launched: float) -> None:
-        """Starts the time limit at `launched`, in seconds since the epoch."""
+    def count_from(self, seconds_ago: float) -> None:
+        """Starts the time limit so many seconds ago."""
         if self.deadline is not None:
-            self.deadline -= time.time() - launched
+            self.deadline -= seconds_ago
 
     @property
     def code(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the ground up: a room, or a module that stands at the top, may import those of the lines above its own.
 HOUSE = (
-    {"paths"},
+    {"paths", "appended_file"},
     {"utils", "llamba"},
     {"processes"},
     {"inputs"},
