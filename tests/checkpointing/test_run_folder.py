@@ -22,8 +22,7 @@ def prepare():
     locks = []
 
     def prepare(folder, start=None, *more):
-        checkpoint = None if start is None else folder / f"checkpoint-{start}"
-        locks.append(prepare_output_dir(options_in(folder, *more), checkpoint))
+        locks.append(prepare_output_dir(options_in(folder, *more), start))
         return locks[-1]
 
     yield prepare
