@@ -1,6 +1,6 @@
 """Saves checkpoints in the background: each rank copies what will change to the host, and a thread writes its part of
 the checkpoint while training continues. Between micro steps the ranks agree when all parts are there, in a collective
-that they pass through anyway. A save that fails on any rank is dropped on all, logged by one, and tried again.
+that they pass through anyway. A save that fails on any rank is dropped on all, logged once, and tried again.
 """
 
 import functools
@@ -93,28 +93,24 @@ class Saver:
             self.pending = done_now(write)
             self._wait()
 
-    def status(self) -> tuple[int, int, int]:
-        """Returns whether this rank is busy with its part of the save; if that has failed, a number that is the highest
-        on the first rank that failed; and whether the error lasts until somebody corrects its cause.
+    def status(self) -> tuple[int, int]:
+        """Returns whether this rank is busy with its part of the save, and whether that has failed: 1 for a reason that
+        may pass, 2 for one that lasts until somebody corrects it.
         """
         if self.pending is None or not self.pending.done():
-            return int(self.pending is not None), 0, 0
+            return int(self.pending is not None), 0
         error = self.pending.exception()
-        return (0, 0, 0) if error is None else (0, self._failure_number, int(not may_pass(error)))
+        return 0, 0 if error is None else 1 if may_pass(error) else 2
 
-    @property
-    def _failure_number(self) -> int:
-        return self.ranks.world_size - self.ranks.rank
-
-    def advance(self, busy: int, failed: int, lasts: int) -> None:
+    def advance(self, busy: int, failed: int) -> None:
         """Advances the save by what all ranks agree on, the maximum of their `status`; the same happens on all. Raises
-        ValueError, on one rank, if the first checkpoint of a new run cannot be written for a reason that lasts.
+        ValueError, on rank 0, if the first checkpoint of a new run cannot be written for a reason that lasts.
         """
         if self.saving is None or busy:
             return
         if failed:
-            self.lasts = bool(lasts)
-            self._give_up(self.saving, logs=failed == self._failure_number)
+            self.lasts = failed == 2
+            self._give_up(self.saving)
         elif not self.publishing:
             self.publishing = True
             self.pending = self.thread.submit(self._publish) if self.ranks.is_main else None
@@ -188,17 +184,18 @@ class Saver:
             with only_logged(f"{self.output_dir}: old checkpoints cannot be deleted"):
                 keep_newest(self.output_dir, self.args.save_total_limit)
 
-    def _give_up(self, state: RunState, logs: bool) -> None:
-        """Drops the save of this state. logs: whether this rank is the one that says why."""
+    def _give_up(self, state: RunState) -> None:
+        """Drops the save of this state on all ranks; rank 0 says why."""
         partial, error = self._partial(state), self.pending and self.pending.exception()
         self.failures += 1
         self.retry_at = state.step + min(2**self.failures, LONGEST_WAIT)
-        if self.ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
         self.saving, self.pending, self.publishing = None, None, False
-        if not logs:
+        reasons = self.ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if not self.ranks.is_main:
             return
-        problem = f"checkpoint of micro step {state.micro_step} could not be written ({type(error).__name__}: {error})"
+        shutil.rmtree(partial, ignore_errors=True)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+        problem = f"checkpoint of micro step {state.micro_step} could not be written by rank {rank} ({reason})"
         if self.lasts and state.micro_step == 0:  # nothing is lost yet
             raise ValueError(f"--output_dir {self.output_dir}: {problem}; correct this, or choose another directory")
         logger.warning("%s; %s; %s", problem, self._what_next(), self._newest)
@@ -224,10 +221,10 @@ class NoSaver:
     def save(self, state: RunState) -> None:
         pass
 
-    def status(self) -> tuple[int, int, int]:
-        return 0, 0, 0
+    def status(self) -> tuple[int, int]:
+        return 0, 0
 
-    def advance(self, busy: int, failed: int, lasts: int) -> None:
+    def advance(self, busy: int, failed: int) -> None:
         pass
 
     def finish(self, state: RunState, stop: StopRequest) -> None:
