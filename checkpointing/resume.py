@@ -17,7 +17,7 @@ from checkpointing.files import (
     read_sums,
 )
 from checkpointing.housekeeping import LINK, point_latest_to, set_bad_aside
-from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state
+from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state, versions
 from checkpointing.write_errors import only_logged
 from processes.ranks import Ranks, is_main_rank
 from training_utils import Learner
@@ -73,6 +73,7 @@ class Resume:
                         set_bad_aside(bad, str(why))
                     self._set_latest(checkpoint)
                 logger.info("resuming from %s", checkpoint)
+                log_versions(self._states[checkpoint])
                 self._candidates = [checkpoint]
                 return
             problems[checkpoint] = problem
@@ -169,6 +170,17 @@ def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
         logger.warning("%s is bad: %s", checkpoint, problem)
     (is_bad,) = ranks.maximum(int(problem is not None))
     return (problem or "a file is not what was written") if is_bad else None
+
+
+def log_versions(state: dict[str, Any]) -> None:
+    """Warns of packages that have another version than they had in the run that wrote this training_state.json."""
+    now, before = versions(), state.get("versions", {})  # which earlier versions of this program did not write
+    changed = [
+        f"{name} {now[name]} (it had {before[name]})" for name in now if before.get(name, now[name]) != now[name]
+    ]
+    if changed and is_main_rank():
+        text = "resuming with another version of %s: what follows may differ in the last bits"
+        logger.warning(text, ", ".join(changed))
 
 
 def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments, world_size: int) -> None:
