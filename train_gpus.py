@@ -75,7 +75,7 @@ def main(args: TrainArguments | None = None) -> int:
         checked = check(args)
         with contextlib.ExitStack() as stack:
             if is_main_rank():
-                stop.count_from(stack.enter_context(run_folder.taken(args, checked.resume.checkpoint)))
+                stop.count_from(stack.enter_context(run_folder.taken(args, checked.resume.resumed)))
             ranks = stack.enter_context(process_groups(checked.device))
             warnings.write_to(Path(args.output_dir))
             return run(Job(args, ranks, stop), checked)
@@ -133,6 +133,7 @@ def run(job: Job, checked: Checked) -> int:
     resume.restore(learner, ranks)
 
     # 3. and 4. Learn from text and teacher, log, save.
+    run_folder.check_file_limit(Path(args.output_dir), student, ranks.world_size)
     if ranks.is_main:
         run_folder.check_space(args, student, (total_steps - state.step) * args.grad_accumulation_steps)
         run_folder.save_options(

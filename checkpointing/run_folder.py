@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from arguments import TrainArguments
-from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, remove_partial, set_bad_aside, step_of
+from checkpointing.files import checkpoint_bytes, find_checkpoints, largest_file, quick_check, step_of, try_writing
+from checkpointing.housekeeping import remove_partial, set_bad_aside
 from checkpointing.small_files import check_places
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
@@ -23,15 +27,16 @@ logger = logging.getLogger("train")
 
 
 @contextlib.contextmanager
-def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
-    """Takes --output_dir for this run, within the block. Yields how many seconds ago torchrun launched the run. Raises
-    ValueError if the folder cannot be written, is another run's, or holds results that this run would overwrite;
-    status.json says "refused" for this ValueError and for any that is raised within the block.
+def taken(args: TrainArguments, resumed: int | None) -> Iterator[float]:
+    """Takes --output_dir for this run, within the block. Yields how many seconds ago torchrun launched the run.
+    resumed: micro step of the checkpoint that the run resumes from, if any. Raises ValueError if the folder cannot be
+    written, is another run's, or holds results that this run would overwrite; status.json says "refused" for this
+    ValueError and for any that is raised within the block.
     """
     folder = Path(args.output_dir)
     with explaining_write_errors(folder):
         check_places(folder)
-        lock = prepare_output_dir(args, checkpoint)
+        lock = prepare_output_dir(args, resumed)
         seconds_ago = begin_status(folder)
     with lock:
         try:
@@ -43,23 +48,24 @@ def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
             raise
 
 
-def prepare_output_dir(args: TrainArguments, checkpoint: Path | None) -> IO[str]:
+def prepare_output_dir(args: TrainArguments, resumed: int | None) -> IO[str]:
     """Locks --output_dir, removes what unfinished saves have left, and sets newer checkpoints aside that are bad.
-    checkpoint: what the run resumes from. Returns the lock. Raises ValueError if the folder holds results that this run
-    would overwrite.
+    resumed: micro step of the checkpoint that the run resumes from, if any. Returns the lock. Raises ValueError if the
+    folder holds results that this run would overwrite.
     """
     folder = Path(args.output_dir)
+    check_utf8(folder)
     lock = lock_dir("--output_dir", args.output_dir)
     lock.write(str(time.time_ns()))
     lock.flush()
     remove_partial(folder)
-    start = args.resume_step if checkpoint is None else step_of(checkpoint)
+    start = args.resume_step if resumed is None else resumed
     if args.resume == "auto":
         for newer in find_checkpoints(folder):
             if step_of(newer) > start and (problem := quick_check(newer)):
                 set_bad_aside(newer, problem)
     steps = [step_of(found) for found in find_checkpoints(folder)]
-    is_new = not start and checkpoint is None
+    is_new = not start and resumed is None
     if any(step > start for step in steps) or (steps and is_new):
         lock.close()
         raise ValueError(
@@ -82,14 +88,50 @@ def save_options(folder: Path, options: str) -> None:
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raises ValueError unless all nodes see the folder that the first rank has taken: every rank writes its part of a
-    checkpoint there.
+    """Raises ValueError unless all nodes see the folder that the first rank has taken, and this rank can write its part
+    of a checkpoint there.
     """
     lock = folder / ".lock"
     if not ranks.all_have(lock.read_bytes() if lock.is_file() else b""):
         raise ValueError(
             f"--output_dir {folder}: not the same folder on all nodes; expected one that they share, for each "
             "rank writes its part of a checkpoint"
+        )
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError unless a checkpoint can be written into the folder. Tries it with a small one, because modes do
+    not show what a file system refuses, and leaves nothing there.
+    """
+    try:
+        try_writing(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"--output_dir {folder}: no checkpoint can be written there ({error}); correct this, or choose another "
+            "directory"
+        ) from error
+
+
+def check_utf8(folder: Path) -> None:
+    """Raises ValueError unless the path is UTF-8: safetensors and tokenizers open no other."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(folder).decode(errors="backslashreplace")
+        raise ValueError(
+            f"--output_dir {shown}: the path has a byte that is not UTF-8, and no checkpoint can be written there; "
+            "rename the folder, or choose another directory"
+        ) from error
+
+
+def check_file_limit(folder: Path, student: LlambaForCausalLM, world_size: int) -> None:
+    """Raises ValueError if this process may not write files as large as those of a checkpoint by `world_size` ranks."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_FSIZE)[0], largest_file(student, world_size)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise ValueError(
+            f"--output_dir {folder}: a checkpoint has files of {needed / 1e9:.3g} GB, but files of this process are "
+            f"limited to {limit / 1e9:.3g} GB; start it after `ulimit -f unlimited`, or with more ranks"
         )
 
 
