@@ -70,7 +70,7 @@ class TextSource:
             split,
             None if is_other else args.dataset_revision,
             args.dataset_text_field,
-            streaming=not _is_part(split),
+            streaming=not is_part(split),
             local_files_only=args.local_files_only,
             skip_bad_rows=args.skip_bad_rows,
             flags=SourceFlags(**{key: f"--eval_dataset_{key}" for key in keys}),
@@ -85,7 +85,7 @@ class TextSource:
             args.held_out_subset,
             args.held_out_split,
             text_field=args.held_out_text_field,
-            streaming=not _is_part(args.held_out_split),
+            streaming=not is_part(args.held_out_split),
             local_files_only=args.local_files_only,
             flags=SourceFlags(
                 name="--held_out",
@@ -102,8 +102,8 @@ class TextSource:
         return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 
-def _is_part(split: str) -> bool:
-    """Whether `split` is only a part of one, such as "train[99%:]": that needs a table of all its rows."""
+def is_part(split: str) -> bool:
+    """Returns whether `split` is only a part of one, such as "train[99%:]": that needs a table of all its rows."""
     return "[" in split
 
 
