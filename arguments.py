@@ -78,7 +78,7 @@ class TrainArguments(CommonArguments):
     dataset_streaming: bool = option(
         True, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", DATA, kept=True
     )
-    dataset_cache_dir: str | None = option(None, "cache of packed tokens (default: datasets' own)", DATA, free=True)
+    dataset_cache_dir: str | None = option(None, "folder of all cached text (default: datasets' own)", DATA, free=True)
     dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0)
     # A stream that stopped at a bad row may be resumed with --skip_bad_rows.
     skip_bad_rows: bool = option(False, "skip and count rows that cannot be read or are no text", DATA, kept="caches")

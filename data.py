@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
+from text.cache import check_writable, packed_folder
 from text.encoding import Encoder
 from text.opening import Opened, explain_fault, open_source, open_stream, open_table
 from text.rows import check_text_field, only_texts, rows_of
@@ -107,10 +108,11 @@ def _token_file(
     """Returns the folder of the text's token file, which the builder writes and the others wait for."""
     made_from = token_file_inputs(opened, source, encoder)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    directory = source.cache_root / "packed" / key[:32]
+    directory = packed_folder(source) / key[:32]
     if directory.exists():
         logger.info("using the packed dataset %s", directory)
     elif is_builder:
+        check_writable(source)
         texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
         write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
     else:

@@ -2,6 +2,8 @@
 mistake in the options of the data is found here, before a model is loaded.
 """
 
+import contextlib
+import functools
 import glob
 import logging
 import zlib
@@ -12,6 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
+from text.cache import check_writable, download_config, folder_for_tables, hub_files_in_cache
 from text.rows import check_text_field
 from text.sources import TextSource
 from text.tolerant_reader import columns_of, file_ending, first_bad_row, is_readable_here, tolerant_stream
@@ -46,20 +49,14 @@ def open_source(source: TextSource) -> Opened:
         if path.is_file():
             reader, files = _file_reader(path, flags.name), glob.escape(str(path))
     try:
-        settings = dict(
-            name=source.subset,
-            data_files=files,
-            revision=source.revision,
-            download_config=datasets.DownloadConfig(local_files_only=source.local_files_only),
-        )
-        builder = datasets.load_dataset_builder(reader, **settings)
+        builder = _load_builder(reader, files, source)
         if isinstance(builder, Text):  # documents stand between blank lines; a line is none
-            builder = datasets.load_dataset_builder(reader, **settings, sample_by="paragraph")
+            builder = _load_builder(reader, files, source, sample_by="paragraph")
     except (OSError, ValueError, RuntimeError) as error:
         what = f"{flags.name} {source.name!r} (subset {source.subset!r}, revision {source.revision!r})"
         if path is None and source.local_files_only:
             raise NotCached(
-                f"{what} is not in the cache {datasets.config.HF_DATASETS_CACHE} and --local_files_only "
+                f"{what} is not in the cache {source.cache_root} and --local_files_only "
                 f"forbids fetching it: run once without that flag, or give a file or directory ({error})"
             ) from error
         raise ValueError(f"{what} cannot be opened: {error}") from error
@@ -69,6 +66,29 @@ def open_source(source: TextSource) -> Opened:
     if source.local_files_only and source.revision not in (None, builder.hash):
         logger.warning("%s %s not checked: %s is cached", flags.revision, source.revision, builder.hash)
     return builder
+
+
+def _load_builder(reader: str, files: str | None, source: TextSource, **more: str) -> datasets.DatasetBuilder:
+    """Returns the builder that `datasets` has for the data. Its tables are in the source's cache; a data set of the hub
+    may also have been prepared in the cache that all programs share.
+    """
+    load = functools.partial(
+        datasets.load_dataset_builder,
+        reader,
+        name=source.subset,
+        data_files=files,
+        revision=source.revision,
+        download_config=download_config(source),
+        **more,
+    )
+    with hub_files_in_cache(source):
+        try:
+            return load(cache_dir=folder_for_tables(source))
+        except (OSError, ValueError, RuntimeError):
+            if source.local_files_only and source.cache_dir is not None and local_path(source) is None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    return load(cache_dir=str(datasets.config.HF_DATASETS_CACHE))
+            raise
 
 
 def local_path(source: TextSource) -> Path | None:
@@ -137,9 +157,10 @@ def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | dataset
     if files := files_read_here(opened, source):
         return _open_tolerant(files, source)
     if isinstance(opened, datasets.DatasetBuilder):
-        config = datasets.DownloadConfig(local_files_only=source.local_files_only)
+        check_writable(source)
         try:
-            opened.download_and_prepare(download_config=config)
+            with hub_files_in_cache(source):
+                opened.download_and_prepare(download_config=download_config(source))
         except StopIteration as error:  # what `datasets` makes of an empty file
             raise _no_rows(source) from error
         except READ_ERRORS as error:
