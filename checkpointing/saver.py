@@ -29,6 +29,7 @@ from checkpointing.state import RunState, shard_tensors
 from llamba import LlambaForCausalLM
 from processes.exits import StopRequest
 from processes.ranks import Ranks
+from text.token_check import DamagedTokens
 from utils import BackgroundThread, Stopwatch
 
 logger = logging.getLogger("train")
@@ -185,6 +186,8 @@ class Saver:
         self.failures += 1
         self.retry_at = state.step + min(2**self.failures, LONGEST_WAIT)
         if self.pending is not None and (error := self.pending.exception()) is not None:
+            if isinstance(error, DamagedTokens):
+                raise error
             logger.warning(
                 "checkpoint of micro step %d could not be written (%s: %s); training continues and the save is "
                 "repeated at step %d. Its newest checkpoint is that of micro step %d; make room, or make %s writable",
