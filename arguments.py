@@ -112,7 +112,7 @@ class TrainArguments(CommonArguments):
         True, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", DATA, kept=True
     )
     dataset_cache_dir: str | None = path_option(
-        None, "cache of packed tokens (default: datasets' own)", DATA, free=True
+        None, "folder of all cached text (default: datasets' own)", DATA, free=True
     )
     dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0, most=1000)
     # A stream that stopped at a bad row may be resumed with --skip_bad_rows.

@@ -29,13 +29,15 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
+from text.cache import check_writable, packed_folder
 from text.encoding import Encoder
 from text.opening import Opened, explain_fault, open_source, open_stream, open_table
 from text.rows import check_text_field, only_texts, rows_of
 from text.sources import TextSource, network_forbidden
 from text.stream import TextStream
 from text.stream_loader import StreamingLoader
-from text.token_file import token_file_inputs, wait_for_token_file, write_token_file
+from text.token_check import Hash, recorded_hash, verified_hash
+from text.token_file import TOKENS, read_about, token_file_inputs, wait_for_token_file, write_token_file
 from utils import run_ahead
 
 logger = logging.getLogger("train")
@@ -85,16 +87,17 @@ def build_dataloader(
             )
         directory = _token_file(opened, source, encoder, explain, is_builder)
     windows = PackedTextDataset(directory, args.seq_length)
-    start = 0 if position is None else position["windows"]
-    if position is not None and len({position["tokens"], windows.sha256} - {None}) > 1:
+    start, trained_on = (0, None) if position is None else (position["windows"], position["tokens"])
+    if None not in (trained_on, windows.about.sha256) and trained_on != windows.about.sha256:
         raise ValueError(
             f"{source.flags.name} {source.name!r}: its text gives other tokens than when the checkpoint was written; "
             "bring the data and the tokenizer back as they were, or start another run with --student_model"
         )
+    found = verified_hash(directory, windows.about, trained_on) if is_builder else recorded_hash(windows.about)
     order = WindowOrder(len(windows), args.epochs, args.batch_size, rank, world_size, args.seed, start)
     if rank == 0:
         order.log()
-    return CachedLoader(windows, order, args.dataset_workers)
+    return CachedLoader(windows, order, args.dataset_workers, found)
 
 
 def _token_file(
@@ -107,10 +110,11 @@ def _token_file(
     """Returns the folder of the text's token file, which the builder writes and the others wait for."""
     made_from = token_file_inputs(opened, source, encoder)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    directory = source.cache_root / "packed" / key[:32]
+    directory = packed_folder(source) / key[:32]
     if directory.exists():
         logger.info("using the packed dataset %s", directory)
     elif is_builder:
+        check_writable(source)
         texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
         write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
     else:
@@ -126,18 +130,13 @@ class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
     def __init__(self, directory: Path, seq_len: int):
         self.directory = directory
         self.seq_len = seq_len
-        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
-        self.n_tokens: int = about["tokens"]
-        self.sha256: str | None = about.get("sha256")  # of all tokens; older token files do not have it
-        dtype = np.dtype(about["dtype"])
-        path = directory / "tokens.bin"
-        if path.stat().st_size != self.n_tokens * dtype.itemsize:
-            raise ValueError(f"{path} does not hold {self.n_tokens} {dtype} tokens: delete {directory}")
+        self.about = read_about(directory)
+        dtype = self.about.dtype
         # numpy cannot map an empty file
-        self._tokens = np.memmap(path, dtype, mode="r") if self.n_tokens else np.empty(0, dtype)
+        self._tokens = np.memmap(directory / TOKENS, dtype, mode="r") if self.about.tokens else np.empty(0, dtype)
 
     def __len__(self) -> int:
-        return self.n_tokens // (self.seq_len + 1)
+        return self.about.tokens // (self.seq_len + 1)
 
     def __getitem__(self, i: int) -> Tensor:
         if not 0 <= i < len(self):
@@ -214,10 +213,13 @@ class CachedPosition:
     """Marks a place in the order of the windows."""
 
     windows: int  # before it, of all ranks and epochs
-    tokens: str | None  # SHA-256 of the token file
+    tokens: Hash  # of the token file
 
     def to_json(self) -> dict[str, Any]:
-        return {"windows": self.windows, "tokens": self.tokens}
+        """Waits until the token file has been read. Raises DamagedTokens: a checkpoint must not hold what was learned
+        from a damaged one.
+        """
+        return {"windows": self.windows, "tokens": self.tokens.result()}
 
 
 def collate(items: list[tuple[int, Tensor]]) -> Batch:
@@ -227,10 +229,12 @@ def collate(items: list[tuple[int, Tensor]]) -> Batch:
 
 
 class CachedLoader:
-    """Draws the batches of a token file; `len()` is the number of micro steps."""
+    """Draws the batches of a token file; `len()` is the number of micro steps. Raises DamagedTokens once the file is
+    known to be damaged.
+    """
 
-    def __init__(self, windows: PackedTextDataset, order: WindowOrder, workers: int):
-        self.order, self.tokens = order, windows.sha256
+    def __init__(self, windows: PackedTextDataset, order: WindowOrder, workers: int, tokens: Hash):
+        self.order, self.tokens = order, tokens
         self.batches = DataLoader(
             NumberedWindows(windows),
             batch_sampler=order,
@@ -248,5 +252,7 @@ class CachedLoader:
         # Also without workers: a step must not wait for windows that are only on the disk.
         with closing(run_ahead(iter(self.batches), depth=8)) as batches:
             for batch in batches:
+                if self.tokens.done():
+                    self.tokens.result()
                 behind += self.order.step_windows
                 yield dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))

@@ -176,6 +176,14 @@ class BackgroundThread:
             del item, future, job  # they hold an answer, which may be large, until the next job comes
 
 
+def in_background(name: str, job: Callable[[], T]) -> "Future[T]":
+    """Runs one job in a thread of its own, which ends with the process."""
+    thread = BackgroundThread(name)
+    result = thread.submit(job)
+    thread.jobs.put(None)
+    return result
+
+
 class Stopwatch:
     """Measures the seconds since it was made or last read."""
 

@@ -23,6 +23,7 @@ from checkpointing.write_errors import may_pass, only_logged
 from llamba import LlambaForCausalLM
 from processes.exits import StopRequest
 from processes.ranks import Ranks
+from text.token_check import DamagedTokens
 from utils import BackgroundThread, Stopwatch, format_duration
 
 logger = logging.getLogger("train")
@@ -185,10 +186,13 @@ class Saver:
                 keep_newest(self.output_dir, self.args.save_total_limit)
 
     def _give_up(self, state: RunState) -> None:
-        """Drops the save of this state on all ranks; rank 0 says why."""
+        """Drops the save of this state on all ranks; rank 0 says why. Raises DamagedTokens: no other try cures that."""
         partial, error = self._partial(state), self.pending and self.pending.exception()
+        if isinstance(error, DamagedTokens):
+            raise error
         self.failures += 1
         self.retry_at = state.step + min(2**self.failures, LONGEST_WAIT)
+
         self.saving, self.pending, self.publishing = None, None, False
         reasons = self.ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
         if not self.ranks.is_main:

@@ -2,6 +2,8 @@
 mistake in the options of the data is found here, before a model is loaded.
 """
 
+import contextlib
+import functools
 import glob
 import logging
 from pathlib import Path
@@ -11,6 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
+from text.cache import check_writable, download_config, folder_for_tables, hub_files_in_cache
 from text.csv_builder import CsvBuilder
 from text.decoding import DAMAGED_ARCHIVE
 from text.files import COMPRESSED, FILE_READERS, files_of_folder, reader_of_file, warn_of_ignored_files
@@ -63,7 +66,7 @@ def open_whole(source: TextSource) -> Whole:
         what = f"{flags.name} {source.name!r} (subset {source.subset!r}, revision {source.revision!r})"
         if path is None and source.local_files_only:
             raise NotCached(
-                f"{what} is not in the cache {datasets.config.HF_DATASETS_CACHE} and --local_files_only "
+                f"{what} is not in the cache {source.cache_root} and --local_files_only "
                 f"forbids fetching it: run once without that flag, or give a file or directory ({error})"
             ) from error
         raise ValueError(f"{what} cannot be opened: {error}") from error
@@ -85,16 +88,28 @@ def _reader_of(path: Path, source: TextSource) -> tuple[str, Any]:
 
 
 def _load_builder(reader: str, files: Any, source: TextSource, **more: str) -> datasets.DatasetBuilder:
+    """Returns the builder that `datasets` has for the data. Its tables are in the source's cache; a data set of the hub
+    may also have been prepared in the cache that all programs share.
+    """
     if reader == "csv":
-        return CsvBuilder(data_files=files, text_field=source.text_field)
-    return datasets.load_dataset_builder(
+        return CsvBuilder(cache_dir=folder_for_tables(source), data_files=files, text_field=source.text_field)
+    load = functools.partial(
+        datasets.load_dataset_builder,
         reader,
         name=source.subset,
         data_files=files,
         revision=source.revision,
-        download_config=datasets.DownloadConfig(local_files_only=source.local_files_only),
+        download_config=download_config(source),
         **more,
     )
+    with hub_files_in_cache(source):
+        try:
+            return load(cache_dir=folder_for_tables(source))
+        except (OSError, ValueError, RuntimeError):
+            if source.local_files_only and source.cache_dir is not None and local_path(source) is None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    return load(cache_dir=str(datasets.config.HF_DATASETS_CACHE))
+            raise
 
 
 def _check_hub(builder: datasets.DatasetBuilder, source: TextSource) -> None:
@@ -143,9 +158,10 @@ def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | dataset
 
 def prepare(builder: datasets.DatasetBuilder, source: TextSource) -> None:
     """Makes tables of all splits, in the cache of `datasets`, unless they are there. Raises ValueError."""
-    config = datasets.DownloadConfig(local_files_only=source.local_files_only)
+    check_writable(source)
     try:
-        builder.download_and_prepare(download_config=config)
+        with hub_files_in_cache(source):
+            builder.download_and_prepare(download_config=download_config(source))
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise no_rows(source) from error
     except READ_ERRORS as error:

@@ -71,6 +71,7 @@ class TextSource:
             None if is_other else args.dataset_revision,
             args.dataset_text_field,
             streaming=not is_part(split),
+            cache_dir=args.dataset_cache_dir,
             local_files_only=args.local_files_only,
             skip_bad_rows=args.skip_bad_rows,
             flags=SourceFlags(**{key: f"--eval_dataset_{key}" for key in keys}),
@@ -98,7 +99,7 @@ class TextSource:
 
     @property
     def cache_root(self) -> Path:
-        """Returns the folder that packed tokens are cached in."""
+        """Returns the folder that all of the text is cached in (cache.py)."""
         return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 

@@ -53,7 +53,7 @@ def _check_text(run: PlannedRun, source: TextSource, flag: str, needed: int) -> 
         command = f"datasets.load_dataset('{source.name}', {subset}split='{source.split}')"
         remedy = f'python -c "import datasets; {command}"   where there is a network, or give a local file or directory'
         if source.local_files_only:
-            yield Finding(FAILURE, name, f"not prepared in {datasets.config.HF_DATASETS_CACHE}", remedy)
+            yield Finding(FAILURE, name, f"not prepared in {source.cache_root}", remedy)
         else:
             yield Finding(WARNING, name, "not on this disk; a run would download it", remedy)
         return
@@ -102,6 +102,10 @@ def check_room_for_packed_data(run: PlannedRun) -> Iterator[Finding]:
     if args.dataset_streaming:
         return
     encoder, source = Encoder(teacher_tokenizer(run)), TextSource.for_training(args)
+    place = nearest(source.cache_root)
+    if problem := folder_problem(place):
+        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR: choose one of your own")
+        return
     try:
         opened = open_here(source)
         _, texts = first_texts(opened, source)
@@ -116,10 +120,6 @@ def check_room_for_packed_data(run: PlannedRun) -> Iterator[Finding]:
     if not sizes:  # a data set of the hub that was prepared before
         sizes, copies = [opened.info.dataset_size or 0], 0
     needed = sum(sizes) * (copies + ids.nbytes / max(1, sum(len(text.encode()) for text in texts)))
-    place = nearest(source.cache_root)
-    if problem := folder_problem(place):
-        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR: choose one of your own")
-        return
     free = shutil.disk_usage(place).free
     found = f"packing takes about {needed / GB:.2g} GB, {free / GB:.1f} GB are free"
     status, remedy = (OK, "") if needed < free else (WARNING, "--dataset_cache_dir DIR: choose a disk with more room")

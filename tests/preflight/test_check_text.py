@@ -128,5 +128,6 @@ def test_room_for_packed_data(tmp_path, monkeypatch):
     assert "about 0.0029 GB" in bad.found and "--dataset_cache_dir" in bad.remedy
     bad = the_bad_one(found(text_checks.check_room_for_packed_data, "--dataset_text_field", "n"), WARNING)
     assert "the data cannot be read" in bad.found
-    (tmp_path / "packed").write_text("")
+    (tmp_path / "file").write_text("")
+    options = ("--dataset_cache_dir", tmp_path / "file")
     assert "cannot be written" in the_bad_one(found(text_checks.check_room_for_packed_data, *options)).found

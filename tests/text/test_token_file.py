@@ -98,7 +98,7 @@ def test_what_killed_builders_left_is_removed_but_not_the_work_of_a_live_one(tmp
 def test_damaged_token_file_is_refused(tmp_path: Path):
     write(tmp_path / "packed", ["abc"])
     os.truncate(tmp_path / "packed" / "tokens.bin", 2)
-    with pytest.raises(ValueError, match="does not hold 4 uint16 tokens: delete"):
+    with pytest.raises(ValueError, match="2 bytes, which is not 4 uint16; delete"):
         PackedTextDataset(tmp_path / "packed", 1)
 
 
