@@ -69,7 +69,7 @@ class TrainArguments(CommonArguments):
     compile: bool = option(False, "torch.compile the blocks and the loss; the first step takes minutes", MODELS)
 
     dataset_name: str = option(
-        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)", DATA, kept=True
+        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, csv, parquet, txt)", DATA, kept=True
     )
     dataset_subset: str | None = option(None, "configuration of the data set", DATA, kept=True)
     dataset_split: str = option("train", "split of the data set", DATA, kept=True)
@@ -379,7 +379,7 @@ def _is_same_name(name: str, other: str) -> bool:
 
 def _have_rows_in_common(split: str, other: str) -> bool:
     """Returns whether two splits, such as "test" and "train[:99%]+test", share a split that is whole in one of them,
-    or the same part of it. Different parts of a split are taken to be disjoint.
+    or the same part of it. This is a first look: text/overlap.py compares the rows, once the data is opened.
     """
     pairs = [(one.strip(), two.strip()) for one in split.split("+") for two in other.split("+")]
     return any(
