@@ -102,7 +102,7 @@ class TrainArguments(CommonArguments):
     compile: bool = option(False, "torch.compile the blocks and the loss; the first step takes minutes", MODELS)
 
     dataset_name: str = path_option(
-        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)", DATA, kept=True
+        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, csv, parquet, txt)", DATA, kept=True
     )
     dataset_subset: str | None = option(None, "configuration of the data set", DATA, kept=True)
     dataset_split: str = option("train", "split of the data set", DATA, kept=True)

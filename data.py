@@ -31,9 +31,10 @@ from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
 from text.cache import check_writable, packed_folder
 from text.encoding import Encoder
-from text.opening import Opened, explain_fault, open_source, open_stream, open_table
+from text.faults import Faults
+from text.opening import open_source, open_stream, open_table
 from text.rows import check_text_field, only_texts, rows_of
-from text.sources import TextSource, network_forbidden
+from text.sources import Opened, TextSource, network_forbidden
 from text.stream import TextStream
 from text.stream_loader import StreamingLoader
 from text.token_check import Hash, recorded_hash, verified_hash
@@ -65,7 +66,7 @@ def build_dataloader(
         opened = open_source(source)
         if opened.info.features is not None:  # else known only once the data is read
             check_text_field(opened.info.features, source)
-        explain = functools.partial(explain_fault, opened=opened, source=source)
+        explain = Faults(opened, source)
         if source.streaming:
             texts = TextStream(
                 open_stream(opened, source),

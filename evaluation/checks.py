@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
 from evaluation import mmlu, mmlu_files
-from evaluation.held_out import read_windows
+from evaluation.held_out import check_not_trained_on_by, read_windows
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
@@ -71,7 +71,7 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
     if "hybrid" in models and teacher and student:
         sources["hybrid"] = attempt(_find_hybrid, args, student, teacher, trained)
     questions = (attempt(_read_questions, args) or []) if args.mmlu else []
-    windows = attempt(_read_held_out, args, tokenizer, max_length) if args.held_out and tokenizer else None
+    windows = attempt(_read_held_out, args, tokenizer, max_length, trained) if args.held_out and tokenizer else None
     if args.tasks:
         attempt(check_tasks, args.tasks, args.local_files_only)
     device = attempt(choose_device, args.device)
@@ -153,13 +153,18 @@ def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
     return mmlu.build_questions(subjects, args.num_fewshot, args.limit)
 
 
-def _read_held_out(args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+def _read_held_out(
+    args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, trained: ModelSource | None
+) -> Tensor:
     if args.held_out_seq_length > max_length:
         raise ValueError(
             f"--held_out_seq_length {args.held_out_seq_length}: expected at most {max_length}, the "
             "teacher's context or --max_length"
         )
-    return read_windows(TextSource.for_eval_script(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
+    source = TextSource.for_eval_script(args)
+    if trained is not None:
+        check_not_trained_on_by(Path(trained.path), source, "--ckpt")
+    return read_windows(source, tokenizer, args.held_out_windows, args.held_out_seq_length)
 
 
 def _check_output(args: EvalArguments) -> None:

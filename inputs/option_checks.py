@@ -115,7 +115,7 @@ def is_same_name(name: str, other: str) -> bool:
 
 def _have_rows_in_common(split: str, other: str) -> bool:
     """Returns whether two splits, such as "test" and "train[:99%]+test", share a split that is whole in one of them,
-    or the same part of it. Different parts of a split are taken to be disjoint.
+    or the same part of it. This is a first look: text/overlap.py compares the rows, once the data is opened.
     """
     pairs = [(one.strip(), two.strip()) for one in split.split("+") for two in other.split("+")]
     return any(

@@ -17,8 +17,8 @@ from text.files import file_ending
 
 def csv_columns(file: str) -> list[str]:
     """Returns the names in the first row, or none if it cannot be read."""
-    header = next(_records(file), None)
-    return [] if header is None or isinstance(header, BadRow) else header[1]
+    header = _header(file, _records(file))
+    return header if isinstance(header, list) else []
 
 
 def csv_rows(file: str, field: str | None) -> Iterator[object]:
@@ -26,11 +26,10 @@ def csv_rows(file: str, field: str | None) -> Iterator[object]:
     faults. A row that ends before the column holds an empty text.
     """
     records = _records(file)
-    header = next(records, None)
-    if header is None or isinstance(header, BadRow):
-        yield from () if header is None else (header,)
+    columns = _header(file, records)
+    if not isinstance(columns, list):
+        yield from () if columns is None else (columns,)
         return
-    columns = header[1]
     if field is not None and field not in columns:
         yield BadRow(file, "the whole file", f"no column {field!r}")
         return
@@ -38,9 +37,22 @@ def csv_rows(file: str, field: str | None) -> Iterator[object]:
         yield record if isinstance(record, BadRow) else _value(file, *record, columns, field)
 
 
+def _header(file: str, records: Iterator[tuple[str, list[str]] | BadRow]) -> list[str] | BadRow | None:
+    header = next(records, None)
+    if header is None or isinstance(header, BadRow):
+        return header
+    place, columns = header
+    found = _value(file, place, columns, columns, None)
+    return found if isinstance(found, BadRow) else columns
+
+
 def _value(file: str, place: str, row: list[str], columns: list[str], field: str | None) -> object:
     if len(row) > len(columns):
-        return BadRow(file, place, f"{len(row)} fields, expected {len(columns)} (is a quotation mark missing?)")
+        return BadRow(
+            file,
+            place,
+            f"{len(row)} fields, expected {len(columns)} (a comma without quotation marks?)",
+        )
     row += [""] * (len(columns) - len(row))
     for text in row if field is None else [row[columns.index(field)]]:
         try:

@@ -5,7 +5,9 @@ like the others.
 import functools
 import importlib.util
 import logging
+import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -32,6 +34,24 @@ COMPRESSED = (".gz", ".zst")
 ALMOST_FIRST = (".csv", ".json", ".jsonl", ".arrow", ".parquet")
 CARDS = ("README.md", ".huggingface.yaml")  # may say which files make which subset
 NO_TEXT = {"dataset_info.json", "dataset_infos.json"}  # of `datasets`: nobody misses them
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Holds what tells whether a file is as it was."""
+
+    inode: int
+    size: int  # bytes
+    time_ns: int
+
+    @classmethod
+    def of(cls, file: str) -> "Stamp | None":
+        """Returns the stamp of a local file, or None for what is none."""
+        try:
+            stat = os.stat(file)
+        except OSError:
+            return None
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def compression(path: Path) -> str:
@@ -65,7 +85,7 @@ def reader_of_file(path: Path, source: TextSource) -> str:
 def check_unpacking(files: list[str], source: TextSource) -> None:
     """Raises ValueError if a file is compressed in a way that nothing installed can read."""
     packed = [file for file in files if compression(Path(file)) == ".zst"]
-    if packed and importlib.util.find_spec("zstandard") is None:
+    if packed and not importlib.util.find_spec("zstandard"):
         raise ValueError(
             f"{source.flags.name} {source.name!r}: {packed[0]} needs the package zstandard, which is not installed; "
             "pip install zstandard, or decompress the file"

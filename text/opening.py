@@ -16,16 +16,16 @@ from datasets.packaged_modules.text.text import Text
 from text.cache import check_writable, download_config, folder_for_tables, hub_files_in_cache
 from text.csv_builder import CsvBuilder
 from text.decoding import DAMAGED_ARCHIVE
+from text.faults import Faults, explain_fault, local_files
 from text.files import COMPRESSED, FILE_READERS, files_of_folder, reader_of_file, warn_of_ignored_files
 from text.rows import check_text_field
 from text.saved import is_saved, open_saved
-from text.sources import TextSource, is_part
+from text.sources import Opened, TextSource, is_part
 from text.splits import no_rows, split_names, take_split
-from text.tolerant_reader import columns_of, first_bad_row, is_readable_here, tolerant_stream
+from text.tolerant_reader import columns_of, first_bad_row, tolerant_stream
 
 logger = logging.getLogger("train")
 
-Opened: TypeAlias = datasets.Dataset | datasets.DatasetBuilder
 Whole: TypeAlias = dict[str, datasets.Dataset] | datasets.DatasetBuilder
 
 READ_ERRORS = (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, *DAMAGED_ARCHIVE)
@@ -72,7 +72,7 @@ def open_whole(source: TextSource) -> Whole:
         raise ValueError(f"{what} cannot be opened: {error}") from error
     split_names(source, _splits_of(builder))
     if isinstance(builder, CsvBuilder):
-        _check_columns(_local_files(builder, source.split), source)
+        _check_columns(local_files(builder, source), source)
     if path is not None and path.is_dir() and source.subset is None:
         warn_of_ignored_files(path, builder)
     if path is None:
@@ -159,13 +159,16 @@ def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | dataset
 def prepare(builder: datasets.DatasetBuilder, source: TextSource) -> None:
     """Makes tables of all splits, in the cache of `datasets`, unless they are there. Raises ValueError."""
     check_writable(source)
+    faults = Faults(builder, source)
     try:
         with hub_files_in_cache(source):
             builder.download_and_prepare(download_config=download_config(source))
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise no_rows(source) from error
     except READ_ERRORS as error:
-        raise explain_fault(error, builder, source) from error
+        raise faults(error) from error
+    if changed := faults.changed():
+        raise ValueError(changed)
 
 
 def open_stream(opened: Opened, source: TextSource) -> datasets.IterableDataset:
@@ -199,7 +202,7 @@ def files_read_here(opened: Opened, source: TextSource) -> list[str]:
     """
     if not source.skip_bad_rows:
         return []
-    files = _local_files(opened, source.split)
+    files = local_files(opened, source)
     if files and "[" in source.split:
         raise ValueError(
             f"{source.flags.split} {source.split!r}: with --skip_bad_rows files are read whole, expected the names of "
@@ -214,16 +217,6 @@ def files_read_here(opened: Opened, source: TextSource) -> list[str]:
     return files
 
 
-def _local_files(opened: Opened, split: str) -> list[str]:
-    """Returns the files of a split, or sum of splits, if our own reader can read all of them, else none."""
-    if isinstance(opened, datasets.Dataset):
-        return []
-    by_split = {str(name): files for name, files in (opened.config.data_files or {}).items()}
-    names = list(by_split) if split == "all" else [part.split("[")[0].strip() for part in split.split("+")]
-    files = [str(file) for name in names for file in by_split.get(name, ())]
-    return files if all(is_readable_here(file) for file in files) else []
-
-
 def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDataset:
     _check_columns(files, source)
     return tolerant_stream(files, source.text_field)
@@ -232,25 +225,8 @@ def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDat
 def _check_columns(files: list[str], source: TextSource) -> None:
     columns = columns_of(files)
     if not columns:
+        if not source.skip_bad_rows and (bad := first_bad_row(files)):
+            raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; correct it")
         raise no_rows(source)
     # The rows' own types are looked at one by one.
     check_text_field(dict.fromkeys(columns, datasets.Value("string")), source)
-
-
-def explain_fault(error: Exception, opened: Opened, source: TextSource) -> ValueError:
-    """Returns what to raise for an error of reading: it names the file and the row where they can be found."""
-    what, skip = f"{source.flags.name} {source.name!r} cannot be read", source.flags.skip_bad_rows
-    reason = f"{error.__cause__ or error}"
-    # A table is made of all splits at once, so the fault may lie in another split than the one asked for.
-    files = [file for split in (source.split, "all") for file in _local_files(opened, split)]
-    if not files:
-        return ValueError(f"{what}: {reason}")
-    logger.info("looking for the row that cannot be read in %d files", len(files))
-    try:
-        bad = first_bad_row(list(dict.fromkeys(files)))
-    except OSError as unreadable:  # the disk, not what is on it
-        return ValueError(f"{what}: {unreadable}")
-    if bad is not None:
-        remedy = f", or leave such rows out with {skip}" if skip else ""
-        return ValueError(f"{what}: {bad}; correct it{remedy} ({reason})")
-    return ValueError(f"{what}: {reason}" + (f"; {skip} reads the rows that can be read" if skip else ""))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 
@@ -106,6 +107,9 @@ class TextSource:
 def is_part(split: str) -> bool:
     """Returns whether `split` is only a part of one, such as "train[99%:]": that needs a table of all its rows."""
     return "[" in split
+
+
+Opened: TypeAlias = datasets.Dataset | datasets.DatasetBuilder  # what opening.py makes of a source
 
 
 @contextmanager

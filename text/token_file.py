@@ -25,8 +25,7 @@ import datasets
 import numpy as np
 
 from text.encoding import Encoder, text_batches
-from text.opening import Opened
-from text.sources import TextSource
+from text.sources import Opened, TextSource
 from utils import flush_to_disk
 
 logger = logging.getLogger("train")

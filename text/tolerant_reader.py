@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from text.csv_reader import csv_columns, csv_rows
 from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
-from text.files import reader_of
+from text.files import Stamp, reader_of
 
 BATCH_ROWS = 1024  # of a parquet file at a time
 ROWS_LOOKED_AT = 100  # to find the columns of a JSON file
 WHOLE_FILE = "the whole file"
+CHANGED = "changed while it was read, so rows may be cut off, missing or new"
 
 
 def is_readable_here(file: str) -> bool:
@@ -48,8 +49,11 @@ def tolerant_stream(files: list[str], field: str) -> datasets.IterableDataset:
 
 def _rows_of_files(files: list[str], field: str) -> Iterator[dict[str, object]]:
     for file in files:
+        before = Stamp.of(file)
         for row in rows_of_file(file, field):
             yield {field: row}
+        if Stamp.of(file) != before:
+            yield {field: BadRow(file, WHOLE_FILE, CHANGED)}
 
 
 def columns_of(files: list[str]) -> list[str]:

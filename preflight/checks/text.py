@@ -18,9 +18,11 @@ from preflight.checks.models import teacher_tokenizer
 from preflight.checks.storage import folder_problem, nearest
 from text.batch import MAKE_IT_FIT
 from text.encoding import Encoder
-from text.opening import NotCached, Opened, files_read_here, open_source, open_stream
+from text.opening import NotCached, files_read_here, open_source, open_stream
+from text.overlap import TrainedOn, check_not_trained_on
 from text.rows import only_texts
-from text.sources import TextSource, network_forbidden
+from text.sources import Opened, TextSource, network_forbidden
+from text.splits import split_names
 
 ROWS = 16  # that are read of a split
 
@@ -37,10 +39,22 @@ def check_held_out_data(run: PlannedRun) -> Iterator[Finding]:
     args = run.args
     if not args.eval_interval:
         return
-    yield from _check_text(run, TextSource.for_evaluation_in_training(args), "--eval_dataset_name", 1)
+    held_out = TextSource.for_evaluation_in_training(args)
+    yield from _check_text(run, held_out, "--eval_dataset_name", 1)
+    yield from _check_not_trained_on(held_out, TextSource.for_training(args))
     if args.eval_mmlu_dir is not None:
         subjects = load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         yield Finding(OK, f"--eval_mmlu_dir {args.eval_mmlu_dir}", f"{len(subjects)} subjects")
+
+
+def _check_not_trained_on(held_out: TextSource, training: TextSource) -> Iterator[Finding]:
+    ours, its = (dataclasses.replace(source, local_files_only=True) for source in (held_out, training))
+    try:
+        check_not_trained_on(ours, its, "the run", may_count=False)
+    except TrainedOn as error:
+        yield Finding.of_error(FAILURE, f"--eval_dataset_name {held_out.name}", str(error))
+    except ValueError:  # of opening, which is reported with the data
+        return
 
 
 def _check_text(run: PlannedRun, source: TextSource, flag: str, needed: int) -> Iterator[Finding]:
@@ -88,9 +102,8 @@ def first_texts(opened: Opened, source: TextSource) -> tuple[int, list[str]]:
     "train[99%:]" the first rows of the whole split are read: finding the part takes a table of all rows.
     """
     files_read_here(opened, source)  # raises ValueError if --skip_bad_rows cannot be used with the split
-    if not source.streaming:
-        whole = "+".join(dict.fromkeys(part.split("[")[0].strip() for part in source.split.split("+")))
-        source = dataclasses.replace(source, split=whole)
+    if isinstance(opened, datasets.DatasetBuilder):
+        source = dataclasses.replace(source, split="+".join(split_names(source, opened.info.splits or ())))
     with network_forbidden(True):
         rows = list(open_stream(opened, source).take(ROWS))
     return len(rows), list(only_texts((row[source.text_field] for row in rows), source))

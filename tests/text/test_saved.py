@@ -43,7 +43,7 @@ def cut_between_batches(file: Path) -> None:
 
 
 def zeros(file: Path) -> None:
-    file.write_bytes(bytes(file.stat().st_size))
+    file.write_bytes(bytes(file.stat().st_size - 8) + file.read_bytes()[-8:])
 
 
 def without(key: str):
