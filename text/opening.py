@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
-from text.cache import check_writable, download_config, folder_for_tables, hub_files_in_cache
+from text.cache import check_writable, download_config, folder_for_tables, full_cache, hub_files_in_cache
 from text.rows import check_text_field
 from text.sources import TextSource
 from text.tolerant_reader import columns_of, file_ending, first_bad_row, is_readable_here, tolerant_stream
@@ -244,6 +244,8 @@ def _no_rows(source: TextSource) -> ValueError:
 
 def explain_fault(error: Exception, opened: Opened, source: TextSource) -> ValueError:
     """Returns what to raise for an error of reading: it names the file and the row where they can be found."""
+    if (full := full_cache(error, source)) is not None:
+        return full
     what, skip = f"{source.flags.name} {source.name!r} cannot be read", source.flags.skip_bad_rows
     reason = f"{error.__cause__ or error}"
     # A table is made of all splits at once, so the fault may lie in another split than the one asked for.
