@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
-from text.cache import check_writable, packed_folder
+from text.cache import cache_fault, check_writable, packed_folder
 from text.encoding import Encoder
 from text.faults import Faults
 from text.opening import open_source, open_stream, open_table
@@ -117,7 +117,10 @@ def _token_file(
     elif is_builder:
         check_writable(source)
         texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
-        write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
+        try:
+            write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
+        except OSError as error:  # of writing: an error of reading has been explained
+            raise cache_fault(error, source) from error
     else:
         wait_for_token_file(directory)
     return directory
@@ -223,10 +226,25 @@ class CachedPosition:
         return {"windows": self.windows, "tokens": self.tokens.result()}
 
 
-def collate(items: list[tuple[int, Tensor]]) -> Batch:
-    """Returns the batch of some windows (S + 1,) with their numbers."""
+def collate(items: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], np.ndarray]:
+    """Returns the numbers of some windows (S + 1,), and the windows as an array (B, S + 1). A loader process would send
+    a tensor through shared memory, of which many containers have too little.
+    """
     window_ids, windows = zip(*items, strict=True)
-    return Batch.from_windows(torch.stack(windows), window_ids)  # (B, S + 1)
+    return window_ids, torch.stack(windows).numpy()  # (B, S + 1)
+
+
+def usable_workers(wanted: int) -> int:
+    """Returns how many loader processes there can be. Their queues need semaphores, which Linux keeps in /dev/shm.
+    Where that is missing or full there are none, and windows are drawn in a thread only.
+    """
+    context = torch.multiprocessing.get_context()
+    try:
+        _ = [context.Semaphore() for _ in range(3 * wanted + 8 if wanted else 0)]  # as many as DataLoader makes
+    except OSError as error:
+        logger.warning("--dataset_workers %d: none are started, /dev/shm cannot be used (%s)", wanted, error.strerror)
+        return 0
+    return wanted
 
 
 class CachedLoader:
@@ -239,9 +257,8 @@ class CachedLoader:
         self.batches = DataLoader(
             NumberedWindows(windows),
             batch_sampler=order,
-            num_workers=workers,
+            num_workers=usable_workers(workers),
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it would draw from the global random state
         )
 
@@ -252,8 +269,10 @@ class CachedLoader:
         behind = self.order.start
         # Also without workers: a step must not wait for windows that are only on the disk.
         with closing(run_ahead(iter(self.batches), depth=8)) as batches:
-            for batch in batches:
+            for window_ids, windows in batches:
                 if self.tokens.done():
                     self.tokens.result()
                 behind += self.order.step_windows
-                yield dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))
+                batch = Batch.from_windows(torch.from_numpy(windows), window_ids)
+                batch = dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))
+                yield batch.pin_memory() if torch.cuda.is_available() else batch

@@ -83,7 +83,7 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     """
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        lock = (Path(directory) / ".lock").open("w")
+        lock = _open_lock(flag, Path(directory) / ".lock")
     except OSError as error:
         raise ValueError(
             f"{flag} {directory}: cannot be written ({error.strerror}); choose a directory of your own"
@@ -96,12 +96,22 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
         ) from error
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s %s cannot be locked (%s): start no second run there", flag, directory, error.strerror)
+    lock.truncate(0)  # only now: until then it may be another run's
     return lock
+
+
+def _open_lock(flag: str, file: Path) -> IO[str]:
+    """Opens a lock file, made if missing. Raises ValueError for a link, and whatever else a run does not make."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise ValueError(f"{flag} {file.parent}: {file.name} in it is no plain file but a link or the like; remove it")
+    # O_NOFOLLOW: a link may have been made since.
+    return os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes the whole file or nothing of it, even if the power fails."""
     temporary = path.with_name(f".{os.getpid()}.partial")
+    temporary.unlink(missing_ok=True)  # it may be a link to another file
     try:
         temporary.write_bytes(content)
         flush_to_disk(temporary)

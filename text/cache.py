@@ -2,6 +2,7 @@
 and the packed tokens in `packed/` (token_file.py). Without the option it is the folder that `datasets` has for all.
 """
 
+import errno
 import functools
 import logging
 import tempfile
@@ -17,6 +18,7 @@ from text.sources import TextSource
 logger = logging.getLogger("train")
 
 PACKED = "packed"
+WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors that no reading has
 
 
 def packed_folder(source: TextSource) -> Path:
@@ -26,14 +28,31 @@ def packed_folder(source: TextSource) -> Path:
 
 def check_writable(source: TextSource) -> None:
     """Makes the folder. Raises ValueError if it cannot be made or written."""
-    if (problem := _writing_problem(source.cache_root)) is None:
-        return
+    if problem := _writing_problem(source.cache_root):
+        raise _cache_error(source, problem)
+
+
+def cache_fault(error: OSError, source: TextSource) -> ValueError:
+    """Returns what to raise for an error of writing to the cache."""
+    return _cache_error(source, f"cannot be written ({error.strerror or error})")
+
+
+def full_cache(error: BaseException | None, source: TextSource) -> ValueError | None:
+    """Returns what to raise for an error whose cause is that the cache cannot be written, or None for another one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in WRITING:
+            return cache_fault(error, source)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _cache_error(source: TextSource, problem: str) -> ValueError:
     if source.cache_dir is not None:
         what, remedy = "--dataset_cache_dir", "name a folder of your own"
     else:
         what = "the cache of `datasets`,"
         remedy = "--dataset_cache_dir of train_gpus.py, or the environment variable HF_DATASETS_CACHE, names another"
-    raise ValueError(f"{what} {source.cache_root}: {problem}; {remedy}, on a disk with room for the text")
+    return ValueError(f"{what} {source.cache_root}: {problem}; {remedy}, on a disk with room for the text")
 
 
 def folder_for_tables(source: TextSource) -> str:

@@ -7,6 +7,7 @@ import time
 
 import datasets
 
+from text.cache import full_cache
 from text.files import Stamp
 from text.sources import Opened, TextSource
 from text.splits import split_names
@@ -68,6 +69,8 @@ def local_files(opened: Opened, source: TextSource) -> list[str]:
 
 def explain_fault(error: Exception, opened: Opened, source: TextSource) -> ValueError:
     """Returns what to raise for an error of reading: it names the file and the row where they can be found."""
+    if (full := full_cache(error, source)) is not None:
+        return full
     what, skip = f"{source.flags.name} {source.name!r} cannot be read", source.flags.skip_bad_rows
     reason = f"{error.__cause__ or error}"
     # A table is made of all splits at once, so the fault may lie in another split than the one asked for.

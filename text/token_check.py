@@ -42,8 +42,8 @@ def recorded_hash(about: About) -> Hash:
 
 
 def verified_hash(directory: Path, about: About, expected: str | None) -> Hash:
-    """Returns the SHA-256 of the tokens that are there. If it is neither what `about` records nor what a checkpoint
-    expects, raises DamagedTokens: at once for a small file, and from the result for a large one.
+    """Returns the SHA-256 of the tokens that are there. Raises DamagedTokens, at once for a small file and from the
+    result for a large one, if it is not what `about` records, or not what a checkpoint expects.
     """
     if about.sha256 is None and expected is None:
         logger.warning("%s has no hash: damage would not be noticed; delete it to have it made anew", directory)

@@ -118,7 +118,7 @@ def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, ma
     try:
         with open(partial / TOKENS, "wb") as file:
             for n_texts, ids in _encoded_ahead(encoder, text_batches(texts)):
-                ids.tofile(file)
+                file.write(ids.data)  # its error, unlike that of `tofile`, says that the disk is full
                 digest.update(ids.data)
                 tokens += len(ids)
                 documents += n_texts
@@ -165,10 +165,13 @@ def _publish(partial: Path, directory: Path) -> None:
 def _remove_abandoned(directory: Path) -> None:
     """Deletes what killed builds left. A live one writes to its file all the time."""
     for partial in directory.parent.glob("*.partial-*"):
-        with contextlib.suppress(FileNotFoundError):  # its build may finish meanwhile
-            written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
-            if time.time() - written > ABANDONED_AFTER_S:
-                shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # its build may finish meanwhile, or be another user's
+            if partial.is_symlink():  # what it points to is not ours
+                partial.unlink()
+            elif partial.is_dir():
+                written = max(path.lstat().st_mtime for path in (partial, *partial.iterdir()))
+                if time.time() - written > ABANDONED_AFTER_S:
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 def wait_for_token_file(directory: Path, poll_s: float = 1.0) -> None:

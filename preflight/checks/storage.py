@@ -69,6 +69,8 @@ def check_output_dir(run: PlannedRun) -> Iterator[Finding]:
 
 def _lock_problem(file: Path) -> str | None:
     """Returns why a run could not take this lock, or None. Takes it for a moment only."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        return f"{file} is no plain file but a link or the like; remove it"
     if not file.is_file():
         return None
     try:

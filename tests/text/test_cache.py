@@ -1,5 +1,6 @@
 """text/cache.py: with --dataset_cache_dir all that is cached is there, and nothing needs a home directory."""
 
+import errno
 import gzip
 import json
 import os
@@ -92,6 +93,37 @@ def test_packed_tokens_on_a_disk_that_cannot_be_written_are_used(tmp_path: Path,
     other = write_jsonl(tmp_path / "b.jsonl", random_documents(1, 30))
     with pytest.raises(ValueError, match="--dataset_cache_dir .*cannot be written .Read-only file system.; name a"):
         loader(options(other, dataset_cache_dir=str(tmp_path / "cache")))
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_in_datasets(*args, **kwargs):
+    try:
+        full()
+    except OSError as error:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from error
+
+
+@pytest.mark.parametrize(
+    "writes,fails",
+    [
+        ("datasets.DatasetBuilder.download_and_prepare", full_in_datasets),
+        ("text.token_file.flush_to_disk", full),
+        ("text.token_file.os.replace", full),
+    ],
+)
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path, monkeypatch, writes: str, fails):
+    args = options(write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30)), dataset_cache_dir=str(tmp_path / "c"))
+    with monkeypatch.context() as patched:
+        patched.setattr(writes, fails)
+        with pytest.raises(
+            ValueError, match=r"--dataset_cache_dir .*/c: cannot be written \(No space left on device\)"
+        ):
+            loader(args)
+    assert not list((tmp_path / "c").glob("packed/*"))
+    assert windows_of(loader(args))
 
 
 def test_of_the_hub_offline_what_all_programs_share_is_found_too(tmp_path: Path, monkeypatch):
