@@ -13,6 +13,7 @@ from tests import fresh
 from tests.faults import scenarios
 from tests.faults.compare import differences, rows, tensors
 from tests.faults.damage import damage_checkpoints, damage_texts
+from tests.faults.failing_saves import fail_saves
 from tests.faults.kills import run_campaign
 from tests.small_runs import make_models, read_metrics
 
@@ -205,6 +206,12 @@ def test_a_full_disk_costs_no_step(played, facts):
     kept = {path.name for path in played("full_disk").iterdir() if "checkpoint" in path.name}
     assert {"checkpoint-0", "checkpoint-3", "checkpoint-12"} <= kept
     assert not kept & {"checkpoint-6", "checkpoint-9", ".partial-checkpoint-6-0"}
+
+
+def test_saves_that_fail_anywhere_lose_nothing(tmp_path):
+    result = fresh.call(fail_saves, tmp_path, 3, random.Random(4))
+    assert result["differences"] == []
+    assert result["outcomes"] == {"refused before training": 1, "saved later": 1, "logged": 1}
 
 
 def test_a_folder_copied_by_what_follows_links_is_resumed_like_the_first(stage, played):
