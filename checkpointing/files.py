@@ -73,7 +73,7 @@ def write_part(
     folder: Path, rank: int, world_size: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], position: Any
 ) -> None:
     """Writes a rank's files and their hashes, and flushes them to the disk. position: in its data, as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)  # --output_dir may have been removed during the run
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name(rank, world_size) for name in (model_file, optimizer_file, data_file)]
     save_file({name: tensor.cpu() for name, tensor in weights.items()}, files[0], metadata={"format": "pt"})
     save_file({name: tensor.cpu() for name, tensor in optimizer.items()}, files[1])

@@ -100,7 +100,7 @@ def test_each_rank_restores_its_own_warnings(tmp_path):
 def held(tmp_path):
     """Yields (folder, log) of a run that has taken its folder."""
     args = options_in(tmp_path / "out")
-    with taken(args, checkpoint=None):
+    with taken(args, None):
         (tmp_path / "out" / "args.yaml").write_text("seed: 7\n")
         with RunLog(args, 0, is_main=True) as log:
             yield tmp_path / "out", log
@@ -143,11 +143,11 @@ def test_a_folder_that_cannot_be_made_now_is_taken_later(held):
 def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tmp_path):
     folder = tmp_path / "out"
     args = options_in(folder)
-    with taken(args, checkpoint=None), contextlib.ExitStack() as second_run:
+    with taken(args, None), contextlib.ExitStack() as second_run:
         with pytest.raises(TakenError, match="another run is writing there"), RunLog(args, 0, is_main=True) as log:
             log.write(row(1))
             shutil.rmtree(folder)
-            second_run.enter_context(taken(args, checkpoint=None))
+            second_run.enter_context(taken(args, None))
             write_status(folder, "running", 0, pid=1)
             log.write(row(2))
         assert {path.name for path in folder.iterdir()} == {".lock", "status.json"}
@@ -177,7 +177,7 @@ def _remove_at(micro_step, rank):
 def test_a_directory_in_the_place_of_a_file_is_reported_at_the_start(tmp_path, name):
     (tmp_path / name).mkdir()
     text = rf"--output_dir \S+: {name} is a directory there, expected a file; move it away"
-    with pytest.raises(ValueError, match=text), taken(options_in(tmp_path), checkpoint=None):
+    with pytest.raises(ValueError, match=text), taken(options_in(tmp_path), None):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
