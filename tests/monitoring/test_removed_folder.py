@@ -15,6 +15,8 @@ from checkpointing.run_folder import read_status, taken, write_status
 from checkpointing.small_files import WRITTEN, check_places
 from monitoring.run_log import RunLog
 from monitoring.warnings_file import recording_warnings
+from preflight.checks.basics import FAILURE, PlannedRun
+from preflight.checks.storage import check_output_dir
 from tests import fresh
 from tests.faults.scenarios import at_micro_step, on_rank
 from tests.monitoring.test_run_log import row, rows_of, warnings_of
@@ -44,6 +46,15 @@ def cut_rows_short(folder):
 def make_folder_anew(folder):
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def test_rows_are_restored_when_they_are_flushed_too(tmp_path):
+    """As before each save, and at the end of a run."""
+    with RunLog(options_in(tmp_path / "out"), 0, is_main=True) as log:
+        log.write(row(1))
+        shutil.rmtree(tmp_path / "out")
+        log.flush_to_disk()
+        assert rows_of(tmp_path / "out") == [row(1)]
 
 
 @pytest.mark.parametrize("trouble", [remove_rows, empty_rows, shutil.rmtree, make_folder_anew])
@@ -180,6 +191,13 @@ def test_a_directory_in_the_place_of_a_file_is_reported_at_the_start(tmp_path, n
     with pytest.raises(ValueError, match=text), taken(options_in(tmp_path), None):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_doctor_reports_it_too(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (finding,) = check_output_dir(PlannedRun(options_in(tmp_path)))
+    assert (finding.status, finding.found) == (FAILURE, "metrics.jsonl is a directory there, expected a file")
+    assert finding.remedy == "move it away"
 
 
 def test_a_file_without_permission_is_reported_at_the_start(tmp_path, monkeypatch):
