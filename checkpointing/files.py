@@ -73,7 +73,7 @@ def write_part(
     folder: Path, rank: int, world_size: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], position: Any
 ) -> None:
     """Writes a rank's files and their hashes, and flushes them to the disk. position: in its data, as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)  # --output_dir may have been removed during the run
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name(rank, world_size) for name in (model_file, optimizer_file, data_file)]
     _write_tensors(files[0], weights, {"format": "pt"})
     _write_tensors(files[1], optimizer)

@@ -201,10 +201,9 @@ def read_status(output_dir: Path) -> dict[str, Any]:
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
     """Writes status.json: how the run stands (running, complete, stopped, diverged, refused) and its exit code."""
-    partial = output_dir / ".status.json.partial"
+    content = json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n"
     try:
-        partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
-        partial.replace(output_dir / "status.json")
+        write_whole(output_dir / "status.json", content.encode())
     except OSError as error:  # the run itself is more important
         logger.warning("status.json cannot be written (%s)", error.strerror)
 

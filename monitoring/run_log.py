@@ -74,6 +74,7 @@ class RunLog:
     def flush_to_disk(self) -> None:
         """Flushes the rows, so that a loss of power leaves those up to a checkpoint as well as the checkpoint."""
         if self.file is not None:
+            self.watch.renew()
             self.file.flush_to_disk()
 
     def __enter__(self) -> "RunLog":

@@ -11,6 +11,7 @@ import psutil
 
 from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, step_of
 from checkpointing.run_folder import check_file_limit, check_space, check_utf8, check_writable, disk_room
+from checkpointing.small_files import check_places
 from monitoring import trackers
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, file_problem
 from preflight.checks.machine import GB, default_nproc, run_device
@@ -58,6 +59,11 @@ def check_output_dir(run: PlannedRun) -> Iterator[Finding]:
         return
     if problem := _lock_problem(folder / ".lock"):
         yield Finding(FAILURE, name, problem, "wait for its end, or choose another directory")
+        return
+    try:
+        check_places(folder)
+    except ValueError as error:
+        yield Finding.of_error(FAILURE, name, str(error))
         return
     if newest := _in_the_way(run):
         found = f"holds checkpoints up to {newest.name}, which a run refuses to overwrite"

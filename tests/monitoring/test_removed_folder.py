@@ -15,6 +15,8 @@ from checkpointing.run_folder import read_status, taken, write_status
 from checkpointing.small_files import WRITTEN, check_places
 from monitoring.run_log import RunLog
 from monitoring.warnings_file import recording_warnings
+from preflight.checks.basics import FAILURE, PlannedRun
+from preflight.checks.storage import check_output_dir
 from tests import fresh
 from tests.faults.scenarios import at_micro_step, on_rank
 from tests.monitoring.test_run_log import row, rows_of, warnings_of
@@ -46,6 +48,15 @@ def make_folder_anew(folder):
     folder.mkdir()
 
 
+def test_rows_are_restored_when_they_are_flushed_too(tmp_path):
+    """As before each save, and at the end of a run."""
+    with RunLog(options_in(tmp_path / "out"), 0, is_main=True) as log:
+        log.write(row(1))
+        shutil.rmtree(tmp_path / "out")
+        log.flush_to_disk()
+        assert rows_of(tmp_path / "out") == [row(1)]
+
+
 @pytest.mark.parametrize("trouble", [remove_rows, empty_rows, shutil.rmtree, make_folder_anew])
 def test_metrics_have_every_row_in_its_place(tmp_path, trouble):
     folder = tmp_path / "out"
@@ -70,6 +81,8 @@ def test_rows_that_a_copy_has_are_not_repeated(tmp_path):
         assert [found["step"] for found in rows_of(tmp_path)] == [1, 2, 3, 4]  # resuming sets the spoilt line aside
 
 
+# TensorBoard's own thread may still have had something to write there.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_begins_again_with_the_whole_history(tmp_path):
     with RunLog(options_in(tmp_path, "--tensorboard"), 0, is_main=True) as log:
         for step in (1, 2):
@@ -98,7 +111,7 @@ def test_each_rank_restores_its_own_warnings(tmp_path):
 def held(tmp_path):
     """Yields (folder, log) of a run that has taken its folder."""
     args = options_in(tmp_path / "out")
-    with taken(args, checkpoint=None):
+    with taken(args, None):
         (tmp_path / "out" / "args.yaml").write_text("seed: 7\n")
         with RunLog(args, 0, is_main=True) as log:
             yield tmp_path / "out", log
@@ -141,11 +154,11 @@ def test_a_folder_that_cannot_be_made_now_is_taken_later(held):
 def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tmp_path):
     folder = tmp_path / "out"
     args = options_in(folder)
-    with taken(args, checkpoint=None), contextlib.ExitStack() as second_run:
+    with taken(args, None), contextlib.ExitStack() as second_run:
         with pytest.raises(TakenError, match="another run is writing there"), RunLog(args, 0, is_main=True) as log:
             log.write(row(1))
             shutil.rmtree(folder)
-            second_run.enter_context(taken(args, checkpoint=None))
+            second_run.enter_context(taken(args, None))
             write_status(folder, "running", 0, pid=1)
             log.write(row(2))
         assert {path.name for path in folder.iterdir()} == {".lock", "status.json"}
@@ -175,9 +188,16 @@ def _remove_at(micro_step, rank):
 def test_a_directory_in_the_place_of_a_file_is_reported_at_the_start(tmp_path, name):
     (tmp_path / name).mkdir()
     text = rf"--output_dir \S+: {name} is a directory there, expected a file; move it away"
-    with pytest.raises(ValueError, match=text), taken(options_in(tmp_path), checkpoint=None):
+    with pytest.raises(ValueError, match=text), taken(options_in(tmp_path), None):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_doctor_reports_it_too(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (finding,) = check_output_dir(PlannedRun(options_in(tmp_path)))
+    assert (finding.status, finding.found) == (FAILURE, "metrics.jsonl is a directory there, expected a file")
+    assert finding.remedy == "move it away"
 
 
 def test_a_file_without_permission_is_reported_at_the_start(tmp_path, monkeypatch):

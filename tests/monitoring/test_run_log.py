@@ -301,6 +301,21 @@ def test_a_status_that_cannot_be_written_is_reported_and_no_more(tmp_path, capsy
     assert "status.json cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
+def test_a_status_that_a_full_disk_does_not_take_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    write_status(tmp_path, "running", 0)
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.flush_to_disk", fail)
+    setup_logging(None, is_main=True)
+    write_status(tmp_path, "complete", 0)
+    assert "status.json cannot be written (No space left on device)" in capsys.readouterr().err
+    assert read_status(tmp_path)["status"] == "running" and [path.name for path in tmp_path.iterdir()] == [
+        "status.json"
+    ]
+
+
 @pytest.mark.parametrize(
     "restarts,status,code",
     [
