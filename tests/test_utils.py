@@ -121,6 +121,13 @@ def test_a_timed_iterator_counts_the_waiting_alone(monkeypatch):
     assert seen == ["a", "b"] and items.take() == 6.0 and items.take() == 0
 
 
+def test_a_peek_takes_nothing():
+    drawn = []
+    items = TimedIterator(drawn.append(i) or i for i in range(3))
+    assert items.peek() == 0 and items.peek() == 0 and drawn == [0]
+    assert list(items) == [0, 1, 2] and items.peek() is None
+
+
 @pytest.mark.parametrize(
     "seconds,text",
     [
