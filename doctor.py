@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inputs.value_types import whole_number
 from paths import expanded_path
 from preflight.checks.basics import (
     FAILURE,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from preflight.checks.basics import Check
 
+MOST_RANKS = 1000  # on this machine
+
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--nproc_per_node",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="ranks on this machine, as given to torchrun (default: one per GPU, without the teacher's)",
     )
@@ -80,9 +83,10 @@ def examine(rest: list[str], options: argparse.Namespace, findings: list[Finding
     from arguments import parse_train_args
 
     nproc = options.nproc_per_node
-    if nproc is not None and nproc < 1:
+    if nproc is not None and not 1 <= nproc <= MOST_RANKS:
         raise ValueError(
-            f"--nproc_per_node {nproc}: expected at least 1; leave it out for as many as there are GPUs for"
+            f"--nproc_per_node {nproc}: expected at least 1, at most {MOST_RANKS:_}; leave it out for as many as there "
+            "are GPUs for"
         )
     run = PlannedRun(parse_train_args(rest), nproc, options.collectives)
     findings = findings + shown(check_imports())

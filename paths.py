@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 SHOWN = 200  # characters of a wrong path that an error repeats
+MOST_BYTES = 255  # of a name in a path, on Linux
 DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})?", re.ASCII)  # matches every $
 
 
@@ -20,11 +21,11 @@ def expanded(text: str) -> str:
     shown = f"{text!r:.{SHOWN}}"
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{shown}: expected a name or a path; give one, or leave the option out")
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"{shown}: no path holds a zero byte; correct it")
     if "://" in text:
         return text
     path = DOLLAR.sub(lambda match: _value_of(match, shown), text)
+    if problem := _unusable(path):
+        raise argparse.ArgumentTypeError(f"{shown}: {problem}; correct it")
     if not text.startswith("~"):
         return path
     home = os.path.expanduser(path)
@@ -43,6 +44,20 @@ def literal(path: str) -> str:
     if "://" in path:
         return path
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
+
+
+def _unusable(path: str) -> str | None:
+    """Returns why no file can have this path, where the system would only say so when it looks for one."""
+    try:
+        names = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError:
+        return "a path holds bytes, and a character of it stands for none"
+    if "\0" in path:
+        return "no path holds a zero byte"
+    longest = max(map(len, names))
+    if longest > MOST_BYTES:
+        return f"a name in it has {longest} bytes, expected {MOST_BYTES} at most"
+    return None
 
 
 def _value_of(match: re.Match[str], shown: str) -> str:

@@ -2,6 +2,8 @@
 was expected. The type of a path is `paths.expanded`.
 """
 
+from __future__ import annotations  # doctor.py reports a Python that is too old
+
 import argparse
 
 SHOWN = 60  # characters of a wrong value that an error repeats

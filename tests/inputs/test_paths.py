@@ -57,6 +57,8 @@ def values_of(cls, *argv):
         ("$$DATA", "$DATA"),
         ("./~/x", "./~/x"),
         ("x~", "x~"),
+        ("x" * 255 + "/" + "ü" * 127, "x" * 255 + "/" + "ü" * 127),
+        ("a\udcff", "a\udcff"),  # a byte that is not UTF-8, as Python has it
         ("auto", "auto"),
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
         ("hf://datasets/~me/$x", "hf://datasets/~me/$x"),
@@ -81,6 +83,9 @@ def test_home_and_variables(text, path):
         ("", "'': expected a name or a path; give one, or leave the option out"),
         (" ", "' ': expected a name or a path"),
         ("a\0b", r"'a\x00b': no path holds a zero byte"),
+        ("a/" + "ü" * 128, "a name in it has 256 bytes, expected 255 at most"),
+        ("~a\0b", "no path holds a zero byte"),
+        ("a\ud800", "a character of it stands for none"),
     ],
 )
 def test_a_path_that_means_nothing(text, problem):
