@@ -10,7 +10,8 @@ from typing import Literal
 
 from inputs.option_checks import eval_problems, is_same_name, train_problems
 from inputs.option_values import option_values
-from inputs.options import BY_PRESET, auto_or_int, option, options_of, out_of_bounds
+from inputs.options import BY_PRESET, option, options_of, out_of_bounds, path_option
+from inputs.value_types import auto_or_int
 
 # Groups, as --help and docs/options.md list them.
 GENERAL = "general"
@@ -25,7 +26,12 @@ EVALUATION = "evaluation"
 MMLU = "MMLU"
 BEYOND = "beyond MMLU"
 
+# The largest values of options that have no bound of their own: far above what a run can use, and small enough that
+# no sum or product of them overflows.
+STEPS = 10**12
+MOST_LAYERS = 10_000
 LONGEST_CONTEXT = 10_000_000  # tokens; more than any model has
+MOST_SEED = 2**63 - 1  # torch, NumPy and Python all take it
 
 
 @dataclass(kw_only=True)
@@ -33,13 +39,29 @@ class CommonArguments:
     """Holds the options that training and evaluation share."""
 
     preset: str = option("llamba-8b", "folder under presets/ with the values of options not given", GENERAL, free=True)
-    config: str | None = option(None, "YAML file, option: value; the command line overrides it", GENERAL, free=True)
-    seed: int = option(0, "seed of all random choices: data order, dropout, retrieval probe", GENERAL, kept=True)
+    config: str | None = path_option(
+        None, "YAML file, option: value; the command line overrides it", GENERAL, free=True
+    )
+    seed: int = option(
+        0,
+        "seed of all random choices: data order, dropout, retrieval probe",
+        GENERAL,
+        kept=True,
+        least=0,
+        most=MOST_SEED,
+    )
     local_files_only: bool = option(False, "use only files on this disk, and no network", GENERAL, free=True)
-    teacher_model: str = option(BY_PRESET, "name or directory of the teacher, a Llama-family causal LM", MODELS)
-    student_model: str = option(BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True)
+    teacher_model: str = path_option(BY_PRESET, "name or directory of the teacher, a Llama-family causal LM", MODELS)
+    student_model: str = path_option(
+        BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True
+    )
     layers: list[int] = option(
-        BY_PRESET, "student layers that the teacher's replace, by index; -1 for none", MODELS, nargs="*", kept=True
+        BY_PRESET,
+        "student layers that the teacher's replace, by index; -1 for none",
+        MODELS,
+        nargs="*",
+        kept=True,
+        most=MOST_LAYERS,
     )
     dtype: Literal["bfloat16", "float16", "float32"] = option(BY_PRESET, "weights and compute", MODELS, kept=True)
 
@@ -60,18 +82,27 @@ class TrainArguments(CommonArguments):
         "dedicated", "one teacher per node on its own device, or one beside every student on its device", MODELS
     )
     teacher_prefetch: int | None = option(
-        None, "batches a dedicated teacher runs ahead (default: 1; 0 on a student's device)", MODELS, least=0, free=True
+        None,
+        "batches a dedicated teacher runs ahead (default: 1; 0 on a student's device)",
+        MODELS,
+        least=0,
+        free=True,
+        most=1000,
     )
     freeze_mlp: bool = option(False, "do not train the MLPs, those of replaced layers included", MODELS, kept=True)
     freeze_replaced_layers: bool = option(False, "do not train layers that come from the teacher", MODELS, kept=True)
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory", MODELS)
     checkpoint_blocks: int | None = option(
-        None, "with --gradient_checkpointing: recompute the first N blocks only (default: all)", MODELS, least=1
+        None,
+        "with --gradient_checkpointing: recompute the first N blocks only (default: all)",
+        MODELS,
+        least=1,
+        most=MOST_LAYERS,
     )
     compile: bool = option(False, "torch.compile the blocks and the loss; the first step takes minutes", MODELS)
 
-    dataset_name: str = option(
-        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, parquet, txt)", DATA, kept=True
+    dataset_name: str = path_option(
+        BY_PRESET, "Hugging Face data set, or a local directory or file (jsonl, csv, parquet, txt)", DATA, kept=True
     )
     dataset_subset: str | None = option(None, "configuration of the data set", DATA, kept=True)
     dataset_split: str = option("train", "split of the data set", DATA, kept=True)
@@ -80,74 +111,107 @@ class TrainArguments(CommonArguments):
     dataset_streaming: bool = option(
         True, "read as a stream; --no_dataset_streaming tokenises once and caches on disk", DATA, kept=True
     )
-    dataset_cache_dir: str | None = option(None, "cache of packed tokens (default: datasets' own)", DATA, free=True)
-    dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0)
+    dataset_cache_dir: str | None = path_option(
+        None, "folder of all cached text (default: datasets' own)", DATA, free=True
+    )
+    dataset_workers: int = option(0, "loader processes per rank for the cached path", DATA, least=0, most=1000)
     # A stream that stopped at a bad row may be resumed with --skip_bad_rows.
     skip_bad_rows: bool = option(False, "skip and count rows that cannot be read or are no text", DATA, kept="caches")
     shuffle_buffer: int = option(
-        10_000, "rows of the shuffle buffer of a stream; 0 keeps the order", DATA, least=0, kept="streams"
+        10_000, "rows of the shuffle buffer of a stream; 0 keeps the order", DATA, least=0, kept="streams", most=10**9
     )
-    seq_length: int = option(BY_PRESET, "tokens that the models see per window", DATA, least=1, kept=True)
-    batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams")
+    seq_length: int = option(
+        BY_PRESET, "tokens that the models see per window", DATA, least=1, kept=True, most=LONGEST_CONTEXT
+    )
+    batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams", most=10**6)
 
-    ce_weight: float = option(1.0, "weight of the cross entropy with the text", LOSS, least=0)
-    kl_weight: float = option(0.1, "weight of KL(teacher || student); 0 runs no teacher", LOSS, least=0)
-    temperature: float = option(
-        1.0, "temperature of the KL", LOSS, above=0, expected="a number above 0; 1.0 is the usual choice"
-    )
+    ce_weight: float = option(1.0, "weight of the cross entropy with the text", LOSS, least=0, most=10**6)
+    kl_weight: float = option(0.1, "weight of KL(teacher || student); 0 runs no teacher", LOSS, least=0, most=10**6)
+    temperature: float = option(1.0, "temperature of the KL", LOSS, least=0.001, most=1000)
     loss_chunk_tokens: int | None = option(
-        None, "tokens whose logits exist at the same time (default: by the memory that is free)", LOSS, least=1
+        None,
+        "tokens whose logits exist at the same time (default: by the memory that is free)",
+        LOSS,
+        least=1,
+        most=10**9,
     )
 
-    max_steps: int = option(100_000, "optimizer steps at most", TRAINING, least=1)
-    epochs: int = option(1, "passes over the data at most", TRAINING, least=1)
-    grad_accumulation_steps: int = option(1, "micro steps (a batch on each rank) per optimizer step", TRAINING, least=1)
-    max_lr: float = option(1e-5, "learning rate of the stable phase", TRAINING, least=0)
-    min_lr: float = option(1e-8, "learning rate at the end of the decay", TRAINING, least=0)
-    warmup_ratio: float = option(0.01, "part of the optimizer steps in which the learning rate rises", TRAINING)
-    decay_ratio: float = option(0.1, "part of the optimizer steps, at the end, in which it falls", TRAINING)
-    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", TRAINING, least=0)
-    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip", TRAINING, least=0)
+    max_steps: int = option(100_000, "optimizer steps at most", TRAINING, least=1, most=STEPS)
+    epochs: int = option(1, "passes over the data at most", TRAINING, least=1, most=10**9)
+    grad_accumulation_steps: int = option(
+        1, "micro steps (a batch on each rank) per optimizer step", TRAINING, least=1, most=10**6
+    )
+    max_lr: float = option(1e-5, "learning rate of the stable phase", TRAINING, least=0, most=1000)
+    min_lr: float = option(1e-8, "learning rate at the end of the decay", TRAINING, least=0, most=1000)
+    warmup_ratio: float = option(
+        0.01, "part of the optimizer steps in which the learning rate rises", TRAINING, least=0, most=1
+    )
+    decay_ratio: float = option(
+        0.1, "part of the optimizer steps, at the end, in which it falls", TRAINING, least=0, most=1
+    )
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", TRAINING, least=0, most=1000)
+    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip", TRAINING, least=0, most=10**9)
     master_weights: bool = option(
         True, "AdamW steps on float32 copies of 16-bit weights; else small updates are lost", TRAINING, kept=True
     )
     max_bad_steps: int = option(
-        5, "skipped optimizer steps in a row (loss or gradient not finite) that stop the run", TRAINING, least=1
+        5,
+        "skipped optimizer steps in a row (loss or gradient not finite) that stop the run",
+        TRAINING,
+        least=1,
+        most=STEPS,
     )
-    resume: str | None = option(
+    resume: str | None = path_option(
         None, "checkpoint to resume from, or auto: the newest good one in --output_dir, if any", TRAINING, free=True
     )
     resume_step: int = option(
-        0, "micro step to start counters and schedule at; weights are --student_model's", TRAINING, least=0, free=True
+        0,
+        "micro step to start counters and schedule at; weights are --student_model's",
+        TRAINING,
+        least=0,
+        free=True,
+        most=STEPS,
     )
     time_limit: float | None = option(
-        None, "minutes until the run saves and stops", TRAINING, above=0, expected="minutes, more than 0", free=True
+        None, "minutes until the run saves and stops", TRAINING, above=0, most=10**7, free=True
     )
 
-    eval_interval: int = option(0, "optimizer steps between evaluations on held-out text; 0: off", IN_TRAINING, least=0)
-    eval_dataset_name: str | None = option(None, "held-out text, as --dataset_name (default: the same)", IN_TRAINING)
+    eval_interval: int = option(
+        0, "optimizer steps between evaluations on held-out text; 0: off", IN_TRAINING, least=0, most=STEPS
+    )
+    eval_dataset_name: str | None = path_option(
+        None, "held-out text, as --dataset_name (default: the same)", IN_TRAINING
+    )
     eval_dataset_subset: str | None = option(
         None, "its configuration (default: that of training, if it is the same data set)", IN_TRAINING
     )
     eval_dataset_split: str | None = option(
         None, "its split (default: that of training, if it is the same data set; else train)", IN_TRAINING
     )
-    eval_windows: int = option(64, "windows of the held-out text, its first ones", IN_TRAINING, least=1)
-    eval_mmlu_dir: str | None = option(None, "folder of MMLU, to score its questions too, zero-shot", IN_TRAINING)
-    eval_mmlu_limit: int = option(5, "of these, questions per subject at most", IN_TRAINING, least=1)
+    eval_windows: int = option(64, "windows of the held-out text, its first ones", IN_TRAINING, least=1, most=10**7)
+    eval_mmlu_dir: str | None = path_option(None, "folder of MMLU, to score its questions too, zero-shot", IN_TRAINING)
+    eval_mmlu_limit: int = option(5, "of these, questions per subject at most", IN_TRAINING, least=1, most=10**6)
 
-    output_dir: str = option(BY_PRESET, "where checkpoints and metrics.jsonl are written", OUTPUT)
+    output_dir: str = path_option(BY_PRESET, "where checkpoints and metrics.jsonl are written", OUTPUT)
     save_interval: int = option(
-        1000, "micro steps between checkpoints; 0 saves the first and the last only", OUTPUT, least=0
+        1000, "micro steps between checkpoints; 0 saves the first and the last only", OUTPUT, least=0, most=STEPS
     )
-    save_total_limit: int | None = option(None, "newest checkpoints to keep; older ones are deleted", OUTPUT, least=1)
+    save_total_limit: int | None = option(
+        None, "newest checkpoints to keep; older ones are deleted", OUTPUT, least=1, most=10**6
+    )
     background_save: bool = option(True, "write checkpoints while training, from a copy in host memory", OUTPUT)
-    health_interval: int = option(100, "optimizer steps between counts of weights that moved; 0: off", OUTPUT, least=0)
-    layer_map_interval: int = option(
-        0, "optimizer steps between maps of how far each layer is from the teacher's; 0: off", OUTPUT, least=0
+    health_interval: int = option(
+        100, "optimizer steps between counts of weights that moved; 0: off", OUTPUT, least=0, most=STEPS
     )
-    log_interval: int = option(10, "optimizer steps between log lines", OUTPUT, least=1)
-    log_file: str | None = option(None, "also write the log to this file", OUTPUT)
+    layer_map_interval: int = option(
+        0,
+        "optimizer steps between maps of how far each layer is from the teacher's; 0: off",
+        OUTPUT,
+        least=0,
+        most=STEPS,
+    )
+    log_interval: int = option(10, "optimizer steps between log lines", OUTPUT, least=1, most=STEPS)
+    log_file: str | None = path_option(None, "also write the log to this file", OUTPUT)
     tensorboard: bool = option(False, "log to TensorBoard, into the folder tensorboard of --output_dir", OUTPUT)
     wandb: bool = option(False, "log to Weights & Biases", OUTPUT)
     wandb_project: str = option("llamba-distill", "W&B project", OUTPUT)
@@ -158,16 +222,21 @@ class TrainArguments(CommonArguments):
     )
 
     dry_run: bool = option(False, "print what the run would take and whether it fits; no GPU needed", PLAN)
-    gpus: int | None = option(None, "GPUs per node, with the teacher's (default: visible ones, else 5)", PLAN, above=0)
-    gpu_gb: float | None = option(None, "memory per GPU in 10^9 bytes (default: visible ones', else 80)", PLAN, above=0)
+    gpus: int | None = option(
+        None, "GPUs per node, with the teacher's (default: visible ones, else 5)", PLAN, least=1, most=1000
+    )
+    gpu_gb: float | None = option(
+        None, "memory per GPU in 10^9 bytes (default: visible ones', else 80)", PLAN, least=0.001, most=100_000
+    )
     tflops: float | None = option(
         None,
         "10^12 operations/s of a GPU in --dtype, for plan and MFU (default: by its name; 989 without GPUs)",
         PLAN,
-        above=0,
+        least=0.001,
+        most=10**6,
     )
-    nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, above=0)
-    plan_json: str | None = option(None, "also write the plan's figures to this file", PLAN)
+    nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, least=1, most=100_000)
+    plan_json: str | None = path_option(None, "also write the plan's figures to this file", PLAN)
 
     def problems(self) -> list[str]:
         """Returns a line for each option, or pair of options, that cannot be used."""
@@ -191,13 +260,13 @@ class EvalArguments(CommonArguments):
         "untrained; hybrid_ft: --ckpt; all: all four",
         EVALUATION,
     )
-    ckpt: str | None = option(None, "checkpoint of a training run, to score as hybrid_ft", EVALUATION)
+    ckpt: str | None = path_option(None, "checkpoint of a training run, to score as hybrid_ft", EVALUATION)
     batch_size: int | None = option(
         None,
         "sequences per forward pass, or auto: as many as fit (default)",
         EVALUATION,
         least=1,
-        most=1_000_000,
+        most=10**6,
         parse=auto_or_int,
     )
     max_length: int | None = option(
@@ -207,7 +276,7 @@ class EvalArguments(CommonArguments):
         least=1,
         most=LONGEST_CONTEXT,
     )
-    output: str | None = option(
+    output: str | None = path_option(
         None, "JSON file for scores and predictions; report (.md) and chart (.png) go beside it", EVALUATION
     )
     overwrite: bool = option(False, "replace --output if it exists, and drop interrupted results", EVALUATION)
@@ -215,7 +284,7 @@ class EvalArguments(CommonArguments):
     device: str | None = option(None, "device to run on (default: a GPU for each rank, else the CPU)", EVALUATION)
 
     mmlu: bool = option(True, "score MMLU; --no_mmlu leaves it out", MMLU)
-    mmlu_dir: str | None = option(
+    mmlu_dir: str | None = path_option(
         None, "folder of the original release (CSV) or of cais/mmlu (parquet) (default: cais/mmlu by name)", MMLU
     )
     subjects: list[str] | None = option(None, "subjects to score (default: all)", MMLU)
@@ -223,20 +292,20 @@ class EvalArguments(CommonArguments):
         5, "examples per question, 0 to 5", MMLU, least=0, most=5, expected="0 to 5, as many as MMLU's dev split has"
     )
     limit: int | None = option(
-        None, "questions per subject, and per task of --tasks, at most", MMLU, least=1, most=1_000_000
+        None, "questions per subject, and per task of --tasks, at most", MMLU, least=1, most=10**6
     )
 
     tasks: list[str] = option([], "tasks of lm-evaluation-harness, by name, with commas or spaces", BEYOND)
     tasks_num_fewshot: int | None = option(
         None, "examples before each question (default: the task's)", BEYOND, least=0, most=1000
     )
-    held_out: str | None = option(
+    held_out: str | None = path_option(
         None, "text for perplexity, and for KL and agreement with the teacher: named as --dataset_name", BEYOND
     )
     held_out_subset: str | None = option(None, "configuration of that data set", BEYOND)
     held_out_split: str = option("train", "split of that data set", BEYOND)
     held_out_text_field: str = option("text", "column that holds the text", BEYOND)
-    held_out_windows: int = option(64, "windows of it to read", BEYOND, least=1, most=10_000_000)
+    held_out_windows: int = option(64, "windows of it to read", BEYOND, least=1, most=10**7)
     held_out_seq_length: int = option(1024, "tokens per window", BEYOND, least=1, most=LONGEST_CONTEXT)
     retrieval: bool = option(False, "ask for values in a context of key-value pairs; hard for recurrent models", BEYOND)
     retrieval_lengths: list[int] = option(

@@ -29,13 +29,16 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from text.batch import MAKE_IT_FIT, Batch
+from text.cache import cache_fault, check_writable, packed_folder
 from text.encoding import Encoder
-from text.opening import Opened, explain_fault, open_source, open_stream, open_table
+from text.faults import Faults
+from text.opening import open_source, open_stream, open_table
 from text.rows import check_text_field, only_texts, rows_of
-from text.sources import TextSource, network_forbidden
+from text.sources import Opened, TextSource, network_forbidden
 from text.stream import TextStream
 from text.stream_loader import StreamingLoader
-from text.token_file import token_file_inputs, wait_for_token_file, write_token_file
+from text.token_check import Hash, recorded_hash, verified_hash
+from text.token_file import TOKENS, read_about, token_file_inputs, wait_for_token_file, write_token_file
 from utils import run_ahead
 
 logger = logging.getLogger("train")
@@ -63,7 +66,7 @@ def build_dataloader(
         opened = open_source(source)
         if opened.info.features is not None:  # else known only once the data is read
             check_text_field(opened.info.features, source)
-        explain = functools.partial(explain_fault, opened=opened, source=source)
+        explain = Faults(opened, source)
         if source.streaming:
             texts = TextStream(
                 open_stream(opened, source),
@@ -85,16 +88,17 @@ def build_dataloader(
             )
         directory = _token_file(opened, source, encoder, explain, is_builder)
     windows = PackedTextDataset(directory, args.seq_length)
-    start = 0 if position is None else position["windows"]
-    if position is not None and len({position["tokens"], windows.sha256} - {None}) > 1:
+    start, trained_on = (0, None) if position is None else (position["windows"], position["tokens"])
+    if None not in (trained_on, windows.about.sha256) and trained_on != windows.about.sha256:
         raise ValueError(
             f"{source.flags.name} {source.name!r}: its text gives other tokens than when the checkpoint was written; "
             "bring the data and the tokenizer back as they were, or start another run with --student_model"
         )
+    found = verified_hash(directory, windows.about, trained_on) if is_builder else recorded_hash(windows.about)
     order = WindowOrder(len(windows), args.epochs, args.batch_size, rank, world_size, args.seed, start)
     if rank == 0:
         order.log()
-    return CachedLoader(windows, order, args.dataset_workers)
+    return CachedLoader(windows, order, args.dataset_workers, found)
 
 
 def _token_file(
@@ -107,12 +111,16 @@ def _token_file(
     """Returns the folder of the text's token file, which the builder writes and the others wait for."""
     made_from = token_file_inputs(opened, source, encoder)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    directory = source.cache_root / "packed" / key[:32]
+    directory = packed_folder(source) / key[:32]
     if directory.exists():
         logger.info("using the packed dataset %s", directory)
     elif is_builder:
+        check_writable(source)
         texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
-        write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
+        try:
+            write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
+        except OSError as error:  # of writing: an error of reading has been explained
+            raise cache_fault(error, source) from error
     else:
         wait_for_token_file(directory)
     return directory
@@ -126,18 +134,13 @@ class PackedTextDataset(torch.utils.data.Dataset[Tensor]):
     def __init__(self, directory: Path, seq_len: int):
         self.directory = directory
         self.seq_len = seq_len
-        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
-        self.n_tokens: int = about["tokens"]
-        self.sha256: str | None = about.get("sha256")  # of all tokens; older token files do not have it
-        dtype = np.dtype(about["dtype"])
-        path = directory / "tokens.bin"
-        if path.stat().st_size != self.n_tokens * dtype.itemsize:
-            raise ValueError(f"{path} does not hold {self.n_tokens} {dtype} tokens: delete {directory}")
+        self.about = read_about(directory)
+        dtype = self.about.dtype
         # numpy cannot map an empty file
-        self._tokens = np.memmap(path, dtype, mode="r") if self.n_tokens else np.empty(0, dtype)
+        self._tokens = np.memmap(directory / TOKENS, dtype, mode="r") if self.about.tokens else np.empty(0, dtype)
 
     def __len__(self) -> int:
-        return self.n_tokens // (self.seq_len + 1)
+        return self.about.tokens // (self.seq_len + 1)
 
     def __getitem__(self, i: int) -> Tensor:
         if not 0 <= i < len(self):
@@ -214,29 +217,48 @@ class CachedPosition:
     """Marks a place in the order of the windows."""
 
     windows: int  # before it, of all ranks and epochs
-    tokens: str | None  # SHA-256 of the token file
+    tokens: Hash  # of the token file
 
     def to_json(self) -> dict[str, Any]:
-        return {"windows": self.windows, "tokens": self.tokens}
+        """Waits until the token file has been read. Raises DamagedTokens: a checkpoint must not hold what was learned
+        from a damaged one.
+        """
+        return {"windows": self.windows, "tokens": self.tokens.result()}
 
 
-def collate(items: list[tuple[int, Tensor]]) -> Batch:
-    """Returns the batch of some windows (S + 1,) with their numbers."""
+def collate(items: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], np.ndarray]:
+    """Returns the numbers of some windows (S + 1,), and the windows as an array (B, S + 1). A loader process would send
+    a tensor through shared memory, of which many containers have too little.
+    """
     window_ids, windows = zip(*items, strict=True)
-    return Batch.from_windows(torch.stack(windows), window_ids)  # (B, S + 1)
+    return window_ids, torch.stack(windows).numpy()  # (B, S + 1)
+
+
+def usable_workers(wanted: int) -> int:
+    """Returns how many loader processes there can be. Their queues need semaphores, which Linux keeps in /dev/shm.
+    Where that is missing or full there are none, and windows are drawn in a thread only.
+    """
+    context = torch.multiprocessing.get_context()
+    try:
+        _ = [context.Semaphore() for _ in range(3 * wanted + 8 if wanted else 0)]  # as many as DataLoader makes
+    except OSError as error:
+        logger.warning("--dataset_workers %d: none are started, /dev/shm cannot be used (%s)", wanted, error.strerror)
+        return 0
+    return wanted
 
 
 class CachedLoader:
-    """Draws the batches of a token file; `len()` is the number of micro steps."""
+    """Draws the batches of a token file; `len()` is the number of micro steps. Raises DamagedTokens once the file is
+    known to be damaged.
+    """
 
-    def __init__(self, windows: PackedTextDataset, order: WindowOrder, workers: int):
-        self.order, self.tokens = order, windows.sha256
+    def __init__(self, windows: PackedTextDataset, order: WindowOrder, workers: int, tokens: Hash):
+        self.order, self.tokens = order, tokens
         self.batches = DataLoader(
             NumberedWindows(windows),
             batch_sampler=order,
-            num_workers=workers,
+            num_workers=usable_workers(workers),
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it would draw from the global random state
         )
 
@@ -247,6 +269,10 @@ class CachedLoader:
         behind = self.order.start
         # Also without workers: a step must not wait for windows that are only on the disk.
         with closing(run_ahead(iter(self.batches), depth=8)) as batches:
-            for batch in batches:
+            for window_ids, windows in batches:
+                if self.tokens.done():
+                    self.tokens.result()
                 behind += self.order.step_windows
-                yield dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))
+                batch = Batch.from_windows(torch.from_numpy(windows), window_ids)
+                batch = dataclasses.replace(batch, position=CachedPosition(behind, self.tokens))
+                yield batch.pin_memory() if torch.cuda.is_available() else batch

@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inputs.value_types import whole_number
+from paths import expanded_path
 from preflight.checks.basics import (
     FAILURE,
     OK,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     from preflight.checks.basics import Check
 
+MOST_RANKS = 1000  # on this machine
+
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
@@ -46,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--nproc_per_node",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="ranks on this machine, as given to torchrun (default: one per GPU, without the teacher's)",
     )
     parser.add_argument("--collectives", action="store_true", help="also start that many processes and time all-reduce")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
+    parser.add_argument("--json", type=expanded_path, metavar="FILE", help="also write the findings to this file")
     options, rest = parser.parse_known_args(argv)
 
     if options.json is not None and (problem := file_problem(options.json)):
@@ -79,9 +83,10 @@ def examine(rest: list[str], options: argparse.Namespace, findings: list[Finding
     from arguments import parse_train_args
 
     nproc = options.nproc_per_node
-    if nproc is not None and nproc < 1:
+    if nproc is not None and not 1 <= nproc <= MOST_RANKS:
         raise ValueError(
-            f"--nproc_per_node {nproc}: expected at least 1; leave it out for as many as there are GPUs for"
+            f"--nproc_per_node {nproc}: expected at least 1, at most {MOST_RANKS:_}; leave it out for as many as there "
+            "are GPUs for"
         )
     run = PlannedRun(parse_train_args(rest), nproc, options.collectives)
     findings = findings + shown(check_imports())
@@ -104,7 +109,7 @@ def all_findings(run: PlannedRun) -> Iterator[Finding]:
 
 def all_checks() -> dict[str, Check]:
     """Returns the checks by name, the cheap ones first. They are imported only here, after their packages."""
-    from preflight.checks import links, loss, machine, models, storage, text
+    from preflight.checks import links, loss, machine, models, storage, text, weights
 
     return {
         "optional packages": check_optional_packages,
@@ -120,6 +125,8 @@ def all_checks() -> dict[str, Check]:
         "--resume": models.check_resume,
         "models": models.check_model_files,
         "configs": models.check_configs,
+        "weights": weights.check_finite,
+        "teacher's logits": weights.check_logits,
         "tokenizer": models.check_tokens,
         "special tokens": models.check_special_tokens,
         "disk": storage.check_disk,

@@ -36,7 +36,7 @@ from evaluation.pieces import Piece, assemble, pieces_of, share_out
 from evaluation.progress import Progress
 from evaluation.report import report_results
 from evaluation.scoring import Scorer
-from processes.ranks import Ranks, is_main_rank, process_groups
+from processes.ranks import Ranks, check_launch, is_main_rank, process_groups
 from utils import setup_logging
 
 logger = logging.getLogger("train")
@@ -47,6 +47,7 @@ AGREEMENT_TIMEOUT = timedelta(days=7)  # of collectives: a rank that is done may
 def main(args: EvalArguments | None = None) -> None:
     """Checks everything, then scores the models. args: the command line's if not given."""
     args = args or parse_eval_args()
+    check_launch()
     setup_logging(None, is_main_rank())
     inputs = check_inputs(args)
     with process_groups(inputs.device, AGREEMENT_TIMEOUT) as ranks:

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from paths import expanded_path
 from processes.exits import run_entry
 from utils import write_whole
 
@@ -20,10 +21,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Draw one page, and PNG files, of one or several training runs.", allow_abbrev=False
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="--output_dir of a training run")
+    parser.add_argument(
+        "run_dirs", nargs="+", type=expanded_path, metavar="RUN_DIR", help="--output_dir of a training run"
+    )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=expanded_path,
         help="HTML file to write or replace (default: report/index.html in RUN_DIR; for several, "
         "report/comparison/index.html in the first)",
     )

@@ -30,6 +30,7 @@ from checkpointing.resume import Resume
 from checkpointing.saver import NoSaver, Saver
 from checkpointing.state import RunState, random_state
 from data import CachedLoader, build_dataloader
+from distillation.first_answer import check_first_answer
 from distillation.models import Models, check_models, load_models
 from distillation.teacher import ask_ahead
 from inputs.option_files import as_yaml
@@ -41,7 +42,7 @@ from monitoring.warnings_file import recording_warnings
 from monitoring.watchers import Watchers, build_watchers
 from preflight.plan_report import print_plan
 from processes.devices import check_compiler, choose_devices
-from processes.ranks import is_main_rank, launched_rank, launched_world_size, process_groups
+from processes.ranks import check_launch, is_main_rank, launched_rank, launched_world_size, process_groups
 from text.batch import Batch
 from text.stream_loader import StreamingLoader
 from training_utils import DistillationModel, Job, Learner, Meter, build_learner, settle_buckets, to_device
@@ -64,6 +65,7 @@ def main(args: TrainArguments | None = None) -> int:
     exit code.
     """
     args = args or parse_train_args()
+    check_launch()
     setup_logging(args.log_file, is_main_rank())
     if args.dry_run:
         return print_plan(args) if is_main_rank() else 0
@@ -73,7 +75,7 @@ def main(args: TrainArguments | None = None) -> int:
         checked = check(args)
         with contextlib.ExitStack() as stack:
             if is_main_rank():
-                stop.count_from(stack.enter_context(run_folder.taken(args, checked.resume.checkpoint)))
+                stop.count_from(stack.enter_context(run_folder.taken(args, checked.resume.resumed)))
             ranks = stack.enter_context(process_groups(checked.device))
             warnings.write_to(Path(args.output_dir))
             return run(Job(args, ranks, stop), checked)
@@ -115,12 +117,15 @@ def run(job: Job, checked: Checked) -> int:
     total_steps = count_steps(args, loader, 0 if resume.checkpoint is None else state.step)
     if state.step >= total_steps:
         return ending(job, state, total_steps)
+    if has_diverged(args, state):  # why it stopped: it may skip as many again
+        state = dataclasses.replace(state, bad_in_a_row=0)
     batches = first_n(loader, (total_steps - state.step) * args.grad_accumulation_steps)
 
     # 2. The student takes over the teacher's layers, or is the hybrid of the checkpoint.
     if resume.checkpoint is not None:
-        models = models._replace(student=str(resume.checkpoint))
+        models = models._replace(student=str(resume.checkpoint), student_flag="--resume")
     student, head, lane = load_models(args, models, ranks, checked.teacher_device)
+    check_first_answer(args.teacher_model, lane, head, batches.peek(), ranks)
     adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
     model = DistillationModel(student, head, models.vocab, args, state.loss_chunk_tokens)
@@ -128,6 +133,7 @@ def run(job: Job, checked: Checked) -> int:
     resume.restore(learner, ranks)
 
     # 3. and 4. Learn from text and teacher, log, save.
+    run_folder.check_file_limit(Path(args.output_dir), student, ranks.world_size)
     if ranks.is_main:
         run_folder.check_space(args, student, (total_steps - state.step) * args.grad_accumulation_steps)
         run_folder.save_options(
@@ -166,9 +172,9 @@ def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader, do
 
 def first_n(loader: CachedLoader | StreamingLoader, n: int) -> TimedIterator[Batch]:
     """Returns the loader's first n batches, of which it draws one at once, and never one more than is trained."""
-    batches = iter(loader)
-    first = next(batches, None)
-    return TimedIterator(itertools.islice(batches if first is None else itertools.chain([first], batches), n))
+    batches = TimedIterator(itertools.islice(loader, n))
+    batches.peek()
+    return batches
 
 
 def begin(job: Job, learner: Learner, state: RunState, saver: Saver | NoSaver) -> RunState:
@@ -224,24 +230,47 @@ def has_diverged(args: TrainArguments, state: RunState) -> bool:
     return state.bad_in_a_row >= args.max_bad_steps
 
 
+class Ending(NamedTuple):
+    """Says how a run ended: the status of status.json, the exit code, and the words of the log."""
+
+    status: str
+    code: int
+    text: str
+
+
+def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stopped_by: int) -> Ending:
+    """Returns how a run ended that stands at `state`. stopped_by: an index into REASONS, 0 if nobody asked it to stop.
+
+    A run that was not stopped before its end is complete only if an update was applied at all, and the last one was:
+    of a run that ends while it skips updates, nobody knows whether the next could have been applied.
+    """
+    done, bad = f"step {state.step} of {total_steps}", state.bad_in_a_row
+    is_at_end, gave_up = state.step >= total_steps, has_diverged(args, state)
+    if stopped_by and not is_at_end and not gave_up:
+        text = f"stopped by {REASONS[stopped_by]} at {done}; resume with --resume auto"
+        return Ending("stopped", EXIT_STOPPED, text)
+    applied_none = 0 < state.step == state.skipped_updates
+    if bad or applied_none:
+        which = f"{bad} updates in a row were skipped" if gave_up else f"the last {bad} update(s) were skipped"
+        if applied_none:
+            which = f"all {state.step} update(s) were skipped"
+        again = "resume with --resume auto" if gave_up and not is_at_end else "start again from an earlier checkpoint"
+        text = (
+            f"{which}, their loss or gradient was not finite: the run diverged. Weights and optimizer are those before "
+            f"them; lower --max_lr, or look at the windows named above, and {again}"
+        )
+        return Ending("diverged", EXIT_DIVERGED, text)
+    if is_at_end:
+        return Ending("complete", 0, f"complete: {state.step} of {total_steps} optimizer steps")
+    return Ending("complete", 0, f"the data ended at {done}, before the learning rate had decayed")
+
+
 def ending(job: Job, state: RunState, total_steps: int) -> int:
     """Says how the run ended, in the log and in status.json. Returns the exit code."""
-    status, code, text = "complete", 0, f"complete: {state.step} of {total_steps} optimizer steps"
-    if has_diverged(job.args, state):
-        status, code = "diverged", EXIT_DIVERGED
-        text = (
-            f"{state.bad_in_a_row} updates in a row were skipped, their loss or gradient was not finite: the run "
-            "diverged. Weights and optimizer are those before them; lower --max_lr, or look at the windows named "
-            "above, and resume with --resume auto"
-        )
-    elif state.step < total_steps and job.stop.agreed:
-        status, code = "stopped", EXIT_STOPPED
-        reason = REASONS[job.stop.agreed]
-        text = f"stopped by {reason} at step {state.step} of {total_steps}; resume with --resume auto"
-    elif state.step < total_steps:
-        text = f"the data ended at step {state.step} of {total_steps}, before the learning rate had decayed"
+    status, code, text = how_it_ended(job.args, state, total_steps, job.stop.agreed)
     if job.ranks.is_main:
-        logger.log(logging.INFO if state.step >= total_steps else logging.WARNING, text)
+        is_well = code == 0 and state.step >= total_steps
+        logger.log(logging.INFO if is_well else logging.WARNING, text)
         folder = Path(job.args.output_dir)
         run_folder.write_status(folder, status, code, micro_step=state.micro_step, text=text)
     return code

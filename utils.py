@@ -1,8 +1,7 @@
-"""The logger, files, threads and clocks that everything else uses. Imports nothing of ours, and torch only where it is
-needed.
-"""
+"""The logger, files, threads and clocks that everything else uses. Imports torch only where it is needed."""
 
 import fcntl
+import itertools
 import logging
 import math
 import os
@@ -17,6 +16,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from appended_file import LogFile
+
 logger = logging.getLogger("train")
 
 T = TypeVar("T")
@@ -29,11 +30,10 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     formatter = logging.Formatter("[%(name)s] %(message)s")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [Screen(sys.stderr)]
     if log_file and is_main:
         try:
-            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(log_file))
+            handlers.append(LogFile(Path(log_file)))
         except OSError as error:
             raise ValueError(f"--log_file {log_file}: cannot be written ({error.strerror}); name another") from error
     for name in ("train", "llamba"):
@@ -44,6 +44,16 @@ def setup_logging(log_file: str | None, is_main: bool) -> None:
         for handler in handlers:
             handler.setFormatter(formatter)
             log.addHandler(handler)
+
+
+class Screen(logging.StreamHandler):
+    """Writes lines to standard error, and nothing about a line that it does not take: a terminal that is gone or a full
+    disk behind it ends no run.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def describe_environment() -> str:
@@ -63,13 +73,17 @@ def describe_environment() -> str:
     return " | ".join(parts)
 
 
+class TakenError(ValueError):
+    """Says that another process has locked a directory."""
+
+
 def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     """Creates the directory and locks it for this process, until the lock is closed. Raises ValueError if it cannot be
-    written or another run holds it.
+    written, TakenError if another run holds it.
     """
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        lock = (Path(directory) / ".lock").open("w")
+        lock = _open_lock(flag, Path(directory) / ".lock")
     except OSError as error:
         raise ValueError(
             f"{flag} {directory}: cannot be written ({error.strerror}); choose a directory of your own"
@@ -77,17 +91,27 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(
+        raise TakenError(
             f"{flag} {directory}: another run is writing there; wait for its end, or choose another directory"
         ) from error
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s %s cannot be locked (%s): start no second run there", flag, directory, error.strerror)
+    lock.truncate(0)  # only now: until then it may be another run's
     return lock
+
+
+def _open_lock(flag: str, file: Path) -> IO[str]:
+    """Opens a lock file, made if missing. Raises ValueError for a link, and whatever else a run does not make."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise ValueError(f"{flag} {file.parent}: {file.name} in it is no plain file but a link or the like; remove it")
+    # O_NOFOLLOW: a link may have been made since.
+    return os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes the whole file or nothing of it, even if the power fails."""
     temporary = path.with_name(f".{os.getpid()}.partial")
+    temporary.unlink(missing_ok=True)  # it may be a link to another file
     try:
         temporary.write_bytes(content)
         flush_to_disk(temporary)
@@ -162,6 +186,14 @@ class BackgroundThread:
             del item, future, job  # they hold an answer, which may be large, until the next job comes
 
 
+def in_background(name: str, job: Callable[[], T]) -> "Future[T]":
+    """Runs one job in a thread of its own, which ends with the process."""
+    thread = BackgroundThread(name)
+    result = thread.submit(job)
+    thread.jobs.put(None)
+    return result
+
+
 class Stopwatch:
     """Measures the seconds since it was made or last read."""
 
@@ -178,7 +210,7 @@ class TimedIterator(Iterator[T]):
     """Yields another iterator's items and counts the seconds that the caller waits for them."""
 
     def __init__(self, items: Iterable[T]) -> None:
-        self.items = iter(items)
+        self.items: Iterator[T] = iter(items)
         self.seconds = 0.0
 
     def __next__(self) -> T:
@@ -187,6 +219,13 @@ class TimedIterator(Iterator[T]):
             return next(self.items)
         finally:
             self.seconds += time.perf_counter() - start
+
+    def peek(self) -> T | None:
+        """Returns the next item without taking it, or None at the end. Nobody counts as waiting for it."""
+        first = next(self.items, None)
+        if first is not None:
+            self.items = itertools.chain([first], self.items)
+        return first
 
     def take(self) -> float:
         """Returns the seconds waited since the last call."""

@@ -173,7 +173,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
         teachers.append(build(shapes.teacher, dtype, place).eval().requires_grad_(False))
         return teachers[-1]
 
-    def make_student(name: str, dtype: torch.dtype, place: torch.device) -> PreTrainedModel:
+    def make_student(name: str, dtype: torch.dtype, place: torch.device, flag: str) -> PreTrainedModel:
         return build(shapes.student, dtype, place)
 
     def run(ranks: Ranks) -> None:  # a function, so that what uses the process groups is freed before them

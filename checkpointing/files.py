@@ -1,5 +1,5 @@
 """What a checkpoint is on disk: a folder `checkpoint-<micro step>` that every rank writes a part of and that appears
-whole or not at all; how to write, check and read one; which ones to delete.
+whole or not at all; how to write, check and read one.
 
 A part is a rank's share of the weights and its shard of the optimizer. The hashes of all files, SHA256SUMS, come last
 (`sha256sum -c SHA256SUMS` reads them). Everything is safetensors or JSON: reading a checkpoint runs no code.
@@ -7,9 +7,10 @@ A part is a rank's share of the weights and its shard of the optimizer. The hash
 
 import hashlib
 import json
-import logging
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from checkpointing.write_errors import only_logged
 from llamba import LlambaForCausalLM
 from utils import flush_to_disk
-
-logger = logging.getLogger("train")
 
 STATE_FILE = "training_state.json"
 SUMS_FILE = "SHA256SUMS"
@@ -73,12 +73,23 @@ def write_part(
     folder: Path, rank: int, world_size: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], position: Any
 ) -> None:
     """Writes a rank's files and their hashes, and flushes them to the disk. position: in its data, as JSON."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name(rank, world_size) for name in (model_file, optimizer_file, data_file)]
-    save_file({name: tensor.cpu() for name, tensor in weights.items()}, files[0], metadata={"format": "pt"})
-    save_file({name: tensor.cpu() for name, tensor in optimizer.items()}, files[1])
+    _write_tensors(files[0], weights, {"format": "pt"})
+    _write_tensors(files[1], optimizer)
     files[2].write_text(json.dumps(position) + "\n")
     _write_sums(folder / f".sums-{rank}", files)
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions of any other new file. safetensors renames a temporary one, which
+    its owner alone can read, whatever the umask and the folder say.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata=metadata)
+    if file.stat().st_mode != mode:
+        file.chmod(stat.S_IMODE(mode))
 
 
 def write_common(
@@ -91,7 +102,7 @@ def write_common(
     """Writes what one rank writes for all: configuration, tokenizer, the state of the run (JSON), and the index of
     which file has which weights. shares: from `deal_weights`.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     student.config.save_pretrained(folder)
     student.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -120,16 +131,24 @@ def publish(partial: Path, output_dir: Path, micro_step: int) -> Path:
     for path in (partial / SUMS_FILE, partial):
         flush_to_disk(path)
     partial.rename(final)
-    flush_to_disk(output_dir)
+    with only_logged(f"{final} may not survive a loss of power"):
+        flush_to_disk(output_dir)
     return final
 
 
-def point_latest_to(checkpoint: Path) -> None:
-    """Points the link `latest` beside it to the checkpoint, atomically."""
-    pointer = checkpoint.with_name(".latest")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(checkpoint.name)
-    pointer.replace(checkpoint.with_name("latest"))
+def try_writing(folder: Path) -> None:
+    """Writes a checkpoint of one number into the folder, reads and renames it, and deletes it again. Raises OSError or
+    SafetensorError where a save would fail too, except for want of room.
+    """
+    trial = Path(tempfile.mkdtemp(prefix=".partial-checkpoint-trial-", dir=folder))
+    try:
+        write_part(trial / "part", 0, 1, {"number": torch.zeros(1)}, {}, None)
+        with safe_open(trial / "part" / model_file(0, 1), "pt"):
+            pass
+        flush_to_disk(trial / "part")
+        (trial / "part").rename(trial / "checkpoint")
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def _write_sums(sums: Path, files: Iterable[Path]) -> None:
@@ -225,37 +244,24 @@ def open_optimizer(checkpoint: Path, world_size: int) -> dict[str, Any]:
     return {name: file for file in files for name in list(file.keys())}
 
 
-# --- housekeeping --------------------------------------------------------------------------------------------
-
-
-def remove_partial(output_dir: Path) -> None:
-    """Removes what unfinished saves have left, and checkpoints whose deletion was interrupted."""
-    for path in (*output_dir.glob(".partial-checkpoint-*"), *output_dir.glob(".deleted-checkpoint-*")):
-        shutil.rmtree(path)
-
-
-def keep_newest(output_dir: Path, limit: int) -> None:
-    """Deletes all but the newest `limit` checkpoints."""
-    for path in find_checkpoints(output_dir)[limit:]:
-        deleted = path.with_name(f".deleted-{path.name}")
-        path.rename(deleted)  # first: half of a checkpoint must not look like one
-        shutil.rmtree(deleted)
-        logger.info("deleted %s: --save_total_limit %d", path, limit)
-
-
-def set_bad_aside(checkpoint: Path, problem: str) -> None:
-    """Renames a bad checkpoint to `bad-...`, out of the way of the one that will take its place."""
-    aside = checkpoint.with_name(f"bad-{checkpoint.name}")
-    n = 1
-    while aside.exists():
-        n += 1
-        aside = checkpoint.with_name(f"bad-{checkpoint.name}-{n}")
-    checkpoint.rename(aside)
-    logger.warning("%s is bad (%s): moved to %s", checkpoint, problem, aside.name)
+# --- size ----------------------------------------------------------------------------------------------------
 
 
 def checkpoint_bytes(student: torch.nn.Module) -> int:
     """Returns the bytes of a whole checkpoint, from the shapes: all weights, masters and moments of what is trained."""
-    weights = sum(p.nbytes for p in student.parameters())
-    trained = [p for p in student.parameters() if p.requires_grad]
-    return weights + sum(p.numel() * 4 * (2 if p.dtype == torch.float32 else 3) for p in trained)
+    return sum(map(sum, _bytes_by_kind(student)))
+
+
+def largest_file(student: torch.nn.Module, world_size: int) -> int:
+    """Returns the bytes that the largest file of a checkpoint has at least: ranks have even shares of whole tensors."""
+    return max(max(*sizes, sum(sizes) // world_size) for sizes in _bytes_by_kind(student))
+
+
+def _bytes_by_kind(student: torch.nn.Module) -> tuple[list[int], list[int]]:
+    """Returns the bytes of each weight, and of the masters and moments of each that is trained."""
+    parameters = list(student.parameters())
+    kinds = [(2 if p.dtype == torch.float32 else 3) for p in parameters]
+    return (
+        [p.nbytes for p in parameters],
+        [p.numel() * 4 * n if p.requires_grad else 0 for p, n in zip(parameters, kinds, strict=True)],
+    )

@@ -1,10 +1,12 @@
 """Chooses the checkpoint that a run resumes from, checks that it is of this run, and restores from it."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from arguments import TrainArguments, free_options, kept_options
+from checkpointing.candidates import FRESH, followed, lone_copy, what_is_there
 from checkpointing.files import (
     SMALL,
     STATE_FILE,
@@ -14,16 +16,14 @@ from checkpointing.files import (
     read_position,
     read_state,
     read_sums,
-    set_bad_aside,
-    step_of,
 )
-from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state
+from checkpointing.housekeeping import LINK, point_latest_to, set_bad_aside
+from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state, versions
+from checkpointing.write_errors import only_logged
 from processes.ranks import Ranks, is_main_rank
 from training_utils import Learner
 
 logger = logging.getLogger("train")
-
-FRESH = "; to take only its weights, start anew with --student_model {0} and another --output_dir"
 
 
 class Resume:
@@ -38,7 +38,10 @@ class Resume:
         """Raises ValueError where nothing good is found, but something bad or of another run."""
         self.args, self.world_size = args, world_size
         self._states: dict[Path, dict[str, Any]] = {}  # of what has passed the quick check
-        self._candidates = self._find()
+        try:
+            self._candidates = self._find()
+        except OSError as error:
+            raise ValueError(f"--resume {args.resume}: cannot be read ({error}); make it readable") from error
         if self._candidates:
             check_same_run(self._candidates[0], self._states[self._candidates[0]], args, world_size)
 
@@ -49,7 +52,12 @@ class Resume:
     @property
     def start(self) -> int:
         """The micro step that the run begins after."""
-        return self.args.resume_step if self.checkpoint is None else step_of(self.checkpoint)
+        return self.args.resume_step if self.resumed is None else self.resumed
+
+    @property
+    def resumed(self) -> int | None:
+        """The micro step of the checkpoint, whatever its folder is named; None for a run that starts anew."""
+        return None if self.checkpoint is None else self._states[self.checkpoint]["micro_step"]
 
     def choose(self, ranks: Ranks) -> None:
         """Settles on the first candidate whose large files are what was written. Those before it are set aside, so
@@ -64,12 +72,20 @@ class Resume:
                 if ranks.is_main:
                     for bad, why in problems.items():
                         set_bad_aside(bad, str(why))
+                    self._set_latest(checkpoint)
                 logger.info("resuming from %s", checkpoint)
+                log_versions(self._states[checkpoint])
                 self._candidates = [checkpoint]
                 return
             problems[checkpoint] = problem
         if problems:
             raise self._nothing_good(problems)
+
+    def _set_latest(self, checkpoint: Path) -> None:
+        """Points `latest` to the run's newest checkpoint: it may be a copy, or lead to one that was set aside."""
+        if checkpoint.resolve().parent == Path(self.args.output_dir).resolve() and checkpoint.name != LINK:
+            with only_logged(f"{checkpoint.parent}/{LINK} cannot be set"):
+                point_latest_to(checkpoint)
 
     def state(self) -> RunState:
         """Returns the counters that the run begins with; position and random state have methods of their own."""
@@ -77,10 +93,7 @@ class Resume:
         if self.checkpoint is None:
             tokens = args.resume_step * self.world_size * args.batch_size * args.seq_length
             return RunState(args.resume_step, args.resume_step // args.grad_accumulation_steps, tokens)
-        counters = {name: self._states[self.checkpoint][name] for name in COUNTERS}
-        if counters["bad_in_a_row"] >= args.max_bad_steps:  # why it stopped: it may skip as many again
-            counters["bad_in_a_row"] = 0
-        return RunState(**counters)
+        return RunState(**{name: self._states[self.checkpoint][name] for name in COUNTERS})
 
     def position(self, rank: int) -> dict[str, Any] | None:
         """Returns this rank's position in the data, as JSON, or None for its start. A cached run's is the same for all
@@ -108,12 +121,14 @@ class Resume:
         if args.resume is None:
             return []
         if args.resume != "auto":
-            checkpoint = Path(args.resume).resolve()  # `latest` is a link
+            checkpoint = followed(Path(args.resume))
             if problem := self._look_at(checkpoint):
-                expected = "expected a whole checkpoint-<micro step> of a run"
-                raise ValueError(f"--resume {args.resume}: {problem}; {expected}")
+                raise ValueError(f"--resume {args.resume}: {problem}")
             return [checkpoint]
-        found = find_checkpoints(Path(args.output_dir))
+        folder = Path(args.output_dir)
+        found = find_checkpoints(folder)
+        if problem := lone_copy(folder, found):
+            raise ValueError(f"--resume auto: {problem}")
         problems = {checkpoint: self._look_at(checkpoint) for checkpoint in found}
         if found and not self._states:
             raise self._nothing_good(problems)
@@ -124,7 +139,7 @@ class Resume:
     def _look_at(self, checkpoint: Path) -> str | None:
         """Reads the state of a checkpoint, or returns what is wrong with it."""
         if not (checkpoint / STATE_FILE).is_file():
-            return f"{checkpoint} has no {STATE_FILE}" + FRESH.format(checkpoint)
+            return what_is_there(checkpoint)
         problem = quick_check(checkpoint)
         if problem is None:
             state = read_state(checkpoint)
@@ -139,8 +154,8 @@ class Resume:
     def _nothing_good(self, problems: dict[Path, str | None]) -> ValueError:
         listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
         return ValueError(
-            f"--resume {self.args.resume}: no good checkpoint in {self.args.output_dir} ({listed}); move the bad ones "
-            "away to start at 0, or name a good one"
+            f"--resume {self.args.resume}: no good checkpoint in {self.args.output_dir} ({listed}); move them away "
+            "to start at 0, or give --resume the path of a good one if you have it elsewhere"
         )
 
 
@@ -155,13 +170,29 @@ def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
     return (problem or "a file is not what was written") if is_bad else None
 
 
+def _is_same(before: Any, now: Any) -> bool:
+    """Returns whether a checkpoint has this value of an option; earlier versions kept `~` in it as it was written."""
+    return before == now or (isinstance(before, str) and before[:1] == "~" and os.path.expanduser(before) == now)
+
+
+def log_versions(state: dict[str, Any]) -> None:
+    """Warns of packages that have another version than they had in the run that wrote this training_state.json."""
+    now, before = versions(), state.get("versions", {})  # which earlier versions of this program did not write
+    changed = [
+        f"{name} {now[name]} (it had {before[name]})" for name in now if before.get(name, now[name]) != now[name]
+    ]
+    if changed and is_main_rank():
+        text = "resuming with another version of %s: what follows may differ in the last bits"
+        logger.warning(text, ", ".join(changed))
+
+
 def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments, world_size: int) -> None:
     """Raises ValueError that lists all options that make it another run than the one that wrote the checkpoint, and
     logs those that may change. state: the checkpoint's training_state.json.
     """
     before: dict[str, Any] = state["arguments"]
     kept = kept_options(args)
-    changed = {name: value for name, value in vars(args).items() if name in before and before[name] != value}
+    changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
     problems = [
         f"--{name} {value}: the run of {checkpoint} has {before[name]}; give the same"
         for name, value in changed.items()

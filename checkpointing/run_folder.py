@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,50 +13,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from arguments import TrainArguments
-from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, remove_partial, set_bad_aside, step_of
+from checkpointing.files import checkpoint_bytes, find_checkpoints, largest_file, quick_check, step_of, try_writing
+from checkpointing.housekeeping import remove_partial, set_bad_aside
+from checkpointing.small_files import check_places
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
-from utils import lock_dir, write_whole
+from utils import TakenError, lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
 
 @contextlib.contextmanager
-def taken(args: TrainArguments, checkpoint: Path | None) -> Iterator[float]:
-    """Takes --output_dir for this run, within the block. Yields when torchrun launched the run, in seconds since the
-    epoch. Raises ValueError if the folder cannot be written, is another run's, or holds results that this run would
-    overwrite; status.json says "refused" for this ValueError and for any that is raised within the block.
+def taken(args: TrainArguments, resumed: int | None) -> Iterator[float]:
+    """Takes --output_dir for this run, within the block. Yields how many seconds ago torchrun launched the run.
+    resumed: micro step of the checkpoint that the run resumes from, if any. Raises ValueError if the folder cannot be
+    written, is another run's, or holds results that this run would overwrite; status.json says "refused" for this
+    ValueError and for any that is raised within the block.
     """
     folder = Path(args.output_dir)
     with explaining_write_errors(folder):
-        lock = prepare_output_dir(args, checkpoint)
-        launched = begin_status(folder)
+        check_places(folder)
+        lock = prepare_output_dir(args, resumed)
+        seconds_ago = begin_status(folder)
     with lock:
         try:
-            yield launched
+            yield seconds_ago
+        except TakenError:  # it was removed meanwhile: its status.json is another run's
+            raise
         except ValueError as error:
             write_status(folder, "refused", 2, text=str(error))
             raise
 
 
-def prepare_output_dir(args: TrainArguments, checkpoint: Path | None) -> IO[str]:
+def prepare_output_dir(args: TrainArguments, resumed: int | None) -> IO[str]:
     """Locks --output_dir, removes what unfinished saves have left, and sets newer checkpoints aside that are bad.
-    checkpoint: what the run resumes from. Returns the lock. Raises ValueError if the folder holds results that this run
-    would overwrite.
+    resumed: micro step of the checkpoint that the run resumes from, if any. Returns the lock. Raises ValueError if the
+    folder holds results that this run would overwrite.
     """
     folder = Path(args.output_dir)
+    check_utf8(folder)
     lock = lock_dir("--output_dir", args.output_dir)
     lock.write(str(time.time_ns()))
     lock.flush()
     remove_partial(folder)
-    start = args.resume_step if checkpoint is None else step_of(checkpoint)
+    start = args.resume_step if resumed is None else resumed
     if args.resume == "auto":
         for newer in find_checkpoints(folder):
             if step_of(newer) > start and (problem := quick_check(newer)):
                 set_bad_aside(newer, problem)
     steps = [step_of(found) for found in find_checkpoints(folder)]
-    is_new = not start and checkpoint is None
+    is_new = not start and resumed is None
     if any(step > start for step in steps) or (steps and is_new):
         lock.close()
         raise ValueError(
@@ -78,14 +88,50 @@ def save_options(folder: Path, options: str) -> None:
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Raises ValueError unless all nodes see the folder that the first rank has taken: every rank writes its part of a
-    checkpoint there.
+    """Raises ValueError unless all nodes see the folder that the first rank has taken, and this rank can write its part
+    of a checkpoint there.
     """
     lock = folder / ".lock"
     if not ranks.all_have(lock.read_bytes() if lock.is_file() else b""):
         raise ValueError(
             f"--output_dir {folder}: not the same folder on all nodes; expected one that they share, for each "
             "rank writes its part of a checkpoint"
+        )
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError unless a checkpoint can be written into the folder. Tries it with a small one, because modes do
+    not show what a file system refuses, and leaves nothing there.
+    """
+    try:
+        try_writing(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"--output_dir {folder}: no checkpoint can be written there ({error}); correct this, or choose another "
+            "directory"
+        ) from error
+
+
+def check_utf8(folder: Path) -> None:
+    """Raises ValueError unless the path is UTF-8: safetensors and tokenizers open no other."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(folder).decode(errors="backslashreplace")
+        raise ValueError(
+            f"--output_dir {shown}: the path has a byte that is not UTF-8, and no checkpoint can be written there; "
+            "rename the folder, or choose another directory"
+        ) from error
+
+
+def check_file_limit(folder: Path, student: LlambaForCausalLM, world_size: int) -> None:
+    """Raises ValueError if this process may not write files as large as those of a checkpoint by `world_size` ranks."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_FSIZE)[0], largest_file(student, world_size)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise ValueError(
+            f"--output_dir {folder}: a checkpoint has files of {needed / 1e9:.3g} GB, but files of this process are "
+            f"limited to {limit / 1e9:.3g} GB; start it after `ulimit -f unlimited`, or with more ranks"
         )
 
 
@@ -155,23 +201,32 @@ def read_status(output_dir: Path) -> dict[str, Any]:
 
 def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
     """Writes status.json: how the run stands (running, complete, stopped, diverged, refused) and its exit code."""
-    partial = output_dir / ".status.json.partial"
+    content = json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n"
     try:
-        partial.write_text(json.dumps({"status": status, "exit_code": code, **more}, indent=2) + "\n")
-        partial.replace(output_dir / "status.json")
+        write_whole(output_dir / "status.json", content.encode())
     except OSError as error:  # the run itself is more important
         logger.warning("status.json cannot be written (%s)", error.strerror)
 
 
 def begin_status(output_dir: Path) -> float:
     """Writes status.json with "running", which stays if the run is killed, and with the pid to signal: the other ranks
-    stop with this one. Returns when torchrun launched the run, in seconds since the epoch; its restarts keep that time.
+    stop with this one. Returns how many seconds ago torchrun launched the run; its restarts keep that time.
     """
-    launched = time.time()
-    if _restarts():
-        launched = read_status(output_dir).get("launched", launched)
-    write_status(output_dir, "running", 0, launched=launched, pid=os.getpid())
-    return launched
+    now = {"launched": time.time(), "boot": boot_id(), "launched_since_boot": time.monotonic()}
+    before = read_status(output_dir) if _restarts() else {}
+    launched = {name: before.get(name, now[name]) for name in now}
+    write_status(output_dir, "running", 0, **launched, pid=os.getpid())
+    # The wall clock may jump. Only on another machine there is nothing better.
+    clock = "launched_since_boot" if launched["boot"] == now["boot"] else "launched"
+    return max(0.0, now[clock] - launched[clock])
+
+
+def boot_id() -> str:
+    """Returns what the kernel chose at random when the machine was booted, or nothing where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _restarts() -> int:

@@ -1,6 +1,6 @@
 """Saves checkpoints in the background: each rank copies what will change to the host, and a thread writes its part of
 the checkpoint while training continues. Between micro steps the ranks agree when all parts are there, in a collective
-that they pass through anyway. A save that fails on any rank is dropped on all, logged, and tried again.
+that they pass through anyway. A save that fails on any rank is dropped on all, logged once, and tried again.
 """
 
 import functools
@@ -16,26 +16,22 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from checkpointing.files import (
-    deal_weights,
-    keep_newest,
-    partial_dir,
-    point_latest_to,
-    publish,
-    write_common,
-    write_part,
-)
+from checkpointing.files import deal_weights, partial_dir, publish, write_common, write_part
+from checkpointing.housekeeping import LINK, keep_newest, point_latest_to
 from checkpointing.state import RunState, shard_tensors
+from checkpointing.write_errors import may_pass, only_logged
 from llamba import LlambaForCausalLM
 from processes.exits import StopRequest
 from processes.ranks import Ranks
-from utils import BackgroundThread, Stopwatch
+from text.token_check import DamagedTokens
+from utils import BackgroundThread, Stopwatch, format_duration
 
 logger = logging.getLogger("train")
 
 LONGEST_WAIT = 64  # optimizer steps from a failed save to the next try
 LAST_TRIES = 5  # at the end of a run, 1, 2, 4, ... seconds apart, before it obeys a request to stop
-ROOM_WAIT_S = 6 * 3600.0  # for room to be made, at the end of a run that nobody asked to stop
+# At the end of a run that nobody asked to stop: for room to be made, and for what no room cures, such as a permission.
+ROOM_WAIT_S, REPAIR_WAIT_S = 6 * 3600.0, 600.0
 
 
 class Saver:
@@ -61,6 +57,8 @@ class Saver:
         self.pending: Future | None = None  # of this rank: its part, or the publishing
         self.publishing = False
         self.failures = 0  # in a row
+        self.lasts = False  # whether the last failure was of a kind that lasts until its cause is corrected
+        self.is_last = False  # whether the run has ended, and only its last state has to be saved
         self.retry_at = 0  # optimizer step
         self.stopwatch = Stopwatch()
 
@@ -97,16 +95,22 @@ class Saver:
             self._wait()
 
     def status(self) -> tuple[int, int]:
-        """Returns whether this rank is busy with its part of the save, and whether that has failed."""
+        """Returns whether this rank is busy with its part of the save, and whether that has failed: 1 for a reason that
+        may pass, 2 for one that lasts until somebody corrects it.
+        """
         if self.pending is None or not self.pending.done():
             return int(self.pending is not None), 0
-        return 0, int(self.pending.exception() is not None)
+        error = self.pending.exception()
+        return 0, 0 if error is None else 1 if may_pass(error) else 2
 
     def advance(self, busy: int, failed: int) -> None:
-        """Advances the save by what all ranks agree on, the maximum of their `status`; the same happens on all."""
+        """Advances the save by what all ranks agree on, the maximum of their `status`; the same happens on all. Raises
+        ValueError, on rank 0, if the first checkpoint of a new run cannot be written for a reason that lasts.
+        """
         if self.saving is None or busy:
             return
         if failed:
+            self.lasts = failed == 2
             self._give_up(self.saving)
         elif not self.publishing:
             self.publishing = True
@@ -116,23 +120,25 @@ class Saver:
             self.publishing, self.failures = False, 0
 
     def finish(self, state: RunState, stop: StopRequest) -> None:
-        """Completes the save under way and saves the last state. If that fails, waits for room on the disk, because the
-        last steps exist in memory only. Raises OSError when it gives up.
+        """Completes the save under way and saves the last state, which exists in memory only. If that fails, waits for
+        room on the disk, or less long for what lasts. Raises OSError when it gives up.
         """
         began, n = time.monotonic(), 0
-        while self._reached != state.micro_step or self.saving is not None:
+        self.is_last = True
+        self._wait()
+        while self.saved != state.micro_step:
             self.save(state)
             self._wait()
             if self.saved == state.micro_step:
                 break
             n += 1
-            (enough,) = self.ranks.maximum(int(stop.code > 0 or time.monotonic() - began > ROOM_WAIT_S))
+            late = time.monotonic() - began > (REPAIR_WAIT_S if self.lasts else ROOM_WAIT_S)
+            (enough,) = self.ranks.maximum(int(stop.code > 0 or late))
             if enough and n >= LAST_TRIES:
                 raise OSError(
-                    f"--output_dir {self.output_dir}: the last state could not be saved in {n} tries (see above); the "
-                    f"newest checkpoint is that of micro step {self.saved}"
+                    f"--output_dir {self.output_dir}: the last state could not be saved in {n} tries (see above); "
+                    f"{self._newest}"
                 )
-            logger.warning("the run has ended, and waits for room to save its last state in %s", self.output_dir)
             time.sleep(min(2 ** (n - 1), 60))
         self.thread.close()
 
@@ -173,31 +179,41 @@ class Saver:
         assert self.saving is not None
         path = publish(self._partial(self.saving), self.output_dir, self.saving.micro_step)
         logger.info("saved %s, %.1f s after it was begun", path, self.stopwatch.lap())
-        try:
+        with only_logged(f"{self.output_dir}/{LINK} cannot be set"):
             point_latest_to(path)
-            if self.args.save_total_limit is not None:
+        if self.args.save_total_limit is not None:
+            with only_logged(f"{self.output_dir}: old checkpoints cannot be deleted"):
                 keep_newest(self.output_dir, self.args.save_total_limit)
-        except OSError as error:  # the checkpoint is there all the same
-            logger.warning("after saving %s: %s", path, error)
 
     def _give_up(self, state: RunState) -> None:
-        partial = self._partial(state)
+        """Drops the save of this state on all ranks; rank 0 says why. Raises DamagedTokens: no other try cures that."""
+        partial, error = self._partial(state), self.pending and self.pending.exception()
+        if isinstance(error, DamagedTokens):
+            raise error
         self.failures += 1
         self.retry_at = state.step + min(2**self.failures, LONGEST_WAIT)
-        if self.pending is not None and (error := self.pending.exception()) is not None:
-            logger.warning(
-                "checkpoint of micro step %d could not be written (%s: %s); training continues and the save is "
-                "repeated at step %d. Its newest checkpoint is that of micro step %d; make room, or make %s writable",
-                state.micro_step,
-                type(error).__name__,
-                error,
-                self.retry_at,
-                self.saved,
-                self.output_dir,
-            )
-        if self.ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+
         self.saving, self.pending, self.publishing = None, None, False
+        reasons = self.ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if not self.ranks.is_main:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+        problem = f"checkpoint of micro step {state.micro_step} could not be written by rank {rank} ({reason})"
+        if self.lasts and state.micro_step == 0:  # nothing is lost yet
+            raise ValueError(f"--output_dir {self.output_dir}: {problem}; correct this, or choose another directory")
+        logger.warning("%s; %s; %s", problem, self._what_next(), self._newest)
+
+    def _what_next(self) -> str:
+        cure = "correct this" if self.lasts else "make room, if the disk is full"
+        if not self.is_last:
+            return f"training continues and the save is repeated at step {self.retry_at}: {cure}"
+        patience = format_duration(REPAIR_WAIT_S if self.lasts else ROOM_WAIT_S)
+        return f"the run has ended, and waits up to {patience} to save its last state: {cure}"
+
+    @property
+    def _newest(self) -> str:
+        return "it has no checkpoint" if self.saved < 0 else f"its newest checkpoint is that of micro step {self.saved}"
 
 
 class NoSaver:

@@ -3,6 +3,9 @@ position in the data, random state, and each rank's shard of the optimizer.
 """
 
 import dataclasses
+import functools
+import importlib.metadata
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +56,15 @@ class RunState:
     def to_json(self, args: TrainArguments, world_size: int) -> dict[str, Any]:
         """Returns training_state.json: what is the same on all ranks. Position and random state are each rank's own."""
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return {"format": FORMAT, **counters, "world_size": world_size, "arguments": dataclasses.asdict(args)}
+        about = {"world_size": world_size, "versions": versions(), "arguments": dataclasses.asdict(args)}
+        return {"format": FORMAT, **counters, **about}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Returns the versions of what decides a run's numbers and its place in the data."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "datasets")}
+    return {"python": platform.python_version(), **packages}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -27,12 +27,15 @@ from text.encoding import check_tokenizer
 
 
 class Models(NamedTuple):
-    """Holds the paths of both models, the size of their shared vocabulary, and the tokenizer."""
+    """Holds the paths of both models, the size of their shared vocabulary, the tokenizer, and the option that gave the
+    student.
+    """
 
     teacher: str
     student: str
     vocab: int  # entries that both vocabularies have
     tokenizer: PreTrainedTokenizerBase
+    student_flag: str = "--student_model"
 
 
 def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
@@ -66,7 +69,7 @@ def load_models(
     rank 0 reads them for the replaced layers.
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
-    student = get_student_model(models.student, dtype, ranks.device)
+    student = get_student_model(models.student, dtype, ranks.device, models.student_flag)
     takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
     place = torch.device("meta")
     if runs_teacher and (ranks.owns_teacher or args.teacher_placement == "colocated"):

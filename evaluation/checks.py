@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
 from evaluation import mmlu, mmlu_files
-from evaluation.held_out import read_windows
+from evaluation.held_out import check_not_trained_on_by, read_windows
 from evaluation.lengths import check_max_length, check_memory, check_retrieval
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
@@ -79,7 +79,8 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
     windows = None
     if teacher:
         attempt(check_max_length, args, max_length, _limited_readers(models, sources))
-        windows = attempt(_read_held_out, args, tokenizer, max_length, teacher.config) if args.held_out else None
+        readers = (tokenizer, max_length, teacher.config, trained)
+        windows = attempt(_read_held_out, args, *readers) if args.held_out else None
         if args.retrieval:
             attempt(check_retrieval, args, tokenizer, max_length)
     if args.tasks:
@@ -186,7 +187,11 @@ def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
 
 
 def _read_held_out(
-    args: EvalArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, teacher: PretrainedConfig
+    args: EvalArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    teacher: PretrainedConfig,
+    trained: ModelSource | None,
 ) -> Tensor:
     longest = min(max_length, context_length(teacher) or max_length)  # the teacher reads the windows in any case
     if args.held_out_seq_length > longest:
@@ -194,7 +199,10 @@ def _read_held_out(
             f"--held_out_seq_length {args.held_out_seq_length}: expected at most {longest}, the "
             "teacher's context or --max_length"
         )
-    windows = read_windows(TextSource.for_eval_script(args), tokenizer, args.held_out_windows, args.held_out_seq_length)
+    source = TextSource.for_eval_script(args)
+    if trained is not None:
+        check_not_trained_on_by(Path(trained.path), source, "--ckpt")
+    windows = read_windows(source, tokenizer, args.held_out_windows, args.held_out_seq_length)
     check_memory(args, windows, teacher)
     return windows
 

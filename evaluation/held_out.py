@@ -4,10 +4,11 @@ cross entropy, KL and agreement with the teacher over their tokens. Sums over se
 Shapes: n windows of S + 1 tokens, N tokens, D and D_t hidden sizes, V_s and V_t columns of the heads.
 """
 
-import functools
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,8 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillation.fused_loss import choose_chunk_tokens
 from distillation.losses import LossInputs, mask_unknown_labels, shared_vocab
+from llamba.export import STATE_FILE
 from text.encoding import Encoder, blocks, text_batches
-from text.opening import explain_fault, open_source, open_stream, open_table
+from text.faults import Faults
+from text.opening import open_source, open_stream, open_table
+from text.overlap import TrainedOn, check_not_trained_on
 from text.sources import TextSource, network_forbidden
 from text.stream import TextStream
 
@@ -64,10 +68,32 @@ def _texts(source: TextSource) -> Iterator[str]:
         seed=0,
         rank=0,
         world_size=1,
-        explain=functools.partial(explain_fault, opened=opened, source=source),
+        explain=Faults(opened, source),
     )
     for _, texts in stream.batches(epoch=0):
         yield from texts
+
+
+def check_not_trained_on_by(checkpoint: Path, source: TextSource, flag: str) -> None:
+    """Raises ValueError if the run that wrote a checkpoint was trained on rows of `source`. Where that cannot be known,
+    because its text is not on this machine, the log says so. flag: what names the checkpoint.
+    """
+    try:
+        options = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["arguments"]
+        training = TextSource(
+            options["dataset_name"],
+            options["dataset_subset"],
+            options["dataset_split"],
+            options["dataset_revision"],
+            options["dataset_text_field"],
+            streaming=options["dataset_streaming"],
+            local_files_only=source.local_files_only,
+        )
+        check_not_trained_on(source, training, f"the run of {flag} {checkpoint}")
+    except TrainedOn:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.info("whether %s %s was trained on %s is not known: %s", flag, checkpoint, source.name, error)
 
 
 # --- the figures ---------------------------------------------------------------------------------------------

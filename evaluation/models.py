@@ -22,7 +22,8 @@ def load_model(name: str, args: EvalArguments, inputs: CheckedInputs) -> PreTrai
         check_unchanged(needed, inputs)
     if name == "teacher":
         return get_teacher_model(source.path, dtype, inputs.device)
-    student = get_student_model(source.path, dtype, inputs.device)
+    flag = "--ckpt" if name == "hybrid_ft" else "--student_model"
+    student = get_student_model(source.path, dtype, inputs.device, flag)
     if name == "hybrid":
         assert source.layers is not None
         # The teacher is loaded into main memory, so that the device has to hold the student alone.

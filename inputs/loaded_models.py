@@ -37,7 +37,7 @@ def check_weights(flag: str, name: str, model: PreTrainedModel) -> None:
     """
     folder = folder_of(name)
     if folder is not None and not Path(name).is_dir():
-        check_stored_dtypes(flag, name, folder, (weight for weight, _ in model.named_parameters()))
+        check_stored_dtypes(flag, name, folder, [weight for weight, _ in model.named_parameters()])
     for weight, parameter in model.named_parameters():
         low, high = (value.item() for value in parameter.detach().aminmax())  # both NaN if any value is
         if not math.isfinite(low) or not math.isfinite(high):

@@ -4,7 +4,7 @@ that is damaged or lies raises one ValueError that names it, rather than a crash
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,10 @@ def stored_dtypes(flag: str, name: str, file: Path) -> dict[str, str]:
         return {key: dtype_name(str(tensor.dtype)) for key, tensor in tensors.items()}
 
 
-def check_stored_dtypes(flag: str, name: str, folder: Path, parameters: Iterable[str]) -> None:
+def check_stored_dtypes(flag: str, name: str, folder: Path, parameters: Collection[str]) -> None:
     """Raises ValueError if weight files in `folder` hold quantised weights: transformers would take integers for
     weights. parameters: names of the model's.
     """
-    parameters = list(parameters)
     for file in weight_files(flag, name, folder):
         if file.is_file():
             dtypes = stored_dtypes(flag, name, file)
@@ -111,7 +110,7 @@ def read_config(flag: str, name: str, path: str) -> PretrainedConfig:
         if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
             raise ValueError(f"{config.num_hidden_layers} layers; expected 1 to {MOST_LAYERS}")
     with one_line(f"{flag} {name}: its config.json describes no model that can be built"):
-        sizes = _parameter_sizes(config)
+        sizes = parameter_sizes(config)
     if Path(path).is_dir():
         _check_size_on_disk(flag, name, Path(path), sum(sizes.values()))
         check_stored_dtypes(flag, name, Path(path), sizes)
@@ -137,7 +136,7 @@ def _check_size_on_disk(flag: str, name: str, folder: Path, n_parameters: int) -
         )
 
 
-def _parameter_sizes(config: PretrainedConfig) -> dict[str, int]:
+def parameter_sizes(config: PretrainedConfig) -> dict[str, int]:
     """Returns how many values each parameter of a config's model has, by its name; the model is built on the meta
     device. Raises ValueError if one is empty.
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from inputs.option_files import parse_content, read_config_file
-from inputs.options import make_parser, options_of
+from inputs.options import StrictParser, make_parser
+from inputs.value_types import some_text
+from paths import expanded
 
 PRESETS = Path(__file__).parents[1] / "presets"
 # What belongs to one data set: another data set replaces all of it.
@@ -27,7 +29,7 @@ def option_values(cls: Any, section: str, description: str, argv: list[str] | No
     preset = preset_values(first.preset or str(content.get("preset", cls.preset)), cls, section)
     parser = make_parser(cls, description, preset)
     on_line = vars(parser.parse_args(argv))
-    in_file = parse_content(first.config, content, parser, cls)
+    in_file = parse_content(f"--config {first.config}", content, parser, cls)
     given = {**in_file, **on_line}
     if not given.get("eval_interval", preset.get("eval_interval")):
         preset = _without(preset, *OF_HELD_OUT_TEXT)  # no evaluation would use it
@@ -36,9 +38,9 @@ def option_values(cls: Any, section: str, description: str, argv: list[str] | No
 
 def _preset_and_config(argv: list[str] | None) -> argparse.Namespace:
     """Returns --preset and --config, on which the values of all other options depend."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", nargs="?")  # the real parser reports a missing value
-    parser.add_argument("--config", nargs="?")
+    parser = StrictParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", type=some_text)  # the real parser reports a missing value
+    parser.add_argument("--config", nargs="?", type=expanded)
     return parser.parse_known_args(argv)[0]
 
 
@@ -61,16 +63,14 @@ def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def preset_values(name: str, cls: type, section: str) -> dict[str, Any]:
     """Returns a preset's common values and those of a section; paths that begin with ./ are relative to the preset's
-    folder. Raises ValueError if there is no such preset, or if it has a name that is no field of `cls`.
+    folder. Raises ValueError if there is no such preset, or if it has a value that is none of `cls`.
     """
+    known = sorted(path.parent.name for path in PRESETS.glob("*/preset.json"))
+    if name not in known:
+        raise ValueError(f"--preset {name:.60}: expected one of {', '.join(known)}")
     file = PRESETS / name / "preset.json"
-    if not file.is_file():
-        known = sorted(path.parent.name for path in PRESETS.glob("*/preset.json"))
-        raise ValueError(f"--preset {name}: expected one of {', '.join(known)}")
-    sections = json.loads(file.read_text())
-    values = {**sections["common"], **sections[section]}
-    if unknown := sorted(set(values) - set(options_of(cls))):
-        raise ValueError(f"{file}: unknown options {unknown}")
+    sections = json.loads(file.read_text(encoding="utf-8"))
+    values = parse_content(str(file), {**sections["common"], **sections[section]}, make_parser(cls, "", {}), cls)
     return {
         key: str(file.parent / value[2:]) if isinstance(value, str) and value.startswith("./") else value
         for key, value in values.items()

@@ -11,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from inputs.value_types import SHOWN, number, some_text, whole_number
+from paths import expanded
+
 BY_PRESET: Any = dataclasses.MISSING  # in place of a default: every preset gives this option a value
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+TYPES: dict[type, Callable[[str], Any]] = {int: whole_number, float: number, str: some_text}
 
 
 # --- what an option is ---------------------------------------------------------------------------------------
@@ -30,24 +34,24 @@ class Option:
     expected: str | None = None  # the bounds in words, where they say more than the numbers
     kept: bool | Literal["streams", "caches"] = False  # a resumed run must keep it: always, or with such data
     free: bool = False  # a resumed run may change it, and no warning is logged
+    is_path: bool = False  # a path, or a name that may be one: `~` and environment variables are expanded
     nargs: str = "+"  # of a list, as in argparse
     parse: Callable[[str], Any] | None = None  # makes the value of its text, where the field's type does not
 
     @property
     def bounds(self) -> str:
-        """Returns the bounds in words, such as "at least 1"; empty if there are none."""
+        """Returns the bounds in words, such as "at least 1, at most 1_000"; empty if there are none."""
         if self.expected is not None:
             return self.expected
-        if self.above is not None:
-            return f"a number above {self.above}"
-        if self.least is None:
-            return "" if self.most is None else f"at most {self.most}"
-        return f"at least {self.least}"
+        bounds = {"a number above": self.above, "at least": self.least, "at most": self.most}
+        return ", ".join(f"{words} {bound:_}" for words, bound in bounds.items() if bound is not None)
 
     def allows(self, value: float) -> bool:
         """Returns whether a number is within the bounds; no bound allows nan or infinity."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         is_low = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
-        return math.isfinite(value) and not is_low and (self.most is None or value <= self.most)
+        return not is_low and (self.most is None or value <= self.most)
 
 
 def option(default: Any, help: str, group: str, **details: Any) -> Any:
@@ -56,6 +60,11 @@ def option(default: Any, help: str, group: str, **details: Any) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def path_option(default: Any, help: str, group: str, **details: Any) -> Any:
+    """Returns an option whose value is a path, or a name that may be one."""
+    return option(default, help, group, is_path=True, **details)
 
 
 def options_of(cls: Any) -> dict[str, Option]:
@@ -79,21 +88,16 @@ def out_of_bounds(args: Any) -> list[str]:
         value = getattr(args, name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if about.bounds and (wrong := [item for item in values if not about.allows(item)]):
-            found.append(f"--{name} {wrong[0]}: expected {about.bounds}")
+            found.append(f"--{name} {str(wrong[0]):.{SHOWN}}: expected {about.bounds}")
     return found
-
-
-def auto_or_int(text: str) -> int | None:
-    """Returns None for "auto", else the whole number that `text` is."""
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, or auto")
-    return None if text == "auto" else int(text)
 
 
 # --- how it becomes a flag -----------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class StrictParser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see --help")
 
@@ -104,7 +108,7 @@ def make_parser(cls: type, description: str, preset: dict[str, Any]) -> argparse
 
     preset: values of the preset, which the help shows as defaults.
     """
-    parser = _Parser(
+    parser = StrictParser(
         usage="%(prog)s [option ...]",
         description=f"{description} Switches have an opposite: --no_wandb for --wandb.",
         argument_default=argparse.SUPPRESS,
@@ -126,8 +130,15 @@ def make_parser(cls: type, description: str, preset: dict[str, Any]) -> argparse
             type_, choices, is_list = kind_of(types_of[name])
             metavar = None if choices else METAVARS[type_]
             nargs = about.nargs if is_list else None
-            add(flag, type=about.parse or type_, choices=choices, nargs=nargs, metavar=metavar, help=help)
+            add(flag, type=_type_of(about, type_, choices), choices=choices, nargs=nargs, metavar=metavar, help=help)
     return parser
+
+
+def _type_of(about: Option, type_: type, choices: tuple | None) -> Callable[[str], Any]:
+    """Returns what makes a value of a text."""
+    if about.is_path:
+        return expanded
+    return about.parse or (str if choices else TYPES[type_])  # a wrong choice is listed with the right ones
 
 
 def as_text(value: Any) -> str:

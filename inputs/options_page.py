@@ -21,14 +21,21 @@ default.
   or `tiny`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults marked \\* are values of `llamba-8b`.
 - **Files.** `--config FILE` reads options from YAML, a line such as `seq_length: 1024` each; `null` means no value.
   `configs/` has files for 1B, 3B and 8B students. A run writes all its options to `args.yaml` in `--output_dir`, which
-  `--config` reads too. Paths are relative to the folder in which the command runs.
+  `--config` reads too.
 - **Data sets are replaced as a whole.** If you give another `--dataset_name`, its subset, split, revision, text column
   and held-out text are not taken from the preset or the file: they belong to the data set named there. Another
   `--eval_dataset_name` replaces the held-out text's subset and split. `--eval_interval 0` drops the held-out text.
 
+**Paths** are relative to the folder in which the command runs, in files too. In every path, and in every name that may
+be a path, `~` at the start is the home directory, `$NAME` and `${NAME}` are environment variables, and `$$` is a dollar
+sign; a variable that is not set is an error. Names of the Hugging Face hub and URLs stay as they are. `args.yaml` has
+the paths that this gave, so it means the same in another environment. `doctor.py`, `report.py` and `llamba.export` read
+their paths in the same way.
+
 **How to write it.** A switch, which is `on` or `off`, has an opposite: `--no_dataset_streaming`, `--no_freeze_mlp`. A
-dash means that there is no value. Names cannot be shortened. All options that cannot be used are reported together,
-before any model or data is loaded.
+dash means that there is no value. Names cannot be shortened. Of an option that is given twice, the last one counts.
+No value may be blank: leave the option out. A number is written in digits (`1024`, `1_000`, `1e-5`); a whole number has
+no exponent. All options that cannot be used are reported together, before any model or data is loaded.
 
 **Steps.** In a micro step every rank does one batch forward and backward. `--grad_accumulation_steps` micro steps make
 an optimizer step, which changes the weights. `--save_interval` and `--resume_step` count micro steps, and must be

@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from paths import expanded
+
 from .card import model_card
 from .configuration import LlambaConfig
 from .modeling import LlambaForCausalLM
@@ -72,8 +74,12 @@ def main(command_line: list[str] | None = None) -> int:
         "the folder of this repository.",
         epilog="example: python -m llamba.export runs/demo/latest runs/my-hybrid",
     )
-    parser.add_argument("ckpt", metavar="CKPT", help="checkpoint of a run, or a Llamba written by save_pretrained")
-    parser.add_argument("out", metavar="OUT", help="directory to make; it must not exist yet, or be empty")
+    parser.add_argument(
+        "ckpt", type=expanded, metavar="CKPT", help="checkpoint of a run, or a Llamba written by save_pretrained"
+    )
+    parser.add_argument(
+        "out", type=expanded, metavar="OUT", help="directory to make; it must not exist yet, or be empty"
+    )
     args = parser.parse_args(command_line)
     try:
         export(args.ckpt, args.out)

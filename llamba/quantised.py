@@ -2,7 +2,7 @@
 without the arithmetic that belongs to them, their integers would be taken for weights.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 SUPPORTED = "supported are float32, bfloat16 and float16 weights; give the model that it was made from"
@@ -27,18 +27,20 @@ def quantisation(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def quantised_weight(dtypes: Mapping[str, str], parameters: Iterable[str]) -> str | None:
+def is_parameter(name: str, parameters: Iterable[str]) -> bool:
+    """Returns whether a stored tensor is one of the model's parameters, whose names may have or lack a prefix."""
+    return any(f".{name}".endswith(f".{own}") or f".{own}".endswith(f".{name}") for own in parameters)
+
+
+def quantised_weight(dtypes: Mapping[str, str], parameters: Collection[str]) -> str | None:
     """Returns the first stored tensor that is a weight and not of a plain float dtype, or None.
 
-    dtypes: of all stored tensors by name, as `dtype_name` gives them. parameters: names of the model's; stored ones may
-    have or lack a prefix. Integers beside the weights, such as a mask or a counter, are no weights.
+    dtypes: of all stored tensors by name, as `dtype_name` gives them. parameters: names of the model's. Integers beside
+    the weights, such as a mask or a counter, are no weights.
     """
-    suspects = {name: dtype for name, dtype in dtypes.items() if dtype not in FLOATS}
-    if not suspects:
-        return None
-    ends = [f".{name}" for name in parameters]
-    for name, dtype in suspects.items():
-        is_known = any(f".{name}".endswith(end) or end.endswith(f".{name}") for end in ends)
-        if is_known or dtype.startswith("float") or "weight" in name.rpartition(".")[2]:
+    for name, dtype in dtypes.items():
+        if dtype in FLOATS:
+            continue
+        if dtype.startswith("float") or "weight" in name.rpartition(".")[2] or is_parameter(name, parameters):
             return name
     return None

@@ -23,6 +23,7 @@ from monitoring.undisturbed import undisturbed
 from processes.exits import StopRequest
 from processes.ranks import Ranks
 from text.batch import Batch
+from text.overlap import check_not_trained_on
 from text.sources import TextSource
 from training_utils import DistillationModel, to_device
 
@@ -50,7 +51,9 @@ def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, rank
             build_questions([subject], num_fewshot=0, limit=args.eval_mmlu_limit)
             for subject in load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         ]
-    windows = read_windows(TextSource.for_evaluation_in_training(args), tokenizer, args.eval_windows, args.seq_length)
+    held_out = TextSource.for_evaluation_in_training(args)
+    check_not_trained_on(held_out, TextSource.for_training(args), "this run")
+    windows = read_windows(held_out, tokenizer, args.eval_windows, args.seq_length)
     material = Material(windows, subjects)
     _check_same_on_all_ranks(material, ranks)
     return material

@@ -2,17 +2,17 @@
 Biases and in TensorBoard.
 """
 
-import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from appended_file import AppendedFile
 from arguments import TrainArguments
-from checkpointing.run_folder import read_status
+from checkpointing.run_folder import explaining_write_errors, read_status
+from checkpointing.small_files import FolderWatch
 from monitoring.progress_bar import Eta, ProgressBar, format_clock, format_speed, has_terminal
 from monitoring.speed import Gauges
 from monitoring.trackers import Tracker, start_trackers
@@ -37,7 +37,7 @@ class RunLog:
         gauges: Gauges | None = None,
     ) -> None:
         """start: the micro step that the run begins after; step: its optimizer step, of `total_steps`. gauges: add
-        their readings to the rows.
+        their readings to the rows. Raises ValueError if a file or a tracker cannot be opened.
         """
         self.folder, self.gauges = Path(args.output_dir), gauges
         self.file: MetricsFile | None = None
@@ -45,18 +45,21 @@ class RunLog:
         if not is_main:
             return
         self.file = MetricsFile(self.folder / "metrics.jsonl", start)
-        trackers = start_trackers(args, self.file.rows(), step) if args.wandb or args.tensorboard else []
+        trackers = start_trackers(args, self.file.rows, step) if args.wandb or args.tensorboard else []
         eta = Eta(total_steps)
         self.outputs.append(LogLines(args.log_interval, eta))
         if total_steps is not None and has_terminal():
             self.outputs.append(ProgressBar(step, total_steps, eta))
         self.outputs += trackers
+        self.watch = FolderWatch(self.folder)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Writes and shows a row. Raises ValueError if the folder was removed and is another run's by now."""
         if self.file is None:
             return
         if self.gauges is not None:
             row = row | self.gauges.read(row["tokens_per_s"])
+        self.watch.renew()
         self.file.write(row)
         for output in self.outputs.copy():
             self._try(output, output.write, row)
@@ -71,6 +74,7 @@ class RunLog:
     def flush_to_disk(self) -> None:
         """Flushes the rows, so that a loss of power leaves those up to a checkpoint as well as the checkpoint."""
         if self.file is not None:
+            self.watch.renew()
             self.file.flush_to_disk()
 
     def __enter__(self) -> "RunLog":
@@ -85,43 +89,32 @@ class RunLog:
             self._try(output, output.close, status if error_type is None else "failed", error_type is not None)
 
 
-class MetricsFile:
-    """Appends rows to `metrics.jsonl` without a buffer, so that a run that dies keeps them."""
+class MetricsFile(AppendedFile):
+    """Appends rows to `metrics.jsonl`."""
 
     def __init__(self, path: Path, start: int) -> None:
         """start: the micro step after which the run repeats the steps of rows that are in the file already."""
-        _set_aside_rows_after(path, start)
-        self.path = path
-        self.file = path.open("ab", buffering=0)
-        self.unwritten = b""  # what a full disk did not take; it is tried again with the next row
-        self.has_warned = False
+        super().__init__(path, rows_after)
+        with explaining_write_errors(path.parent):
+            _set_aside_rows_after(path, start)
+            self.open()
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """Returns all whole rows of the file."""
+        return [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
 
     def write(self, row: dict[str, Any]) -> None:
-        self._append(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
+        self.append(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
 
-    def _append(self, line: bytes) -> None:
-        self.unwritten += line
-        try:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            self.has_warned = False
-        except OSError as error:
-            if not self.has_warned:
-                logger.warning(
-                    "metrics.jsonl cannot be written (%s); its rows are kept until it can be", error.strerror
-                )
-            self.has_warned = True
 
-    def flush_to_disk(self) -> None:
-        with contextlib.suppress(OSError):  # reported where rows and checkpoint are written
-            os.fsync(self.file.fileno())
+def rows_after(before: bytes, now: bytes) -> bytes:
+    """Returns the rows of the first content that come after those of the second."""
+    reached = max((step for line in lines_of(now) if (step := _micro_step_of(line)) < math.inf), default=-math.inf)
+    return b"".join(line for line in lines_of(before) if _micro_step_of(line) > reached)
 
-    def close(self) -> None:
-        if self.unwritten:
-            self._append(b"")
-        self.file.close()
+
+def lines_of(content: bytes) -> list[bytes]:
+    return content.splitlines(keepends=True)
 
 
 def _set_aside_rows_after(path: Path, micro_step: int) -> None:
@@ -130,23 +123,23 @@ def _set_aside_rows_after(path: Path, micro_step: int) -> None:
     """
     if not path.exists():
         return
-    kept: list[str] = []
-    abandoned: list[str] = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    kept: list[bytes] = []
+    abandoned: list[bytes] = []
+    for line in lines_of(path.read_bytes()):
         (kept if _micro_step_of(line) <= micro_step else abandoned).append(line)
     if abandoned:
-        with path.with_name("metrics.abandoned.jsonl").open("a") as file:
+        with path.with_name("metrics.abandoned.jsonl").open("ab") as file:
             file.writelines(abandoned)
         rewritten = path.with_name(".metrics.jsonl.partial")
-        rewritten.write_text("".join(kept))
+        rewritten.write_bytes(b"".join(kept))
         rewritten.replace(path)
 
 
-def _micro_step_of(line: str) -> float:
+def _micro_step_of(line: bytes) -> float:
     """Returns the micro step of a row, infinity for a line that a crash has damaged."""
     try:
-        return json.loads(line)["micro_step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["micro_step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf
 
 

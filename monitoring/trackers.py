@@ -7,22 +7,25 @@ begun with `resume` replaces what the server has under its id. So the newest dir
 ones are moved to wandb/earlier.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from arguments import TrainArguments
+from checkpointing.small_files import identity
 from utils import BackgroundThread, finite
 
 logger = logging.getLogger("train")
 
 MetricsRow = dict[str, Any]
+Rows = Callable[[], list[MetricsRow]]
 UPLOAD_WAIT_S, UPLOAD_WAIT_AFTER_ERROR_S = 330.0, 10.0  # for W&B at the end, a little more than its own limit
 
 X_AXES = ("step", "micro_step", "tokens")
@@ -72,6 +75,7 @@ def check_trackers(args: TrainArguments) -> None:
     """Raises ValueError if --tensorboard or --wandb is given and cannot work here."""
     if args.tensorboard:
         check_package("--tensorboard", "tensorboard")
+        check_folder("--tensorboard", Path(args.output_dir) / "tensorboard")
     if args.wandb:
         check_wandb(args)
 
@@ -82,9 +86,16 @@ def check_package(flag: str, package: str) -> None:
         raise ValueError(f"{flag}: the package {package} is not installed; pip install {package}, or leave it out")
 
 
+def check_folder(flag: str, folder: Path) -> None:
+    """Raises ValueError if a file is where a folder has to be."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag}: {folder} is no directory, expected one or nothing; move it away")
+
+
 def check_wandb(args: TrainArguments) -> None:
     """Logs in to W&B if the run needs that. Raises ValueError if it cannot."""
     check_package("--wandb", "wandb")
+    check_folder("--wandb", Path(args.output_dir) / "wandb")
     if wandb_mode(args) in WITHOUT_SERVER:
         return
     import wandb  # takes a second, and only some runs want it
@@ -95,14 +106,14 @@ def check_wandb(args: TrainArguments) -> None:
         raise _no_wandb(error) from error
 
 
-def start_trackers(args: TrainArguments, kept: list[MetricsRow], step: int) -> list[Tracker]:
-    """Starts what the options ask for. kept: the rows up to `step`, which the run begins after. Raises ValueError."""
+def start_trackers(args: TrainArguments, rows: Rows, step: int) -> list[Tracker]:
+    """Starts what the options ask for. rows: returns those of the run so far, now up to `step`. Raises ValueError."""
     folder = Path(args.output_dir)
     trackers: list[Tracker] = []
     if args.wandb:
-        trackers.append(WandbRun(args, kept, is_resumed=step > 0 or (folder / "checkpoint-0").is_dir()))
+        trackers.append(WandbRun(args, rows(), is_resumed=step > 0 or (folder / "checkpoint-0").is_dir()))
     if args.tensorboard:
-        trackers.append(TensorBoard(folder / "tensorboard", kept, step))
+        trackers.append(TensorBoard(folder / "tensorboard", rows, step))
     return trackers
 
 
@@ -214,19 +225,33 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, kept: list[MetricsRow], step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an optional package, and slow to import
-
-        has_kept_rows = folder.is_dir()
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # the run repeats later steps
-        if not has_kept_rows:
-            for row in kept:
-                self.write(row)
+    def __init__(self, folder: Path, rows: Rows, step: int) -> None:
+        """rows: returns those of the run so far, now up to `step`."""
+        self.folder, self.rows = folder, rows
+        has_rows = folder.is_dir()
+        self._open(step + 1)  # the run repeats later steps
+        if not has_rows:
+            self._add(rows())
 
     def write(self, row: MetricsRow) -> None:
-        charts = flat(row)
-        for name in charts.keys() - {"step"}:
-            self.writer.add_scalar(name, charts[name], row["step"])
+        if identity(self.folder) != self.place:  # removed during the run
+            with contextlib.suppress(Exception):  # what it still holds has no folder to go to
+                self.writer.close()
+            self._open(0)
+            self._add(earlier for earlier in self.rows() if earlier["step"] < row["step"])
+        self._add([row])
+
+    def _open(self, purge_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package, and slow to import
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        self.place = identity(self.folder)
+
+    def _add(self, rows: Iterable[MetricsRow]) -> None:
+        for row in rows:
+            charts = flat(row)
+            for name in charts.keys() - {"step"}:
+                self.writer.add_scalar(name, charts[name], row["step"])
 
     def close(self, status: str, failed: bool) -> None:
         self.writer.close()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from appended_file import AppendedFile
 from monitoring.progress_bar import LOGGERS
 
 
@@ -21,6 +22,7 @@ def recording_warnings(rank: int) -> "Iterator[WarningsFile]":
     finally:
         for log in loggers:
             log.removeHandler(handler)
+        handler.close()
 
 
 class WarningsFile(logging.Handler):
@@ -29,24 +31,28 @@ class WarningsFile(logging.Handler):
     def __init__(self, rank: int) -> None:
         super().__init__(logging.WARNING)
         self.rank, self.early = rank, b""
-        self.path: Path | None = None
+        self.file: AppendedFile | None = None
 
     def write_to(self, folder: Path) -> None:
-        self.path = folder / "warnings.jsonl"
-        self._append(self.early)
+        self.file = AppendedFile(folder / "warnings.jsonl", self._own_lines)
+        self.file.append(self.early)
         self.early = b""
 
     def emit(self, record: logging.LogRecord) -> None:
         entry = {"time": record.created, "rank": self.rank, "text": self.format(record)}
         line = json.dumps(entry).encode() + b"\n"
-        if self.path is None:
+        if self.file is None:
             self.early += line
         else:
-            self._append(line)
+            self.file.append(line)
 
-    def _append(self, lines: bytes) -> None:
-        """Appends in one write, so that lines of several ranks do not mix."""
-        assert self.path is not None
-        if lines:
-            with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:  # the log has them, too
-                file.write(lines)
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        super().close()
+
+    def _own_lines(self, before: bytes, now: bytes) -> bytes:
+        """Returns the lines of this rank that are missing now; each rank restores its own."""
+        there = set(now.splitlines())
+        mine = b'"rank": %d,' % self.rank
+        return b"".join(line for line in before.splitlines(keepends=True) if mine in line and line[:-1] not in there)

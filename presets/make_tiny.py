@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from evaluation import mmlu, mmlu_files, statistics
 from llamba import DiscreteMamba2, LlambaConfig, LlambaForCausalLM
+from paths import expanded_path
 from presets import tiny_text as text
 from presets.tiny_teacher import ENGLISH, VOCABULARY, make_teacher
 
@@ -187,7 +188,7 @@ def make(out: Path, seed: int, scale: float, parts: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the tiny preset: text, tokenizer, teacher and student.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=expanded_path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage of the teacher")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to make (default: all)")

@@ -5,6 +5,7 @@ at once.
 
 import functools
 import os
+import select
 import signal
 import socket
 import sys
@@ -44,10 +45,10 @@ class StopRequest:
         self.is_deferred = False
         self.agreed = 0  # the code that all ranks stop for
 
-    def count_from(self, launched: float) -> None:
-        """Starts the time limit at `launched`, in seconds since the epoch."""
+    def count_from(self, seconds_ago: float) -> None:
+        """Starts the time limit so many seconds ago."""
         if self.deadline is not None:
-            self.deadline -= time.time() - launched
+            self.deadline -= seconds_ago
 
     @property
     def code(self) -> int:
@@ -116,14 +117,18 @@ def stop_on_signals(time_limit: float | None = None) -> Iterator[StopRequest]:
 
 def run_entry(main: Callable[[], int | None]) -> int:
     """Runs an entry's `main` and returns its exit code. A ValueError, which a user can correct, prints one line instead
-    of a traceback, and so does a signal.
+    of a traceback, and so does a signal. What reads standard output may close it early, as `| head -1` does.
 
     Under torchrun all ranks find the same mistake, and torchrun ends the others when the first one ends: rank 0 prints
     it, and the others give it time to.
     """
+    open_closed_streams()
     try:
         with stop_on_signals():
-            return main() or 0
+            code = main() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except Interrupted as signal:
         print(f"stopped by {signal}", file=sys.stderr, flush=True)
         return EXIT_STOPPED
@@ -135,6 +140,45 @@ def run_entry(main: Callable[[], int | None]) -> int:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        if has_printed() and not (isinstance(error, BrokenPipeError) and has_no_reader()):
+            raise
+        return 1
+    finally:
+        has_printed()
+
+
+def open_closed_streams() -> None:
+    """Opens what the parent has closed of standard input, output and error, as `2>&-` does, on /dev/null. Otherwise the
+    next file that is opened takes that number, and a library that writes to standard error writes into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def has_printed() -> bool:
+    """Writes what was printed and is still in a buffer. Returns False where standard output does not take it: its
+    reader is gone, which needs no words, or its disk is full. What is printed later goes to /dev/null.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def has_no_reader() -> bool:
+    """Returns whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def answer_early(parse: Callable[[], T]) -> T:

@@ -21,6 +21,7 @@ logger = logging.getLogger("train")
 
 # Reading an 8B model from a slow disk on one rank must not time out the others.
 TIMEOUT = timedelta(hours=2)
+LAUNCHER = "start with torchrun, which sets it, or unset RANK and WORLD_SIZE for a run of one rank"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Ranks:
 
 def launched_rank() -> int:
     """Returns this process's rank, before the ranks have met."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def is_main_rank() -> bool:
@@ -92,15 +93,53 @@ def was_launched() -> bool:
 
 def launched_world_size() -> int:
     """Returns the number of ranks of the run, before they have met."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """Returns an environment variable that torchrun sets. Raises ValueError if it is not a whole number."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or len(value) > 9:
+        raise ValueError(f"{name}={value}: expected a whole number; {LAUNCHER}")
+    return int(value)
+
+
+def check_launch() -> None:
+    """Raises ValueError if the variables by which torchrun says who is who are incomplete or contradict each other:
+    with them ranks would wait for each other without end, or train apart from each other.
+    """
+    rank, world_size, n_local = launched_rank(), launched_world_size(), local_world_size()
+    _number("TORCHELASTIC_RESTART_COUNT", 0)
+    needed = ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] if was_launched() else []
+    if world_size > 1:
+        needed = ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *needed]
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        given = f"RANK={rank}" if was_launched() else f"WORLD_SIZE={world_size}"
+        raise ValueError(f"{', '.join(missing)}: not set, but {given} is; {LAUNCHER}")
+    limits = [
+        ("WORLD_SIZE", world_size, 1, 10**9),
+        ("RANK", rank, 0, world_size - 1),
+        ("LOCAL_WORLD_SIZE", n_local, 1, world_size),
+        ("LOCAL_RANK", local_rank(), 0, n_local - 1),
+    ]
+    if was_launched():
+        limits.append(("MASTER_PORT", _number("MASTER_PORT", 0), 1, 2**16 - 1))
+    for name, value, least, most in limits:
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value}: expected {least} to {most}; {LAUNCHER}")
+    if world_size % n_local:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE={n_local}: expected a divisor of WORLD_SIZE={world_size}; start the same number of "
+            "ranks on each node"
+        )
 
 
 @contextmanager
@@ -119,7 +158,7 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
         logger.warning("TORCH_DISTRIBUTED_DEBUG=DETAIL taken as INFO: with it torch's DDP crashes on gloo groups")
         dist.set_debug_level(dist.DebugLevel.INFO)
     if was_launched():
-        store, own_rank, n_ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, own_rank, n_ranks = _meet()
         # torchrun keeps one store over its restarts, with the addresses of ranks that no longer exist.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
@@ -128,12 +167,7 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
         dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     rank, world_size, n_local = dist.get_rank(), dist.get_world_size(), local_world_size()
     control = dist.new_group(backend="gloo", timeout=patience)
-    sizes = [torch.zeros((), dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor(n_local), group=control)
-    if any(size != n_local for size in sizes):
-        raise ValueError(
-            f"--nproc_per_node: nodes have {sorted({int(size) for size in sizes})} ranks; start the same number on each"
-        )
+    _check_nodes(n_local, control)
     # Every rank takes part in making every node's group.
     nodes = [
         dist.new_group(range(i, i + n_local), timeout=TIMEOUT, backend="gloo") for i in range(0, world_size, n_local)
@@ -149,3 +183,28 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
         raise SystemExit(code) from error  # the first cause has been reported
     lifeline.close()
     dist.destroy_process_group()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """Returns the store that all ranks have, this rank, and their number. Raises ValueError if it is not to be had."""
+    try:
+        return next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except dist.DistError as error:
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{place}: the ranks cannot meet there ({reason}); expected a free port of node 0") from error
+
+
+def _check_nodes(n_local: int, control: dist.ProcessGroup) -> None:
+    """Raises ValueError on all ranks unless each node has `n_local`, numbered node by node."""
+    seats = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(seats, torch.tensor([n_local, local_rank()]), group=control)
+    sizes = sorted({int(size) for size, _ in seats})
+    if len(sizes) > 1:
+        raise ValueError(f"--nproc_per_node: nodes have {sizes} ranks; start the same number on each")
+    for rank, (_, own) in enumerate(seats):
+        if own != rank % n_local:
+            raise ValueError(
+                f"RANK={rank} LOCAL_RANK={int(own)} LOCAL_WORLD_SIZE={n_local}: expected ranks that are numbered node "
+                "by node; start with torchrun, which does so"
+            )

@@ -1,7 +1,10 @@
 """data.py: cached or streaming, any number of ranks sees the documents' own windows, once, and resumes exactly."""
 
+import errno
 import hashlib
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 import signal
@@ -9,6 +12,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
@@ -252,6 +256,32 @@ def test_loading_leaves_the_global_random_state_alone(tmp_path: Path):
 def test_loader_workers_give_the_same_batches(tmp_path: Path):
     path = write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))
     assert windows_of(loader(options(path, dataset_workers=1))) == windows_of(loader(options(path)))
+
+
+def test_loader_workers_need_no_shared_memory(tmp_path: Path, monkeypatch, caplog):
+    """A tensor would travel through it. Where there is none even for their queues, none are started."""
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(0, 30))
+    expected = windows_of(loader(options(path)))
+    sent = data.collate([(3, torch.arange(4)), (1, torch.arange(4))])
+    assert sent[0] == (3, 1) and isinstance(sent[1], np.ndarray)
+
+    def semaphore(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Semaphore", semaphore)
+    batches = loader(options(path, dataset_workers=2))
+    assert batches.batches.num_workers == 0 and windows_of(batches) == expected
+    assert "--dataset_workers 2: none are started, /dev/shm cannot be used (Read-only file system)" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_is_removed_during_a_run_is_read_to_its_end(tmp_path: Path, workers: int):
+    path = write_jsonl(tmp_path / "a.jsonl", random_documents(0, 60))
+    expected = windows_of(loader(options(path)))
+    batches = iter(loader(options(path, dataset_workers=workers)))
+    first = next(batches)
+    shutil.rmtree(tmp_path / "hf")
+    assert windows_of([first, *batches]) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -13,6 +13,7 @@ from tests import fresh
 from tests.faults import scenarios
 from tests.faults.compare import differences, rows, tensors
 from tests.faults.damage import damage_checkpoints, damage_texts
+from tests.faults.failing_saves import fail_saves
 from tests.faults.kills import run_campaign
 from tests.small_runs import make_models, read_metrics
 
@@ -199,17 +200,44 @@ def test_of_an_error_the_failing_rank_logs_the_traceback_and_the_others_the_caus
 def test_a_full_disk_costs_no_step(played, facts):
     fact = facts("full_disk")
     assert fact["codes"] == [0, 0]
-    assert "checkpoint of micro step 6 could not be written" in fact["log"]
-    assert "Its newest checkpoint is that of micro step 3" in fact["log"]
+    assert "checkpoint of micro step 6 could not be written by rank 1 (" in fact["log"]
+    assert "its newest checkpoint is that of micro step 3" in fact["log"]
     assert differences(played("straight"), played("full_disk"), 12) == []
     kept = {path.name for path in played("full_disk").iterdir() if "checkpoint" in path.name}
     assert {"checkpoint-0", "checkpoint-3", "checkpoint-12"} <= kept
     assert not kept & {"checkpoint-6", "checkpoint-9", ".partial-checkpoint-6-0"}
 
 
+def test_saves_that_fail_anywhere_lose_nothing(tmp_path):
+    result = fresh.call(fail_saves, tmp_path, 3, random.Random(4))
+    assert result["differences"] == []
+    assert result["outcomes"] == {"refused before training": 1, "saved later": 1, "logged": 1}
+
+
+def test_a_folder_copied_by_what_follows_links_is_resumed_like_the_first(stage, played):
+    """The link has become a folder: the new one is right, and old checkpoints are deleted as ever."""
+    played("a_copied_folder")
+    for how in ("auto", "latest"):
+        folder = stage / f"copied-{how}"
+        assert differences(played("straight"), folder, 12) == []
+        assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+        assert (folder / "latest").is_symlink() and (folder / "latest").resolve().name == "checkpoint-12"
+        assert {file.name for file in (folder / "latest-copy").iterdir()} >= {"training_state.json", "SHA256SUMS"}
+
+
+def test_a_run_whose_first_checkpoint_cannot_be_written_ends_before_it_has_anything_to_lose(played, facts):
+    fact = facts("no_checkpoint_can_be_written")
+    assert fact["codes"][0] == 2
+    message = "checkpoint of micro step 0 could not be written by rank 1 (OSError: [Errno 27] File too large)"
+    assert fact["log"].count(message) == 1 and "micro_step 12 " not in fact["log"]
+    status = json.loads((played("no_checkpoint_can_be_written") / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("refused", 2) and message in status["text"]
+
+
 def test_a_copy_that_does_not_fit_costs_no_step(played, facts):
     fact = facts("no_memory_for_the_copy")
-    assert fact["codes"] == [0, 0] and "checkpoint of micro step 3 could not be written (MemoryError" in fact["log"]
+    assert fact["codes"] == [0, 0]
+    assert "checkpoint of micro step 3 could not be written by rank 1 (MemoryError" in fact["log"]
     saved = {path.name for path in played("no_memory_for_the_copy").glob("checkpoint-*")}
     assert "checkpoint-3" not in saved and {"checkpoint-0", "checkpoint-8"} < saved  # and that of another try
 
@@ -238,7 +266,7 @@ def test_a_mistake_that_one_rank_finds_is_reported_by_rank_0(facts):
 
 def test_the_last_state_waits_for_room(facts):
     fact = facts("full_disk_at_the_end")
-    assert fact["codes"] == [0, 0] and "waits for room" in fact["log"] and "checkpoint-2," in fact["log"]
+    assert fact["codes"] == [0, 0] and "waits up to 6 h" in fact["log"] and "checkpoint-2," in fact["log"]
 
 
 def test_auto_resumes_from_the_newest_good_checkpoint_and_never_silently_at_0(played, facts):

@@ -1,6 +1,7 @@
 """Loading, replacing layers, freezing and counting, on models small enough to check by eye."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from model_utils import (
     get_configs,
     get_student_model,
     get_teacher_model,
+    get_tokenizer,
     locate_model,
 )
+from tests.model_files import change_json
 from tests.tiny import tiny_config, tiny_student, tiny_teacher, tokens
 
 CPU = torch.device("cpu")
@@ -209,6 +212,41 @@ def test_a_directory_that_is_not_whole_says_what_is_missing(saved, tmp_path):
     assert locate_model("--student_model", saved[1], True) == saved[1]
 
 
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: folder / "config.json", "is a file; expected a directory"),
+        (
+            lambda folder: link_to_nowhere(folder.with_name("gone")),
+            "is a link that leads nowhere; expected a dir",
+        ),
+        (
+            lambda folder: link_to_nowhere(folder / "config.json").parent,
+            "no config.json in it (links that lead now",
+        ),
+        (lambda folder: link_to_nowhere(folder / "model.safetensors").parent, "(links that lead nowhere: model.safet"),
+    ],
+    ids=["file", "link", "config", "weights"],
+)
+def test_what_is_no_directory_of_a_model(saved, damage, expected):
+    name = str(damage(Path(saved[1])))
+    with pytest.raises(ValueError) as error:
+        locate_model("--student_model", name, False)
+    assert str(error.value).startswith(f"--student_model {name}: ") and expected in str(error.value)
+
+
+def link_to_nowhere(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/nowhere/at/all")
+    return path
+
+
+def test_a_tokenizer_that_is_a_link_to_nowhere_is_named(saved):
+    link_to_nowhere(Path(saved[0]) / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"cannot read its tokenizer \(links that lead nowhere: tokenizer.json\)"):
+        get_tokenizer("--teacher_model", saved[0])
+
+
 def test_a_student_of_another_architecture_is_refused(saved):
     teacher, student = get_configs(*saved)
     assert isinstance(teacher, LlamaConfig) and isinstance(student, LlambaConfig)
@@ -262,7 +300,7 @@ def test_as_many_blocks_are_recomputed_as_asked(n_blocks, expected):
     ("damage", "named"),
     [
         (lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"), "layers.1.self_attn.q_proj.weight"),
-        (lambda weights: weights.update({"model.norm.weight": torch.ones(7)}), "norm.weight"),
+        (lambda weights: weights.update({"model.norm.weight": torch.ones(7)}), r"norm.weight \(7, expected 32\)"),
     ],
     ids=["missing", "misshapen"],
 )
@@ -274,3 +312,24 @@ def test_a_teacher_is_not_filled_up_with_random_weights(tmp_path, damage, named,
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"--teacher_model .* missing or misshapen: .*{named}"):
         get_teacher_model(str(tmp_path), torch.float32, torch.device("cpu"), with_head)
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_a_teachers_layers_are_not_left_out_in_silence(tmp_path, with_head):
+    """As a config with fewer layers, or without the biases, would have it."""
+    tiny_teacher().save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="--teacher_model .* has no place for weights .*layers.3.input_layernorm"):
+        get_teacher_model(str(tmp_path), torch.float32, CPU, with_head)
+    tiny_teacher(attention_bias=True).save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", attention_bias=False)
+    with pytest.raises(ValueError, match="no place for weights .*self_attn.k_proj.bias"):
+        get_teacher_model(str(tmp_path), torch.float32, CPU, with_head)
+
+
+def test_what_is_beside_a_teachers_layers_may_stay_there(tmp_path):
+    """As the frequencies of older Llamas."""
+    tiny_teacher().save_pretrained(tmp_path)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision.layers.0.mlp.weight": torch.ones(3)}
+    save_file({**load_file(tmp_path / "model.safetensors"), **more}, tmp_path / "model.safetensors")
+    get_teacher_model(str(tmp_path), torch.float32, CPU)

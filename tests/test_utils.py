@@ -1,6 +1,7 @@
-"""Logging, clocks, the background thread and the thread that draws ahead."""
+"""Logging, locks, clocks, the background thread and the thread that draws ahead."""
 
 import logging
+import os
 import threading
 import time
 import weakref
@@ -55,6 +56,44 @@ def test_the_environment_in_one_line(monkeypatch):
     assert "GPUs none" in describe_environment()
 
 
+# --- locks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "folder", "pipe"])
+def test_a_lock_that_is_no_file_of_ours_is_one_line_and_stays(tmp_path, kind):
+    """A link was followed, and what it pointed to was emptied."""
+    (tmp_path / "precious").write_text("kept")
+    lock = tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    if "link" in kind:
+        lock.symlink_to(tmp_path / ("precious" if kind == "link" else "nowhere"))
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(ValueError, match=f"--output_dir {lock.parent}: .lock in it is no plain file.*; remove it"):
+        utils.lock_dir("--output_dir", lock.parent)
+    assert (tmp_path / "precious").read_text() == "kept" and not (tmp_path / "nowhere").exists()
+
+
+def test_who_does_not_get_the_lock_leaves_what_the_other_has_written_in_it(tmp_path):
+    with utils.lock_dir("--output_dir", tmp_path) as lock:
+        lock.write("mine")
+        lock.flush()
+        with pytest.raises(ValueError, match="another run is writing there"):
+            utils.lock_dir("--output_dir", tmp_path)
+        assert (tmp_path / ".lock").read_text() == "mine"
+    with utils.lock_dir("--output_dir", tmp_path):
+        assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_whole_file_is_never_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / f".{os.getpid()}.partial").symlink_to(tmp_path / "precious")
+    utils.write_whole(tmp_path / "new", b"content")
+    assert (tmp_path / "precious").read_text() == "kept" and (tmp_path / "new").read_text() == "content"
+
+
 # --- clocks --------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +119,13 @@ def test_a_timed_iterator_counts_the_waiting_alone(monkeypatch):
         seen.append(item)
         now[0] += 5.0
     assert seen == ["a", "b"] and items.take() == 6.0 and items.take() == 0
+
+
+def test_a_peek_takes_nothing():
+    drawn = []
+    items = TimedIterator(drawn.append(i) or i for i in range(3))
+    assert items.peek() == 0 and items.peek() == 0 and drawn == [0]
+    assert list(items) == [0, 1, 2] and items.peek() is None
 
 
 @pytest.mark.parametrize(

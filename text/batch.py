@@ -39,5 +39,5 @@ class Batch:
         tensors = (change(self.input_ids), change(self.labels), change(self.loss_mask))
         return Batch(*tensors, self.window_ids, self.position)
 
-    def pin_memory(self) -> "Batch":  # DataLoader calls this by name
+    def pin_memory(self) -> "Batch":
         return self.with_tensors(Tensor.pin_memory)

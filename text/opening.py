@@ -2,27 +2,33 @@
 mistake in the options of the data is found here, before a model is loaded.
 """
 
+import contextlib
+import functools
 import glob
 import logging
-import zlib
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
+from text.cache import check_writable, download_config, folder_for_tables, hub_files_in_cache
+from text.csv_builder import CsvBuilder
+from text.decoding import DAMAGED_ARCHIVE
+from text.faults import Faults, explain_fault, local_files
+from text.files import COMPRESSED, FILE_READERS, files_of_folder, reader_of_file, warn_of_ignored_files
 from text.rows import check_text_field
-from text.sources import TextSource
-from text.tolerant_reader import columns_of, file_ending, first_bad_row, is_readable_here, tolerant_stream
+from text.saved import is_saved, open_saved
+from text.sources import Opened, TextSource, is_part
+from text.splits import no_rows, split_names, take_split
+from text.tolerant_reader import columns_of, first_bad_row, tolerant_stream
 
 logger = logging.getLogger("train")
 
-Opened: TypeAlias = datasets.Dataset | datasets.DatasetBuilder
+Whole: TypeAlias = dict[str, datasets.Dataset] | datasets.DatasetBuilder
 
-SAVED_TO_DISK = ("state.json", "dataset_dict.json")
-FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-READ_ERRORS = (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
+READ_ERRORS = (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, *DAMAGED_ARCHIVE)
 
 
 class NotCached(ValueError):
@@ -30,45 +36,92 @@ class NotCached(ValueError):
 
 
 def open_source(source: TextSource) -> Opened:
-    """Returns the data, not read yet: the table of a `save_to_disk` folder, or a builder for files or a hub dataset.
+    """Returns the data, not read yet: the rows of a `save_to_disk` folder, or a builder for files or a hub dataset.
     Raises ValueError if there is no such data, subset or split.
     """
+    opened = open_whole(source)
+    if isinstance(opened, datasets.DatasetBuilder):
+        return opened
+    return take_split({name: len(table) for name, table in opened.items()}, opened.__getitem__, source)
+
+
+def open_whole(source: TextSource) -> Whole:
+    """Returns what `open_source` does, but of a `save_to_disk` folder the splits that the source names, whole."""
     flags, path = source.flags, local_path(source)
     reader, files = source.name, None
     if path is not None:
         if source.revision is not None:
             raise ValueError(f"{flags.revision} {source.revision!r}: {source.name} is local; leave it out")
-        reader, is_saved = str(path), any((path / mark).exists() for mark in SAVED_TO_DISK)
-        if source.subset is not None and (is_saved or path.is_file()):
+        saved = is_saved(path)
+        if source.subset is not None and (saved or path.is_file()):
             raise ValueError(f"{flags.subset} {source.subset!r}: {source.name} has none; leave it out")
-        if is_saved:
-            return _open_saved(path, source)
-        if path.is_file():
-            reader, files = _file_reader(path, flags.name), glob.escape(str(path))
+        if saved:
+            return open_saved(path, source)
+        reader, files = _reader_of(path, source)
     try:
-        settings = dict(
-            name=source.subset,
-            data_files=files,
-            revision=source.revision,
-            download_config=datasets.DownloadConfig(local_files_only=source.local_files_only),
-        )
-        builder = datasets.load_dataset_builder(reader, **settings)
+        builder = _load_builder(reader, files, source)
         if isinstance(builder, Text):  # documents stand between blank lines; a line is none
-            builder = datasets.load_dataset_builder(reader, **settings, sample_by="paragraph")
+            builder = _load_builder(reader, files, source, sample_by="paragraph")
     except (OSError, ValueError, RuntimeError) as error:
         what = f"{flags.name} {source.name!r} (subset {source.subset!r}, revision {source.revision!r})"
         if path is None and source.local_files_only:
             raise NotCached(
-                f"{what} is not in the cache {datasets.config.HF_DATASETS_CACHE} and --local_files_only "
+                f"{what} is not in the cache {source.cache_root} and --local_files_only "
                 f"forbids fetching it: run once without that flag, or give a file or directory ({error})"
             ) from error
         raise ValueError(f"{what} cannot be opened: {error}") from error
-    _check_split(source, _splits_of(builder))
+    split_names(source, _splits_of(builder))
+    if isinstance(builder, CsvBuilder):
+        _check_columns(local_files(builder, source), source)
     if path is not None and path.is_dir() and source.subset is None:
-        _warn_of_ignored_files(path, builder)
+        warn_of_ignored_files(path, builder)
+    if path is None:
+        _check_hub(builder, source)
+    return builder
+
+
+def _reader_of(path: Path, source: TextSource) -> tuple[str, Any]:
+    """Returns the name of what reads a file or a folder, and its files; they are None if `datasets` finds them."""
+    if path.is_file():
+        return reader_of_file(path, source), glob.escape(str(path))
+    return files_of_folder(path, source) or (str(path), None)
+
+
+def _load_builder(reader: str, files: Any, source: TextSource, **more: str) -> datasets.DatasetBuilder:
+    """Returns the builder that `datasets` has for the data. Its tables are in the source's cache; a data set of the hub
+    may also have been prepared in the cache that all programs share.
+    """
+    if reader == "csv":
+        return CsvBuilder(cache_dir=folder_for_tables(source), data_files=files, text_field=source.text_field)
+    load = functools.partial(
+        datasets.load_dataset_builder,
+        reader,
+        name=source.subset,
+        data_files=files,
+        revision=source.revision,
+        download_config=download_config(source),
+        **more,
+    )
+    with hub_files_in_cache(source):
+        try:
+            return load(cache_dir=folder_for_tables(source))
+        except (OSError, ValueError, RuntimeError):
+            if source.local_files_only and source.cache_dir is not None and local_path(source) is None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    return load(cache_dir=str(datasets.config.HF_DATASETS_CACHE))
+            raise
+
+
+def _check_hub(builder: datasets.DatasetBuilder, source: TextSource) -> None:
+    """Raises ValueError for a part of a stream that would have all of a data set downloaded first."""
+    flags = source.flags
+    if source.streaming and is_part(source.split) and not Path(builder.cache_dir).exists():
+        raise ValueError(
+            f"{flags.split} {source.split!r}: a part is found by reading all rows, and {source.name} is not on "
+            "this disk; leave out the part in brackets, or download all with --no_dataset_streaming"
+        )
     if source.local_files_only and source.revision not in (None, builder.hash):
         logger.warning("%s %s not checked: %s is cached", flags.revision, source.revision, builder.hash)
-    return builder
 
 
 def local_path(source: TextSource) -> Path | None:
@@ -76,103 +129,69 @@ def local_path(source: TextSource) -> Path | None:
     be a path and nothing is there.
     """
     name = source.name
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.exists():
         return path
-    has_ending = path.suffix in (".gz", *FILE_READERS)
-    if "://" not in name and (has_ending or name.startswith((".", "~", "/")) or name.count("/") > 1):
+    has_ending = path.suffix.lower() in (*COMPRESSED, *FILE_READERS)
+    if "://" not in name and (has_ending or name.startswith((".", "/")) or name.count("/") > 1):
         raise ValueError(f"{source.flags.name} {name!r}: no such file or directory; give a path or a hub dataset")
     return None
-
-
-def _open_saved(path: Path, source: TextSource) -> datasets.Dataset:
-    saved = datasets.load_from_disk(str(path))
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or source.split): saved}
-    if source.split not in splits:
-        raise _split_error(source, list(splits))
-    return splits[source.split]
-
-
-def _file_reader(path: Path, flag: str) -> str:
-    reader = FILE_READERS.get(file_ending(path))
-    if reader is None or (reader == "parquet" and path.suffix == ".gz"):
-        raise ValueError(
-            f"{flag} {str(path)!r}: unsupported file ending, expected one of "
-            f"{', '.join(FILE_READERS)} (all but .parquet also with .gz); convert the file"
-        )
-    return reader
 
 
 def _splits_of(builder: datasets.DatasetBuilder) -> list[str]:
     return [str(split) for split in builder.info.splits or builder.config.data_files or ()]
 
 
-def _check_split(source: TextSource, available: list[str]) -> None:
-    """Raises ValueError for a split that is not there. A split may be an expression ("train[:1%]+test"); `available` is
-    empty where it is not known yet.
-    """
-    names = {part.split("[")[0].strip() for part in source.split.split("+")}
-    if available and not names <= {*available, "all"}:
-        raise _split_error(source, available)
-
-
-def _split_error(source: TextSource, available: list[str]) -> ValueError:
-    return ValueError(f"{source.flags.split} {source.split!r}: no such split; available: {', '.join(available)}")
-
-
-def _warn_of_ignored_files(directory: Path, builder: datasets.DatasetBuilder) -> None:
-    """Logs that files are left out: `datasets` reads those of the commonest kind in a directory and is silent about the
-    others.
-    """
-    read = {file for split in (builder.config.data_files or {}).values() for file in split}
-    found = sorted(str(path.resolve()) for path in directory.rglob("*") if file_ending(path) in FILE_READERS)
-    if ignored := [file for file in found if file not in read]:
-        logger.warning("%d file(s) of %s are not read, for example %s", len(ignored), directory, ignored[0])
-
-
 def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | datasets.IterableDataset:
-    """Returns the text column of the whole split as a memory-mapped table, or, if our own reader reads its files
+    """Returns the text column of the split as a memory-mapped table, or, if our own reader reads its files
     (`files_read_here`), as a stream. Raises ValueError.
     """
     if files := files_read_here(opened, source):
         return _open_tolerant(files, source)
     if isinstance(opened, datasets.DatasetBuilder):
-        config = datasets.DownloadConfig(local_files_only=source.local_files_only)
-        try:
-            opened.download_and_prepare(download_config=config)
-        except StopIteration as error:  # what `datasets` makes of an empty file
-            raise _no_rows(source) from error
-        except READ_ERRORS as error:
-            raise explain_fault(error, opened, source) from error
-        try:
-            opened = opened.as_dataset(split=source.split)
-        except ValueError as error:
-            raise ValueError(f"{source.flags.split} {source.split!r}: {error}") from error
+        prepare(opened, source)
+        n_rows = {str(name): info.num_examples for name, info in opened.info.splits.items()}
+        opened = take_split(n_rows, opened.as_dataset, source)
     check_text_field(opened.features, source)
     return opened.select_columns([source.text_field])
 
 
+def prepare(builder: datasets.DatasetBuilder, source: TextSource) -> None:
+    """Makes tables of all splits, in the cache of `datasets`, unless they are there. Raises ValueError."""
+    check_writable(source)
+    faults = Faults(builder, source)
+    try:
+        with hub_files_in_cache(source):
+            builder.download_and_prepare(download_config=download_config(source))
+    except StopIteration as error:  # what `datasets` makes of an empty file
+        raise no_rows(source) from error
+    except READ_ERRORS as error:
+        raise faults(error) from error
+    if changed := faults.changed():
+        raise ValueError(changed)
+
+
 def open_stream(opened: Opened, source: TextSource) -> datasets.IterableDataset:
-    """Returns the text column of the split as a stream whose first row can be read. Raises ValueError."""
+    """Returns the text column of the split as a stream whose first row can be read. A part of a split is streamed from
+    a table, which is made first: only all rows say where it begins. Raises ValueError.
+    """
     if files := files_read_here(opened, source):
         return _open_tolerant(files, source)
-    if isinstance(opened, datasets.Dataset):
-        stream = opened.to_iterable_dataset()
-    else:
-        try:
-            stream = opened.as_streaming_dataset(split=source.split)
-        except StopIteration as error:
-            raise _no_rows(source) from error
-        except READ_ERRORS as error:
-            if source.split in _splits_of(opened):
-                raise explain_fault(error, opened, source) from error
-            raise ValueError(f"{source.flags.split} {source.split!r}: {error}") from error
+    if isinstance(opened, datasets.Dataset) or is_part(source.split):
+        table = open_table(opened, source)
+        assert isinstance(table, datasets.Dataset)
+        return table.to_iterable_dataset()
     try:
+        stream = opened.as_streaming_dataset(split=source.split)
         first = list(stream.take(1))
+    except StopIteration as error:
+        raise no_rows(source) from error
     except READ_ERRORS as error:
-        raise explain_fault(error, opened, source) from error
+        if _splits_of(opened):
+            raise explain_fault(error, opened, source) from error
+        raise ValueError(f"{source.flags.split} {source.split!r}: {error}") from error
     if not first:
-        raise _no_rows(source)
+        raise no_rows(source)
     check_text_field(stream.features or datasets.Dataset.from_list(first).features, source)
     return stream.select_columns([source.text_field])
 
@@ -183,7 +202,7 @@ def files_read_here(opened: Opened, source: TextSource) -> list[str]:
     """
     if not source.skip_bad_rows:
         return []
-    files = _local_files(opened, source.split)
+    files = local_files(opened, source)
     if files and "[" in source.split:
         raise ValueError(
             f"{source.flags.split} {source.split!r}: with --skip_bad_rows files are read whole, expected the names of "
@@ -198,43 +217,16 @@ def files_read_here(opened: Opened, source: TextSource) -> list[str]:
     return files
 
 
-def _local_files(opened: Opened, split: str) -> list[str]:
-    """Returns the files of a split, or sum of splits, if our own reader can read all of them, else none."""
-    if isinstance(opened, datasets.Dataset):
-        return []
-    by_split = {str(name): files for name, files in (opened.config.data_files or {}).items()}
-    names = list(by_split) if split == "all" else [part.split("[")[0].strip() for part in split.split("+")]
-    files = [str(file) for name in names for file in by_split.get(name, ())]
-    return files if all(is_readable_here(file) for file in files) else []
-
-
 def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDataset:
-    columns = columns_of(files)
-    if not columns:
-        raise _no_rows(source)
-    # The rows' own types are looked at one by one.
-    check_text_field(dict.fromkeys(columns, datasets.Value("string")), source)
+    _check_columns(files, source)
     return tolerant_stream(files, source.text_field)
 
 
-def _no_rows(source: TextSource) -> ValueError:
-    return ValueError(f"{source.flags.name} {source.name!r}: split {source.split!r} has no rows")
-
-
-def explain_fault(error: Exception, opened: Opened, source: TextSource) -> ValueError:
-    """Returns what to raise for an error of reading: it names the file and the row where they can be found."""
-    what, skip = f"{source.flags.name} {source.name!r} cannot be read", source.flags.skip_bad_rows
-    reason = f"{error.__cause__ or error}"
-    # A table is made of all splits at once, so the fault may lie in another split than the one asked for.
-    files = [file for split in (source.split, "all") for file in _local_files(opened, split)]
-    if not files:
-        return ValueError(f"{what}: {reason}")
-    logger.info("looking for the row that cannot be read in %d files", len(files))
-    try:
-        bad = first_bad_row(list(dict.fromkeys(files)))
-    except OSError as unreadable:  # the disk, not what is on it
-        return ValueError(f"{what}: {unreadable}")
-    if bad is not None:
-        remedy = f", or leave such rows out with {skip}" if skip else ""
-        return ValueError(f"{what}: {bad}; correct it{remedy} ({reason})")
-    return ValueError(f"{what}: {reason}" + (f"; {skip} reads the rows that can be read" if skip else ""))
+def _check_columns(files: list[str], source: TextSource) -> None:
+    columns = columns_of(files)
+    if not columns:
+        if not source.skip_bad_rows and (bad := first_bad_row(files)):
+            raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; correct it")
+        raise no_rows(source)
+    # The rows' own types are looked at one by one.
+    check_text_field(dict.fromkeys(columns, datasets.Value("string")), source)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import datasets
 
+from text.decoding import BadRow
 from text.sources import TextSource
-from text.tolerant_reader import BadRow
 
 logger = logging.getLogger("train")
 

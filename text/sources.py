@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 
@@ -70,7 +71,8 @@ class TextSource:
             split,
             None if is_other else args.dataset_revision,
             args.dataset_text_field,
-            streaming=not _is_part(split),
+            streaming=not is_part(split),
+            cache_dir=args.dataset_cache_dir,
             local_files_only=args.local_files_only,
             skip_bad_rows=args.skip_bad_rows,
             flags=SourceFlags(**{key: f"--eval_dataset_{key}" for key in keys}),
@@ -85,7 +87,7 @@ class TextSource:
             args.held_out_subset,
             args.held_out_split,
             text_field=args.held_out_text_field,
-            streaming=not _is_part(args.held_out_split),
+            streaming=not is_part(args.held_out_split),
             local_files_only=args.local_files_only,
             flags=SourceFlags(
                 name="--held_out",
@@ -98,13 +100,16 @@ class TextSource:
 
     @property
     def cache_root(self) -> Path:
-        """Returns the folder that packed tokens are cached in."""
-        return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+        """Returns the folder that all of the text is cached in (cache.py)."""
+        return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 
-def _is_part(split: str) -> bool:
-    """Whether `split` is only a part of one, such as "train[99%:]": that needs a table of all its rows."""
+def is_part(split: str) -> bool:
+    """Returns whether `split` is only a part of one, such as "train[99%:]": that needs a table of all its rows."""
     return "[" in split
+
+
+Opened: TypeAlias = datasets.Dataset | datasets.DatasetBuilder  # what opening.py makes of a source
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from text.encoding import text_batches
+from text.faults import Faults
 from text.retries import WAITS_S, is_connection_trouble
 from text.rows import ROWS_AT_ONCE, RowCounts, only_texts
 from text.sources import TextSource
@@ -59,7 +60,7 @@ class TextStream:
         seed: int,
         rank: int,
         world_size: int,
-        explain: Callable[[Exception], Exception] | None = None,
+        explain: Faults | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ):
         self.stream, self.source, self.shuffle_buffer, self.seed = stream, source, shuffle_buffer, seed
@@ -176,6 +177,8 @@ class _Reading:
                 if self.share.explain is None:
                     raise
                 raise self.share.explain(error) from error
+            if self.share.explain is not None:
+                self.share.explain.look(is_end=batch is None)
             if batch is None:
                 return
             lost = 0

@@ -10,25 +10,29 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 
 from text.encoding import Encoder, text_batches
-from text.opening import Opened
-from text.sources import TextSource
+from text.sources import Opened, TextSource
 from utils import flush_to_disk
 
 logger = logging.getLogger("train")
 
+DTYPES = ("uint16", "uint32")
 FORMAT_VERSION = 1  # raise it when the same text would give another token file
+TOKENS, ABOUT = "tokens.bin", "about.json"
 ABANDONED_AFTER_S = 24 * 3600.0  # a build that wrote nothing for so long was killed
 
 
@@ -57,6 +61,49 @@ def token_file_inputs(opened: Opened, source: TextSource, encoder: Encoder) -> d
     }
 
 
+@dataclass(frozen=True)
+class About:
+    """Holds what a token file says of itself."""
+
+    tokens: int
+    dtype: np.dtype
+    sha256: str | None  # of all tokens; files from before it was recorded have none
+
+    @property
+    def n_bytes(self) -> int:
+        return self.tokens * self.dtype.itemsize
+
+
+def read_about(directory: Path) -> About:
+    """Returns what the token file in `directory` says of itself. Raises ValueError if that cannot be read, or the file
+    is not as long as it says.
+    """
+    remedy = f"delete {directory}, and the next run tokenises the text again"
+    try:
+        size = (directory / TOKENS).stat().st_size
+        about = _about_of(json.loads((directory / ABOUT).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); mend that, or {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{directory / ABOUT}: is damaged ({error}); {remedy}") from error
+    if size != about.n_bytes:
+        raise ValueError(f"{directory / TOKENS}: {size} bytes, which is not {about.tokens} {about.dtype}; {remedy}")
+    return about
+
+
+def _about_of(content: Any) -> About:
+    """Returns what about.json says. content: its JSON. Raises ValueError."""
+    fields = content if isinstance(content, dict) else {}
+    tokens, dtype, sha256 = (fields.get(name) for name in ("tokens", "dtype", "sha256"))
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+        raise ValueError('no "tokens", expected how many there are')
+    if dtype not in DTYPES:
+        raise ValueError(f'no "dtype", expected {" or ".join(DTYPES)}')
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise ValueError('"sha256" is none')
+    return About(tokens, np.dtype(dtype), sha256)
+
+
 def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, made_from: dict) -> None:
     """Tokenises `texts` into `directory`, which appears whole or not at all: `tokens.bin`, all ids one after another,
     and `about.json`, their number, dtype and SHA-256, with `made_from`.
@@ -69,16 +116,16 @@ def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, ma
     tokens = documents = 0
     digest = hashlib.sha256()
     try:
-        with open(partial / "tokens.bin", "wb") as file:
+        with open(partial / TOKENS, "wb") as file:
             for n_texts, ids in _encoded_ahead(encoder, text_batches(texts)):
-                ids.tofile(file)
+                file.write(ids.data)  # its error, unlike that of `tofile`, says that the disk is full
                 digest.update(ids.data)
                 tokens += len(ids)
                 documents += n_texts
         about = {"tokens": tokens, "documents": documents, "dtype": encoder.dtype.name}
         about |= {"sha256": digest.hexdigest(), **made_from}
-        (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        for path in (partial / "tokens.bin", partial / "about.json", partial):
+        (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        for path in (partial / TOKENS, partial / ABOUT, partial):
             flush_to_disk(path)
         _publish(partial, directory)
     finally:
@@ -118,10 +165,13 @@ def _publish(partial: Path, directory: Path) -> None:
 def _remove_abandoned(directory: Path) -> None:
     """Deletes what killed builds left. A live one writes to its file all the time."""
     for partial in directory.parent.glob("*.partial-*"):
-        with contextlib.suppress(FileNotFoundError):  # its build may finish meanwhile
-            written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
-            if time.time() - written > ABANDONED_AFTER_S:
-                shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # its build may finish meanwhile, or be another user's
+            if partial.is_symlink():  # what it points to is not ours
+                partial.unlink()
+            elif partial.is_dir():
+                written = max(path.lstat().st_mtime for path in (partial, *partial.iterdir()))
+                if time.time() - written > ABANDONED_AFTER_S:
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 def wait_for_token_file(directory: Path, poll_s: float = 1.0) -> None:

@@ -4,61 +4,36 @@
 error message (`first_bad_row`), and reads everything itself under `--skip_bad_rows` (`tolerant_stream`).
 """
 
-import gzip
 import json
-import zlib
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
+from text.csv_reader import csv_columns, csv_rows
+from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
+from text.files import Stamp, reader_of
+
 BATCH_ROWS = 1024  # of a parquet file at a time
 ROWS_LOOKED_AT = 100  # to find the columns of a JSON file
 WHOLE_FILE = "the whole file"
-DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """Takes the place of a row that cannot be read, or of several that are lost together."""
-
-    file: str
-    place: str
-    reason: str
-    rows: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.file}, {self.place}: {self.reason}"
-
-
-def file_ending(path: Path) -> str:
-    """Returns the ending that says what a file holds, without a `.gz` behind it."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+CHANGED = "changed while it was read, so rows may be cut off, missing or new"
 
 
 def is_readable_here(file: str) -> bool:
     """Returns whether `file` is on this disk, and of a kind that this reader knows."""
-    path = Path(file)
-    return path.is_file() and file_ending(path) in ENDINGS and path.suffixes[-2:] != [".parquet", ".gz"]
+    return os.path.isfile(file) and reader_of(Path(file)) is not None
 
 
 def rows_of_file(file: str, field: str | None) -> Iterator[object]:
     """Returns what each row holds in column `field`, or a BadRow for it. Without `field`, all columns are searched for
     faults. Raises OSError if the disk fails.
     """
-    match file_ending(Path(file)):
-        case ".parquet":
-            return _parquet_rows(file, field)
-        case ".txt":
-            return _text_rows(file, field)
-        case _:
-            return _json_rows(file, field)
+    return ROWS[str(reader_of(Path(file)))](file, field)
 
 
 def first_bad_row(files: list[str]) -> BadRow | None:
@@ -74,19 +49,17 @@ def tolerant_stream(files: list[str], field: str) -> datasets.IterableDataset:
 
 def _rows_of_files(files: list[str], field: str) -> Iterator[dict[str, object]]:
     for file in files:
+        before = Stamp.of(file)
         for row in rows_of_file(file, field):
             yield {field: row}
+        if Stamp.of(file) != before:
+            yield {field: BadRow(file, WHOLE_FILE, CHANGED)}
 
 
 def columns_of(files: list[str]) -> list[str]:
     """Returns the columns of the first file that has any that can be read."""
-    for file in files:
-        ending = file_ending(Path(file))
-        if ending == ".txt":
-            return ["text"]
-        if columns := _parquet_columns(file) if ending == ".parquet" else _json_columns(file):
-            return columns
-    return []
+    found = (COLUMNS[str(reader_of(Path(file)))](file) for file in files)
+    return next((columns for columns in found if columns), [])
 
 
 # ---- JSON: an object a line, or one list of objects or of texts
@@ -110,14 +83,14 @@ def _json_columns(file: str) -> list[str]:
 def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
     number = 0
     try:
-        with _open_text(file, newline="\n") as lines:
+        with open_text(file, newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if number == 1 and line.startswith("["):
                     yield from _elements(file, line + lines.read())
                 elif line.strip():
                     yield _parsed(file, f"line {number}", line)
-    except DAMAGED_GZIP as error:
-        yield _damaged_gzip(file, number + 1, error)
+    except DAMAGED_ARCHIVE as error:
+        yield damaged_archive(file, number + 1, error)
 
 
 def _elements(file: str, text: str) -> Iterator[tuple[str, dict] | BadRow]:
@@ -147,7 +120,7 @@ def _object(file: str, place: str, value: object) -> tuple[str, dict] | BadRow:
 
 def _unparsed(file: str, place: str, error: Exception) -> BadRow:
     if isinstance(error, UnicodeEncodeError):
-        return BadRow(file, place, _not_utf8(error))
+        return BadRow(file, place, not_utf8(error))
     if isinstance(error, json.JSONDecodeError):
         where = f"line {error.lineno} column {error.colno}" if place == WHOLE_FILE else f"column {error.colno}"
         return BadRow(file, place, f"JSON parse error: {error.msg.removesuffix(' at')} at {where}")
@@ -172,7 +145,7 @@ def _text_rows(file: str, field: str | None) -> Iterator[object]:
     number, first, document = 0, 1, ""
     parts: list[str] = []
     try:
-        with _open_text(file, newline=None) as lines:
+        with open_text(file, newline=None) as lines:
             for number, line in enumerate(lines, 1):
                 if line == "\n" and parts:
                     document, parts, start, first = "".join(parts)[:-1], [], first, number + 1
@@ -182,8 +155,8 @@ def _text_rows(file: str, field: str | None) -> Iterator[object]:
                     parts.append(line)
         if document := "".join(parts):
             yield _document(file, first, document)
-    except DAMAGED_GZIP as error:
-        yield _damaged_gzip(file, number + 1, error)
+    except DAMAGED_ARCHIVE as error:
+        yield damaged_archive(file, number + 1, error)
 
 
 def _document(file: str, first: int, text: str) -> object:
@@ -191,26 +164,8 @@ def _document(file: str, first: int, text: str) -> object:
         text.encode()
     except UnicodeEncodeError as error:
         line = first + text.count("\n", 0, error.start)
-        return BadRow(file, f"line {line}", _not_utf8(error))
+        return BadRow(file, f"line {line}", not_utf8(error))
     return text
-
-
-# ---- what JSON and plain text have in common
-
-
-def _open_text(file: str, newline: str | None) -> TextIO:
-    """Opens a file so that bytes that are not UTF-8 become lone surrogates, which are found in their row."""
-    opener: Callable[..., TextIO] = gzip.open if file.endswith(".gz") else open  # type: ignore[assignment]
-    return opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def _not_utf8(error: UnicodeEncodeError) -> str:
-    byte = ord(error.object[error.start]) - 0xDC00  # as surrogateescape has it
-    return f"not valid UTF-8 (byte 0x{byte:02x}, {error.start} characters in)"
-
-
-def _damaged_gzip(file: str, line: int, error: Exception) -> BadRow:
-    return BadRow(file, f"line {line}", f"the compressed file is damaged, nothing from here on can be read ({error})")
 
 
 # ---- parquet
@@ -280,3 +235,19 @@ def _parquet_columns(file: str) -> list[str]:
     except (pa.ArrowException, OSError) as error:
         _damaged_parquet(error)  # raises what is no fault of the file
         return []
+
+
+# ---- what reads which files, by the names of FILE_READERS
+
+ROWS: dict[str, Callable[[str, str | None], Iterator[object]]] = {
+    "json": _json_rows,
+    "csv": csv_rows,
+    "text": _text_rows,
+    "parquet": _parquet_rows,
+}
+COLUMNS: dict[str, Callable[[str], list[str]]] = {
+    "json": _json_columns,
+    "csv": csv_columns,
+    "text": lambda _: ["text"],
+    "parquet": _parquet_columns,
+}

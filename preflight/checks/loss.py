@@ -12,16 +12,14 @@ from transformers import PreTrainedModel
 from arguments import TrainArguments
 from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights
-from distillation.pairing import PROBE
 from llamba import LlambaConfig, LlambaForCausalLM
-from model_utils import DTYPES, apply_replacements, get_teacher_model
-from preflight.checks.basics import FAILURE, OK, Finding, PlannedRun
+from model_utils import DTYPES, apply_replacements
+from preflight.checks.basics import FAILURE, OK, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import run_device
-from preflight.checks.models import configs, skeletons, teacher_place, teacher_tokenizer
-from text.encoding import Encoder
+from preflight.checks.models import configs, skeletons
+from preflight.checks.weights import probe_ids, small_teacher
 from training_utils import compiles_loss
 
-SMALL_MODEL = 200_000_000  # parameters; they take seconds to read
 # Bounds on what rounding causes. Two models that compute the same in different ways differ in their last digits.
 MOST_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 MOST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of CE and hidden states
@@ -72,19 +70,21 @@ def check_equal_models(run: PlannedRun) -> Iterator[Finding]:
     teacher_config, student_config = configs(run)
     if run.args.kl_weight == 0:
         return
-    skeleton, _ = skeletons(run)
-    n_parameters = sum(p.numel() for p in skeleton.parameters())
-    if n_parameters > SMALL_MODEL or teacher_config.model_type != "llama":
+    try:
+        teacher = small_teacher(run)
+    except ValueError as error:  # reported by `check_logits`
+        raise CheckSkipped("the teacher cannot be loaded") from error
+    if teacher is None or teacher_config.model_type != "llama":
+        n_parameters = sum(p.numel() for p in skeletons(run)[0].parameters())
         found = f"not tried with {n_parameters / 1e9:.1f} billion parameters ({teacher_config.model_type})"
         yield Finding(OK, EQUAL.format("whole models"), f"{found}; the loss alone was")
         return
-    place = teacher_place(run, needs_weights=True)
-    device, dtype = run_device(), DTYPES[run.args.dtype]
-    teacher = get_teacher_model(place, dtype, device)
-    student = teacher_as_student(teacher, student_config)
-    ids = torch.from_numpy(Encoder(teacher_tokenizer(run))([PROBE]).astype("int64")).to(device)  # (N + 1,)
+    dtype, ids = DTYPES[run.args.dtype], probe_ids(run, teacher.device)[0]  # (N + 1,)
     with torch.no_grad():
         of_teacher = teacher.base_model(ids[None, :-1], use_cache=False).last_hidden_state[0]  # (N, D)
+        if not of_teacher.isfinite().all():  # reported by `check_logits`
+            raise CheckSkipped("the teacher's logits are not finite")
+        student = teacher_as_student(teacher, student_config)
         of_student = student.backbone(ids[None, :-1], use_cache=False).last_hidden_state[0]
         head, own_head = teacher.get_output_embeddings().weight, student.lm_head.weight
         kl, ce = kl_and_ce(run.args, of_student, own_head, of_teacher, head, ids[1:])

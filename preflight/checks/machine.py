@@ -19,6 +19,7 @@ from llamba.ssd import ssd_chunked
 from model_utils import DTYPES
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
 from processes.devices import check_compiler, choose_devices
+from processes.ranks import check_launch
 
 GB = 1e9
 PLAIN = "plain PyTorch"  # as llamba.kernels names it
@@ -80,6 +81,11 @@ def run_device() -> torch.device:
 
 def check_environment(run: PlannedRun) -> Iterator[Finding]:
     found = False
+    try:
+        check_launch()
+    except ValueError as error:
+        found = True
+        yield Finding.of_error(FAILURE, "ranks", str(error))
     for name, costly, cost in COSTLY:
         value = os.environ.get(name, "")
         if value and value.lower() in costly.lower().split():

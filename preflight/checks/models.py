@@ -5,8 +5,9 @@ They load no weights.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -93,15 +94,31 @@ def check_resume(run: PlannedRun) -> Iterator[Finding]:
         yield Finding(OK, f"--resume {run.args.resume}", found)
 
 
-def check_model_files(run: PlannedRun) -> Iterator[Finding]:
-    """Checks each model by itself: its weights are complete, and its config describes a model."""
+class ModelFiles(NamedTuple):
+    """Names a model of a run: the option that gives it, its name, whether its weights are read, and by what its config
+    is.
+    """
+
+    flag: str
+    name: str
+    needs_weights: bool
+    read: Callable[[str, str, str], PretrainedConfig]
+
+
+def model_files(run: PlannedRun) -> list[ModelFiles]:
+    """Returns the teacher and the student of a run; the student of a resumed one is its checkpoint."""
     args = offline(run)
     resumes = args.student_model != run.args.student_model
     teacher_needed = args.kl_weight > 0 or (bool(args.layers) and not resumes)
-    for flag, name, needs_weights, read in (
-        ("--teacher_model", args.teacher_model, teacher_needed, read_config),
-        ("--resume" if resumes else "--student_model", args.student_model, True, read_llamba_config),
-    ):
+    return [
+        ModelFiles("--teacher_model", args.teacher_model, teacher_needed, read_config),
+        ModelFiles("--resume" if resumes else "--student_model", args.student_model, True, read_llamba_config),
+    ]
+
+
+def check_model_files(run: PlannedRun) -> Iterator[Finding]:
+    """Checks each model by itself: its weights are complete, and its config describes a model."""
+    for flag, name, needs_weights, read in model_files(run):
         title = f"{flag} {name}"
         try:
             place = locate_model(flag, name, True, needs_weights)

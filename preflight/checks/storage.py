@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 
 from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check, step_of
-from checkpointing.run_folder import check_space, disk_room
+from checkpointing.run_folder import check_file_limit, check_space, check_utf8, check_writable, disk_room
+from checkpointing.small_files import check_places
 from monitoring import trackers
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, file_problem
 from preflight.checks.machine import GB, default_nproc, run_device
@@ -52,21 +53,30 @@ def check_log_file(run: PlannedRun) -> Iterator[Finding]:
 def check_output_dir(run: PlannedRun) -> Iterator[Finding]:
     folder = Path(run.args.output_dir)
     name = f"--output_dir {folder}"
+    check_utf8(folder)
     if problem := folder_problem(nearest(folder)):
         yield Finding(FAILURE, name, problem, "--output_dir DIR: choose a directory of your own")
         return
     if problem := _lock_problem(folder / ".lock"):
         yield Finding(FAILURE, name, problem, "wait for its end, or choose another directory")
         return
+    try:
+        check_places(folder)
+    except ValueError as error:
+        yield Finding.of_error(FAILURE, name, str(error))
+        return
     if newest := _in_the_way(run):
         found = f"holds checkpoints up to {newest.name}, which a run refuses to overwrite"
         yield Finding(FAILURE, name, found, "resume from them with --resume auto, or choose another directory")
         return
+    check_writable(nearest(folder))
     yield Finding(OK, name, "can be written" if folder.exists() else f"can be made in {nearest(folder)}")
 
 
 def _lock_problem(file: Path) -> str | None:
     """Returns why a run could not take this lock, or None. Takes it for a moment only."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        return f"{file} is no plain file but a link or the like; remove it"
     if not file.is_file():
         return None
     try:
@@ -100,6 +110,7 @@ def _in_the_way(run: PlannedRun) -> Path | None:
 def check_disk(run: PlannedRun) -> Iterator[Finding]:
     args, (_, student) = run.args, skeletons(run)
     n_left = max(0, args.max_steps * args.grad_accumulation_steps - first_step(run))
+    check_file_limit(Path(args.output_dir), student, default_nproc(run))
     check_space(args, student, n_left)
     room = disk_room(args, student, n_left)
     found = f"one takes {room.size / GB:.2g} GB, {room.n_here} are there, {room.n_fit - room.n_here:,} more fit"

@@ -18,9 +18,11 @@ from preflight.checks.models import teacher_tokenizer
 from preflight.checks.storage import folder_problem, nearest
 from text.batch import MAKE_IT_FIT
 from text.encoding import Encoder
-from text.opening import NotCached, Opened, files_read_here, open_source, open_stream
+from text.opening import NotCached, files_read_here, open_source, open_stream
+from text.overlap import TrainedOn, check_not_trained_on
 from text.rows import only_texts
-from text.sources import TextSource, network_forbidden
+from text.sources import Opened, TextSource, network_forbidden
+from text.splits import split_names
 
 ROWS = 16  # that are read of a split
 
@@ -37,10 +39,22 @@ def check_held_out_data(run: PlannedRun) -> Iterator[Finding]:
     args = run.args
     if not args.eval_interval:
         return
-    yield from _check_text(run, TextSource.for_evaluation_in_training(args), "--eval_dataset_name", 1)
+    held_out = TextSource.for_evaluation_in_training(args)
+    yield from _check_text(run, held_out, "--eval_dataset_name", 1)
+    yield from _check_not_trained_on(held_out, TextSource.for_training(args))
     if args.eval_mmlu_dir is not None:
         subjects = load_mmlu(args.eval_mmlu_dir, flag="--eval_mmlu_dir")
         yield Finding(OK, f"--eval_mmlu_dir {args.eval_mmlu_dir}", f"{len(subjects)} subjects")
+
+
+def _check_not_trained_on(held_out: TextSource, training: TextSource) -> Iterator[Finding]:
+    ours, its = (dataclasses.replace(source, local_files_only=True) for source in (held_out, training))
+    try:
+        check_not_trained_on(ours, its, "the run", may_count=False)
+    except TrainedOn as error:
+        yield Finding.of_error(FAILURE, f"--eval_dataset_name {held_out.name}", str(error))
+    except ValueError:  # of opening, which is reported with the data
+        return
 
 
 def _check_text(run: PlannedRun, source: TextSource, flag: str, needed: int) -> Iterator[Finding]:
@@ -53,7 +67,7 @@ def _check_text(run: PlannedRun, source: TextSource, flag: str, needed: int) -> 
         command = f"datasets.load_dataset('{source.name}', {subset}split='{source.split}')"
         remedy = f'python -c "import datasets; {command}"   where there is a network, or give a local file or directory'
         if source.local_files_only:
-            yield Finding(FAILURE, name, f"not prepared in {datasets.config.HF_DATASETS_CACHE}", remedy)
+            yield Finding(FAILURE, name, f"not prepared in {source.cache_root}", remedy)
         else:
             yield Finding(WARNING, name, "not on this disk; a run would download it", remedy)
         return
@@ -88,9 +102,8 @@ def first_texts(opened: Opened, source: TextSource) -> tuple[int, list[str]]:
     "train[99%:]" the first rows of the whole split are read: finding the part takes a table of all rows.
     """
     files_read_here(opened, source)  # raises ValueError if --skip_bad_rows cannot be used with the split
-    if not source.streaming:
-        whole = "+".join(dict.fromkeys(part.split("[")[0].strip() for part in source.split.split("+")))
-        source = dataclasses.replace(source, split=whole)
+    if isinstance(opened, datasets.DatasetBuilder):
+        source = dataclasses.replace(source, split="+".join(split_names(source, opened.info.splits or ())))
     with network_forbidden(True):
         rows = list(open_stream(opened, source).take(ROWS))
     return len(rows), list(only_texts((row[source.text_field] for row in rows), source))
@@ -102,6 +115,10 @@ def check_room_for_packed_data(run: PlannedRun) -> Iterator[Finding]:
     if args.dataset_streaming:
         return
     encoder, source = Encoder(teacher_tokenizer(run)), TextSource.for_training(args)
+    place = nearest(source.cache_root)
+    if problem := folder_problem(place):
+        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR: choose one of your own")
+        return
     try:
         opened = open_here(source)
         _, texts = first_texts(opened, source)
@@ -116,10 +133,6 @@ def check_room_for_packed_data(run: PlannedRun) -> Iterator[Finding]:
     if not sizes:  # a data set of the hub that was prepared before
         sizes, copies = [opened.info.dataset_size or 0], 0
     needed = sum(sizes) * (copies + ids.nbytes / max(1, sum(len(text.encode()) for text in texts)))
-    place = nearest(source.cache_root)
-    if problem := folder_problem(place):
-        yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR: choose one of your own")
-        return
     free = shutil.disk_usage(place).free
     found = f"packing takes about {needed / GB:.2g} GB, {free / GB:.1f} GB are free"
     status, remedy = (OK, "") if needed < free else (WARNING, "--dataset_cache_dir DIR: choose a disk with more room")

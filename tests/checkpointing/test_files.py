@@ -1,9 +1,9 @@
-"""What a checkpoint holds, its round trip, and a folder of checkpoints: the newest, those kept, the bad ones."""
+"""What a checkpoint holds, its round trip, its size and its permissions."""
 
 import json
 import os
 import re
-import shutil
+import stat
 import subprocess
 
 import pytest
@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpointing import files
 from checkpointing.files import (
     STATE_FILE,
     SUMS_FILE,
@@ -20,23 +19,20 @@ from checkpointing.files import (
     checkpoint_dir,
     data_file,
     deal_weights,
-    find_checkpoints,
     hash_check,
-    keep_newest,
+    largest_file,
     model_file,
     open_optimizer,
     optimizer_file,
-    point_latest_to,
     quick_check,
     read_position,
     read_state,
     read_sums,
-    remove_partial,
-    set_bad_aside,
+    try_writing,
 )
 from llamba import LlambaForCausalLM
 from model_utils import freeze_student_mlps, locate_model
-from tests.checkpointing.saved_checkpoints import STATE, Killed, contents, fail, save, shard_of, visible
+from tests.checkpointing.saved_checkpoints import STATE, contents, save, shard_of
 from tests.tiny import tiny_hybrid, tokens
 
 # --- content -------------------------------------------------------------------------------------------------
@@ -146,82 +142,25 @@ def test_the_size_of_a_checkpoint_is_known_beforehand(tmp_path, tokenizer):
         trained = [p.numel() for p in student.parameters() if p.requires_grad]
         weights = sum(p.nbytes for p in student.parameters())
         assert checkpoint_bytes(student) == weights + 4 * kinds * sum(trained)
+        sizes = [4 * kinds * max(trained), 4 * kinds * sum(trained) // 3, weights // 3]
+        assert largest_file(student, 3) == max(sizes) and largest_file(student, 1) >= weights
         assert 0 < len(trained) < len(list(student.parameters()))
 
 
-# --- the folder of checkpoints -------------------------------------------------------------------------------
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_all_files_have_the_permissions_that_the_umask_says(tmp_path, hybrid, tokenizer, umask):
+    """safetensors alone makes files that only their owner can read."""
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path, hybrid, tokenizer, world_size=2)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~umask}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask
 
 
-@pytest.fixture
-def numbered(tmp_path):
-    """Returns a directory with checkpoints, each with its step in a file, and with folders that are no checkpoints."""
-    for step in (0, 5, 10, 100, 20):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "step").write_text(str(step))
-    for name in ("checkpoint-best", "checkpoint-30.old", "bad-checkpoint-7", ".partial-checkpoint-200-0", "wandb"):
-        (tmp_path / name).mkdir()
-    return tmp_path
-
-
-def steps(folder):
-    return [files.step_of(path) for path in find_checkpoints(folder)]
-
-
-def test_the_newest_is_the_first(numbered):
-    assert steps(numbered) == [100, 20, 10, 5, 0]
-    assert find_checkpoints(numbered / "absent") == []
-
-
-@pytest.mark.parametrize("limit,kept", [(1, [100]), (2, [100, 20]), (4, [100, 20, 10, 5]), (9, [100, 20, 10, 5, 0])])
-def test_the_newest_are_kept_and_nothing_else_is_touched(numbered, limit, kept):
-    others = {path.name for path in numbered.iterdir()} - set(visible(numbered)) | {"checkpoint-best"}
-    keep_newest(numbered, limit)
-    assert steps(numbered) == kept
-    assert others <= {path.name for path in numbered.iterdir()}
-    assert all(
-        (path / "step").read_text() == path.name.removeprefix("checkpoint-") for path in find_checkpoints(numbered)
-    )
-    assert not list(numbered.glob(".deleted-*"))
-
-
-def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(numbered, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(shutil, "rmtree", fail)
-        keep_newest(numbered, 4)
-    assert steps(numbered) == [100, 20, 10, 5]
-    assert (numbered / ".deleted-checkpoint-0").is_dir()
-    remove_partial(numbered)
-    assert not list(numbered.glob(".*"))
-    assert steps(numbered) == [100, 20, 10, 5]
-
-
-def test_bad_ones_are_moved_aside_and_never_over_one_another(tmp_path, caplog):
-    for content in ("first", "second", "third"):
-        path = tmp_path / "checkpoint-7"
-        path.mkdir()
-        (path / "file").write_text(content)
-        set_bad_aside(path, f"{content} is bad")
-        assert find_checkpoints(tmp_path) == []
-        assert f"({content} is bad)" in caplog.messages[-1]
-    names = ["bad-checkpoint-7", "bad-checkpoint-7-2", "bad-checkpoint-7-3"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert [(tmp_path / name / "file").read_text() for name in names] == ["first", "second", "third"]
-
-
-def test_latest_names_the_newest(numbered):
-    for step in (5, 20):
-        point_latest_to(numbered / f"checkpoint-{step}")
-        assert (numbered / "latest" / "step").read_text() == str(step)
-        assert os.readlink(numbered / "latest") == f"checkpoint-{step}"  # also where the directory is moved
-    (numbered / ".latest").symlink_to("nowhere")  # as a crash between two steps leaves it
-    point_latest_to(numbered / "checkpoint-100")
-    assert os.readlink(numbered / "latest") == "checkpoint-100"
-    assert steps(numbered) == [100, 20, 10, 5, 0] and not (numbered / ".latest").is_symlink()
-
-
-def test_a_latest_that_somebody_made_a_folder_stays(numbered):
-    (numbered / "latest").mkdir()
-    (numbered / "latest" / "mine").touch()
-    with pytest.raises(OSError):
-        point_latest_to(numbered / "checkpoint-5")
-    assert (numbered / "latest" / "mine").exists()
+def test_a_trial_leaves_nothing(tmp_path):
+    try_writing(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No such file"):
+        try_writing(tmp_path / "absent")

@@ -5,6 +5,7 @@ run does is in test_faults.py.
 import dataclasses
 import errno
 import random
+import re
 import shutil
 from collections import namedtuple
 
@@ -15,6 +16,7 @@ from checkpointing import resume
 from checkpointing.files import checkpoint_bytes
 from checkpointing.resume import check_same_run
 from checkpointing.run_folder import check_space, explaining_write_errors, save_options
+from checkpointing.state import RunState
 from monitoring.health import SpikeWatch
 from tests.tiny import tiny_student
 
@@ -110,6 +112,16 @@ def test_what_may_change_is_logged_and_how_a_run_is_watched_is_not(checkpoint, c
     check_same_run(*checkpoint(), args("--max_lr", "0.5", "--log_interval", "3", "--time_limit", "9"), 2)
     assert "resuming with --max_lr 0.5 where the run had" in caplog.text
     assert "log_interval" not in caplog.text and "time_limit" not in caplog.text
+
+
+def test_other_versions_of_packages_are_logged(caplog, monkeypatch):
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    state = RunState().to_json(args(), 2)
+    for same in (state, {}, {"versions": {"torch": state["versions"]["torch"]}}):
+        resume.log_versions(same)
+    assert caplog.text == "" and {"python", "torch", "transformers"} < state["versions"].keys()
+    resume.log_versions({"versions": {**state["versions"], "transformers": "5.0.0"}})
+    assert re.search(r"another version of transformers [\d.]+ \(it had 5\.0\.0\): what follows may differ", caplog.text)
 
 
 def test_a_loss_stands_out_only_of_enough_others_and_by_much():

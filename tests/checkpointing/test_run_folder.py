@@ -3,14 +3,17 @@
 import errno
 import os
 import re
+import resource
 import time
 
 import pytest
 
 import utils
-from checkpointing.run_folder import prepare_output_dir
+from checkpointing import files
+from checkpointing.run_folder import check_file_limit, check_writable, prepare_output_dir
 from tests import fresh
 from tests.parsing import options_in
+from tests.tiny import tiny_student
 from utils import lock_dir, setup_logging
 
 
@@ -22,8 +25,7 @@ def prepare():
     locks = []
 
     def prepare(folder, start=None, *more):
-        checkpoint = None if start is None else folder / f"checkpoint-{start}"
-        locks.append(prepare_output_dir(options_in(folder, *more), checkpoint))
+        locks.append(prepare_output_dir(options_in(folder, *more), start))
         return locks[-1]
 
     yield prepare
@@ -140,3 +142,37 @@ def test_a_disk_without_locks_is_no_hindrance(tmp_path, prepare, monkeypatch, ca
     monkeypatch.setattr(utils.fcntl, "flock", refuse)
     prepare(tmp_path)
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+# --- what no room cures --------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path, prepare):
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    with pytest.raises(ValueError, match=r"run-\\xff: the path has a byte that is not UTF-8"):
+        prepare(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("owner,name", [(files, "save_file"), (files, "flush_to_disk"), (files.Path, "rename")])
+def test_a_folder_that_refuses_what_a_save_does(tmp_path, monkeypatch, owner, name):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    check_writable(tmp_path)
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: no checkpoint can be written .*Read-only"):
+        check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_for_files_that_a_checkpoint_exceeds(tmp_path, monkeypatch):
+    student = tiny_student()
+    needed = files.largest_file(student, 2)
+    for limit, fits in ((needed, True), (needed - 1, False), (resource.RLIM_INFINITY, True)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
+        if fits:
+            check_file_limit(tmp_path, student, 2)
+        else:
+            with pytest.raises(ValueError, match="files of this process are limited to .*ulimit -f unlimited"):
+                check_file_limit(tmp_path, student, 2)

@@ -15,10 +15,10 @@ from checkpointing.files import (
     partial_dir,
     quick_check,
     read_sums,
-    remove_partial,
     write_common,
     write_part,
 )
+from checkpointing.housekeeping import remove_partial
 from tests import fresh
 from tests.checkpointing.saved_checkpoints import Killed, contents, fail, make_tokenizer, save, visible
 from tests.tiny import tiny_student

@@ -1,7 +1,9 @@
 """Options, models, data and outputs: what an evaluation reads and what it refuses before it loads a model."""
 
+import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +84,36 @@ def test_bad_options_are_reported_before_a_model_is_loaded(change, expected, opt
     message = error_of_checks(options)
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "words"),
+    [
+        ({"dataset_name": str(HELD_OUT)}, "all of it is trained on by the run of --ckpt"),
+        ({"dataset_name": str(HELD_OUT), "dataset_split": "train[:9]"}, "its rows 0 to 8 of split 'train'"),
+        ({"dataset_name": "folder"}, "1 file(s) of it, for example"),
+        ({"dataset_name": str(HELD_OUT), "dataset_split": "train[9:]"}, None),
+        ({"dataset_name": "lost/on/this/machine.jsonl"}, None),
+        ({"dataset_name": None}, None),
+    ],
+)
+def test_held_out_text_that_the_checkpoint_was_trained_on(
+    models, options, trained_on, words, tmp_path, own_cache, monkeypatch
+):
+    checkpoint = Path(shutil.copytree(options["ckpt"][0], tmp_path / "checkpoint-1"))
+    kept = {"dataset_subset": None, "dataset_split": "train", "dataset_revision": None, "dataset_text_field": "text"}
+    kept |= {"dataset_streaming": False, **trained_on}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.jsonl").symlink_to(HELD_OUT)
+    (tmp_path / "folder" / "a.jsonl").write_text('{"text": "a"}')
+    (checkpoint / "training_state.json").write_text(json.dumps({"arguments": kept}))
+    options |= {"ckpt": [str(checkpoint)], "which": ["hybrid_ft"], "held_out": [str(HELD_OUT)]}
+    options |= {"held_out_seq_length": ["64"], "held_out_split": ["train[:9]"]}
+    if words is None:
+        assert check_inputs(parse_eval_args(command_line(options))).windows is not None
+    else:
+        assert words in error_of_checks(options)
 
 
 def test_a_checkpoint_decides_which_layers_the_untrained_hybrid_has(models, options):

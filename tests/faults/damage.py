@@ -15,7 +15,8 @@ import datasets
 from checkpointing.files import hash_check, quick_check, read_sums
 from tests.launch import Launch
 from tests.small_runs import TEXT, make_models, options
-from text.opening import explain_fault, open_source, open_stream, open_table
+from text.faults import explain_fault
+from text.opening import open_source, open_stream, open_table
 from text.rows import only_texts, rows_of
 from text.sources import TextSource
 

@@ -7,6 +7,7 @@ exit codes and the log of each launch; tests/test_faults.py checks both.
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -255,6 +256,21 @@ def _fail_parts(n: int) -> None:
         real(*args)
 
     saver.write_part = write_part
+
+
+def no_checkpoint_can_be_written(scene: Scene) -> None:
+    """Refuses rank 1's part of checkpoint-0, as a file system does that has a limit for files."""
+    error = OSError(27, "File too large")
+    scene.run(arm=on_rank(1, lambda: trap(saver, "write_part", 1, fail(error))))
+
+
+def a_copied_folder(scene: Scene) -> None:
+    """Resumes in copies of a run's folder in which the link `latest` has become a folder."""
+    scene.run(max_steps=6)
+    for how in ("auto", "latest"):
+        copy = scene.folder / f"copied-{how}"
+        shutil.copytree(scene.output, copy)
+        scene.run(output=copy, resume="auto" if how == "auto" else copy / "latest", save_total_limit=2)
 
 
 def no_memory_for_the_copy(scene: Scene) -> None:

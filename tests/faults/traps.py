@@ -19,7 +19,7 @@ MOMENTS = {
     "in the forward pass": (training_utils.DistillationModel, "forward"),
     "in an update": (adamw.MasterWeightAdamW, "step"),
     "in an evaluation": (evaluator, "held_out_sums"),
-    "writing metrics": (run_log.MetricsFile, "_append"),
+    "writing metrics": (run_log.MetricsFile, "write"),
     "copying to the host": (saver, "copy_to_host"),
     "before a rank's part": (saver, "write_part"),
     "writing tensors": (files, "save_file"),

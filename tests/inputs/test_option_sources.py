@@ -166,7 +166,7 @@ def test_values_of_a_file(tmp_path, text, option, value):
         ("seq_length: 3\nseq_length: 4", "seq_length is given twice"),
         ("- 3", "expected lines such as `seq_length: 1024`"),
         ("a: [", "cannot be read"),
-        ("seq_length: 3.5", "invalid int value: '3.5'"),
+        ("seq_length: 3.5", "argument --seq_length: '3.5': expected a whole number"),
         ("dtype: int8", "invalid choice: 'int8'"),
         ("max_lr: null", "max_lr: None: expected a value"),
         ("max_lr: {a: 1}", "expected a value"),

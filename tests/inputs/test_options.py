@@ -298,4 +298,4 @@ def test_nothing_heavy_is_imported():
         "print(*sorted(new))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["arguments", "inputs", "yaml"]
+    assert result.stdout.split() == ["arguments", "inputs", "paths", "yaml"]

@@ -329,6 +329,9 @@ def test_a_teacher_of_absurd_values(teacher, student, name, little_memory, no_we
         {"hidden_act": "x"},
         {"auto_map": 5},
         {"dtype": "x"},
+        {"dtype": "nn"},
+        {"dtype": 5},
+        {"dtype": ["bfloat16"]},
     ],
     ids=str,
 )

@@ -4,9 +4,11 @@ it would be without. The real runs are played by tests/monitoring/evaluator_runs
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arguments import parse_train_args
@@ -250,6 +252,26 @@ def test_a_part_of_the_training_data_can_be_held_out(tmp_path):
     args.dataset_name = str(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="--dataset_name .*absent.jsonl"):
         read_windows(TextSource.for_evaluation_in_training(args), TOKENIZER, 2, 16)
+
+
+@pytest.mark.parametrize(
+    "training,held_out,words",
+    [
+        ("train[:90%]", "train[45:]", "its rows 45 to 53 of split 'train' (from 0) are trained on by this run"),
+        ("train[:90%]", "train[90%:]", None),
+    ],
+)
+def test_a_run_is_not_evaluated_on_rows_it_is_trained_on(alone, tmp_path, monkeypatch, training, held_out, words):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    Dataset.from_dict({"text": [f"row {i} " * 20 for i in range(60)]}).save_to_disk(tmp_path / "saved")
+    more = ["--dataset_name", str(tmp_path / "saved"), "--dataset_split", training, "--seq_length", "16"]
+    args = arguments(*more, "--eval_dataset_name", str(tmp_path / "saved"), "--eval_dataset_split", held_out)
+    if words is None:
+        ids = read_material(args, TOKENIZER, alone).windows.flatten().tolist()
+        assert TOKENIZER.decode(ids).startswith("row 54 row 54")
+    else:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            read_material(args, TOKENIZER, alone)
 
 
 def test_the_row_and_the_line_of_an_evaluation(tmp_path):

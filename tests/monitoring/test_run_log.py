@@ -91,7 +91,7 @@ def test_spoilt_lines_are_set_aside(tmp_path, spoilt):
         log.write(row(3))
     kept = [row(1), row(2), row(3)] if spoilt.endswith(b"\n") else [row(1), row(3)]
     assert rows_of(tmp_path) == kept
-    assert (tmp_path / "metrics.abandoned.jsonl").read_text() == spoilt.decode(errors="replace")
+    assert (tmp_path / "metrics.abandoned.jsonl").read_bytes() == spoilt
 
 
 def test_what_was_set_aside_before_is_kept(tmp_path):
@@ -106,10 +106,13 @@ def test_what_was_set_aside_before_is_kept(tmp_path):
 
 
 class FullDisk:
-    """Stands for a file: takes `room` bytes, and then raises until there is room again."""
+    """Stands for an open file: takes `room` bytes, and then raises until there is room again."""
 
     def __init__(self, file, room):
         self.file, self.room, self.closed = file, room, False
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
     def write(self, data):
         taken = min(len(data), self.room)
@@ -117,9 +120,6 @@ class FullDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.room -= taken
         return self.file.write(data[:taken])
-
-    def fileno(self):
-        return self.file.fileno()
 
     def close(self):
         self.file.close()
@@ -149,11 +149,13 @@ def test_rows_that_a_full_disk_does_not_take_are_kept(tmp_path, capsys, room):
     assert disk.closed
 
 
-def test_a_disk_that_stays_full_does_not_end_the_run(tmp_path):
+def test_a_disk_that_stays_full_does_not_end_the_run(tmp_path, capsys):
+    setup_logging(None, is_main=True)
     with RunLog(options_in(tmp_path), 0, is_main=True) as log:
         log.file.file = disk = FullDisk(log.file.file, 0)
         log.write(row(1))
     assert disk.closed and (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert "metrics.jsonl: its last 1 line(s) could not be written and are lost" in capsys.readouterr().err
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
@@ -256,14 +258,15 @@ def test_warnings_that_come_early_are_kept_until_it_is_known_where(tmp_path):
     assert [line["text"] for line in warnings_of(tmp_path)] == ["resuming with another --kl_weight", "later"]
 
 
-@pytest.mark.parametrize("place", ["absent", "/dev/full"])
-def test_warnings_that_cannot_be_kept_end_no_run(tmp_path, place, capsys):
+def test_warnings_that_cannot_be_kept_end_no_run(tmp_path, capsys):
     setup_logging(None, is_main=True)
     (tmp_path / "warnings.jsonl").symlink_to("/dev/full")
     with recording_warnings(rank=0) as warnings:
-        warnings.write_to(tmp_path / "absent" if place == "absent" else tmp_path)
-        logging.getLogger("train").warning("take care")
-    assert capsys.readouterr().err == "[train] take care\n"
+        warnings.write_to(tmp_path)
+        for n in range(3):
+            logging.getLogger("train").warning("take care %d", n)
+    shown = capsys.readouterr().err
+    assert shown.count("take care") == 3 and shown.count("warnings.jsonl cannot be written (No space left") == 1
 
 
 # --- status.json ---------------------------------------------------------------------------------------------
@@ -296,6 +299,21 @@ def test_a_status_that_cannot_be_written_is_reported_and_no_more(tmp_path, capsy
     setup_logging(None, is_main=True)
     write_status(tmp_path / "absent", "running", 0)
     assert "status.json cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_status_that_a_full_disk_does_not_take_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    write_status(tmp_path, "running", 0)
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.flush_to_disk", fail)
+    setup_logging(None, is_main=True)
+    write_status(tmp_path, "complete", 0)
+    assert "status.json cannot be written (No space left on device)" in capsys.readouterr().err
+    assert read_status(tmp_path)["status"] == "running" and [path.name for path in tmp_path.iterdir()] == [
+        "status.json"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def checkpoint_of(folder, micro_step, *options):
     """Makes a checkpoint that passes the quick check, of a run on this machine."""
     checkpoint = Path(shutil.copytree(TINY / "student", folder / f"checkpoint-{micro_step}"))
     arguments = dataclasses.asdict(planned(*options).args) | {"teacher_prefetch": 0}
-    state = {"format": FORMAT, "world_size": 1, "arguments": arguments}
+    state = {"format": FORMAT, "micro_step": micro_step, "world_size": 1, "arguments": arguments}
     (checkpoint / STATE_FILE).write_text(json.dumps(state))
     (checkpoint / data_file(0, 1)).write_text("{}")
     save_file({}, checkpoint / optimizer_file(0, 1))

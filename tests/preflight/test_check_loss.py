@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distillation.fused_loss import fused_distill_loss
-from preflight.checks import loss
+from preflight.checks import loss, weights
 from preflight.checks.basics import OK
 from tests.preflight.cases import found, the_bad_one
 
@@ -43,7 +43,7 @@ def test_a_layer_that_is_not_the_teachers(monkeypatch):
 
 
 def test_a_large_teacher_is_not_loaded(monkeypatch):
-    monkeypatch.setattr(loss, "SMALL_MODEL", 1000)
-    monkeypatch.setattr(loss, "get_teacher_model", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(weights, "SMALL_MODEL", 1000)
+    monkeypatch.setattr(weights, "get_teacher_model", lambda *_: pytest.fail("was loaded"))
     (finding,) = found(loss.check_equal_models)
     assert finding.status == OK and "the loss alone was" in finding.found

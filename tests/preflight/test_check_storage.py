@@ -58,6 +58,9 @@ def test_an_output_dir_of_a_run_that_is_running(tmp_path):
     assert statuses(found(storage.check_output_dir, *options)) == [OK]
     assert (tmp_path / ".lock").read_text() == "kept"
     lock_dir("--output_dir", tmp_path).close()
+    (tmp_path / ".lock").rename(tmp_path / "elsewhere")
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    assert "remove it" in the_bad_one(found(storage.check_output_dir, *options)).found
 
 
 def test_a_log_file_that_cannot_be_written(tmp_path):

@@ -34,7 +34,8 @@ def test_text_that_can_be_read(tmp_path, own_cache, streaming):
         (("--dataset_text_field", "content"), "no such column"),
         (("--dataset_text_field", "n"), "expected text"),
         (("--dataset_split", "test"), "no such split"),
-        (("--dataset_split", "train[:50%]", "--dataset_streaming"), "--dataset_split"),
+        (("--dataset_split", "tset[:50%]"), "no such split"),
+        (("--dataset_split", "train[:50%", "--dataset_streaming"), "--dataset_split"),
     ],
 )
 def test_text_that_cannot_be_read(tmp_path, own_cache, options, word):
@@ -119,6 +120,19 @@ def test_held_out_text_is_checked_too(tmp_path, own_cache):
     assert statuses(found(text_checks.check_held_out_data, *options)) == [OK, OK]
 
 
+def test_held_out_text_that_is_trained_on(tmp_path, own_cache):
+    rows(tmp_path / "text.jsonl", *["abcdefgh"] * 40)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "text.jsonl")
+    run = (*ENOUGH, "--no_dataset_streaming", "--dataset_name", tmp_path / "text.jsonl", "--eval_interval", 5)
+    bad = the_bad_one(found(text_checks.check_held_out_data, *run, "--eval_dataset_name", tmp_path / "link.jsonl"))
+    assert "all of it is trained on by the run" in bad.found and "keep a part from training" in bad.remedy
+    parts = ("--dataset_split", "train[:60%]", "--eval_dataset_split")
+    bad = the_bad_one(found(text_checks.check_held_out_data, *run, *parts, "train[40%:]"))
+    assert "some of its rows are trained on by the run" in bad.found
+    assert statuses(found(text_checks.check_held_out_data, *run, *parts, "train[60%:]")) == [OK]
+    assert not list(own_cache.rglob("*.arrow")), "no table is made"
+
+
 def test_room_for_packed_data(tmp_path, monkeypatch):
     options = ("--dataset_cache_dir", tmp_path / "packed")
     assert statuses(found(text_checks.check_room_for_packed_data, *options)) == [OK]
@@ -128,5 +142,6 @@ def test_room_for_packed_data(tmp_path, monkeypatch):
     assert "about 0.0029 GB" in bad.found and "--dataset_cache_dir" in bad.remedy
     bad = the_bad_one(found(text_checks.check_room_for_packed_data, "--dataset_text_field", "n"), WARNING)
     assert "the data cannot be read" in bad.found
-    (tmp_path / "packed").write_text("")
+    (tmp_path / "file").write_text("")
+    options = ("--dataset_cache_dir", tmp_path / "file")
     assert "cannot be written" in the_bad_one(found(text_checks.check_room_for_packed_data, *options)).found

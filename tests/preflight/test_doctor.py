@@ -50,7 +50,7 @@ def test_a_wrong_option_is_the_error_of_training(capsys, monkeypatch):
     assert doctor.main(["--preset", "tiny", "--batch_size", "0"]) == 2
     assert "--batch_size 0: expected at least 1" in capsys.readouterr().err
     assert doctor.main(["--preset", "tiny", "--nproc_per_node", "0"]) == 2
-    assert "--nproc_per_node 0: expected at least 1" in capsys.readouterr().err
+    assert "--nproc_per_node 0: expected at least 1, at most 1_000" in capsys.readouterr().err
 
 
 def test_a_python_without_packages_is_a_finding():

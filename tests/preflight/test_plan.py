@@ -90,8 +90,8 @@ def test_torchrun_says_how_many_students_there_are(visible, launched):
     [
         ("--dry_run --gpus 1", "--gpus 1: too few, this run takes 2"),
         ("--teacher_device cpux", "--teacher_device cpux: expected cpu, or cuda:N"),
-        ("--dry_run --gpu_gb -1", "--gpu_gb -1.0: expected a number above 0"),
-        ("--dry_run --tflops 0", "--tflops 0.0: expected a number above 0"),
+        ("--dry_run --gpu_gb -1", "--gpu_gb -1.0: expected at least 0.001"),
+        ("--dry_run --tflops 0", "--tflops 0.0: expected at least 0.001"),
         ("--gpus 4", "--gpus 4: is for a plan; add --dry_run"),
         ("--plan_json x", "--plan_json x: is for a plan; add --dry_run"),
     ],

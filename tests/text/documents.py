@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -156,3 +157,19 @@ def as_saved_splits(path: Path, documents: list[str]) -> Path:
     tables = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in splits.items()}
     datasets.DatasetDict(tables).save_to_disk(path / "saved")
     return path / "saved"
+
+
+def cache_as_hub_dataset(path: Path, splits: dict[str, list[str]]) -> None:
+    """Leaves in the cache of `datasets`, in `path / "hf"`, what a download of `someone/something` leaves there."""
+    files = {split: str(write_jsonl(path / "src" / f"{split}.jsonl", documents)) for split, documents in splits.items()}
+    builder = datasets.load_dataset_builder("json", data_files=files)
+    builder.download_and_prepare()
+    folder = path / "hf" / "someone___something" / "default" / "0.0.0" / ("c0ffee" * 7)[:40]
+    shutil.copytree(builder.cache_dir, folder)
+    for file in folder.glob("json-*"):
+        file.rename(file.with_name(file.name.replace("json-", "something-")))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info |= {"dataset_name": "something", "config_name": "default"}
+    for split in info["splits"].values():
+        split["dataset_name"] = "something"
+    (folder / "dataset_info.json").write_text(json.dumps(info))

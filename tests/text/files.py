@@ -1,6 +1,5 @@
 """Text files of every kind, whole and with a fault, and what is read of them."""
 
-import functools
 import gzip
 import json
 import logging
@@ -11,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from text.opening import explain_fault, open_source, open_stream, open_table
+from text.faults import Faults
+from text.opening import open_source, open_stream, open_table
 from text.rows import only_texts, rows_of
 from text.sources import TextSource
 from text.stream import TextStream
@@ -158,7 +158,7 @@ def source_of(name: Path, **changes) -> TextSource:
 def texts_of(source: TextSource, streaming: bool, rank: int = 0, world_size: int = 1) -> list[str]:
     """Returns what is handed to the tokenizer, from a table or from a stream."""
     opened = open_source(source)
-    explain = functools.partial(explain_fault, opened=opened, source=source)
+    explain = Faults(opened, source)
     if not streaming:
         return list(only_texts(rows_of(open_table(opened, source), source.text_field, explain), source))
     stream = TextStream(

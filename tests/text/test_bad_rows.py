@@ -193,10 +193,11 @@ def test_nothing_to_read_is_an_error_with_the_option_too(tmp_path: Path, streami
         texts_of(source_of(tmp_path / "a.jsonl", skip_bad_rows=True), streaming)
 
 
-def test_a_wrong_split_of_a_stream_is_not_taken_for_bad_data(tmp_path: Path):
+@pytest.mark.parametrize("split", ["train[:1", "train[:101%]", "train[0.5%:]"])
+def test_a_wrong_split_of_a_stream_is_not_taken_for_bad_data(tmp_path: Path, split: str):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match=r"^--dataset_split 'train\[:1%\]': "):
-        texts_of(source_of(tmp_path / "a.jsonl", split="train[:1%]"), True)
+    with pytest.raises(ValueError, match=rf"^--dataset_split '{re.escape(split)}': .*; expected names of splits and"):
+        texts_of(source_of(tmp_path / "a.jsonl", split=split), True)
 
 
 def test_a_packed_file_is_not_shared_with_one_that_skipped_rows(tmp_path: Path):

@@ -1,9 +1,7 @@
 """text/opening.py: every kind of data is opened, without network too, and what is wrong is named with its flag."""
 
 import dataclasses
-import json
 import logging
-import shutil
 import socket
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from tests.text.documents import (
     as_saved,
     as_saved_splits,
     as_txt,
+    cache_as_hub_dataset,
     expected_windows,
     loader,
     options,
@@ -64,21 +63,6 @@ def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def cache_as_hub_dataset(tmp_path: Path, documents: list[str]) -> None:
-    """Leaves in the cache of `datasets` what a download of `someone/something` leaves there."""
-    source = write_jsonl(tmp_path / "src" / "a.jsonl", documents)
-    builder = datasets.load_dataset_builder("json", data_files=str(source))
-    builder.download_and_prepare()
-    folder = tmp_path / "hf" / "someone___something" / "default" / "0.0.0" / ("c0ffee" * 7)[:40]
-    shutil.copytree(builder.cache_dir, folder)
-    for path in folder.glob("json-*"):
-        path.rename(path.with_name(path.name.replace("json-", "something-")))
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info |= {"dataset_name": "something", "config_name": "default"}
-    info["splits"]["train"]["dataset_name"] = "something"
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-
-
 @BOTH_FORMS
 def test_hub_dataset_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool):
     forbid_network(monkeypatch)
@@ -86,7 +70,7 @@ def test_hub_dataset_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, st
     with pytest.raises(ValueError, match="'someone/something'.*not in the cache .*--local_files_only"):
         loader(args)
     documents = random_documents(10, 30)
-    cache_as_hub_dataset(tmp_path, documents)
+    cache_as_hub_dataset(tmp_path, {"train": documents})
     assert sorted(windows_of(loader(args))) == sorted(expected_windows(documents))
     with pytest.raises(ValueError, match="--dataset_split 'test': no such split; available: train"):
         loader(dataclasses.replace(args, dataset_split="test"))
@@ -105,11 +89,10 @@ def test_files_of_another_kind_in_a_directory_are_mentioned(tmp_path: Path, capl
 def test_split_expressions(tmp_path: Path):
     write_jsonl(tmp_path / "dir" / "train.jsonl", ["abcd" * 40] * 10)
     write_jsonl(tmp_path / "dir" / "test.jsonl", ["efgh" * 40])
-    args = options(tmp_path / "dir", dataset_split="train[:10%]+test", batch_size=1)
     expected = expected_windows(["abcd" * 40, "efgh" * 40])
-    assert sorted(windows_of(loader(args))) == sorted(expected)
-    with pytest.raises(ValueError, match="--dataset_split 'train\\[:10%\\]\\+test': .*"):
-        loader(dataclasses.replace(args, dataset_streaming=True))
+    for streaming in (False, True):
+        args = options(tmp_path / "dir", dataset_split="train[:10%]+test", batch_size=1, dataset_streaming=streaming)
+        assert sorted(windows_of(loader(args))) == sorted(expected)
 
 
 def test_rows_without_text_are_skipped_cached_and_streamed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -155,7 +138,7 @@ def test_wrong_columns_rows_splits(tmp_path: Path, streaming: bool, rows: list, 
     [
         ("none.jsonl", None, "none.jsonl': no such file or directory"),
         ("none/such/dir", None, "none/such/dir': no such file or directory"),
-        ("a.docx", b"x", "a.docx': unsupported file ending, expected one of .jsonl, .json, .parquet, .txt"),
+        ("a.docx", b"x", "a.docx': unsupported file ending, expected one of .jsonl, .json, .ndjson, .csv, .tsv"),
         ("a.parquet.gz", b"x", "unsupported file ending"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "JSON parse error"),
         ("a.txt", b"", "--dataset_name|too small"),

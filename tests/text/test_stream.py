@@ -12,6 +12,7 @@ import pytest
 
 from tests import fresh
 from text.encoding import text_batches
+from text.faults import Faults
 from text.retries import WAITS_S
 from text.sources import TextSource
 from text.stream import StreamState, TextStream
@@ -253,10 +254,18 @@ def test_tries_without_progress_end(caplog: pytest.LogCaptureFixture):
     assert 200 < len(seen) < len(TEXTS)
 
 
+class InFile3(Faults):
+    def __init__(self):
+        super().__init__(datasets.Dataset.from_dict({}), TextSource("x"))
+
+    def __call__(self, error: Exception) -> ValueError:
+        return ValueError(f"file 3: {error}")
+
+
 def test_errors_of_the_data_are_raised_at_once_and_explained():
     data = Unsteady({10: 1}, ValueError("bad row")).stream()
     with pytest.raises(ValueError, match="^bad row$"):
         list(stream_of(data, sleep=pytest.fail).batches(0))
     data = Unsteady({10: 1}, ValueError("bad row")).stream()
     with pytest.raises(ValueError, match="^file 3: bad row$"):
-        list(stream_of(data, sleep=pytest.fail, explain=lambda e: ValueError(f"file 3: {e}")).batches(0))
+        list(stream_of(data, sleep=pytest.fail, explain=InFile3()).batches(0))

@@ -95,10 +95,23 @@ def test_what_killed_builders_left_is_removed_but_not_the_work_of_a_live_one(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "packed.partial-live"]
 
 
+def test_of_what_is_only_named_like_a_build_nothing_is_lost(tmp_path: Path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "tokens.bin").write_bytes(b"12")
+    os.utime(tmp_path / "precious" / "tokens.bin", (0, 0))
+    os.utime(tmp_path / "precious", (0, 0))
+    (tmp_path / "packed.partial-link").symlink_to(tmp_path / "precious")
+    (tmp_path / "packed.partial-nowhere").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "packed.partial-file").write_text("kept")
+    write(tmp_path / "packed", ["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "packed.partial-file", "precious"]
+    assert (tmp_path / "precious" / "tokens.bin").read_bytes() == b"12"
+
+
 def test_damaged_token_file_is_refused(tmp_path: Path):
     write(tmp_path / "packed", ["abc"])
     os.truncate(tmp_path / "packed" / "tokens.bin", 2)
-    with pytest.raises(ValueError, match="does not hold 4 uint16 tokens: delete"):
+    with pytest.raises(ValueError, match="2 bytes, which is not 4 uint16; delete"):
         PackedTextDataset(tmp_path / "packed", 1)
 
 

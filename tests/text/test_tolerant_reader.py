@@ -18,7 +18,8 @@ from tests.text.files import (
     write_ragged_jsonl,
     write_txt,
 )
-from text.opening import explain_fault, open_source
+from text.faults import explain_fault
+from text.opening import open_source
 from text.tolerant_reader import BadRow, first_bad_row, rows_of_file
 
 

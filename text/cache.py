@@ -1,0 +1,104 @@
+"""The folder in which text is cached, `--dataset_cache_dir`: the tables of `datasets` with their downloads and locks,
+and the packed tokens in `packed/` (token_file.py). Without the option it is the folder that `datasets` has for all.
+"""
+
+import errno
+import functools
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+from huggingface_hub import constants
+
+from text.sources import TextSource
+
+logger = logging.getLogger("train")
+
+PACKED = "packed"
+WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors that no reading has
+
+
+def packed_folder(source: TextSource) -> Path:
+    """Returns the folder that packed tokens are in."""
+    return source.cache_root / PACKED
+
+
+def check_writable(source: TextSource) -> None:
+    """Makes the folder. Raises ValueError if it cannot be made or written."""
+    if problem := _writing_problem(source.cache_root):
+        raise _cache_error(source, problem)
+
+
+def cache_fault(error: OSError, source: TextSource) -> ValueError:
+    """Returns what to raise for an error of writing to the cache."""
+    return _cache_error(source, f"cannot be written ({error.strerror or error})")
+
+
+def full_cache(error: BaseException | None, source: TextSource) -> ValueError | None:
+    """Returns what to raise for an error whose cause is that the cache cannot be written, or None for another one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in WRITING:
+            return cache_fault(error, source)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _cache_error(source: TextSource, problem: str) -> ValueError:
+    if source.cache_dir is not None:
+        what, remedy = "--dataset_cache_dir", "name a folder of your own"
+    else:
+        what = "the cache of `datasets`,"
+        remedy = "--dataset_cache_dir of train_gpus.py, or the environment variable HF_DATASETS_CACHE, names another"
+    return ValueError(f"{what} {source.cache_root}: {problem}; {remedy}, on a disk with room for the text")
+
+
+def folder_for_tables(source: TextSource) -> str:
+    """Returns the folder that `datasets` gets for its tables and locks. Where the cache cannot be written it is another
+    folder, for this process alone: a stream needs no more than a lock, and packed tokens can still be read. Raises
+    ValueError if the option names a folder that can be of no use.
+    """
+    if _writing_problem(source.cache_root) is None:
+        return str(source.cache_root)
+    if source.cache_dir is not None and not packed_folder(source).is_dir():
+        check_writable(source)
+    return _passing_folder().name
+
+
+def download_config(source: TextSource) -> datasets.DownloadConfig:
+    """Returns how `datasets` gets files: into the cache, what it unpacks too."""
+    downloads = source.cache_root / datasets.config.DOWNLOADED_DATASETS_DIR
+    return datasets.DownloadConfig(cache_dir=downloads, local_files_only=source.local_files_only)
+
+
+@contextmanager
+def hub_files_in_cache(source: TextSource) -> Iterator[None]:
+    """Has files of the hub downloaded to the folder, if the option names one. `datasets` does not say where to."""
+    before = constants.HF_HUB_CACHE
+    if source.cache_dir is not None:
+        constants.HF_HUB_CACHE = str(source.cache_root / "hub")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_CACHE = before
+
+
+@functools.cache
+def _passing_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="datasets-")  # removed when the process ends
+
+
+def _writing_problem(folder: Path) -> str | None:
+    """Returns why no file can be made in a folder, which is made if it can be, or None. Tries it: permissions do not
+    show that a disk is read-only.
+    """
+    if folder.exists() and not folder.is_dir():
+        return "is a file, expected a folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"

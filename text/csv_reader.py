@@ -1,0 +1,111 @@
+"""Rows of CSV and TSV files, by Python's csv module, in which every field is text.
+
+`datasets` reads such files with pandas, which makes missing values of `NA` and `null`, and numbers of `007`. It also
+takes the first column for an index if rows have one field more than the header, and so reads a text as another column.
+Here such a row is a BadRow.
+"""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
+from text.files import file_ending
+
+
+def csv_columns(file: str) -> list[str]:
+    """Returns the names in the first row, or none if it cannot be read."""
+    header = _header(file, _records(file))
+    return header if isinstance(header, list) else []
+
+
+def csv_rows(file: str, field: str | None) -> Iterator[object]:
+    """Returns what each row holds in column `field`, or a BadRow for it. Without `field`, all columns are searched for
+    faults. A row that ends before the column holds an empty text.
+    """
+    records = _records(file)
+    columns = _header(file, records)
+    if not isinstance(columns, list):
+        yield from () if columns is None else (columns,)
+        return
+    if field is not None and field not in columns:
+        yield BadRow(file, "the whole file", f"no column {field!r}")
+        return
+    for record in records:
+        yield record if isinstance(record, BadRow) else _value(file, *record, columns, field)
+
+
+def _header(file: str, records: Iterator[tuple[str, list[str]] | BadRow]) -> list[str] | BadRow | None:
+    header = next(records, None)
+    if header is None or isinstance(header, BadRow):
+        return header
+    place, columns = header
+    found = _value(file, place, columns, columns, None)
+    return found if isinstance(found, BadRow) else columns
+
+
+def _value(file: str, place: str, row: list[str], columns: list[str], field: str | None) -> object:
+    if len(row) > len(columns):
+        return BadRow(
+            file,
+            place,
+            f"{len(row)} fields, expected {len(columns)} (a comma without quotation marks?)",
+        )
+    row += [""] * (len(columns) - len(row))
+    for text in row if field is None else [row[columns.index(field)]]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return BadRow(file, place, not_utf8(error))
+    return row if field is None else row[columns.index(field)]
+
+
+def _records(file: str) -> Iterator[tuple[str, list[str]] | BadRow]:
+    """Yields the fields of each row, the header's too, with the line that it begins at."""
+    csv.field_size_limit(sys.maxsize)  # of the whole process; 131072 by default, which a document may well have
+    lines = None
+    try:
+        with open_text(file, newline="") as opened:
+            lines = _Lines(opened, delimiter := "\t" if file_ending(Path(file)) == ".tsv" else ",")
+            rows = csv.reader(lines, delimiter=delimiter)
+            while (row := _next(rows, lines, file)) is not None:
+                yield row
+    except DAMAGED_ARCHIVE as error:
+        yield damaged_archive(file, lines.number + 1 if lines else 1, error)
+
+
+class _Lines:
+    """Hands lines to the csv module, without blank ones between rows, and knows where the present row begins."""
+
+    def __init__(self, opened: TextIO, delimiter: str):
+        self.opened, self.blanks = opened, " \t\r\n".replace(delimiter, "")
+        self.number = self.first = 0  # of lines read, and of the row's first
+        self.begins, self.has_ended = True, False
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        for line in self.opened:
+            self.number += 1
+            if not self.begins or line.strip(self.blanks):
+                self.first = self.number if self.begins else self.first
+                self.begins = False
+                return line
+        self.has_ended = True
+        raise StopIteration
+
+
+def _next(rows: Iterator[list[str]], lines: _Lines, file: str) -> tuple[str, list[str]] | BadRow | None:
+    lines.begins = True
+    try:
+        row = next(rows, None)
+    except csv.Error as error:
+        return BadRow(file, f"line {lines.first}", f"CSV: {error}")
+    if row is None:
+        return None
+    if lines.has_ended:  # the csv module asked for more lines: a quotation mark is open
+        return BadRow(file, f"line {lines.first}", "a quotation mark is not closed, nothing from here on can be read")
+    return f"line {lines.first}", row
