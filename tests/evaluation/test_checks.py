@@ -61,7 +61,7 @@ def error_of_checks(options: dict[str, list[str]]) -> str:
         ({"output": [str(TINY)]}, ["--output", "is a directory"]),
         ({"output": ["report.md"]}, ["--output report.md", "its report gets .md"]),
         ({"output": ["."]}, ["--output .", "expected the name of a JSON file"]),
-        ({"output": ["x" * 300]}, ["--output xxx", "cannot be written (File name too long)"]),
+        ({"output": ["x" * 252]}, ["--output xxx", "cannot be written (File name too long)"]),
         ({"held_out": [__file__], "held_out_seq_length": ["64"]}, ["--held_out", "unsupported file ending"]),
         (
             {"held_out": [str(HELD_OUT)], "held_out_seq_length": ["64"], "held_out_text_field": ["body"]},
