@@ -44,7 +44,7 @@ class FolderWatch:
         self.lock: IO[str] | None = None  # the one that was taken again
 
     def renew(self) -> None:
-        """Takes the folder again if that is needed. Raises ValueError if another run has taken it."""
+        """Takes the folder again if that is needed. Raises TakenError if another run has taken it."""
         if self.lock_file is None:
             return
         with contextlib.suppress(OSError):  # then it is not known, and asked again after the next step
@@ -54,8 +54,11 @@ class FolderWatch:
     def _take_again(self) -> None:
         try:
             self.lock = lock_dir("--output_dir", self.folder)
-        except TakenError:
-            raise
+        except TakenError as error:
+            raise TakenError(
+                f"--output_dir {self.folder}: its lock was removed during the run, and another run has taken it; this "
+                "run ends, start it again in another directory"
+            ) from error
         except ValueError:  # not writable now; what the run writes there reports it
             return
         self.lock_file = identity(self.folder / ".lock")

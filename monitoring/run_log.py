@@ -54,7 +54,7 @@ class RunLog:
         self.watch = FolderWatch(self.folder)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes and shows a row. Raises ValueError if the folder was removed and is another run's by now."""
+        """Writes and shows a row. Raises TakenError if the folder was removed and is another run's by now."""
         if self.file is None:
             return
         if self.gauges is not None:

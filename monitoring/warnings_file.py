@@ -39,7 +39,11 @@ class WarningsFile(logging.Handler):
         self.early = b""
 
     def emit(self, record: logging.LogRecord) -> None:
-        entry = {"time": record.created, "rank": self.rank, "text": self.format(record)}
+        try:
+            text = self.format(record)
+        except Exception:  # arguments that do not fit their text
+            return self.handleError(record)
+        entry = {"time": record.created, "rank": self.rank, "text": text}
         line = json.dumps(entry).encode() + b"\n"
         if self.file is None:
             self.early += line

@@ -45,8 +45,8 @@ def test_a_run_is_complete_if_its_last_update_was_applied(tmp_path, step, skippe
     assert (ending.status, ending.code) == (status, code), ending.text
 
 
-def test_a_run_that_has_skipped_every_update_is_not_complete(tmp_path):
-    """Not even when it is asked again; with more steps it resumes."""
+def test_a_run_that_ends_with_skipped_updates_is_not_complete(tmp_path):
+    """Not even when it is started again, with other bounds; with more steps it resumes."""
     models = make_models(tmp_path)
 
     def run(arm=None, **changes):
@@ -54,13 +54,12 @@ def test_a_run_that_has_skipped_every_update_is_not_complete(tmp_path):
         codes, log = fresh.ranks(argv, 1, arm=arm)
         return codes, log, json.loads((tmp_path / "out" / "status.json").read_text())
 
-    spoil_all = functools.partial(_spoil, 1)
-    for max_bad_steps in (3, 2):  # they end at the last step, and before it
-        codes, log, status = run(spoil_all, max_steps=2, max_bad_steps=max_bad_steps)
+    for max_bad_steps, text in ((3, "the last 2 update(s) were skipped"), (2, "2 updates in a row were skipped")):
+        codes, log, status = run(functools.partial(_spoil, 2), max_steps=3, max_bad_steps=max_bad_steps)
         assert codes == [76] and status["status"] == "diverged" and status["exit_code"] == 76
-        assert "all 2 update(s) were skipped, their loss or gradient was not finite: the run diverged" in log
-    codes, log, status = run(max_steps=4, max_bad_steps=2)
-    assert codes == [0] and status["status"] == "complete" and "complete: 4 of 4 optimizer steps" in log
+        assert f"{text}, their loss or gradient was not finite: the run diverged" in log
+    codes, log, status = run(max_steps=5, max_bad_steps=2)
+    assert codes == [0] and status["status"] == "complete" and "complete: 5 of 5 optimizer steps" in log
 
 
 def _spoil(first, rank):

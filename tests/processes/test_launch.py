@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import socket
 
 import pytest
@@ -12,7 +13,7 @@ import eval_mmlu_hybrid
 import train_gpus
 from preflight.checks import machine
 from preflight.checks.basics import FAILURE, PlannedRun
-from processes.ranks import check_launch, process_groups
+from processes.ranks import allow_open_files, check_launch, process_groups
 from tests.parsing import options_in
 
 pytestmark = pytest.mark.usefixtures("no_torchrun")
@@ -63,6 +64,23 @@ def test_a_launch_that_is_not(variables, text):
     os.environ.update(variables)
     with pytest.raises(ValueError, match=re.escape(text)):
         check_launch()
+
+
+@pytest.mark.parametrize(
+    "soft,hard,expected",
+    [(64, 4096, 640), (1024, 4096, None), (640, 640, None), (-1, -1, None), (64, -1, 640), (64, 639, "refused")],
+)
+def test_each_rank_may_open_what_it_needs(monkeypatch, soft, hard, expected):
+    """100 ranks need 640."""
+    changed = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: changed.append(limits))
+    if expected == "refused":
+        with pytest.raises(ValueError, match="ulimit -n 639: a rank of 100 opens up to 640 files"):
+            allow_open_files(100)
+    else:
+        allow_open_files(100)
+        assert changed == ([] if expected is None else [(expected, hard)])
 
 
 def test_every_entry_looks_at_it_first(tmp_path):
