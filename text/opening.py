@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
+from text.row_limit import may_hold_too_long_a_row, too_long
 from text.rows import check_text_field
 from text.sources import TextSource
 from text.tolerant_reader import columns_of, file_ending, first_bad_row, is_readable_here, tolerant_stream
@@ -136,6 +137,7 @@ def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | dataset
     """
     if files := files_read_here(opened, source):
         return _open_tolerant(files, source)
+    _check_sizes_of_rows(opened, source)
     if isinstance(opened, datasets.DatasetBuilder):
         config = datasets.DownloadConfig(local_files_only=source.local_files_only)
         try:
@@ -156,6 +158,7 @@ def open_stream(opened: Opened, source: TextSource) -> datasets.IterableDataset:
     """Returns the text column of the split as a stream whose first row can be read. Raises ValueError."""
     if files := files_read_here(opened, source):
         return _open_tolerant(files, source)
+    _check_sizes_of_rows(opened, source)
     if isinstance(opened, datasets.Dataset):
         stream = opened.to_iterable_dataset()
     else:
@@ -215,6 +218,15 @@ def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDat
     # The rows' own types are looked at one by one.
     check_text_field(dict.fromkeys(columns, datasets.Value("string")), source)
     return tolerant_stream(files, source.text_field)
+
+
+def _check_sizes_of_rows(opened: Opened, source: TextSource) -> None:
+    """Raises ValueError if a compressed file that expands much holds a row too long, which `datasets` would read."""
+    files = list(filter(may_hold_too_long_a_row, _local_files(opened, source.split)))
+    if files and (bad := first_bad_row(files)) and bad.reason == too_long():
+        skip = source.flags.skip_bad_rows
+        remedy = "split that row" + (f", or leave such rows out with {skip}" if skip else "")
+        raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; {remedy}")
 
 
 def _no_rows(source: TextSource) -> ValueError:

@@ -5,6 +5,7 @@ error message (`first_bad_row`), and reads everything itself under `--skip_bad_r
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from typing import TextIO
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from text import row_limit
+from text.row_limit import bounded_lines, is_too_long, too_long
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
 BATCH_ROWS = 1024  # of a parquet file at a time
@@ -111,9 +115,12 @@ def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
     number = 0
     try:
         with _open_text(file, newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if number == 1 and line.startswith("["):
-                    yield from _elements(file, line + lines.read())
+            for number, line in enumerate(bounded_lines(lines), 1):
+                if line is None:
+                    yield BadRow(file, f"line {number}", too_long())
+                elif number == 1 and line.startswith("["):
+                    yield from _elements(file, line + lines.read(row_limit.LARGEST_ROW))
+                    return
                 elif line.strip():
                     yield _parsed(file, f"line {number}", line)
     except DAMAGED_GZIP as error:
@@ -121,6 +128,9 @@ def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
 
 
 def _elements(file: str, text: str) -> Iterator[tuple[str, dict] | BadRow]:
+    if is_too_long(text):
+        yield BadRow(file, WHOLE_FILE, too_long())
+        return
     try:
         text.encode()
         elements = json.loads(text)
@@ -169,30 +179,43 @@ def _is_unicode(value: object) -> bool:
 
 
 def _text_rows(file: str, field: str | None) -> Iterator[object]:
-    number, first, document = 0, 1, ""
-    parts: list[str] = []
+    number, document = 0, _Document(1)
     try:
         with _open_text(file, newline=None) as lines:
-            for number, line in enumerate(lines, 1):
-                if line == "\n" and parts:
-                    document, parts, start, first = "".join(parts)[:-1], [], first, number + 1
-                    if document:
-                        yield _document(file, start, document)
+            for number, line in enumerate(bounded_lines(lines), 1):
+                if line == "\n" and document.size:
+                    if row := document.row(file, end=-1):  # without the last line's end
+                        yield row
+                    document = _Document(number + 1)
                 else:
-                    parts.append(line)
-        if document := "".join(parts):
-            yield _document(file, first, document)
+                    document.add(line)
+        if row := document.row(file):
+            yield row
     except DAMAGED_GZIP as error:
         yield _damaged_gzip(file, number + 1, error)
 
 
-def _document(file: str, first: int, text: str) -> object:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        line = first + text.count("\n", 0, error.start)
-        return BadRow(file, f"line {line}", _not_utf8(error))
-    return text
+class _Document:
+    """Gathers the lines of a document, from line `first` on, and no more of them than the largest row has."""
+
+    def __init__(self, first: int):
+        self.first, self.size, self.text = first, 0, io.StringIO()
+
+    def add(self, line: str | None) -> None:
+        self.size += row_limit.LARGEST_ROW + 1 if line is None else len(line)
+        if line is not None and self.size <= row_limit.LARGEST_ROW:
+            self.text.write(line)
+
+    def row(self, file: str, end: int | None = None) -> str | BadRow:
+        if self.size > row_limit.LARGEST_ROW:
+            return BadRow(file, f"line {self.first}", too_long())
+        text = self.text.getvalue()[:end]
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            line = self.first + text.count("\n", 0, error.start)
+            return BadRow(file, f"line {line}", _not_utf8(error))
+        return text
 
 
 # ---- what JSON and plain text have in common
