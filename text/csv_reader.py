@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from text import row_limit
 from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
 from text.files import file_ending
+from text.row_limit import bounded_lines, too_long
 
 
 def csv_columns(file: str) -> list[str]:
@@ -72,26 +74,37 @@ def _records(file: str) -> Iterator[tuple[str, list[str]] | BadRow]:
             rows = csv.reader(lines, delimiter=delimiter)
             while (row := _next(rows, lines, file)) is not None:
                 yield row
+    except RowTooLong:  # perhaps with a quotation mark in what was passed over
+        yield BadRow(file, f"line {lines.first if lines else 1}", f"{too_long()}, and nothing from here on can be read")
     except DAMAGED_ARCHIVE as error:
         yield damaged_archive(file, lines.number + 1 if lines else 1, error)
 
 
+class RowTooLong(Exception):
+    """Says that a row is longer than the largest that is read."""
+
+
 class _Lines:
-    """Hands lines to the csv module, without blank ones between rows, and knows where the present row begins."""
+    """Hands lines to the csv module, without blank ones between rows, and knows where the present row begins. Raises
+    RowTooLong.
+    """
 
     def __init__(self, opened: TextIO, delimiter: str):
-        self.opened, self.blanks = opened, " \t\r\n".replace(delimiter, "")
-        self.number = self.first = 0  # of lines read, and of the row's first
+        self.lines, self.blanks = bounded_lines(opened), " \t\r\n".replace(delimiter, "")
+        self.number = self.first = self.size = 0  # of lines read, of the row's first, and characters of the row
         self.begins, self.has_ended = True, False
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        for line in self.opened:
+        for line in self.lines:
             self.number += 1
-            if not self.begins or line.strip(self.blanks):
-                self.first = self.number if self.begins else self.first
+            if not self.begins or line is None or line.strip(self.blanks):
+                self.first, self.size = (self.number, 0) if self.begins else (self.first, self.size)
+                self.size += 0 if line is None else len(line)
+                if line is None or self.size > row_limit.LARGEST_ROW:
+                    raise RowTooLong
                 self.begins = False
                 return line
         self.has_ended = True

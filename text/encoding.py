@@ -2,16 +2,21 @@
 
 import copy
 import hashlib
+import itertools
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tokenizers
 from transformers import PreTrainedTokenizerBase
+
+from text.long_texts import PIECE, LongTexts, TokenLists
 
 logger = logging.getLogger("train")
 
+LONG = 4 * PIECE  # characters; longer texts are cut into pieces
 SWITCHED_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the tokenizers package reads its switch
 
 
@@ -31,20 +36,22 @@ class Encoder:
         self.eos_id: int = tokenizer.eos_token_id
         largest_id = max(self.eos_id, *tokenizer.get_vocab().values())
         self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
-        self._token_lists, content = _fast_path(tokenizer) if tokenizer.is_fast else _slow_path(tokenizer)
+        self._token_lists, backend, content = _fast_path(tokenizer) if tokenizer.is_fast else _slow_path(tokenizer)
+        self._long_texts = LongTexts(self._token_lists, backend)
         self.digest = hashlib.sha256(f"{self.eos_id} {content}".encode()).hexdigest()
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         flat = array("I")  # array("H"), extending by a list, and numpy's own conversion all take longer
-        for ids in self._token_lists(texts):
-            flat += array("I", ids)
-            flat.append(self.eos_id)
+        for are_long, some in itertools.groupby(texts, lambda text: len(text) > LONG):
+            for ids in map(self._long_texts.ids, some) if are_long else self._token_lists(list(some)):
+                flat += array("I", ids)
+                flat.append(self.eos_id)
         return np.asarray(flat).astype(self.dtype)  # (tokens,)
 
 
-def _fast_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], Iterable[list[int]]], str]:
-    """Returns a direct call of the Rust tokenizer, and the tokenizer's content. Works on a copy, so that the caller's
-    tokenizer keeps its settings.
+def _fast_path(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenLists, tokenizers.Tokenizer | None, str]:
+    """Returns a direct call of the Rust tokenizer, that tokenizer, and its content. Works on a copy, so that the
+    caller's tokenizer keeps its settings.
     """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True
@@ -56,15 +63,15 @@ def _fast_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]]
     def token_lists(texts: list[str]) -> Iterator[list[int]]:
         return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
 
-    return token_lists, backend.to_str()
+    return token_lists, backend, backend.to_str()
 
 
-def _slow_path(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], Iterable[list[int]]], str]:
+def _slow_path(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenLists, None, str]:
     def token_lists(texts: list[str]) -> list[list[int]]:
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return encoded["input_ids"]
 
-    return token_lists, f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
+    return token_lists, None, f"{tokenizer!r} {sorted(tokenizer.get_vocab().items())}"
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str, vocab_size: int) -> None:

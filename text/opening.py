@@ -18,6 +18,7 @@ from text.csv_builder import CsvBuilder
 from text.decoding import DAMAGED_ARCHIVE
 from text.faults import Faults, explain_fault, local_files
 from text.files import COMPRESSED, FILE_READERS, files_of_folder, reader_of_file, warn_of_ignored_files
+from text.row_limit import may_hold_too_long_a_row, too_long
 from text.rows import check_text_field
 from text.saved import is_saved, open_saved
 from text.sources import Opened, TextSource, is_part
@@ -148,6 +149,7 @@ def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | dataset
     """
     if files := files_read_here(opened, source):
         return _open_tolerant(files, source)
+    _check_sizes_of_rows(opened, source)
     if isinstance(opened, datasets.DatasetBuilder):
         prepare(opened, source)
         n_rows = {str(name): info.num_examples for name, info in opened.info.splits.items()}
@@ -181,6 +183,7 @@ def open_stream(opened: Opened, source: TextSource) -> datasets.IterableDataset:
         table = open_table(opened, source)
         assert isinstance(table, datasets.Dataset)
         return table.to_iterable_dataset()
+    _check_sizes_of_rows(opened, source)
     try:
         stream = opened.as_streaming_dataset(split=source.split)
         first = list(stream.take(1))
@@ -220,6 +223,15 @@ def files_read_here(opened: Opened, source: TextSource) -> list[str]:
 def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDataset:
     _check_columns(files, source)
     return tolerant_stream(files, source.text_field)
+
+
+def _check_sizes_of_rows(opened: Opened, source: TextSource) -> None:
+    """Raises ValueError if a compressed file that expands much holds a row too long, which `datasets` would read."""
+    files = list(filter(may_hold_too_long_a_row, local_files(opened, source)))
+    if files and (bad := first_bad_row(files)) and too_long() in bad.reason:
+        skip = source.flags.skip_bad_rows
+        remedy = "split that row" + (f", or leave such rows out with {skip}" if skip else "")
+        raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; {remedy}")
 
 
 def _check_columns(files: list[str], source: TextSource) -> None:

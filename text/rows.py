@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import datasets
 
 from text.decoding import BadRow
+from text.row_limit import is_too_long, too_long
 from text.sources import TextSource
 
 logger = logging.getLogger("train")
@@ -88,12 +89,12 @@ def only_texts(rows: Iterable[object], source: TextSource, counts: RowCounts | N
         counts.seen += row.rows if isinstance(row, BadRow) else 1
         if row is None or row == "":
             counts.empty += 1
-        elif isinstance(row, str):
+        elif isinstance(row, str) and not is_too_long(row):
             yield row
         elif isinstance(row, BadRow):  # comes from our own reader alone, which reads only if bad rows are skipped
             counts.add_bad(str(row), row.rows)
         elif source.skip_bad_rows:
-            counts.add_bad(f"row {counts.seen - 1} as read here: {type(row).__name__} ({row!r:.60})")
+            counts.add_bad(f"row {counts.seen - 1} as read here: {_shown(row)}")
         else:
             raise _no_text(row, counts.seen - 1, source)
     counts.log(source.text_field)
@@ -104,6 +105,10 @@ def _no_text(row: object, index: int, source: TextSource) -> ValueError:
     if flags.skip_bad_rows:
         remedy = f"correct that row, name another column, or leave such rows out with {flags.skip_bad_rows}"
     return ValueError(
-        f"{flags.text_field} {source.text_field!r}: row {index} as read here holds {type(row).__name__} "
-        f"({row!r:.60}), expected text; {remedy}"
+        f"{flags.text_field} {source.text_field!r}: row {index} as read here holds {_shown(row)}, "
+        f"expected text; {remedy}"
     )
+
+
+def _shown(row: object) -> str:
+    return f"text {too_long()}" if isinstance(row, str) else f"{type(row).__name__} ({row!r:.60})"

@@ -4,6 +4,7 @@
 error message (`first_bad_row`), and reads everything itself under `--skip_bad_rows` (`tolerant_stream`).
 """
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from text import row_limit
 from text.csv_reader import csv_columns, csv_rows
 from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
 from text.files import Stamp, reader_of
+from text.row_limit import bounded_lines, is_too_long, too_long
 
 BATCH_ROWS = 1024  # of a parquet file at a time
 ROWS_LOOKED_AT = 100  # to find the columns of a JSON file
@@ -84,9 +87,12 @@ def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
     number = 0
     try:
         with open_text(file, newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if number == 1 and line.startswith("["):
-                    yield from _elements(file, line + lines.read())
+            for number, line in enumerate(bounded_lines(lines), 1):
+                if line is None:
+                    yield BadRow(file, f"line {number}", too_long())
+                elif number == 1 and line.startswith("["):
+                    yield from _elements(file, line + lines.read(row_limit.LARGEST_ROW))
+                    return
                 elif line.strip():
                     yield _parsed(file, f"line {number}", line)
     except DAMAGED_ARCHIVE as error:
@@ -94,6 +100,9 @@ def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
 
 
 def _elements(file: str, text: str) -> Iterator[tuple[str, dict] | BadRow]:
+    if is_too_long(text):
+        yield BadRow(file, WHOLE_FILE, too_long())
+        return
     try:
         text.encode()
         elements = json.loads(text)
@@ -142,30 +151,43 @@ def _is_unicode(value: object) -> bool:
 
 
 def _text_rows(file: str, field: str | None) -> Iterator[object]:
-    number, first, document = 0, 1, ""
-    parts: list[str] = []
+    number, document = 0, _Document(1)
     try:
         with open_text(file, newline=None) as lines:
-            for number, line in enumerate(lines, 1):
-                if line == "\n" and parts:
-                    document, parts, start, first = "".join(parts)[:-1], [], first, number + 1
-                    if document:
-                        yield _document(file, start, document)
+            for number, line in enumerate(bounded_lines(lines), 1):
+                if line == "\n" and document.size:
+                    if row := document.row(file, end=-1):  # without the last line's end
+                        yield row
+                    document = _Document(number + 1)
                 else:
-                    parts.append(line)
-        if document := "".join(parts):
-            yield _document(file, first, document)
+                    document.add(line)
+        if row := document.row(file):
+            yield row
     except DAMAGED_ARCHIVE as error:
         yield damaged_archive(file, number + 1, error)
 
 
-def _document(file: str, first: int, text: str) -> object:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        line = first + text.count("\n", 0, error.start)
-        return BadRow(file, f"line {line}", not_utf8(error))
-    return text
+class _Document:
+    """Gathers the lines of a document, from line `first` on, and no more of them than the largest row has."""
+
+    def __init__(self, first: int):
+        self.first, self.size, self.text = first, 0, io.StringIO()
+
+    def add(self, line: str | None) -> None:
+        self.size += row_limit.LARGEST_ROW + 1 if line is None else len(line)
+        if line is not None and self.size <= row_limit.LARGEST_ROW:
+            self.text.write(line)
+
+    def row(self, file: str, end: int | None = None) -> str | BadRow:
+        if self.size > row_limit.LARGEST_ROW:
+            return BadRow(file, f"line {self.first}", too_long())
+        text = self.text.getvalue()[:end]
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            line = self.first + text.count("\n", 0, error.start)
+            return BadRow(file, f"line {line}", not_utf8(error))
+        return text
 
 
 # ---- parquet

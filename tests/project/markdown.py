@@ -23,6 +23,7 @@ SCRIPTS: dict[str, tuple[type, Callable, str]] = {
 }
 LAUNCHER = {"--standalone", "--nproc_per_node", "--master_port", "--master_addr", "--nnodes", "--node_rank"}
 LAUNCHER |= {"--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+DOCKER = {"--ipc"}
 WRITTEN_BY_A_RUN = str(ROOT / "configs" / "production.yaml")  # stands in for the args.yaml of a run
 ROOMS = sorted(folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").is_file())
 FOLDERS = [*ROOMS, "presets", "tests", "benchmarks", "docs", "configs", ".github", ".ci"]
@@ -106,7 +107,7 @@ def defaults(script: str) -> dict[str, str]:
 @functools.cache
 def known_options() -> set[str]:
     """Returns the options of both scripts, of torchrun, and of every program here that has a parser of its own."""
-    known = {name for script in SCRIPTS for name in option_names(script)} | LAUNCHER | {"--help"}
+    known = {name for script in SCRIPTS for name in option_names(script)} | LAUNCHER | DOCKER | {"--help"}
     for file in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', file.read_text(encoding="utf-8")))
     return known | {name.replace("--", "--no_", 1) for name in known}

@@ -1,0 +1,125 @@
+"""text/row_limit.py: a row longer than the largest is named like any row that cannot be read, and never held whole."""
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.text.documents import expected_windows, loader, options, windows_of, write_jsonl
+from text import row_limit
+from text.opening import open_source, open_stream, open_table
+from text.row_limit import bounded_lines, may_hold_too_long_a_row
+from text.sources import TextSource
+from text.tolerant_reader import BadRow, rows_of_file
+
+LARGEST = 1000
+FITS, TOO_LONG = "b" * (LARGEST - 50), "c " * LARGEST
+REASON = f"longer than {LARGEST} characters, the largest row that is read"
+
+
+@pytest.fixture(autouse=True)
+def small_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(row_limit, "LARGEST_ROW", LARGEST)
+
+
+def as_jsonl(rows: list[str]) -> str:
+    return "".join(json.dumps({"text": row}) + "\n" for row in rows)
+
+
+def as_txt(rows: list[str]) -> str:
+    return "\n\n".join(rows) + "\n"
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def rows_read(path: Path) -> list:
+    return [str(row) if isinstance(row, BadRow) else row for row in rows_of_file(str(path), "text")]
+
+
+def test_lines_are_read_whole_or_passed_over():
+    lines = ["a\n", "b" * (LARGEST - 1) + "\n", "\n", "c" * LARGEST + "\n", "d" * 5 * LARGEST + "\n", "e" * LARGEST]
+    expected = [line if len(line) <= LARGEST else None for line in lines]
+    assert list(bounded_lines(io.StringIO("".join(lines)))) == expected
+    assert list(bounded_lines(io.StringIO("f" * (LARGEST + 1)))) == [None]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_of_json_that_is_too_long(tmp_path: Path, name: str):
+    path = write(tmp_path / name, as_jsonl(["a", FITS, TOO_LONG, "d"]))
+    assert rows_read(path) == ["a", FITS, f"{path}, line 3: {REASON}", "d"]
+
+
+@pytest.mark.parametrize("long", [TOO_LONG, "one\n" * LARGEST + "end"])
+def test_a_document_of_plain_text_that_is_too_long(tmp_path: Path, long: str):
+    path = write(tmp_path / "a.txt.gz", as_txt(["a", long, FITS, long]))
+    last = 7 + long.count("\n")
+    assert rows_read(path) == ["a", f"{path}, line 3: {REASON}", FITS, f"{path}, line {last}: {REASON}"]
+
+
+def test_a_list_is_read_at_once_and_so_has_the_same_limit(tmp_path: Path):
+    fits = write(tmp_path / "fits.json", "[" + ",\n".join(json.dumps({"text": str(i)}) for i in range(20)) + "]")
+    assert rows_read(fits) == [str(i) for i in range(20)]
+    path = write(tmp_path / "long.json", "[" + ",\n".join(json.dumps({"text": str(i)}) for i in range(200)) + "]")
+    assert rows_read(path) == [f"{path}, the whole file: {REASON}"]
+
+
+def test_which_compressed_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def looked_into(name: str, data: bytes) -> bool:
+        (tmp_path / name).write_bytes(data)
+        return may_hold_too_long_a_row(str(tmp_path / name))
+
+    bomb = gzip.compress(TOO_LONG.encode() * 20)
+    assert looked_into("bomb.txt.gz", bomb)
+    assert not looked_into("bomb.txt", bomb)
+    assert looked_into("parts.txt.gz", bomb + gzip.compress(b"end"))
+    monkeypatch.setattr(row_limit, "SMALL_FILE", 10)
+    assert not looked_into("large_parts.txt.gz", bomb + gzip.compress(b"end"))
+    assert not looked_into("small.txt.gz", gzip.compress(b"a" * LARGEST))
+    assert not looked_into("text.txt.gz", gzip.compress(bytes(range(256)) * 8, compresslevel=1))
+    assert not looked_into("empty.txt.gz", b"")
+
+
+@pytest.mark.parametrize("opener", [open_stream, open_table])
+@pytest.mark.parametrize(("ending", "content"), [("jsonl", as_jsonl), ("txt", as_txt)])
+def test_a_compressed_file_that_expands_much_is_refused_before_datasets_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener, ending: str, content
+):
+    path = write(tmp_path / f"a.{ending}.gz", content(["a", TOO_LONG * 50, "b"]))
+    source = TextSource(str(path))
+    opened = open_source(source)
+    monkeypatch.setattr(type(opened), "_generate_tables", None)  # `datasets` reads by it
+    with pytest.raises(ValueError) as error:
+        opener(opened, source)
+    line = 2 if ending == "jsonl" else 3
+    assert str(error.value) == (
+        f"--dataset_name '{path}' cannot be read: {path}, line {line}: {REASON}; split that row, or leave such rows "
+        "out with --skip_bad_rows"
+    )
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_row_that_datasets_has_read_is_refused_or_left_out_too(tmp_path: Path, caplog, streaming: bool):
+    path = write_jsonl(tmp_path / "a.jsonl", ["a" * 30, TOO_LONG, "b" * 30])
+    changes = dict(dataset_streaming=streaming, batch_size=1)
+    with pytest.raises(ValueError, match=f"row 1 as read here holds text {REASON}, .* with --skip_bad_rows"):
+        list(loader(options(path, **changes)))
+    windows = windows_of(loader(options(path, skip_bad_rows=True, epochs=1, **changes)))
+    assert f"skipped 1 of 3 rows: {path}, line 2: {REASON}" in caplog.text
+    expected = expected_windows(["a" * 30, "b" * 30])
+    assert windows == expected if streaming else sorted(windows) == sorted(expected)  # a cache is in random order
+
+
+@pytest.mark.parametrize("long", [TOO_LONG, '"' + "one\n" * LARGEST + '"', '"' + TOO_LONG + '"'])
+def test_a_csv_row_that_is_too_long_ends_its_file(tmp_path: Path, long: str):
+    path = write(tmp_path / "a.csv.gz", "\n".join(["text", "a", FITS, long, "d"]))
+    assert rows_read(path) == ["a", FITS, f"{path}, line 4: {REASON}, and nothing from here on can be read"]
+
+
+def test_small_files_of_zstandard_are_looked_into(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl.zst", "small, whatever it holds")
+    assert may_hold_too_long_a_row(str(path))
