@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
+from distillation.pairing import warn_of_another_tokenizer
 from evaluation import mmlu, mmlu_files
 from evaluation.held_out import read_windows
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
+from inputs.context import context_length, stated_length
 from inputs.model_files import read_config
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
 from processes.devices import choose_device
@@ -70,6 +72,8 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
     sources: dict[str, Any] = {"teacher": teacher, "student": student, "hybrid_ft": trained}
     if "hybrid" in models and teacher and student:
         sources["hybrid"] = attempt(_find_hybrid, args, student, teacher, trained)
+    read_prompts = [*models, "teacher"] if args.held_out else models
+    attempt(_check_max_length, {name: sources.get(name) for name in read_prompts}, teacher, max_length)
     questions = (attempt(_read_questions, args) or []) if args.mmlu else []
     windows = attempt(_read_held_out, args, tokenizer, max_length) if args.held_out and tokenizer else None
     if args.tasks:
@@ -92,13 +96,15 @@ def _find_teacher(args: EvalArguments) -> tuple[ModelSource, PreTrainedTokenizer
     config = read_config("--teacher_model", args.teacher_model, path)
     tokenizer = get_tokenizer("--teacher_model", path)
     check_tokenizer(tokenizer, "--teacher_model", config.vocab_size)
-    context = config.to_dict().get("max_position_embeddings")
+    context = stated_length(config)
     if context is None and args.max_length is None:
         raise ValueError(
             f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not say how long "
             "its context is; give it"
         )
-    return ModelSource(path, config, None), tokenizer, args.max_length or context
+    max_length = args.max_length or context
+    assert max_length is not None
+    return ModelSource(path, config, None), tokenizer, max_length
 
 
 def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
@@ -106,6 +112,7 @@ def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None
     config = read_llamba_config("--student_model", args.student_model, path)
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--student_model", config.vocab_size)
+        warn_of_another_tokenizer(path, tokenizer)
     return ModelSource(path, config, config.attention_layers)
 
 
@@ -146,6 +153,20 @@ def _find_hybrid(
         layers = trained.layers
     check_replacements(student.config, teacher.config, layers)
     return ModelSource(student.path, student.config, layers)
+
+
+def _check_max_length(sources: dict[str, ModelSource | None], teacher: ModelSource | None, max_length: int) -> None:
+    """Raises ValueError if the longest prompts are longer than the context of a model that reads them, by name."""
+    for name, source in sources.items():
+        if source is None or teacher is None:  # reported already
+            continue
+        takes_layers = bool(source.layers) and not source.config.attention_layers
+        limit = context_length(teacher.config if takes_layers else source.config)
+        if limit is not None and max_length > limit:
+            raise ValueError(
+                f"--max_length {max_length}: {name} can read {limit} tokens at once, by max_position_embeddings in its "
+                f"config and their scaling; give --max_length {limit}, or less"
+            )
 
 
 def _read_questions(args: EvalArguments) -> list[mmlu.Question]:

@@ -57,6 +57,11 @@ def error_of_checks(options: dict[str, list[str]]) -> str:
             {"held_out": [str(HELD_OUT)], "held_out_seq_length": ["513"]},
             ["--held_out_seq_length 513: expected at most 512"],
         ),
+        (
+            {"max_length": ["513"], "which": ["teacher"]},
+            ["--max_length 513: teacher can read 512", "give --max_length 512"],
+        ),
+        ({"max_length": ["513"], "which": ["hybrid"]}, ["--max_length 513: hybrid can read 512 tokens"]),
         ({"output": [f"{__file__}/eval.json"]}, ["--output", "cannot write below"]),
         ({"device": ["tpu:0"]}, ["--device tpu:0"]),
         (
@@ -100,6 +105,11 @@ def test_a_teacher_whose_config_does_not_say_its_context(models, options):
     assert "--max_length: not given" in error_of_checks({**options, **student})
     inputs = check_inputs(parse_eval_args(command_line({**options, **student, "max_length": ["400"]})))
     assert inputs.max_length == 400
+
+
+def test_a_student_without_layers_of_a_teacher_reads_prompts_of_any_length(options):
+    options = {**options, "which": ["student"], "max_length": ["5000"]}
+    assert check_inputs(parse_eval_args(command_line(options))).max_length == 5000
 
 
 def test_ranks_that_read_different_questions_are_an_error(options):
