@@ -32,7 +32,7 @@ def check_context(args: TrainArguments, student: LlambaConfig, teacher: Pretrain
     """
     readers: dict[str, PretrainedConfig] = {}
     if student.attention_layers:
-        readers["the layers that the student has from a teacher"] = student.attention_config()
+        readers["the layers that the student has from a teacher"] = student
     elif args.layers:
         readers["the layers that the student takes from the teacher"] = teacher
     if args.kl_weight > 0:

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
+from distillation.pairing import warn_of_another_tokenizer
 from evaluation import mmlu, mmlu_files
 from evaluation.held_out import check_not_trained_on_by, read_windows
 from evaluation.lengths import check_max_length, check_memory, check_retrieval
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
-from inputs.context import context_length
+from inputs.context import stated_length
 from inputs.model_files import read_config
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
 from processes.devices import choose_device
@@ -111,7 +112,7 @@ def _find_teacher(args: EvalArguments) -> tuple[ModelSource, PreTrainedTokenizer
     config = read_config("--teacher_model", args.teacher_model, path)
     tokenizer = get_tokenizer("--teacher_model", path)
     check_tokenizer(tokenizer, "--teacher_model", config.vocab_size)
-    max_length = args.max_length or context_length(config)
+    max_length = args.max_length or stated_length(config)
     if max_length is None:
         raise ValueError(
             f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not say how long "
@@ -139,6 +140,7 @@ def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None
     config = read_llamba_config("--student_model", args.student_model, path)
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--student_model", config.vocab_size)
+        warn_of_another_tokenizer(path, tokenizer)
     return ModelSource(path, config, config.attention_layers)
 
 

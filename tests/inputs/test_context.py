@@ -13,7 +13,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from inputs.context import context_length
+from inputs.context import context_length, stated_length
+from tests.tiny import tiny_config, tiny_hybrid, tiny_teacher
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -43,9 +44,16 @@ def llama(length, **rope):
         (MptConfig(max_seq_len=512), 512),
         (FalconConfig(max_position_embeddings=256), 256),
         (MambaConfig(), None),
+        (tiny_config(), None),
+        (tiny_hybrid(teacher=tiny_teacher(max_position_embeddings=96)).config, 96),
         (XLNetConfig(), None),
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )
 def test_the_context_of_published_configs(config, expected):
     assert context_length(config) == expected
+
+
+def test_what_a_config_states_is_not_scaled():
+    assert stated_length(llama(4096, rope_type="linear", factor=4.0)) == 4096
+    assert stated_length(GPT2Config(n_positions=64)) == 64 and stated_length(tiny_config()) is None
