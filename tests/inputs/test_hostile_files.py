@@ -64,8 +64,8 @@ def test_an_alias_of_one_value_is_read(tmp_path):
 
 def test_a_list_that_needs_an_item_is_not_empty(tmp_path):
     file = tmp_path / "options.yaml"
-    file.write_text("which: []\n")
-    assert "argument --which: expected at least one argument" in eval_error(f"--config {file}")
+    file.write_text("retrieval_lengths: []\n")
+    assert "argument --retrieval_lengths: expected at least one argument" in eval_error(f"--config {file}")
     file.write_text("tasks: []\nlayers: []\nsubjects: null\n")
     args = eval_options(f"--config {file}")
     assert (args.tasks, args.layers, args.subjects) == ([], [], None)
