@@ -123,7 +123,7 @@ class TrainArguments(CommonArguments):
     seq_length: int = option(
         BY_PRESET, "tokens that the models see per window", DATA, least=1, kept=True, most=LONGEST_CONTEXT
     )
-    batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams", most=10**6)
+    batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams", most=10_000)
 
     ce_weight: float = option(1.0, "weight of the cross entropy with the text", LOSS, least=0, most=10**6)
     kl_weight: float = option(0.1, "weight of KL(teacher || student); 0 runs no teacher", LOSS, least=0, most=10**6)

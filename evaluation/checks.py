@@ -23,7 +23,7 @@ from evaluation.lengths import check_max_length, check_memory, check_retrieval
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
-from inputs.context import stated_length
+from inputs.context import context_length, stated_length
 from inputs.model_files import read_config
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
 from processes.devices import choose_device

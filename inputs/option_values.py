@@ -69,8 +69,12 @@ def preset_values(name: str, cls: type, section: str) -> dict[str, Any]:
     if name not in known:
         raise ValueError(f"--preset {name:.60}: expected one of {', '.join(known)}")
     file = PRESETS / name / "preset.json"
-    sections = json.loads(file.read_text(encoding="utf-8"))
-    values = parse_content(str(file), {**sections["common"], **sections[section]}, make_parser(cls, "", {}), cls)
+    try:
+        sections = json.loads(file.read_text(encoding="utf-8"))
+        content = {**sections["common"], **sections[section]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: cannot be read as a preset ({error!r}); correct it, as the others are") from error
+    values = parse_content(str(file), content, make_parser(cls, "", {}), cls)
     return {
         key: str(file.parent / value[2:]) if isinstance(value, str) and value.startswith("./") else value
         for key, value in values.items()

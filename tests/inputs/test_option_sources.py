@@ -120,6 +120,21 @@ def test_a_key_of_the_other_entry_is_unknown(preset):
     assert "freeze_mlp" in eval_error("--preset mine")
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"common": {}}', '{"common": 1, "train": {}}', "\x00"])
+def test_a_file_that_is_no_preset(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(option_values, "PRESETS", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "preset.json").write_text(content)
+    message = train_error("--preset mine")
+    assert "preset.json: cannot be read as a preset" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "two"), ("seed", None), ("wandb", 1), ("dtype", "int8")])
+def test_a_value_of_a_preset_is_read_as_on_the_command_line(preset, tmp_path, key, value):
+    preset(common={key: value} if key != "wandb" else {}, train={key: value} if key == "wandb" else {})
+    assert train_error("--preset mine").startswith(str(tmp_path / "mine" / "preset.json") + ": ")
+
+
 # --- files of options ----------------------------------------------------------------------------------------
 
 
