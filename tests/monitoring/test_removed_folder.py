@@ -154,11 +154,9 @@ def test_a_folder_that_cannot_be_made_now_is_taken_later(held):
 def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tmp_path):
     folder = tmp_path / "out"
     args = options_in(folder)
-    with taken(args, None), contextlib.ExitStack() as second_run:
-        with (
-            pytest.raises(TakenError, match="during the run, and another run has taken it"),
-            RunLog(args, 0, is_main=True) as log,
-        ):
+    text = "during the run, and another run has taken it"
+    with contextlib.ExitStack() as second_run:
+        with pytest.raises(TakenError, match=text), taken(args, None), RunLog(args, 0, is_main=True) as log:
             log.write(row(1))
             shutil.rmtree(folder)
             second_run.enter_context(taken(args, None))
