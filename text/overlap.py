@@ -96,11 +96,12 @@ def _in_words(part: Part, other: Part, same_files: list[str], split: Split, othe
     """Returns what two parts of splits share, or ""."""
     if not same_files:
         return ""
-    if not len(same_files) == len(split.files) == len(other_split.files):
+    have_same_files = len(same_files) == len(split.files) == len(other_split.files)
+    if have_same_files and other.is_whole:
+        return "all of it is"
+    if not (have_same_files and _are_in_order(split.files, other_split.files)):
         # Which rows of a file a part of several files holds is not known: any part counts.
         return f"{len(same_files)} file(s) of it, for example {same_files[0]}, are"
-    if other.is_whole:
-        return "all of it is"
     rows = part.common(other)
     if split.n_rows is None:
         return "some of its rows are" if rows or part.is_whole else ""
@@ -119,6 +120,10 @@ def _same_files(files: Sequence[str], others: Sequence[str]) -> list[str]:
         if _identity(file) in known
         or (_size(file) and any(filecmp.cmp(file, other, shallow=False) for other in by_size[_size(file)]))
     ]
+
+
+def _are_in_order(files: Sequence[str], others: Sequence[str]) -> bool:
+    return all(_same_files([file], [other]) for file, other in zip(files, others, strict=True))
 
 
 def _identity(file: str) -> object:

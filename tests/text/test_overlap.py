@@ -8,7 +8,7 @@ import pytest
 
 from tests.text.documents import write_jsonl
 from tests.text.files import texts_of
-from tests.text.test_splits import BOTH_FORMS, KINDS, ROWS, files, hub, saved, saved_splits
+from tests.text.test_splits import BOTH_FORMS, KINDS, ROWS, TEST, files, hub, saved, saved_splits
 from text.overlap import TrainedOn, check_not_trained_on
 from text.sources import SourceFlags, TextSource
 
@@ -120,6 +120,14 @@ def test_where_rows_are_not_counted_what_overlaps_anyway_is_found(tmp_path: Path
     for one, other in [("train[:90%]", "train[90%:]"), ("train[:100]", "train[100:]"), ("train[:100]", "train[-9:]")]:
         check((folder, one), (folder, other), may_count=False)
     assert not list(own_cache.rglob("*.arrow")), "no table is made"
+
+
+def test_copies_in_another_order_have_other_rows(tmp_path: Path):
+    for folder, names in (("one", ("a", "b")), ("two", ("b", "a"))):
+        for name, rows in zip(names, (ROWS[:20], TEST), strict=True):
+            write_jsonl(tmp_path / folder / f"{name}.jsonl", rows)
+    with pytest.raises(TrainedOn, match=r"2 file\(s\) of it, for example"):  # rows 0 to 8 of two are TEST
+        check((tmp_path / "one", "train[20:]"), (tmp_path / "two", "train[:9]"))
 
 
 def test_empty_files_are_not_copies_of_each_other(tmp_path: Path):
