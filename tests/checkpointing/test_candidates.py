@@ -1,6 +1,8 @@
 """What `--resume` names, and what is said where that is no checkpoint: links, copies of them, empty folders, others."""
 
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,12 @@ def test_latest_is_followed_as_a_link_and_as_a_folder(run, copied):
         found = resumed(folder, folder / "latest")
         assert (found.checkpoint, found.resumed) == (folder / "checkpoint-6", 6)
     assert (copied / "latest").is_dir() and not (copied / "latest").is_symlink()
+
+
+def test_a_resumed_run_makes_the_link_at_its_start(copied):
+    alone = SimpleNamespace(rank=0, world_size=1, is_main=True, maximum=lambda *own: list(own))
+    resumed(copied, copied / "latest").choose(alone)
+    assert os.readlink(copied / "latest") == "checkpoint-6" and (copied / "latest-copy" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["latest", "my-favourite"])

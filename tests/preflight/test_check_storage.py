@@ -4,11 +4,13 @@ import dataclasses
 import errno
 import os
 import re
+import resource
 import shutil
 import tempfile
 
 import pytest
 
+from checkpointing import files
 from checkpointing.files import STATE_FILE, checkpoint_bytes
 from preflight.checks import models, storage
 from preflight.checks.basics import OK, WARNING, PlannedRun, run_check
@@ -27,6 +29,22 @@ def test_an_output_dir_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     bad = the_bad_one(found(storage.check_output_dir, "--output_dir", tmp_path / "run"))
     assert "Read-only file system" in bad.found
+
+
+def test_an_output_dir_that_takes_no_checkpoint(tmp_path, monkeypatch):
+    """The doctor tries what a run tries."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    options = ("--output_dir", tmp_path / "run")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (10_000, 10_000))
+    assert "ulimit -f unlimited" in the_bad_one(found(storage.check_disk, *options)).remedy
+    monkeypatch.setattr(files, "save_file", read_only)
+    assert "no checkpoint can be written" in the_bad_one(found(storage.check_output_dir, *options)).found
+    bad = the_bad_one(found(storage.check_output_dir, "--output_dir", tmp_path / os.fsdecode(b"\xff")))
+    assert "not UTF-8" in bad.found
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_dir_that_holds_another_run(tmp_path):
