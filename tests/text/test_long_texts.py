@@ -79,6 +79,14 @@ def wordpiece() -> tokenizers.Tokenizer:
     return trained(model, trainer, pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer())
 
 
+def line_end_and_blank() -> tokenizers.Tokenizer:
+    """Returns a tokenizer with one merge, which is made only if a line ends behind all of the blanks that follow."""
+    backend = byte_level(WORDS)
+    vocab = {token: i for i, token in enumerate([EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĠ"])}
+    backend.model = models.BPE(vocab=vocab, merges=[("Ċ", "Ġ")])
+    return backend
+
+
 ADDED = [AddedToken("cat", single_word=True), AddedToken("mat;", rstrip=True), AddedToken("aaa", lstrip=True)]
 TOKENIZERS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "Llama 3": lambda: byte_level(WORDS, model={"ignore_merges": True}),
@@ -86,6 +94,7 @@ TOKENIZERS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "digits": lambda: byte_level(r"\p{N}{3}|\s+|[^\s\p{N}]+"),
     "NFC": lambda: byte_level(WORDS, normalizer=normalizers.NFC()),
     "added tokens": lambda: byte_level(WORDS, added=ADDED),
+    "a line's end and a blank": line_end_and_blank,
     "Llama 2": without_words,
     "bytes without words": bytes_without_words,
     "Metaspace": lambda: byte_pairs(pre_tokenizers.Metaspace(prepend_scheme="always"), model={"unk_token": "<unk>"}),
@@ -139,6 +148,7 @@ TEXTS: dict[str, Callable[[int], str]] = {
     "newlines": lambda seed: "\n" * (LENGTH - seed),
     "spaces": lambda seed: " " * (LENGTH - seed) + ["x", "", "\n", "\n  y"][seed % 4],
     "a word and spaces": lambda seed: "word" + " " * LENGTH + ["x", "", "\n", "\n  y"][seed % 4],
+    "an empty line that is long": lambda seed: "word\n" + " " * LENGTH + ["\n", "\nx", "x", ""][seed % 4],
     "digits": lambda seed: mixed(["1", "23", "777"], [1], seed),
     "numbers": lambda seed: mixed(["0.123, ", "77;", "5\n"], [1], seed),
     "base64": lambda seed: base64.b64encode(random.Random(seed).randbytes(LENGTH)).decode(),
