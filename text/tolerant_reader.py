@@ -5,7 +5,6 @@ error message (`first_bad_row`), and reads everything itself under `--skip_bad_r
 """
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from text import row_limit
-from text.row_limit import bounded_lines, is_too_long, too_long
+from text.row_limit import BoundedText, bounded_lines, is_too_long, too_long
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
 BATCH_ROWS = 1024  # of a parquet file at a time
@@ -179,43 +178,31 @@ def _is_unicode(value: object) -> bool:
 
 
 def _text_rows(file: str, field: str | None) -> Iterator[object]:
-    number, document = 0, _Document(1)
+    number, first, lines = 0, 1, BoundedText()
     try:
-        with _open_text(file, newline=None) as lines:
-            for number, line in enumerate(bounded_lines(lines), 1):
-                if line == "\n" and document.size:
-                    if row := document.row(file, end=-1):  # without the last line's end
+        with _open_text(file, newline=None) as opened:
+            for number, line in enumerate(bounded_lines(opened), 1):
+                if line == "\n" and lines.size:
+                    if row := _document(file, first, lines.text(end=-1)):  # without the last line's end
                         yield row
-                    document = _Document(number + 1)
+                    first, lines = number + 1, BoundedText()
                 else:
-                    document.add(line)
-        if row := document.row(file):
+                    lines.add(line)
+        if row := _document(file, first, lines.text()):
             yield row
     except DAMAGED_GZIP as error:
         yield _damaged_gzip(file, number + 1, error)
 
 
-class _Document:
-    """Gathers the lines of a document, from line `first` on, and no more of them than the largest row has."""
-
-    def __init__(self, first: int):
-        self.first, self.size, self.text = first, 0, io.StringIO()
-
-    def add(self, line: str | None) -> None:
-        self.size += row_limit.LARGEST_ROW + 1 if line is None else len(line)
-        if line is not None and self.size <= row_limit.LARGEST_ROW:
-            self.text.write(line)
-
-    def row(self, file: str, end: int | None = None) -> str | BadRow:
-        if self.size > row_limit.LARGEST_ROW:
-            return BadRow(file, f"line {self.first}", too_long())
-        text = self.text.getvalue()[:end]
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            line = self.first + text.count("\n", 0, error.start)
-            return BadRow(file, f"line {line}", _not_utf8(error))
-        return text
+def _document(file: str, first: int, text: str | None) -> str | BadRow:
+    if text is None:
+        return BadRow(file, f"line {first}", too_long())
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = first + text.count("\n", 0, error.start)
+        return BadRow(file, f"line {line}", _not_utf8(error))
+    return text
 
 
 # ---- what JSON and plain text have in common
