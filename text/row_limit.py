@@ -2,6 +2,7 @@
 that expands to one, would fill the host's memory. It is a row that cannot be read instead.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,22 @@ def bounded_lines(file: TextIO) -> Iterator[str | None]:
         while line and not line.endswith("\n"):
             line = file.readline(1 << 20)
         yield None
+
+
+class BoundedText:
+    """Gathers lines, None for one that was passed over, and holds no more of them than the largest row has."""
+
+    def __init__(self) -> None:
+        self.size, self._held = 0, io.StringIO()
+
+    def add(self, line: str | None) -> None:
+        self.size += LARGEST_ROW + 1 if line is None else len(line)
+        if line is not None and self.size <= LARGEST_ROW:
+            self._held.write(line)
+
+    def text(self, end: int | None = None) -> str | None:
+        """Returns what was gathered, up to `end`, or None if it is too long."""
+        return None if self.size > LARGEST_ROW else self._held.getvalue()[:end]
 
 
 def may_hold_too_long_a_row(file: str) -> bool:
