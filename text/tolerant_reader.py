@@ -4,11 +4,6 @@
 error message (`first_bad_row`), and reads everything itself under `--skip_bad_rows` (`tolerant_stream`).
 """
 
-<<<<<<< HEAD
-import io
-=======
-import gzip
->>>>>>> h/t2
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,14 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from text import row_limit
-<<<<<<< HEAD
 from text.csv_reader import csv_columns, csv_rows
 from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
 from text.files import Stamp, reader_of
-from text.row_limit import bounded_lines, is_too_long, too_long
-=======
 from text.row_limit import BoundedText, bounded_lines, is_too_long, too_long
->>>>>>> h/t2
 
 BATCH_ROWS = 1024  # of a parquet file at a time
 ROWS_LOOKED_AT = 100  # to find the columns of a JSON file
@@ -161,17 +152,10 @@ def _is_unicode(value: object) -> bool:
 def _text_rows(file: str, field: str | None) -> Iterator[object]:
     number, first, lines = 0, 1, BoundedText()
     try:
-<<<<<<< HEAD
-        with open_text(file, newline=None) as lines:
-            for number, line in enumerate(bounded_lines(lines), 1):
-                if line == "\n" and document.size:
-                    if row := document.row(file, end=-1):  # without the last line's end
-=======
-        with _open_text(file, newline=None) as opened:
+        with open_text(file, newline=None) as opened:
             for number, line in enumerate(bounded_lines(opened), 1):
                 if line == "\n" and lines.size:
                     if row := _document(file, first, lines.text(end=-1)):  # without the last line's end
->>>>>>> h/t2
                         yield row
                     first, lines = number + 1, BoundedText()
                 else:
@@ -182,29 +166,6 @@ def _text_rows(file: str, field: str | None) -> Iterator[object]:
         yield damaged_archive(file, number + 1, error)
 
 
-<<<<<<< HEAD
-class _Document:
-    """Gathers the lines of a document, from line `first` on, and no more of them than the largest row has."""
-
-    def __init__(self, first: int):
-        self.first, self.size, self.text = first, 0, io.StringIO()
-
-    def add(self, line: str | None) -> None:
-        self.size += row_limit.LARGEST_ROW + 1 if line is None else len(line)
-        if line is not None and self.size <= row_limit.LARGEST_ROW:
-            self.text.write(line)
-
-    def row(self, file: str, end: int | None = None) -> str | BadRow:
-        if self.size > row_limit.LARGEST_ROW:
-            return BadRow(file, f"line {self.first}", too_long())
-        text = self.text.getvalue()[:end]
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            line = self.first + text.count("\n", 0, error.start)
-            return BadRow(file, f"line {line}", not_utf8(error))
-        return text
-=======
 def _document(file: str, first: int, text: str | None) -> str | BadRow:
     if text is None:
         return BadRow(file, f"line {first}", too_long())
@@ -212,9 +173,8 @@ def _document(file: str, first: int, text: str | None) -> str | BadRow:
         text.encode()
     except UnicodeEncodeError as error:
         line = first + text.count("\n", 0, error.start)
-        return BadRow(file, f"line {line}", _not_utf8(error))
+        return BadRow(file, f"line {line}", not_utf8(error))
     return text
->>>>>>> h/t2
 
 
 # ---- parquet
