@@ -4,6 +4,7 @@ the run continues, and its lines are written as soon as they can be. Imports not
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -102,7 +103,7 @@ class AppendedFile:
         if not self.has_warned:
             self.has_warned = True  # first: this file may be where the warning goes
             logger.warning(
-                "%s cannot be written (%s); what it lacks is kept until it can be", self.path, error.strerror
+                "%s cannot be written (%s); its lines are kept, and written later", self.path, error.strerror
             )
 
 
@@ -120,7 +121,19 @@ def content_of(file: FileIO) -> bytes:
     return file.readall()
 
 
-class LogFile(logging.Handler):
+class AppendingHandler(logging.Handler):
+    """Shares one lock with all of its kind. Writing may log a warning, which every handler gets: with a lock of its own
+    each, two that write in two threads would wait for each other for ever.
+    """
+
+    shared = threading.RLock()
+
+    def createLock(self) -> None:
+        super().createLock()  # registers the handler, so that a forked process gets a free lock
+        self.lock = self.shared
+
+
+class LogFile(AppendingHandler):
     """Appends what is logged to a file. After another program has moved the file away, a new one is begun."""
 
     def __init__(self, path: Path) -> None:

@@ -223,6 +223,8 @@ class CachedPosition:
         """Waits until the token file has been read. Raises DamagedTokens: a checkpoint must not hold what was learned
         from a damaged one.
         """
+        if not self.tokens.done():
+            logger.info("saving waits until the cached tokens have been compared with their hash")
         return {"windows": self.windows, "tokens": self.tokens.result()}
 
 

@@ -46,7 +46,7 @@ from processes.ranks import check_launch, is_main_rank, launched_rank, launched_
 from text.batch import Batch
 from text.stream_loader import StreamingLoader
 from training_utils import DistillationModel, Job, Learner, Meter, build_learner, settle_buckets, to_device
-from utils import Stopwatch, TimedIterator, describe_environment, setup_logging
+from utils import Stopwatch, TimedIterator, describe_environment, printable, setup_logging
 
 logger = logging.getLogger("train")
 
@@ -65,10 +65,10 @@ def main(args: TrainArguments | None = None) -> int:
     exit code.
     """
     args = args or parse_train_args()
-    check_launch()
     setup_logging(args.log_file, is_main_rank())
     if args.dry_run:
         return print_plan(args) if is_main_rank() else 0
+    check_launch()
     if (code := run_folder.ended_before_restart(Path(args.output_dir))) is not None:
         return code
     with stop_on_signals(args.time_limit) as stop, recording_warnings(launched_rank()) as warnings:
@@ -136,9 +136,8 @@ def run(job: Job, checked: Checked) -> int:
     run_folder.check_file_limit(Path(args.output_dir), student, ranks.world_size)
     if ranks.is_main:
         run_folder.check_space(args, student, (total_steps - state.step) * args.grad_accumulation_steps)
-        run_folder.save_options(
-            Path(args.output_dir), f"# {ranks.world_size} rank(s), started in {Path.cwd()}\n\n{as_yaml(args)}"
-        )
+        begun = f"# {ranks.world_size} rank(s), started in {printable(str(Path.cwd()))}"
+        run_folder.save_options(Path(args.output_dir), f"{begun}\n\n{as_yaml(args)}")
     # With --resume_step the first state needs no checkpoint: its weights are --student_model's.
     saved = -1 if resume.checkpoint is None and state.micro_step == 0 else state.micro_step
     saver = Saver(args, student, learner.optimizer, models.tokenizer, ranks, saved)
@@ -187,6 +186,7 @@ def begin(job: Job, learner: Learner, state: RunState, saver: Saver | NoSaver) -
     logger.info(text, learner.total_steps, learner.accumulate, state.step)
     if state.micro_step == 0:
         saver.save(state)
+        saver.wait()  # a folder that can take no checkpoint is found out before the first step
     return state
 
 
@@ -241,8 +241,7 @@ class Ending(NamedTuple):
 def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stopped_by: int) -> Ending:
     """Returns how a run ended that stands at `state`. stopped_by: an index into REASONS, 0 if nobody asked it to stop.
 
-    A run that was not stopped before its end is complete only if an update was applied at all, and the last one was:
-    of a run that ends while it skips updates, nobody knows whether the next could have been applied.
+    A run of which no update was applied is not complete, however short it was.
     """
     done, bad = f"step {state.step} of {total_steps}", state.bad_in_a_row
     is_at_end, gave_up = state.step >= total_steps, has_diverged(args, state)
@@ -250,26 +249,33 @@ def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stoppe
         text = f"stopped by {REASONS[stopped_by]} at {done}; resume with --resume auto"
         return Ending("stopped", EXIT_STOPPED, text)
     applied_none = 0 < state.step == state.skipped_updates
-    if bad or applied_none:
-        which = f"{bad} updates in a row were skipped" if gave_up else f"the last {bad} update(s) were skipped"
-        if applied_none:
-            which = f"all {state.step} update(s) were skipped"
-        again = "resume with --resume auto" if gave_up and not is_at_end else "start again from an earlier checkpoint"
+    if applied_none and not bad:
         text = (
-            f"{which}, their loss or gradient was not finite: the run diverged. Weights and optimizer are those before "
-            f"them; lower --max_lr, or look at the windows named above, and {again}"
+            f"all {state.step} update(s) were skipped while the loss scale of float16 was falling: nothing was "
+            "learned; raise --max_steps, or use --dtype bfloat16"
         )
         return Ending("diverged", EXIT_DIVERGED, text)
-    if is_at_end:
-        return Ending("complete", 0, f"complete: {state.step} of {total_steps} optimizer steps")
-    return Ending("complete", 0, f"the data ended at {done}, before the learning rate had decayed")
+    if gave_up or applied_none:
+        which = f"all {state.step} update(s)" if applied_none else f"{bad} updates in a row"
+        again = "start again from an earlier checkpoint" if is_at_end else "resume with --resume auto"
+        text = (
+            f"{which} were skipped, their loss or gradient was not finite: the run diverged. Weights and optimizer are "
+            f"those before them; lower --max_lr, or look at the windows named above, and {again}"
+        )
+        return Ending("diverged", EXIT_DIVERGED, text)
+    text = f"complete: {state.step} of {total_steps} optimizer steps"
+    if not is_at_end:
+        text = f"the data ended at {done}, before the learning rate had decayed"
+    if bad:
+        text += f"; the last {bad} update(s) were skipped, look at the windows named above"
+    return Ending("complete", 0, text)
 
 
 def ending(job: Job, state: RunState, total_steps: int) -> int:
     """Says how the run ended, in the log and in status.json. Returns the exit code."""
     status, code, text = how_it_ended(job.args, state, total_steps, job.stop.agreed)
     if job.ranks.is_main:
-        is_well = code == 0 and state.step >= total_steps
+        is_well = code == 0 and state.step >= total_steps and not state.bad_in_a_row
         logger.log(logging.INFO if is_well else logging.WARNING, text)
         folder = Path(job.args.output_dir)
         run_folder.write_status(folder, status, code, micro_step=state.micro_step, text=text)

@@ -4,7 +4,7 @@ The messages advise only what is there.
 
 from pathlib import Path
 
-from checkpointing.files import STATE_FILE, SUMS_FILE, find_checkpoints, read_state, step_of
+from checkpointing.files import STATE_FILE, SUMS_FILE, find_checkpoints, quick_check, read_state, step_of
 from checkpointing.housekeeping import LINK
 
 FRESH = "; to take only its weights, start anew with --student_model {0} and another --output_dir"
@@ -18,8 +18,9 @@ def followed(path: Path) -> Path:
     if path.name != LINK or not (path / SUMS_FILE).is_file():
         return path
     sums = (path / SUMS_FILE).read_bytes()
-    beside = [found / SUMS_FILE for found in find_checkpoints(path.parent)]
-    return next((file.parent for file in beside if file.is_file() and file.read_bytes() == sums), path)
+    beside = (found for found in find_checkpoints(path.parent) if (found / SUMS_FILE).is_file())
+    same = (found for found in beside if (found / SUMS_FILE).read_bytes() == sums and quick_check(found) is None)
+    return next(same, path)
 
 
 def lone_copy(output_dir: Path, found: list[Path]) -> str | None:

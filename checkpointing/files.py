@@ -210,7 +210,11 @@ def hash_check(checkpoint: Path, names: Iterable[str]) -> str | None:
     """Returns which of these files is not what was written, or None. Raises KeyError for a file without a sum."""
     sums = read_sums(checkpoint)
     for name in names:
-        if sha256(checkpoint / name) != sums[name]:
+        try:
+            found = sha256(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != sums[name]:
             return f"{name} is not what was written: its SHA-256 differs"
     return None
 

@@ -79,8 +79,9 @@ class Saver:
         """
         if state.micro_step == self._reached:
             return
+        standstill = Stopwatch()
+        self.wait()
         self.stopwatch.lap()
-        self._wait()
         self.saving = state
         try:
             write = self._prepare(state)
@@ -88,11 +89,11 @@ class Saver:
             write = functools.partial(fail_with, error)
         if self.args.background_save:
             self.pending = self.thread.submit(write)
-            stall = self.stopwatch.lap()
-            logger.info("saving micro step %d; training stood still for %.2f s", state.micro_step, stall)
+            text = "saving micro step %d; training stood still for %.2f s"
+            logger.info(text, state.micro_step, standstill.lap())
         else:
             self.pending = done_now(write)
-            self._wait()
+            self.wait()
 
     def status(self) -> tuple[int, int]:
         """Returns whether this rank is busy with its part of the save, and whether that has failed: 1 for a reason that
@@ -125,10 +126,10 @@ class Saver:
         """
         began, n = time.monotonic(), 0
         self.is_last = True
-        self._wait()
+        self.wait()
         while self.saved != state.micro_step:
             self.save(state)
-            self._wait()
+            self.wait()
             if self.saved == state.micro_step:
                 break
             n += 1
@@ -142,7 +143,8 @@ class Saver:
             time.sleep(min(2 ** (n - 1), 60))
         self.thread.close()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits until the save under way, if there is one, has succeeded or failed."""
         while self.saving is not None:
             self.advance(*self.ranks.maximum(*self.status()))
             time.sleep(0.02)
@@ -223,6 +225,9 @@ class NoSaver:
         return False
 
     def save(self, state: RunState) -> None:
+        pass
+
+    def wait(self) -> None:
         pass
 
     def status(self) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class FolderWatch:
         self.lock_file = identity(folder / ".lock")
         self.contents = {name: (folder / name).read_bytes() for name in RESTORED if (folder / name).is_file()}
         self.lock: IO[str] | None = None  # the one that was taken again
+        self.owed: list[str] = []  # names of what has to be restored
 
     def renew(self) -> None:
         """Takes the folder again if that is needed. Raises TakenError if another run has taken it."""
@@ -50,6 +51,9 @@ class FolderWatch:
         with contextlib.suppress(OSError):  # then it is not known, and asked again after the next step
             if identity(self.folder / ".lock") != self.lock_file:
                 self._take_again()
+            while self.owed:
+                write_whole(self.folder / self.owed[-1], self.contents[self.owed[-1]])
+                self.owed.pop()
 
     def _take_again(self) -> None:
         try:
@@ -62,14 +66,12 @@ class FolderWatch:
         except ValueError:  # not writable now; what the run writes there reports it
             return
         self.lock_file = identity(self.folder / ".lock")
-        missing = [name for name in self.contents if not (self.folder / name).exists()]
+        self.owed = missing = [name for name in self.contents if not (self.folder / name).exists()]
         logger.warning(
             "--output_dir %s: its lock was removed during the run, taken again%s",
             self.folder,
             f"; restored {', '.join(missing)}. Checkpoints that were removed are lost" if missing else "",
         )
-        for name in missing:
-            write_whole(self.folder / name, self.contents[name])
 
 
 def identity(path: Path) -> tuple[int, int] | None:

@@ -234,12 +234,18 @@ class TensorBoard:
             self._add(rows())
 
     def write(self, row: MetricsRow) -> None:
-        if identity(self.folder) != self.place:  # removed during the run
+        if self._is_gone():
             with contextlib.suppress(Exception):  # what it still holds has no folder to go to
                 self.writer.close()
             self._open(0)
             self._add(earlier for earlier in self.rows() if earlier["step"] < row["step"])
         self._add([row])
+
+    def _is_gone(self) -> bool:
+        """Returns whether the folder was removed during the run; not where that cannot be found out now."""
+        with contextlib.suppress(OSError):
+            return identity(self.folder) != self.place
+        return False
 
     def _open(self, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional package, and slow to import

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from appended_file import AppendedFile
+from appended_file import AppendedFile, AppendingHandler
 from monitoring.progress_bar import LOGGERS
 
 
@@ -25,7 +25,7 @@ def recording_warnings(rank: int) -> "Iterator[WarningsFile]":
         handler.close()
 
 
-class WarningsFile(logging.Handler):
+class WarningsFile(AppendingHandler):
     """Appends each warning to a file, and holds those that come before `write_to` has named it."""
 
     def __init__(self, rank: int) -> None:

@@ -27,6 +27,7 @@ LAUNCHER = "start with torchrun, which sets it, or unset RANK and WORLD_SIZE for
 
 # Measured on CPUs, with 1 to 4 ranks: 37 and 5 for each.
 FILES, FILES_PER_RANK = 40, 6
+ENOUGH_FILES = 2**16
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def check_launch() -> None:
 
 
 def allow_open_files(world_size: int) -> None:
-    """Raises the limit of open files to what a rank needs. Raises ValueError if it may not."""
+    """Raises the limit of open files as far as a rank may need. Raises ValueError if that is too little."""
     needed = FILES + FILES_PER_RANK * world_size
     soft, hard = (math.inf if limit < 0 else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
     if hard < needed:
@@ -158,8 +159,9 @@ def allow_open_files(world_size: int) -> None:
             f"ulimit -n {hard}: a rank of {world_size} opens up to {needed} files and connections; raise the limit "
             f"(ulimit -Hn {max(1024, needed)}, or ask the administrator)"
         )
-    if soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    enough = int(min(hard, ENOUGH_FILES))  # CUDA, NCCL and loader processes open more than was counted
+    if soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Files that lines are appended to: what happens to the lines when the file, its folder or the disk fails."""
 
+import contextlib
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,7 @@ def test_lines_wait_for_a_place_that_cannot_be_written(file, caplog):
     file.path.mkdir()
     for line in (b"2\n", b"3\n"):
         file.append(line)
-    assert caplog.text.count("rows cannot be written (Is a directory); what it lacks is kept") == 1
+    assert caplog.text.count("rows cannot be written (Is a directory); its lines are kept") == 1
     file.path.rmdir()
     file.append(b"4\n")
     assert file.path.read_bytes() == b"1\n2\n3\n4\n"
@@ -167,3 +169,31 @@ def test_a_log_may_be_a_device(device):
     log.addHandler(LogFile(Path(device)))
     log.info("a line")
     log.handlers[0].close()
+
+
+def test_two_handlers_that_warn_at_once_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    """Each writes in a thread of its own, and warns while it does: the warning goes to the other, which is busy."""
+    log, both_write = logging.getLogger("busy handlers"), threading.Barrier(2)
+    handlers = [LogFile(tmp_path / name) for name in ("one", "two")]
+    append = AppendedFile.append
+
+    def warn_and_append(file, lines):
+        if b"first" in lines:
+            with contextlib.suppress(threading.BrokenBarrierError):  # where one waits until the other has written
+                both_write.wait(timeout=0.5)
+            log.warning("from %s", file.path.name)
+        append(file, lines)
+
+    monkeypatch.setattr(AppendedFile, "append", warn_and_append)
+    monkeypatch.setattr(log, "handlers", handlers)
+    record = logging.makeLogRecord({"msg": "first"})
+    threads = [threading.Thread(target=handler.handle, args=[record], daemon=True) for handler in handlers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    for handler in handlers:
+        lines = sorted(handler.file.path.read_text().splitlines())
+        assert lines == ["first", "from one", "from two"]
+        handler.close()

@@ -2,7 +2,8 @@
 its disk, has the right length all the same, and a run would learn whatever is in it.
 
 One process of each node reads the file once. A large file is read in the background while models load and training
-begins: no update waits for that, but no checkpoint is written before the file is known to be whole.
+begins. The first update does not wait for that, but no checkpoint is written before the file is known to be whole, and
+a second save, or a run that is asked to stop, waits for the first.
 """
 
 import contextlib

@@ -68,10 +68,10 @@ def test_a_launch_that_is_not(variables, text):
 
 @pytest.mark.parametrize(
     "soft,hard,expected",
-    [(64, 4096, 640), (1024, 4096, None), (640, 640, None), (-1, -1, None), (64, -1, 640), (64, 639, "refused")],
+    [(64, 4096, 4096), (4096, 4096, None), (640, 640, None), (-1, -1, None), (64, -1, 65536), (64, 639, "refused")],
 )
-def test_each_rank_may_open_what_it_needs(monkeypatch, soft, hard, expected):
-    """100 ranks need 640."""
+def test_each_rank_may_open_as_much_as_is_allowed(monkeypatch, soft, hard, expected):
+    """At most 65536; 100 ranks need 640 at least."""
     changed = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: changed.append(limits))
