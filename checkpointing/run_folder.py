@@ -31,7 +31,7 @@ def taken(args: TrainArguments, resumed: int | None) -> Iterator[float]:
     """Takes --output_dir for this run, within the block. Yields how many seconds ago torchrun launched the run.
     resumed: micro step of the checkpoint that the run resumes from, if any. Raises ValueError if the folder cannot be
     written, is another run's, or holds results that this run would overwrite; status.json says "refused" for this
-    ValueError and for any that is raised within the block.
+    ValueError and for any that is raised within the block. One of another rank does not come here: `write_refusal`.
     """
     folder = Path(args.output_dir)
     with explaining_write_errors(folder):
@@ -44,7 +44,7 @@ def taken(args: TrainArguments, resumed: int | None) -> Iterator[float]:
         except TakenError:  # it was removed meanwhile: its status.json is another run's
             raise
         except ValueError as error:
-            write_status(folder, "refused", 2, text=str(error))
+            write_refusal(folder, str(error))
             raise
 
 
@@ -206,6 +206,11 @@ def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
         write_whole(output_dir / "status.json", content.encode())
     except OSError as error:  # the run itself is more important
         logger.warning("status.json cannot be written (%s)", error.strerror)
+
+
+def write_refusal(output_dir: Path, text: str) -> None:
+    """Writes status.json of a run that ends because of a mistake in its options or input. text: what is wrong."""
+    write_status(output_dir, "refused", 2, text=text)
 
 
 def begin_status(output_dir: Path) -> float:
