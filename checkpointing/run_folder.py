@@ -153,12 +153,12 @@ class DiskRoom:
 def disk_room(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> DiskRoom:
     """Returns the room for a run with that many micro steps left. --output_dir need not exist yet."""
     folder = Path(args.output_dir).absolute()
-    n_here = len(find_checkpoints(folder)) if folder.is_dir() else 0
+    n_here = len(find_checkpoints(folder)) if os.path.isdir(folder) else 0
     n_new = -(-micro_steps // args.save_interval) if args.save_interval else 1
     n_most = (n_here or 1) + n_new  # a run that begins saves its student as it is
     if args.save_total_limit is not None:
         n_most = min(n_most, args.save_total_limit + 1)
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         folder = folder.parent
     size = checkpoint_bytes(student)
     return DiskRoom(size, n_here, n_most, n_here + shutil.disk_usage(folder).free // size)
