@@ -63,7 +63,10 @@ def readable(
         _look_into(path)
         yield
     except OSError as error:
-        raise ValueError(f"{what}: cannot be read ({error.strerror or error}); {remedy}") from error
+        reason = error.strerror or str(error)
+        if isinstance(error.filename, str | os.PathLike) and Path(error.filename) != Path(path):
+            reason += f": {error.filename}"
+        raise ValueError(f"{what}: cannot be read ({reason:.{SHOWN}}); {remedy}") from error
 
 
 def _look_into(path: str | Path) -> None:

@@ -70,6 +70,8 @@ def _open(mmlu_dir: str | None, local_files_only: bool, flag: str) -> tuple[list
         return _open_hub(local_files_only, flag)
     root = Path(mmlu_dir)
     with readable(f"{flag} {root}", root):
+        if root.is_dir():
+            next(root.iterdir(), None)  # raises OSError if it cannot be listed: glob finds nothing then
         return _open_folder(root, flag)
 
 

@@ -45,7 +45,9 @@ def dead_links(folder: Path) -> str:
 
 
 def check_weight_files(flag: str, name: str, folder: Path) -> None:
-    """Raises ValueError if weights that transformers would read from `folder` are missing or damaged."""
+    """Raises ValueError if weights that transformers would read from `folder` are missing or damaged, and OSError if
+    this user may not read them.
+    """
     files = weight_files(flag, name, folder)
     if not files:
         raise ValueError(
@@ -55,6 +57,7 @@ def check_weight_files(flag: str, name: str, folder: Path) -> None:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{flag} {name}: shards are missing: {', '.join(missing)}; copy them again")
     for file in files:
+        file.open("rb").close()  # safetensors says of one that this user may not read that it is missing
         stored_dtypes(flag, name, file)
 
 

@@ -91,6 +91,7 @@ def _reader_of(path: Path, source: TextSource) -> tuple[str, Any]:
     """Returns the name of what reads a file or a folder, and its files; they are None if `datasets` finds them."""
     if path.is_file():
         return reader_of_file(path, source), glob.escape(str(path))
+    next(path.iterdir(), None)  # raises OSError if it cannot be listed: `datasets` finds no files then
     return files_of_folder(path, source) or (str(path), None)
 
 

@@ -3,7 +3,9 @@ every user, so the system's refusal is played.
 """
 
 import errno
+import io
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from monitoring.trackers import check_trackers
 from paths import readable
 from preflight.checks import storage
 from preflight.plan_report import measured_speed, print_plan
+from tests.launch import ROOT
 from tests.parsing import eval_options, options_in, train_options
 from tests.preflight.cases import found, the_bad_one
 from tests.text.documents import options
@@ -90,12 +93,31 @@ def test_a_name_that_cannot_be_looked_at_is_no_folder(closed):
     assert folder_of(f"{closed}/teacher") is None
 
 
-def test_links_that_cannot_be_listed_are_no_error(tmp_path, monkeypatch):
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
     def refuse(folder):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    assert dead_links(tmp_path) == ""
+    for begin in ("--dataset_name '{}'", "--mmlu_dir {}"):
+        with pytest.raises(ValueError) as error:
+            CALLS[begin](tmp_path)
+        assert str(error.value) == f"{begin.format(tmp_path)}: {REASON}"
+    assert dead_links(tmp_path) == ""  # a remark beside another error
+
+
+def test_weights_that_cannot_be_read_are_not_said_to_be_missing(tmp_path, monkeypatch):
+    teacher = shutil.copytree(ROOT / "presets" / "tiny" / "teacher", tmp_path / "teacher")
+    weights, opened = teacher / "model.safetensors", io.open
+
+    def refuse(file, *args, **kwargs):
+        if Path(str(file)) == weights:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(ValueError) as error:
+        locate_model("--teacher_model", str(teacher), True)
+    assert str(error.value).startswith(f"--teacher_model {teacher}: cannot be read (Permission denied: {weights}); let")
 
 
 def test_what_is_not_there_is_left_to_the_block(tmp_path):
