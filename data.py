@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _token_file(
     made_from = token_file_inputs(opened, source, encoder)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     directory = packed_folder(source) / key[:32]
-    if directory.exists():
+    if os.path.exists(directory):  # False where it cannot be known
         logger.info("using the packed dataset %s", directory)
     elif is_builder:
         check_writable(source)

@@ -5,7 +5,8 @@ tokenizer, data, disk, loss. Takes the options of train_gpus.py besides its own:
 
 Each line says ok, warning or failure, what was checked and what was found; the next line says what to do. The exit code
 is 1 if anything failed. Nothing is downloaded, and nothing is left on the disk but lock files of `datasets` and logs of
-W&B. No model is loaded but a small teacher; weight files are read tensor by tensor, to find what is no number.
+W&B. No model is loaded but a small teacher; weight files, up to 40 GB, are read tensor by tensor, to find what is
+no number.
 """
 
 from __future__ import annotations

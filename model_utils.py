@@ -26,6 +26,7 @@ from inputs.loaded_models import check_all_used, check_weights
 from inputs.model_files import check_weight_files, dead_links, one_line, read_config
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
+from paths import readable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -43,6 +44,11 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
     disk, with every weight file if they are needed, so that loading touches no network. Raises ValueError that names
     the option.
     """
+    with readable(f"{flag} {name}", name):
+        return _locate_model(flag, name, local_files_only, needs_weights)
+
+
+def _locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bool) -> str:
     folder = Path(name)
     if folder.is_file() or folder.is_symlink() and not folder.exists():
         what = "a file" if folder.is_file() else "a link that leads nowhere"

@@ -1,16 +1,21 @@
 """Paths as a user writes them: `~` is the home directory, `$NAME` and `${NAME}` are environment variables, and `$$` is
-a dollar sign. Every option that takes a path, and every argument of the other commands, goes through `expanded`.
+a dollar sign. Every option that takes a path, and every argument of the other commands, goes through `expanded`. What
+cannot be read at a path is one line: `readable`.
 """
 
 from __future__ import annotations  # doctor.py reports a Python that is too old
 
 import argparse
+import contextlib
 import os
 import re
+from collections.abc import Iterator
+from errno import ELOOP
 from pathlib import Path
 
 SHOWN = 200  # characters of a wrong path that an error repeats
 MOST_BYTES = 255  # of a name in a path, on Linux
+MOST_BYTES_OF_ALL = 4095  # of a path
 DOLLAR = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})?", re.ASCII)  # matches every $
 
 
@@ -46,6 +51,35 @@ def literal(path: str) -> str:
     return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
 
 
+@contextlib.contextmanager
+def readable(
+    what: str, path: str | Path, remedy: str = "let this user read it and the folders above it, or name another"
+) -> Iterator[None]:
+    """Turns an OSError within the block, such as that of a folder which this user may not enter, into a ValueError of
+    one line. `path` is looked at first, because newer Pythons take for missing what they cannot look at; it may be
+    missing. what: begins the line, as `flag value`.
+    """
+    try:
+        _look_into(path)
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error.filename, str | os.PathLike) and Path(error.filename) != Path(path):
+            reason += f": {error.filename}"
+        raise ValueError(f"{what}: cannot be read ({reason:.{SHOWN}}); {remedy}") from error
+
+
+def _look_into(path: str | Path) -> None:
+    """Raises OSError if it cannot be known whether anything is at a path, or what is in a folder there."""
+    try:
+        os.stat(os.path.join(path, "."))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno != ELOOP:  # links that lead nowhere
+            raise
+
+
 def _unusable(path: str) -> str | None:
     """Returns why no file can have this path, where the system would only say so when it looks for one."""
     try:
@@ -57,6 +91,8 @@ def _unusable(path: str) -> str | None:
     longest = max(map(len, names))
     if longest > MOST_BYTES:
         return f"a name in it has {longest} bytes, expected {MOST_BYTES} at most"
+    if (size := len(os.fsencode(path))) > MOST_BYTES_OF_ALL:
+        return f"it has {size} bytes, expected {MOST_BYTES_OF_ALL} at most"
     return None
 
 

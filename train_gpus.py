@@ -76,7 +76,8 @@ def main(args: TrainArguments | None = None) -> int:
         with contextlib.ExitStack() as stack:
             if is_main_rank():
                 stop.count_from(stack.enter_context(run_folder.taken(args, checked.resume.resumed)))
-            ranks = stack.enter_context(process_groups(checked.device))
+            refuse = functools.partial(run_folder.write_refusal, Path(args.output_dir))
+            ranks = stack.enter_context(process_groups(checked.device, on_mistake=refuse))
             warnings.write_to(Path(args.output_dir))
             return run(Job(args, ranks, stop), checked)
 

@@ -110,7 +110,7 @@ def _open_lock(flag: str, file: Path) -> IO[str]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes the whole file or nothing of it, even if the power fails."""
-    temporary = path.with_name(f".{os.getpid()}.partial")
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_native_id()}.partial")  # threads write to one folder
     temporary.unlink(missing_ok=True)  # it may be a link to another file
     try:
         temporary.write_bytes(content)

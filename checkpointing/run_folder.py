@@ -31,7 +31,7 @@ def taken(args: TrainArguments, resumed: int | None) -> Iterator[float]:
     """Takes --output_dir for this run, within the block. Yields how many seconds ago torchrun launched the run.
     resumed: micro step of the checkpoint that the run resumes from, if any. Raises ValueError if the folder cannot be
     written, is another run's, or holds results that this run would overwrite; status.json says "refused" for this
-    ValueError and for any that is raised within the block.
+    ValueError and for any that is raised within the block. One of another rank does not come here: `write_refusal`.
     """
     folder = Path(args.output_dir)
     with explaining_write_errors(folder):
@@ -44,7 +44,7 @@ def taken(args: TrainArguments, resumed: int | None) -> Iterator[float]:
         except TakenError:  # it was removed meanwhile: its status.json is another run's
             raise
         except ValueError as error:
-            write_status(folder, "refused", 2, text=str(error))
+            write_refusal(folder, str(error))
             raise
 
 
@@ -153,12 +153,12 @@ class DiskRoom:
 def disk_room(args: TrainArguments, student: LlambaForCausalLM, micro_steps: int) -> DiskRoom:
     """Returns the room for a run with that many micro steps left. --output_dir need not exist yet."""
     folder = Path(args.output_dir).absolute()
-    n_here = len(find_checkpoints(folder)) if folder.is_dir() else 0
+    n_here = len(find_checkpoints(folder)) if os.path.isdir(folder) else 0
     n_new = -(-micro_steps // args.save_interval) if args.save_interval else 1
     n_most = (n_here or 1) + n_new  # a run that begins saves its student as it is
     if args.save_total_limit is not None:
         n_most = min(n_most, args.save_total_limit + 1)
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         folder = folder.parent
     size = checkpoint_bytes(student)
     return DiskRoom(size, n_here, n_most, n_here + shutil.disk_usage(folder).free // size)
@@ -206,6 +206,11 @@ def write_status(output_dir: Path, status: str, code: int, **more: Any) -> None:
         write_whole(output_dir / "status.json", content.encode())
     except OSError as error:  # the run itself is more important
         logger.warning("status.json cannot be written (%s)", error.strerror)
+
+
+def write_refusal(output_dir: Path, text: str) -> None:
+    """Writes status.json of a run that ends because of a mistake in its options or input. text: what is wrong."""
+    write_status(output_dir, "refused", 2, text=text)
 
 
 def begin_status(output_dir: Path) -> float:

@@ -26,6 +26,7 @@ from evaluation.report import output_files
 from inputs.context import context_length, stated_length
 from inputs.model_files import read_config
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
+from paths import readable
 from processes.devices import choose_device
 from processes.ranks import Ranks
 from text.encoding import check_tokenizer
@@ -150,8 +151,9 @@ def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | N
             "--which hybrid_ft: needs --ckpt, a checkpoint directory of a training run; give it, "
             "or leave hybrid_ft (and all) out of --which"
         )
-    if not Path(args.ckpt).is_dir():
-        raise ValueError(f"--ckpt {args.ckpt}: not a directory; expected a checkpoint of a training run")
+    with readable(f"--ckpt {args.ckpt}", args.ckpt):
+        if not Path(args.ckpt).is_dir():
+            raise ValueError(f"--ckpt {args.ckpt}: not a directory; expected a checkpoint of a training run")
     # A link such as `latest` may point to another checkpoint by the time the weights are read.
     path = os.path.realpath(locate_model("--ckpt", args.ckpt, local_files_only=True))
     config = read_llamba_config("--ckpt", args.ckpt, path)
@@ -216,9 +218,9 @@ def _check_output(args: EvalArguments) -> None:
         raise ValueError(
             f"--output {args.output}: expected the name of a JSON file; its report gets .md, its chart .png"
         )
-    may_replace = args.overwrite or (args.resume and is_interrupted(Path(args.output)))
     for path in output_files(Path(args.output)):
         try:
+            may_replace = args.overwrite or (args.resume and is_interrupted(Path(args.output)))
             if path.is_dir():
                 raise ValueError(f"--output {args.output}: {path} is a directory; expected the name of a JSON file")
             if path.exists() and not may_replace:

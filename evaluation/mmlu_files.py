@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
+from paths import readable
 from text.sources import network_forbidden
 
 LETTERS = ("A", "B", "C", "D")
@@ -68,6 +69,13 @@ def _open(mmlu_dir: str | None, local_files_only: bool, flag: str) -> tuple[list
     if mmlu_dir is None:
         return _open_hub(local_files_only, flag)
     root = Path(mmlu_dir)
+    with readable(f"{flag} {root}", root):
+        if root.is_dir():
+            next(root.iterdir(), None)  # raises OSError if it cannot be listed: glob finds nothing then
+        return _open_folder(root, flag)
+
+
+def _open_folder(root: Path, flag: str) -> tuple[list[str], ReadSplit]:
     if list(root.glob("*/test-*.parquet")):
         return _open_snapshot(root, flag)
     return _open_csv_folder(root, flag)

@@ -3,9 +3,9 @@ weights are numbers.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def check_weights(flag: str, name: str, model: PreTrainedModel) -> None:
     name on the hub may have come only with the loading.
     """
     folder = folder_of(name)
-    if folder is not None and not Path(name).is_dir():
+    if folder is not None and not os.path.isdir(name):
         check_stored_dtypes(flag, name, folder, [weight for weight, _ in model.named_parameters()])
     for weight, parameter in model.named_parameters():
         low, high = (value.item() for value in parameter.detach().aminmax())  # both NaN if any value is

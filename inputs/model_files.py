@@ -4,6 +4,7 @@ that is damaged or lies raises one ValueError that names it, rather than a crash
 
 import contextlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -24,7 +25,7 @@ def folder_of(name: str) -> Path | None:
     """Returns the directory that holds a model's files: `name` itself, or the cached files of a name on the hub. None
     if it has none on this disk.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False where it cannot be known
         return Path(name)
     if name.startswith((".", "/")) or name.count("/") > 1:
         return None
@@ -34,7 +35,9 @@ def folder_of(name: str) -> Path | None:
 
 def dead_links(folder: Path) -> str:
     """Returns a remark on the links in a model's directory that lead nowhere, to add to an error; mostly empty."""
-    dead = sorted(file.name for file in folder.iterdir() if file.is_symlink() and not file.exists())
+    dead: list[str] = []
+    with contextlib.suppress(OSError):  # a folder whose files this user may not list
+        dead = sorted(file.name for file in folder.iterdir() if file.is_symlink() and not file.exists())
     return f" (links that lead nowhere: {', '.join(dead[:5])})" if dead else ""
 
 
@@ -42,7 +45,9 @@ def dead_links(folder: Path) -> str:
 
 
 def check_weight_files(flag: str, name: str, folder: Path) -> None:
-    """Raises ValueError if weights that transformers would read from `folder` are missing or damaged."""
+    """Raises ValueError if weights that transformers would read from `folder` are missing or damaged, and OSError if
+    this user may not read them.
+    """
     files = weight_files(flag, name, folder)
     if not files:
         raise ValueError(
@@ -52,6 +57,7 @@ def check_weight_files(flag: str, name: str, folder: Path) -> None:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{flag} {name}: shards are missing: {', '.join(missing)}; copy them again")
     for file in files:
+        file.open("rb").close()  # safetensors says of one that this user may not read that it is missing
         stored_dtypes(flag, name, file)
 
 

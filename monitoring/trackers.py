@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from arguments import TrainArguments
 from checkpointing.small_files import identity
+from paths import readable
 from utils import BackgroundThread, finite
 
 logger = logging.getLogger("train")
@@ -87,9 +88,10 @@ def check_package(flag: str, package: str) -> None:
 
 
 def check_folder(flag: str, folder: Path) -> None:
-    """Raises ValueError if a file is where a folder has to be."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{flag}: {folder} is no directory, expected one or nothing; move it away")
+    """Raises ValueError if a file is where a folder has to be, or if that cannot be known."""
+    with readable(f"{flag}: {folder}", folder, "let this user read --output_dir, or choose another"):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{flag}: {folder} is no directory, expected one or nothing; move it away")
 
 
 def check_wandb(args: TrainArguments) -> None:

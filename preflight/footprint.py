@@ -7,11 +7,11 @@ attention, DDP's buckets and the optimizer's shards are modelled here. The scan 
 """
 
 import dataclasses
+import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def find_configs(args: TrainArguments) -> tuple[PretrainedConfig, LlambaConfig]:
     for role in ("teacher", "student"):
         option = f"{role}_model"
         name, copy = vars(args)[option], PRESETS / args.preset / role
-        if name == preset.get(option) and not Path(name).is_dir() and copy.is_dir():
+        if name == preset.get(option) and not os.path.isdir(name) and copy.is_dir():
             places.append(str(copy))
         else:
             places.append(locate_model(f"--{option}", name, args.local_files_only, needs_weights=False))

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import statistics
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from checkpointing.run_folder import DiskRoom, disk_room
 from llamba.parts import parameter_table
 from model_utils import DTYPES
 from monitoring.speed import peak_operations
+from paths import readable
 from preflight.footprint import Footprint, gradient_bytes, measure_footprint
 from preflight.plan import (
     GB,
@@ -182,7 +184,7 @@ def disk_advice(args: TrainArguments, room: DiskRoom) -> str:
 def measured_speed(args: TrainArguments) -> float | None:
     """Returns the median tokens per second of the run in --output_dir, or None if there is none."""
     file = Path(args.output_dir) / "metrics.jsonl"
-    if not file.is_file():
+    if not os.path.isfile(file):
         return None
     speeds = []
     for line in file.read_text(errors="replace").splitlines():
@@ -219,8 +221,11 @@ def print_plan(args: TrainArguments) -> int:
     together.
     """
     logging.getLogger("llamba").setLevel(logging.WARNING)  # which kernels the meta device has is of no interest
-    if args.plan_json is not None and not Path(args.plan_json).absolute().parent.is_dir():
-        raise ValueError(f"--plan_json {args.plan_json}: its folder is not there; make it, or name another file")
+    if args.plan_json is not None:
+        what, folder = f"--plan_json {args.plan_json}", Path(args.plan_json).absolute().parent
+        with readable(what, folder):
+            if not folder.is_dir():
+                raise ValueError(f"{what}: its folder is not there; make it, or name another file")
     machine = find_machine(args)
     footprint = measure_footprint(args)
     asked = make_plan(args, footprint, machine, asked_placement(args, machine))

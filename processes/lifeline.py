@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -31,12 +32,16 @@ LONGEST_END_S = 20.0  # for a rank that failed; torchrun itself waits for 30
 class Lifeline:
     """Connects the ranks of a run from `process_groups` to its end."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """group: a CPU group of all ranks that nothing else uses, with a timeout longer than any run."""
+    def __init__(self, group: dist.ProcessGroup, on_mistake: Callable[[str], None] | None = None) -> None:
+        """group: a CPU group of all ranks that nothing else uses, with a timeout longer than any run. on_mistake: is
+        called on rank 0, in a thread, with the text of a mistake that another rank has found.
+        """
+        self.on_mistake = on_mistake
         self.group, self.rank, world_size = group, dist.get_rank(), dist.get_world_size()
         self.peers = [0] if self.rank else list(range(1, world_size))
         self.ending = False  # another rank's failure is known here, or this rank's own has been reported
         self.code = 1  # to end with when another rank failed
+        self.known = threading.Event()  # set when all is done that another rank's failure asks for
         self.lock = threading.Lock()
         self.threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self.peers]
         for thread in self.threads:
@@ -56,6 +61,7 @@ class Lifeline:
             return None
         time.sleep(0.5)
         if not self._is_first():
+            self.known.wait(GRACE_S)
             return self.code
         _exit_after(LONGEST_END_S, 1)
         if isinstance(error, ValueError):
@@ -95,9 +101,13 @@ class Lifeline:
         self.code = CODES.get(kind, 1)
         _exit_after(GRACE_S, self.code)
         if kind == MISTAKE and self.rank == 0:
-            print(f"error: {text.removeprefix(MISTAKE)}", file=sys.stderr, flush=True)
+            mistake = text.removeprefix(MISTAKE)
+            print(f"error: {mistake}", file=sys.stderr, flush=True)
+            if self.on_mistake is not None:  # here, because the main thread may hang until the process is ended
+                self.on_mistake(mistake)
         elif kind == "":
             logger.error("this run ends because %s", text)
+        self.known.set()
         if self.rank == 0:
             self._send(text)
 

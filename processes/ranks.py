@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -165,9 +165,12 @@ def allow_open_files(world_size: int) -> None:
 
 
 @contextmanager
-def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Iterator[Ranks]:
+def process_groups(
+    device: torch.device, patience: timedelta = TIMEOUT, on_mistake: Callable[[str], None] | None = None
+) -> Iterator[Ranks]:
     """Joins the ranks of torchrun's environment (NCCL on GPUs, gloo on CPUs) within the block.
-    patience: how long a rank may wait for another in an agreement, or in a `gather`.
+    patience: how long a rank may wait for another in an agreement, or in a `gather`. on_mistake: called on rank 0 with
+    the text of a ValueError of another rank, before this ends the process.
 
     No DDP model may outlive the block: it can hang its process. On an error the groups are not destroyed, because NCCL
     would first wait for collectives that this rank never joins; the process ends with its error, and the lifeline
@@ -194,7 +197,7 @@ def process_groups(device: torch.device, patience: timedelta = TIMEOUT) -> Itera
     nodes = [
         dist.new_group(range(i, i + n_local), timeout=TIMEOUT, backend="gloo") for i in range(0, world_size, n_local)
     ]
-    lifeline = Lifeline(dist.new_group(backend="gloo", timeout=timedelta(days=3650)))
+    lifeline = Lifeline(dist.new_group(backend="gloo", timeout=timedelta(days=3650)), on_mistake)
     try:
         yield Ranks(rank, world_size, local_rank(), n_local, device, nodes[rank // n_local], control)
         dist.barrier(group=control)  # no rank leaves while another still needs it

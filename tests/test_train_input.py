@@ -10,6 +10,7 @@ import pytest
 import distillation.models
 import train_gpus
 from arguments import parse_train_args
+from checkpointing import run_folder
 from distillation.models import check_models
 from tests import fresh
 from tests.model_files import change_json
@@ -104,3 +105,19 @@ def test_of_two_ranks_one_reports_and_the_exit_code_is_not_zero(models, tmp_path
     assert codes[0] == 2 and codes[1] != 0
     assert text.count("error: --layers 1 9") == 1
     assert "Traceback" not in text
+
+
+def test_what_another_rank_refuses_is_in_the_status(models, tmp_path):
+    """Rank 0 gets no ValueError: it waits for the other rank in native code, until its lifeline ends the process."""
+    codes, text = fresh.ranks(options(models, tmp_path / "out"), 2, arm=refuse_on_rank_1)
+    assert codes[0] == 2 and text.count("error: --output_dir: not mine (on rank 1)") == 1 and "Traceback" not in text
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status == {"status": "refused", "exit_code": 2, "text": "--output_dir: not mine (on rank 1)"}
+
+
+def refuse_on_rank_1(rank):
+    def check_shared(folder, ranks):
+        raise ValueError("--output_dir: not mine")
+
+    if rank == 1:
+        run_folder.check_shared = check_shared

@@ -89,7 +89,7 @@ def test_who_does_not_get_the_lock_leaves_what_the_other_has_written_in_it(tmp_p
 
 def test_a_whole_file_is_never_written_through_a_link(tmp_path):
     (tmp_path / "precious").write_text("kept")
-    (tmp_path / f".{os.getpid()}.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / f".{os.getpid()}-{threading.get_native_id()}.partial").symlink_to(tmp_path / "precious")
     utils.write_whole(tmp_path / "new", b"content")
     assert (tmp_path / "precious").read_text() == "kept" and (tmp_path / "new").read_text() == "content"
 

@@ -5,6 +5,7 @@ and the packed tokens in `packed/` (token_file.py). Without the option it is the
 import errno
 import functools
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def folder_for_tables(source: TextSource) -> str:
     """
     if _writing_problem(source.cache_root) is None:
         return str(source.cache_root)
-    if source.cache_dir is not None and not packed_folder(source).is_dir():
+    if source.cache_dir is not None and not os.path.isdir(packed_folder(source)):
         check_writable(source)
     return _passing_folder().name
 
@@ -94,9 +95,9 @@ def _writing_problem(folder: Path) -> str | None:
     """Returns why no file can be made in a folder, which is made if it can be, or None. Tries it: permissions do not
     show that a disk is read-only.
     """
-    if folder.exists() and not folder.is_dir():
-        return "is a file, expected a folder"
     try:
+        if folder.exists() and not folder.is_dir():
+            return "is a file, expected a folder"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return None

@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets.packaged_modules.text.text import Text
 
+from paths import readable
 from text.cache import check_writable, download_config, folder_for_tables, hub_files_in_cache
 from text.csv_builder import CsvBuilder
 from text.decoding import DAMAGED_ARCHIVE
@@ -48,7 +49,12 @@ def open_source(source: TextSource) -> Opened:
 
 def open_whole(source: TextSource) -> Whole:
     """Returns what `open_source` does, but of a `save_to_disk` folder the splits that the source names, whole."""
-    flags, path = source.flags, local_path(source)
+    with readable(f"{source.flags.name} {source.name!r}", source.name):
+        return _open_whole(source, local_path(source))
+
+
+def _open_whole(source: TextSource, path: Path | None) -> Whole:
+    flags = source.flags
     reader, files = source.name, None
     if path is not None:
         if source.revision is not None:
@@ -85,6 +91,7 @@ def _reader_of(path: Path, source: TextSource) -> tuple[str, Any]:
     """Returns the name of what reads a file or a folder, and its files; they are None if `datasets` finds them."""
     if path.is_file():
         return reader_of_file(path, source), glob.escape(str(path))
+    next(path.iterdir(), None)  # raises OSError if it cannot be listed: `datasets` finds no files then
     return files_of_folder(path, source) or (str(path), None)
 
 
@@ -131,8 +138,9 @@ def local_path(source: TextSource) -> Path | None:
     """
     name = source.name
     path = Path(name)
-    if path.exists():
-        return path
+    with readable(f"{source.flags.name} {name!r}", path):
+        if path.exists():
+            return path
     has_ending = path.suffix.lower() in (*COMPRESSED, *FILE_READERS)
     if "://" not in name and (has_ending or name.startswith((".", "/")) or name.count("/") > 1):
         raise ValueError(f"{source.flags.name} {name!r}: no such file or directory; give a path or a hub dataset")

@@ -81,26 +81,27 @@ def file_problem(file: Path) -> str | None:
     return None
 
 
-def run_check(name: str, check: Check, run: PlannedRun) -> list[Finding]:
-    """Returns a check's findings, and as findings also what it raised and what the project's loggers warned of."""
+def run_check(name: str, check: Check, run: PlannedRun) -> Iterator[Finding]:
+    """Yields a check's findings as they come, and as findings also what it raised and what the project's loggers warned
+    of.
+    """
     warned = _Warnings()
     loggers = [logging.getLogger(name) for name in ("train", "llamba")]
     for logger in loggers:
         logger.addHandler(warned)
-    findings: list[Finding] = []
     try:
-        findings += check(run)
+        yield from check(run)
     except CheckSkipped as error:
-        findings.append(Finding(WARNING, name, f"skipped: {error}, see above"))
+        yield Finding(WARNING, name, f"skipped: {error}, see above")
     except ValueError as error:
-        findings.append(Finding.of_error(FAILURE, name, str(error)))
+        yield Finding.of_error(FAILURE, name, str(error))
     except Exception as error:  # the other checks still run
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        findings.append(Finding(FAILURE, name, text, f"a run would fail with it too; raised in {_where(error)}"))
+        yield Finding(FAILURE, name, text, f"a run would fail with it too; raised in {_where(error)}")
     finally:
         for logger in loggers:
             logger.removeHandler(warned)
-    return [*findings, *(Finding.of_error(WARNING, name, message) for message in dict.fromkeys(warned.messages))]
+    yield from (Finding.of_error(WARNING, name, message) for message in dict.fromkeys(warned.messages))
 
 
 class _Warnings(logging.Handler):

@@ -4,6 +4,7 @@ They load no weights.
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,7 +125,7 @@ def check_model_files(run: PlannedRun) -> Iterator[Finding]:
             place = locate_model(flag, name, True, needs_weights)
             read(flag, name, place)
         except ValueError as error:
-            on_hub = HUB_PATTERN.fullmatch(name) is not None and not Path(name).is_dir()
+            on_hub = HUB_PATTERN.fullmatch(name) is not None and not os.path.isdir(name)
             if on_hub and not run.args.local_files_only:
                 found = f"not complete in the local cache; a run would download it{_download_size(run, flag)}"
                 yield Finding(WARNING, title, found, f"hf download {name}   (now, or where there is a network)")

@@ -3,6 +3,7 @@ leave nothing on the disk.
 """
 
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,9 @@ MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes
 
 
 def nearest(path: Path) -> Path:
-    """Returns the path itself if it exists, else the nearest folder above it that does."""
+    """Returns the path itself if it is known to exist, else the nearest folder above it that is."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
 def folder_problem(folder: Path) -> str | None:
@@ -45,7 +46,7 @@ def check_log_file(run: PlannedRun) -> Iterator[Finding]:
     if run.args.log_file is None:
         return
     file = Path(run.args.log_file)
-    problem = file_problem(file) if file.exists() else folder_problem(nearest(file))
+    problem = file_problem(file) if os.path.exists(file) else folder_problem(nearest(file))
     name = f"--log_file {file}"
     yield Finding(FAILURE, name, problem, "name another file") if problem else Finding(OK, name, "can be written")
 

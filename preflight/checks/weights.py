@@ -5,7 +5,7 @@ tensor; only a small teacher is loaded.
 import functools
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from distillation.first_answer import count_not_finite
 from distillation.pairing import PROBE
 from inputs.loaded_models import not_finite
-from inputs.model_files import parameter_sizes, weight_files
+from inputs.model_files import parameter_sizes, stored_dtypes, weight_files
 from llamba.quantised import is_parameter
 from model_utils import DTYPES, get_teacher_model, locate_model
 from preflight.checks.basics import FAILURE, OK, Finding, PlannedRun
@@ -25,13 +25,16 @@ from preflight.checks.models import model_files, skeletons, teacher_place, teach
 from text.encoding import Encoder
 
 SMALL_MODEL = 200_000_000  # parameters; they take seconds to read
-MOST_READ = 40 * GB  # of a model; what takes minutes to read is left to the run
+MOST_READ = 40 * GB  # of both models; what takes more minutes to read is left to the run
+MOST_IN_MEMORY = 4 * GB  # of an old .bin file, which is held whole
+LONG_READ = 1 * GB  # what is larger takes more than seconds, so a line says first what is read
 
 
 def check_finite(run: PlannedRun) -> Iterator[Finding]:
     """Looks for values among the weights that are not finite in the run's dtype, as the run does when it has loaded
     them.
     """
+    left = MOST_READ
     for files in model_files(run):
         if not files.needs_weights:
             continue
@@ -42,16 +45,42 @@ def check_finite(run: PlannedRun) -> Iterator[Finding]:
             continue  # reported by `check_model_files`
         stored = weight_files(files.flag, files.name, place)
         title, size = f"weights of {files.flag} {files.name}", sum(file.stat().st_size for file in stored)
-        if size > MOST_READ:
-            yield Finding(OK, title, f"{size / GB:.0f} GB, not read; a run checks them when it has loaded them")
+        if reason := _why_not_read(stored, size, left):
+            yield Finding(OK, title, f"{size / GB:.3g} GB, not read: {reason}; a run checks what it has loaded")
             continue
-        dtype, parameters = DTYPES[run.args.dtype], parameter_sizes(config)
-        tensors = ((name, tensor) for file in stored for name, tensor in stored_tensors(file))
-        own = ((name, tensor) for name, tensor in tensors if is_parameter(name, parameters))
-        if bad := first_not_finite_weight(own, dtype):
+        left -= size
+        if size > LONG_READ:
+            yield Finding(OK, title, f"{size / GB:.3g} GB are read now, tensor by tensor")
+        names = (name for file in stored for name in stored_dtypes(files.flag, files.name, file))
+        dtype, wanted = DTYPES[run.args.dtype], names_of_weights(names, parameter_sizes(config))
+        tensors = ((name, tensor) for file in stored for name, tensor in stored_tensors(file) if name in wanted)
+        if bad := first_not_finite_weight(tensors, dtype):
             yield Finding.of_error(FAILURE, title, not_finite(files.flag, files.name, *bad, dtype))
         else:
             yield Finding(OK, title, f"finite in {run.args.dtype}")
+
+
+def _why_not_read(stored: list[Path], size: int, left: float) -> str | None:
+    """Returns why weight files of that many bytes are not read, to add to a finding; None if they are. left: how many
+    bytes may still be read.
+    """
+    if size > left:
+        return f"the models together have more than {MOST_READ / GB:.3g} GB"
+    for file in stored:
+        is_old = file.suffix != ".safetensors" and not zipfile.is_zipfile(file)
+        if is_old and file.stat().st_size > MOST_IN_MEMORY:
+            return f"{file.name} is of an old format, which is held in memory as a whole"
+    return None
+
+
+def names_of_weights(stored: Iterable[str], parameters: Collection[str]) -> set[str]:
+    """Returns the names of the stored tensors that a model's weights are made of: all that are named like its
+    `parameters`, without what else there is, such as masks. Where one has no tensor of its name, because transformers
+    renames or joins what is stored, all may be.
+    """
+    names = set(stored)
+    own = {name for name in names if is_parameter(name, parameters)}
+    return own if all(is_parameter(name, own) for name in parameters) else names
 
 
 def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -69,7 +98,7 @@ def first_not_finite_weight(tensors: Iterator[tuple[str, Tensor]], dtype: torch.
     none.
     """
     for name, tensor in tensors:
-        if not tensor.numel():
+        if not tensor.numel() or not tensor.is_floating_point():
             continue
         low, high = (value.item() for value in tensor.aminmax())  # both NaN if any value is
         most = torch.finfo(dtype).max

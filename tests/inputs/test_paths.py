@@ -58,6 +58,7 @@ def values_of(cls, *argv):
         ("./~/x", "./~/x"),
         ("x~", "x~"),
         ("x" * 255 + "/" + "ü" * 127, "x" * 255 + "/" + "ü" * 127),
+        ("a/" * 2047 + "a", "a/" * 2047 + "a"),
         ("a\udcff", "a\udcff"),  # a byte that is not UTF-8, as Python has it
         ("auto", "auto"),
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
@@ -84,6 +85,8 @@ def test_home_and_variables(text, path):
         (" ", "' ': expected a name or a path"),
         ("a\0b", r"'a\x00b': no path holds a zero byte"),
         ("a/" + "ü" * 128, "a name in it has 256 bytes, expected 255 at most"),
+        ("a/" * 3000, "it has 6000 bytes, expected 4095 at most"),
+        ("$DATA" + "/a" * 2047, "it has 4103 bytes, expected 4095 at most"),
         ("~a\0b", "no path holds a zero byte"),
         ("a\ud800", "a character of it stands for none"),
     ],

@@ -22,7 +22,7 @@ def planned(*options, nproc=None, preset="tiny", **rest):
 
 
 def found(check, *options, **rest):
-    return run_check("name", check, planned(*options, **rest))
+    return list(run_check("name", check, planned(*options, **rest)))
 
 
 def statuses(findings):

@@ -93,7 +93,7 @@ def test_a_checkpoint_that_cannot_be_resumed_from(tmp_path):
     assert findings[0].status == FAILURE and "no good checkpoint" in findings[0].found
     (tmp_path / "checkpoint-5" / "training_state.json").write_text("{}")
     both = planned("--resume", "auto", "--output_dir", tmp_path)
-    findings = [run_check("name", check, both) for check in (models.check_resume, models.check_model_files)]
+    findings = [list(run_check("name", check, both)) for check in (models.check_resume, models.check_model_files)]
     assert statuses(findings[0]) == [FAILURE, WARNING] and statuses(findings[1]) == [OK, OK], (
         "a bad checkpoint is reported once"
     )

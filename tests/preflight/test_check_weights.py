@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from preflight.checks import loss, weights
-from preflight.checks.basics import OK, WARNING
+from preflight.checks.basics import OK, WARNING, run_check
 from tests.model_files import change_json, change_weight
-from tests.preflight.cases import TINY, found, statuses, the_bad_one
+from tests.preflight.cases import TINY, found, planned, statuses, the_bad_one
 
 NAMES = {"teacher": "model.layers.1.self_attn.q_proj.weight", "student": "backbone.layers.1.mixer.in_proj.weight"}
 
@@ -63,6 +63,14 @@ def test_what_is_no_parameter_may_be_infinite(folder, role):
     assert set(statuses(found(weights.check_finite, f"--{role}_model", folder))) == {OK}
 
 
+def test_weights_of_other_names_than_the_models_are_read(folder, role):
+    """As transformers renames some when it loads them."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["renamed"] = with_one(float("inf"))(tensors.pop(NAMES[role]))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "renamed holds inf" in the_bad_one(found(weights.check_finite, f"--{role}_model", folder)).found
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_bin_files_are_read(folder, role, zipped):
     tensors = load_file(folder / "model.safetensors")
@@ -77,6 +85,36 @@ def test_what_would_take_minutes_is_left_to_the_run(monkeypatch):
     monkeypatch.setattr(weights, "stored_tensors", lambda _: pytest.fail("was read"))
     findings = found(weights.check_finite)
     assert statuses(findings) == [OK, OK] and "not read" in findings[0].found
+
+
+def test_both_models_together_have_a_limit(monkeypatch):
+    sizes = [(TINY / role / "model.safetensors").stat().st_size for role in ("teacher", "student")]
+    monkeypatch.setattr(weights, "MOST_READ", sum(sizes))
+    assert [finding.found for finding in found(weights.check_finite)] == ["finite in float32"] * 2
+    monkeypatch.setattr(weights, "MOST_READ", sum(sizes) - 1)
+    first, second = found(weights.check_finite)
+    assert first.found == "finite in float32" and "not read: the models together have more than" in second.found
+
+
+def test_what_takes_long_is_announced_before_it_is_read(monkeypatch):
+    read = []
+    monkeypatch.setattr(weights, "stored_tensors", lambda file: iter(read.append(file) or ()))
+    monkeypatch.setattr(weights, "LONG_READ", 1000)
+    findings = run_check("weights", weights.check_finite, planned())
+    first = next(findings)
+    assert first.name.startswith("weights of --teacher_model") and "are read now" in first.found and not read
+    assert "finite" in next(findings).found and len(read) == 1
+
+
+def test_an_old_bin_file_that_is_large_is_not_held_in_memory(folder, role, monkeypatch):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(weights, "MOST_IN_MEMORY", 1000)
+    for zipped, words in ((True, "finite in float32"), (False, "not read: pytorch_model.bin is of an old format")):
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        findings = found(weights.check_finite, f"--{role}_model", folder)
+        (own,) = [finding for finding in findings if f"--{role}_model" in finding.name]
+        assert own.status == OK and words in own.found
 
 
 def test_a_teacher_that_does_not_run_is_not_asked():

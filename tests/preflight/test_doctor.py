@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import doctor
-from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding
+from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, run_check
 from tests.preflight.cases import found, statuses
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,14 @@ def test_no_check_ends_the_others():
     first, last = found(broken)
     assert first.found == "well"
     assert last.status == FAILURE and last.found == "KeyError: 'no\\nsuch key'" and __file__ in last.remedy
+
+
+def test_findings_are_shown_as_they_come():
+    def slow(_):
+        yield Finding(OK, "first", "begins")
+        pytest.fail("ran on before the first was shown")
+
+    assert next(run_check("name", slow, None)).found == "begins"
 
 
 def test_a_value_error_brings_its_remedy():
