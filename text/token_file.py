@@ -44,7 +44,8 @@ def token_file_inputs(opened: Opened, source: TextSource, encoder: Encoder) -> d
         fingerprint = opened._fingerprint
         files = [file["filename"] for file in opened.cache_files]
     else:
-        fingerprint = "/".join(Path(opened.cache_dir).parts[-4:])  # name / configuration / version / hash
+        # name / configuration / version / hash, of which a CsvBuilder has no hash
+        fingerprint = Path(opened.cache_dir).relative_to(opened._cache_dir_root).as_posix()
         files = [file for split in (opened.config.data_files or {}).values() for file in split]
     stats = [(file, os.stat(file)) for file in sorted(files) if os.path.exists(file)]
     # Without bad rows to skip it is left out: token files from before that option stay valid.
