@@ -102,10 +102,15 @@ def lock_dir(flag: str, directory: str | Path) -> IO[str]:
 
 def _open_lock(flag: str, file: Path) -> IO[str]:
     """Opens a lock file, made if missing. Raises ValueError for a link, and whatever else a run does not make."""
+    foreign = ValueError(f"{flag} {file.parent}: {file.name} in it is no plain file but a link or the like; remove it")
     if file.is_symlink() or (file.exists() and not file.is_file()):
-        raise ValueError(f"{flag} {file.parent}: {file.name} in it is no plain file but a link or the like; remove it")
+        raise foreign
     # O_NOFOLLOW: a link may have been made since.
-    return os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+    lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+    if os.fstat(lock.fileno()).st_nlink > 1:  # a file of another name too, which would be emptied
+        lock.close()
+        raise foreign
+    return lock
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -59,7 +59,7 @@ def test_the_environment_in_one_line(monkeypatch):
 # --- locks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["link", "link to nowhere", "folder", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "hard", "folder", "pipe"])
 def test_a_lock_that_is_no_file_of_ours_is_one_line_and_stays(tmp_path, kind):
     """A link was followed, and what it pointed to was emptied."""
     (tmp_path / "precious").write_text("kept")
@@ -67,6 +67,8 @@ def test_a_lock_that_is_no_file_of_ours_is_one_line_and_stays(tmp_path, kind):
     lock.parent.mkdir()
     if "link" in kind:
         lock.symlink_to(tmp_path / ("precious" if kind == "link" else "nowhere"))
+    elif kind == "hard":
+        lock.hardlink_to(tmp_path / "precious")
     elif kind == "folder":
         lock.mkdir()
     else:

@@ -58,14 +58,16 @@ def _cache_error(source: TextSource, problem: str) -> ValueError:
 
 def folder_for_tables(source: TextSource) -> str:
     """Returns the folder that `datasets` gets for its tables and locks. Where the cache cannot be written it is another
-    folder, for this process alone: a stream needs no more than a lock, and packed tokens can still be read. Raises
-    ValueError if the option names a folder that can be of no use.
+    folder, for this process alone, with links to the tables of the cache: a stream needs no more than a lock, and what
+    has been prepared or packed can still be read. Raises ValueError if the option names a folder that can be of no use.
     """
-    if _writing_problem(source.cache_root) is None:
-        return str(source.cache_root)
-    if source.cache_dir is not None and not os.path.isdir(packed_folder(source)):
+    root = source.cache_root
+    if _writing_problem(root) is None:
+        return str(root)
+    folder = Path(_passing_folder(root).name)
+    if source.cache_dir is not None and not os.path.isdir(packed_folder(source)) and not any(folder.iterdir()):
         check_writable(source)
-    return _passing_folder().name
+    return str(folder)
 
 
 def download_config(source: TextSource) -> datasets.DownloadConfig:
@@ -87,8 +89,15 @@ def hub_files_in_cache(source: TextSource) -> Iterator[None]:
 
 
 @functools.cache
-def _passing_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="datasets-")  # removed when the process ends
+def _passing_folder(root: Path) -> tempfile.TemporaryDirectory:
+    """Makes a folder with a link to each table of the cache in `root`. It is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="datasets-")
+    for levels in ("*/*/*", "*/*/*/*"):  # name / configuration / version / hash; some have no hash
+        for info in root.glob(f"{levels}/{datasets.config.DATASET_INFO_FILENAME}"):
+            link = Path(folder.name) / info.parent.relative_to(root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(info.parent.absolute())
+    return folder
 
 
 def _writing_problem(folder: Path) -> str | None:

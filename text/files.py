@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 import datasets
 from datasets.data_files import DataFilesDict, DataFilesList, EmptyDatasetError, get_data_patterns
+from datasets.load import dataset_module_factory
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from text.sources import TextSource
 
@@ -38,9 +40,8 @@ NO_TEXT = {"dataset_info.json", "dataset_infos.json"}  # of `datasets`: nobody m
 
 @dataclass(frozen=True)
 class Stamp:
-    """Holds what tells whether a file is as it was."""
+    """Holds what tells whether a file is as it was. Some network disks give a file another inode now and then."""
 
-    inode: int
     size: int  # bytes
     time_ns: int
 
@@ -51,7 +52,7 @@ class Stamp:
             stat = os.stat(file)
         except OSError:
             return None
-        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return cls(stat.st_size, stat.st_mtime_ns)
 
 
 def compression(path: Path) -> str:
@@ -94,8 +95,9 @@ def check_unpacking(files: list[str], source: TextSource) -> None:
 
 def files_of_folder(folder: Path, source: TextSource) -> tuple[str, FilesBySplit] | None:
     """Returns the files of a folder by split, those of the commonest kind, and the name of what reads them. None is for
-    `datasets` to decide: a folder with a card that may list its files, or without files of a kind in FILE_READERS.
-    Raises ValueError for files that cannot be unpacked.
+    `datasets` to decide: a folder with a card that may list its files, without files of a kind in FILE_READERS, or of
+    which `datasets` reads the same files; tables and tokens that were cached of the folder are then found. Raises
+    ValueError for files that cannot be unpacked.
     """
     if source.subset is not None or any(_has_settings(folder / card) for card in CARDS):
         return None
@@ -112,8 +114,22 @@ def files_of_folder(folder: Path, source: TextSource) -> tuple[str, FilesBySplit
     if reader is None:
         return None
     by_split = {split: _of_reader(files, reader) for split, files in found.items()}
+    by_split = {split: files for split, files in by_split.items() if files}
     check_unpacking([file for files in by_split.values() for file in files], source)
-    return reader, {split: files for split, files in by_split.items() if files}
+    return None if _datasets_reads(folder, reader, by_split) else (reader, by_split)
+
+
+def _datasets_reads(folder: Path, reader: str, by_split: FilesBySplit) -> bool:
+    """Returns whether `datasets`, given only the folder, reads these files in this way."""
+    if reader == "csv":  # our own (csv_builder.py)
+        return False
+    try:
+        module = dataset_module_factory(str(folder))
+    except (OSError, ValueError, RuntimeError):
+        return False
+    configs = module.builder_configs_parameters.builder_configs or []
+    is_same_reader = module.module_path == _PACKAGED_DATASETS_MODULES[reader][0]
+    return is_same_reader and [config.data_files for config in configs] == [by_split]
 
 
 def _counts(path: Path) -> bool:

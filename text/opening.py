@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
+from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.text.text import Text
 
 from paths import readable
@@ -65,10 +66,11 @@ def _open_whole(source: TextSource, path: Path | None) -> Whole:
         if saved:
             return open_saved(path, source)
         reader, files = _reader_of(path, source)
+    folder = folder_for_tables(source)
     try:
-        builder = _load_builder(reader, files, source)
+        builder = _load_builder(reader, files, source, folder)
         if isinstance(builder, Text):  # documents stand between blank lines; a line is none
-            builder = _load_builder(reader, files, source, sample_by="paragraph")
+            builder = _load_builder(reader, files, source, folder, sample_by="paragraph")
     except (OSError, ValueError, RuntimeError) as error:
         what = f"{flags.name} {source.name!r} (subset {source.subset!r}, revision {source.revision!r})"
         if path is None and source.local_files_only:
@@ -95,12 +97,12 @@ def _reader_of(path: Path, source: TextSource) -> tuple[str, Any]:
     return files_of_folder(path, source) or (str(path), None)
 
 
-def _load_builder(reader: str, files: Any, source: TextSource, **more: str) -> datasets.DatasetBuilder:
-    """Returns the builder that `datasets` has for the data. Its tables are in the source's cache; a data set of the hub
-    may also have been prepared in the cache that all programs share.
+def _load_builder(reader: str, files: Any, source: TextSource, folder: str, **more: str) -> datasets.DatasetBuilder:
+    """Returns the builder that `datasets` has for the data. Its tables are in `folder`; a data set of the hub may also
+    have been prepared in the cache that all programs share, which counts where the hub is out of reach.
     """
     if reader == "csv":
-        return CsvBuilder(cache_dir=folder_for_tables(source), data_files=files, text_field=source.text_field)
+        return CsvBuilder(cache_dir=folder, data_files=files, text_field=source.text_field)
     load = functools.partial(
         datasets.load_dataset_builder,
         reader,
@@ -112,9 +114,9 @@ def _load_builder(reader: str, files: Any, source: TextSource, **more: str) -> d
     )
     with hub_files_in_cache(source):
         try:
-            return load(cache_dir=folder_for_tables(source))
+            return load(cache_dir=folder)
         except (OSError, ValueError, RuntimeError):
-            if source.local_files_only and source.cache_dir is not None and local_path(source) is None:
+            if source.cache_dir is not None and local_path(source) is None:
                 with contextlib.suppress(OSError, ValueError, RuntimeError):
                     return load(cache_dir=str(datasets.config.HF_DATASETS_CACHE))
             raise
@@ -128,7 +130,7 @@ def _check_hub(builder: datasets.DatasetBuilder, source: TextSource) -> None:
             f"{flags.split} {source.split!r}: a part is found by reading all rows, and {source.name} is not on "
             "this disk; leave out the part in brackets, or download all with --no_dataset_streaming"
         )
-    if source.local_files_only and source.revision not in (None, builder.hash):
+    if isinstance(builder, Cache) and source.revision not in (None, builder.hash):
         logger.warning("%s %s not checked: %s is cached", flags.revision, source.revision, builder.hash)
 
 
@@ -168,7 +170,8 @@ def open_table(opened: Opened, source: TextSource) -> datasets.Dataset | dataset
 
 def prepare(builder: datasets.DatasetBuilder, source: TextSource) -> None:
     """Makes tables of all splits, in the cache of `datasets`, unless they are there. Raises ValueError."""
-    check_writable(source)
+    if not Path(builder.cache_dir).exists():
+        check_writable(source)
     faults = Faults(builder, source)
     try:
         with hub_files_in_cache(source):

@@ -6,6 +6,7 @@ length. It is written beside its final place and renamed when whole: what is fou
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import numpy as np
@@ -44,7 +45,8 @@ def token_file_inputs(opened: Opened, source: TextSource, encoder: Encoder) -> d
         fingerprint = opened._fingerprint
         files = [file["filename"] for file in opened.cache_files]
     else:
-        fingerprint = "/".join(Path(opened.cache_dir).parts[-4:])  # name / configuration / version / hash
+        # name / configuration / version / hash, of which a CsvBuilder has no hash
+        fingerprint = Path(opened.cache_dir).relative_to(opened._cache_dir_root).as_posix()
         files = [file for split in (opened.config.data_files or {}).values() for file in split]
     stats = [(file, os.stat(file)) for file in sorted(files) if os.path.exists(file)]
     # Without bad rows to skip it is left out: token files from before that option stay valid.
@@ -109,25 +111,27 @@ def write_token_file(directory: Path, texts: Iterable[str], encoder: Encoder, ma
     and `about.json`, their number, dtype and SHA-256, with `made_from`.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
     partial = directory.with_name(f"{directory.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir()
+    _remove_abandoned(partial)
     started = time.monotonic()
     tokens = documents = 0
     digest = hashlib.sha256()
     try:
         with open(partial / TOKENS, "wb") as file:
+            _lock(file)  # until the folder has its place
             for n_texts, ids in _encoded_ahead(encoder, text_batches(texts)):
                 file.write(ids.data)  # its error, unlike that of `tofile`, says that the disk is full
                 digest.update(ids.data)
                 tokens += len(ids)
                 documents += n_texts
-        about = {"tokens": tokens, "documents": documents, "dtype": encoder.dtype.name}
-        about |= {"sha256": digest.hexdigest(), **made_from}
-        (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        for path in (partial / TOKENS, partial / ABOUT, partial):
-            flush_to_disk(path)
-        _publish(partial, directory)
+            file.flush()
+            about = {"tokens": tokens, "documents": documents, "dtype": encoder.dtype.name}
+            about |= {"sha256": digest.hexdigest(), **made_from}
+            (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            for path in (partial / TOKENS, partial / ABOUT, partial):
+                flush_to_disk(path)
+            _publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     seconds = time.monotonic() - started
@@ -162,16 +166,38 @@ def _publish(partial: Path, directory: Path) -> None:
         flush_to_disk(directory.parent)
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Deletes what killed builds left. A live one writes to its file all the time."""
-    for partial in directory.parent.glob("*.partial-*"):
+def _lock(file: IO[bytes]) -> bool:
+    """Marks a build as live, while the file is open. Returns whether nobody else does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network disks have no locks
+        pass
+    return True
+
+
+def _remove_abandoned(ours: Path) -> None:
+    """Deletes what killed builds left beside ours. A live one has a lock, and writes to its file all the time: without
+    a lock its age counts, by the clock of the disk, as our new folder shows it.
+    """
+    now = ours.stat().st_mtime
+    for partial in ours.parent.glob("*.partial-*"):
         with contextlib.suppress(OSError):  # its build may finish meanwhile, or be another user's
             if partial.is_symlink():  # what it points to is not ours
                 partial.unlink()
             elif partial.is_dir():
                 written = max(path.lstat().st_mtime for path in (partial, *partial.iterdir()))
-                if time.time() - written > ABANDONED_AFTER_S:
+                if now - written > ABANDONED_AFTER_S and not _is_locked(partial / TOKENS):
                     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_locked(tokens: Path) -> bool:
+    try:
+        with open(tokens, "r+b") as file:
+            return not _lock(file)
+    except FileNotFoundError:  # killed before it was made
+        return False
 
 
 def wait_for_token_file(directory: Path, poll_s: float = 1.0) -> None:

@@ -20,6 +20,7 @@ from tests.text.documents import (
     as_gzip,
     as_parquet,
     as_txt,
+    cache_as_hub_dataset,
     expected_windows,
     loader,
     options,
@@ -27,8 +28,8 @@ from tests.text.documents import (
     windows_of,
     write_jsonl,
 )
-from text.opening import NotCached, open_source
-from text.sources import TextSource
+from text.opening import NotCached, open_source, open_table
+from text.sources import TextSource, network_forbidden
 
 KINDS = {"jsonl": lambda path, rows: write_jsonl(path / "a.jsonl", rows), "gzip": as_gzip, "parquet": as_parquet}
 KINDS |= {"txt": as_txt, "directory": as_directory}
@@ -95,6 +96,26 @@ def test_packed_tokens_on_a_disk_that_cannot_be_written_are_used(tmp_path: Path,
         loader(options(other, dataset_cache_dir=str(tmp_path / "cache")))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "directory", "csv", "hub"])
+def test_tables_on_a_disk_that_cannot_be_written_are_used(tmp_path: Path, monkeypatch, kind: str):
+    rows = [f"row {i}" for i in range(40)]
+    if kind == "hub":
+        cache_as_hub_dataset(tmp_path, {"train": rows})
+        cache, name = tmp_path / "hf", "someone/something"
+    else:
+        cache, name = tmp_path / "cache", str(tmp_path / "a.csv")
+        Path(name).write_text("\n".join(["text", *rows]))
+        name = name if kind == "csv" else str(KINDS[kind](tmp_path, rows))
+    source = TextSource(name, split="train[:75%]", cache_dir=str(cache), local_files_only=True)
+    with network_forbidden(True):
+        if kind != "hub":
+            open_table(open_source(source), source)
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr("text.cache._writing_problem", lambda folder: "cannot be written (Read-only file system)")
+        assert open_table(open_source(source), source)["text"][:] == rows[:30]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -143,6 +164,15 @@ def test_of_the_hub_offline_what_all_programs_share_is_found_too(tmp_path: Path,
     with pytest.raises(NotCached):
         open_source(TextSource("someone/something", local_files_only=True))
     assert asked[2:] == [("hf", "shared")] and constants.HF_HUB_CACHE == "shared"
+
+
+def test_of_the_hub_out_of_reach_what_all_programs_share_is_found(tmp_path: Path, monkeypatch, caplog):
+    """Also where the environment, and no option, forbids the network. Its revision is not checked then."""
+    cache_as_hub_dataset(tmp_path, {"train": ["a", "b"]})
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    source = TextSource("someone/something", revision="v2", cache_dir=str(tmp_path / "cache"))
+    assert open_table(open_source(source), source)["text"][:] == ["a", "b"]
+    assert "--dataset_revision v2 not checked" in caplog.text
 
 
 def test_a_run_and_the_doctor_need_no_home(tmp_path: Path):

@@ -1,6 +1,7 @@
 """A file that is written to while it is read is named: a table is not made of it, and a stream warns."""
 
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -123,3 +124,13 @@ def test_a_file_that_stays_as_it_is_is_not_mentioned(tmp_path: Path, caplog):
         explain = Faults(open_source(source), source)
         explain.look(is_end=True)
         assert explain.changed() == "" and warnings(caplog) == []
+
+
+def test_another_inode_is_no_change(tmp_path: Path):
+    """Some network disks give a file another one now and then, and so does a copy with its times."""
+    file = write(tmp_path, "jsonl")
+    explain = Faults(open_source(source_of(file)), source_of(file))
+    inode = file.stat().st_ino
+    shutil.copy2(file, tmp_path / "copy")
+    os.replace(tmp_path / "copy", file)
+    assert file.stat().st_ino != inode and explain.changed() == ""

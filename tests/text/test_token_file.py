@@ -95,6 +95,27 @@ def test_what_killed_builders_left_is_removed_but_not_the_work_of_a_live_one(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "packed.partial-live"]
 
 
+def test_a_clock_that_jumps_removes_no_live_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long_ago = time.time() - 2 * token_file.ABANDONED_AFTER_S
+
+    def texts():
+        yield from ["a"] * 5000
+        for partial in tmp_path.glob("first.partial-*"):
+            for path in (partial / "tokens.bin", partial):
+                os.utime(path, (long_ago, long_ago))
+        write(tmp_path / "second", ["a"])
+        yield "b"
+
+    write(tmp_path / "first", texts())
+    assert len(stored_ids(tmp_path / "first")) == 2 * 5001
+    (tmp_path / "third.partial-unlocked").mkdir()
+    monkeypatch.setattr(token_file.time, "time", lambda: -10 * long_ago)  # not the clock of the disk
+    write(tmp_path / "third", ["a"])
+    monkeypatch.setattr(token_file.time, "time", lambda: 10 * long_ago)
+    write(tmp_path / "fourth", ["a"])
+    assert (tmp_path / "third.partial-unlocked").exists()
+
+
 def test_of_what_is_only_named_like_a_build_nothing_is_lost(tmp_path: Path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "tokens.bin").write_bytes(b"12")
