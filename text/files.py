@@ -38,7 +38,7 @@ NO_TEXT = {"dataset_info.json", "dataset_infos.json"}  # of `datasets`: nobody m
 
 @dataclass(frozen=True)
 class Stamp:
-    """Holds what tells whether a file is as it was."""
+    """Holds what shows whether a file is as it was."""
 
     inode: int
     size: int  # bytes
