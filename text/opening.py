@@ -235,10 +235,14 @@ def _check_sizes_of_rows(opened: Opened, source: TextSource) -> None:
 
 
 def _check_columns(files: list[str], source: TextSource) -> None:
-    columns = columns_of(files)
+    columns, flags = columns_of(files), source.flags
     if not columns:
-        if not source.skip_bad_rows and (bad := first_bad_row(files)):
-            raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; correct it")
+        if bad := first_bad_row(files):
+            raise ValueError(f"{flags.name} {source.name!r} cannot be read: {bad}; correct it")
         raise no_rows(source)
+    if (n := columns.count(source.text_field)) > 1:
+        raise ValueError(
+            f"{flags.text_field} {source.text_field!r}: {n} columns of {source.name} have that name; rename the others"
+        )
     # The rows' own types are looked at one by one.
     check_text_field(dict.fromkeys(columns, datasets.Value("string")), source)

@@ -61,11 +61,11 @@ def test_a_document_of_plain_text_that_is_too_long(tmp_path: Path, long: str):
     assert rows_read(path) == ["a", f"{path}, line 3: {REASON}", FITS, f"{path}, line {last}: {REASON}"]
 
 
-def test_a_list_is_read_at_once_and_so_has_the_same_limit(tmp_path: Path):
-    fits = write(tmp_path / "fits.json", "[" + ",\n".join(json.dumps({"text": str(i)}) for i in range(20)) + "]")
-    assert rows_read(fits) == [str(i) for i in range(20)]
-    path = write(tmp_path / "long.json", "[" + ",\n".join(json.dumps({"text": str(i)}) for i in range(200)) + "]")
-    assert rows_read(path) == [f"{path}, the whole file: {REASON}"]
+def test_the_limit_of_a_list_is_one_of_its_elements(tmp_path: Path):
+    long = json.dumps([*("a" * 30 for _ in range(100)), {"text": TOO_LONG}, TOO_LONG, FITS])
+    path = write(tmp_path / "long.json", long)
+    at_101, at_102 = (f"{path}, element {i}: {REASON}" for i in (101, 102))
+    assert rows_read(path) == [*["a" * 30] * 100, at_101, at_102, FITS]
 
 
 def test_which_compressed_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
