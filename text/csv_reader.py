@@ -39,6 +39,12 @@ def csv_rows(file: str, field: str | None) -> Iterator[object]:
         yield record if isinstance(record, BadRow) else _value(file, *record, columns, field)
 
 
+def csv_place_of_too_long(file: str) -> str | None:
+    """Returns where the first row begins that is too long, if there is one."""
+    places = (row.place for row in _records(file) if isinstance(row, BadRow) and row.reason.startswith(too_long()))
+    return next(places, None)
+
+
 def _header(file: str, records: Iterator[tuple[str, list[str]] | BadRow]) -> list[str] | BadRow | None:
     header = next(records, None)
     if header is None or isinstance(header, BadRow):

@@ -18,7 +18,7 @@ from text.csv_builder import CsvBuilder
 from text.decoding import DAMAGED_ARCHIVE
 from text.faults import Faults, explain_fault, local_files
 from text.files import COMPRESSED, FILE_READERS, files_of_folder, reader_of_file, warn_of_ignored_files
-from text.row_limit import may_hold_too_long_a_row, too_long
+from text.row_sizes import first_row_too_long
 from text.rows import check_text_field
 from text.saved import is_saved, open_saved
 from text.sources import Opened, TextSource, is_part
@@ -227,8 +227,7 @@ def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDat
 
 def _check_sizes_of_rows(opened: Opened, source: TextSource) -> None:
     """Raises ValueError if a compressed file that expands much holds a row too long, which `datasets` would read."""
-    files = list(filter(may_hold_too_long_a_row, local_files(opened, source)))
-    if files and (bad := first_bad_row(files)) and too_long() in bad.reason:
+    if bad := first_row_too_long(local_files(opened, source)):
         skip = source.flags.skip_bad_rows
         remedy = "split that row" + (f", or leave such rows out with {skip}" if skip else "")
         raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; {remedy}")

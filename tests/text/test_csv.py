@@ -122,9 +122,7 @@ def test_quotation_marks_mean_the_same_in_tsv(tmp_path: Path, streaming: bool, c
 @pytest.mark.parametrize("skip_bad_rows", [False, True])
 def test_two_columns_of_the_name_are_refused(tmp_path: Path, streaming: bool, skip_bad_rows: bool):
     file = write(tmp_path, b"text,n,text\na,1,b\n")
-    with pytest.raises(
-        ValueError, match="--dataset_text_field 'text': 2 columns of .*a.csv have that name; rename"
-    ):
+    with pytest.raises(ValueError, match="--dataset_text_field 'text': 2 columns of .*a.csv have that name; rename"):
         texts_of(source_of(file, skip_bad_rows=skip_bad_rows), streaming)
     write(tmp_path, b"n,n,text\na,1,b\n")
     assert texts_of(source_of(file, skip_bad_rows=skip_bad_rows), streaming) == ["b"]
