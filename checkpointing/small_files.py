@@ -75,7 +75,7 @@ class FolderWatch:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Returns what tells the file at this path from any other, or None if there is none. Raises OSError if that cannot
+    """Returns what identifies the file at this path, or None if there is none. Raises OSError if that cannot
     be found out.
     """
     try:

@@ -27,7 +27,7 @@ class CsvBuilder(datasets.ArrowBasedBuilder):
     """Makes a table of one column, the text. Raises ValueError at the first row that cannot be read."""
 
     BUILDER_CONFIG_CLASS = CsvSettings
-    VERSION = datasets.Version("1.0.0")  # raise it when the same file would give other rows
+    VERSION = datasets.Version("1.1.0")  # raise it when the same file would give other rows
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=datasets.Features({self.config.text_field: datasets.Value("string")}))

@@ -2,7 +2,7 @@
 
 `datasets` reads such files with pandas, which makes missing values of `NA` and `null`, and numbers of `007`. It also
 takes the first column for an index if rows have one field more than the header, and so reads a text as another column.
-Here such a row is a BadRow.
+Here such a row is a BadRow, and so is one with text behind a closing quotation mark: pandas joins the rows up to it.
 """
 
 import csv
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from text import row_limit
-from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
+from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_one_column, not_utf8, open_text
 from text.files import file_ending
 from text.row_limit import bounded_lines, too_long
 
@@ -32,11 +32,17 @@ def csv_rows(file: str, field: str | None) -> Iterator[object]:
     if not isinstance(columns, list):
         yield from () if columns is None else (columns,)
         return
-    if field is not None and field not in columns:
-        yield BadRow(file, "the whole file", f"no column {field!r}")
+    if field is not None and (n := columns.count(field)) != 1:
+        yield BadRow(file, "the whole file", not_one_column(n, field))
         return
     for record in records:
         yield record if isinstance(record, BadRow) else _value(file, *record, columns, field)
+
+
+def csv_place_of_too_long(file: str) -> str | None:
+    """Returns where the first row begins that is too long, if there is one."""
+    places = (row.place for row in _records(file) if isinstance(row, BadRow) and row.reason.startswith(too_long()))
+    return next(places, None)
 
 
 def _header(file: str, records: Iterator[tuple[str, list[str]] | BadRow]) -> list[str] | BadRow | None:
@@ -71,7 +77,7 @@ def _records(file: str) -> Iterator[tuple[str, list[str]] | BadRow]:
     try:
         with open_text(file, newline="") as opened:
             lines = _Lines(opened, delimiter := "\t" if file_ending(Path(file)) == ".tsv" else ",")
-            rows = csv.reader(lines, delimiter=delimiter)
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
             while (row := _next(rows, lines, file)) is not None:
                 yield row
     except RowTooLong:  # perhaps with a quotation mark in what was passed over
@@ -112,13 +118,14 @@ class _Lines:
 
 
 def _next(rows: Iterator[list[str]], lines: _Lines, file: str) -> tuple[str, list[str]] | BadRow | None:
+    """Returns the next row. Behind a BadRow reading continues in the line behind the one where it was noticed."""
     lines.begins = True
     try:
         row = next(rows, None)
     except csv.Error as error:
-        return BadRow(file, f"line {lines.first}", f"CSV: {error}")
-    if row is None:
-        return None
-    if lines.has_ended:  # the csv module asked for more lines: a quotation mark is open
-        return BadRow(file, f"line {lines.first}", "a quotation mark is not closed, nothing from here on can be read")
-    return f"line {lines.first}", row
+        if lines.has_ended:  # the csv module asked for more lines
+            reason = "a quotation mark is not closed, nothing from here on can be read"
+            return BadRow(file, f"line {lines.first}", reason)
+        lost = f" in line {lines.number}, nothing in between can be read" if lines.number > lines.first else ""
+        return BadRow(file, f"line {lines.first}", f"CSV: {error}{lost}")
+    return None if row is None else (f"line {lines.first}", row)

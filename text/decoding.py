@@ -57,3 +57,8 @@ def not_utf8(error: UnicodeEncodeError) -> str:
 def damaged_archive(file: str, line: int, error: Exception) -> BadRow:
     """Returns what stands for all rows from `line` on of a compressed file."""
     return BadRow(file, f"line {line}", f"the compressed file is damaged, nothing from here on can be read ({error})")
+
+
+def not_one_column(n: int, field: str) -> str:
+    """Returns why a file is not read in which `n` columns, none or several, have the name of the column of text."""
+    return f"{n} columns {field!r}" if n else f"no column {field!r}"

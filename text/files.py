@@ -40,7 +40,7 @@ NO_TEXT = {"dataset_info.json", "dataset_infos.json"}  # of `datasets`: nobody m
 
 @dataclass(frozen=True)
 class Stamp:
-    """Holds what tells whether a file is as it was. Some network disks give a file another inode now and then."""
+    """Holds what shows whether a file is as it was. Some network disks give a file another inode now and then."""
 
     size: int  # bytes
     time_ns: int

@@ -8,11 +8,12 @@ therefore cut into pieces, which are tokenised as a batch. Every cut is verified
    its cut, whose ids are dropped: what a tokenizer adds at the start of a text is not added within it.
 2. `_cut_inside_word`: a run of letters, digits or signs that is longer than a piece has no such place. A byte-pair
    tokenizer merges neighbours only, so a cut between two of its tokens is exact where both sides end in these tokens.
-3. When the pieces are tokenised, the ids on both sides of a cut must be those that the check of the cut found. For
-   byte pairs without words (as in Llama 2) this proves the ids: tokens of which each pair of neighbours is one that the
-   tokenizer makes of its text are the tokens of the whole text.
+3. When the pieces are tokenised, the ids on both sides of a cut must be those that the check of the cut found, or the
+   two pieces are joined. For byte pairs without words (as in Llama 2) this proves the ids: tokens of which each pair of
+   neighbours is one that the tokenizer makes of its text are the tokens of the whole text.
 
-Where no cut can be verified, the piece grows, up to the whole text. The ids are right in either case.
+Where no cut can be verified, the piece grows, up to the whole text. The ids are those of the whole text if the
+tokenizer's normalizer, and the bounds of its words, depend on at most CONTEXT characters on each side of a place.
 """
 
 import itertools
@@ -34,16 +35,13 @@ AT_ONCE = 32  # pieces in a batch for the tokenizer
 CONTEXT = 258  # characters on each side of a cut that is verified; a prime + 1, to find words that depend on counting
 TRIES = 8  # places to cut, of each kind, before the piece grows
 LARGE_PIECE = 1 << 22  # characters that are worth a warning: some hundred megabytes
+JOINED = 4  # times a text's length: more is not tokenised again in joined pieces, but the whole text
 PROGRESS_S = 10.0
 
 TokenLists = Callable[[list[str]], Iterable[list[int]]]
 
 # Each finds the last place before the end of the search: words and blanks, words and signs, letters and digits.
 BEHIND_WORDS = [re.compile(rf".*{pair}", re.DOTALL) for pair in (r"[^\W_]\s", r"[^\W_]\W", r"[^\W\d_]\d")]
-
-
-class NotVerified(Exception):
-    """Says that a piece does not have the ids at its edge that its cut was verified with."""
 
 
 class Token(NamedTuple):
@@ -79,35 +77,37 @@ class LongTexts:
         """Returns the ids of the whole text, as unsigned integers of 4 bytes. Logs how far it is, every 10 seconds."""
         logged = time.monotonic()
         flat = array("I")
-        try:
-            for end, some in self._pieces(text):
-                flat.extend(some)
-                if time.monotonic() - logged >= PROGRESS_S and end < len(text):
-                    logged = time.monotonic()
-                    logger.info("tokenising a document of %d characters: %.0f%%", len(text), 100 * end / len(text))
-        except NotVerified:
-            _warn_of_size(len(text))
-            flat = array("I")
-            for ids in self._token_lists([text]):
-                flat.extend(array("I", ids))
+        pieces: list[tuple[Cut | None, int]] = []  # where each begins, in the text and in `flat`
+        joined = 0  # characters
+        for start, end, ids in self._pieces(text):
+            while (behind := _behind_cut(ids, flat[-1] if flat else -1, start)) is None:
+                start, first = pieces.pop()  # join the piece with the one before it
+                del flat[first:]
+                joined += end - _begin(start)
+                if joined > JOINED * len(text):
+                    return array("I", self._one(text))
+                ids = self._one(text[_begin(start) : end])
+            pieces.append((start, len(flat)))
+            flat.extend(behind)
+            if time.monotonic() - logged >= PROGRESS_S and end < len(text):
+                logged = time.monotonic()
+                logger.info("tokenising a document of %d characters: %.0f%%", len(text), 100 * end / len(text))
         return flat
 
-    def _pieces(self, text: str) -> Iterator[tuple[int, array]]:
-        """Yields the ids of each piece, and where in the text it ends. Raises NotVerified."""
-        last = -1  # id of the pieces so far
+    def _one(self, text: str) -> list[int]:
+        if len(text) >= LARGE_PIECE:
+            _warn_of_size(len(text))
+        return next(iter(self._token_lists([text])))
+
+    def _pieces(self, text: str) -> Iterator[tuple[Cut | None, int, list[int]]]:
+        """Yields where each piece begins and ends in the text, and its ids."""
         cuts = self._cuts(text)
         cut: Cut | None = None
-        while True:
-            some = list(itertools.islice(cuts, AT_ONCE))
-            if not some:
-                return
+        while some := list(itertools.islice(cuts, AT_ONCE)):
             starts = [cut, *some[:-1]]
             ends = [len(text) if end is None else end.at for end in some]
             pieces = [text[_begin(start) : end] for start, end in zip(starts, ends, strict=True)]
-            for start, end, ids in zip(starts, ends, self._token_lists(pieces), strict=True):
-                flat = array("I", _behind_cut(ids, last, start))
-                last = flat[-1] if flat else last
-                yield end, flat
+            yield from zip(starts, ends, self._token_lists(pieces), strict=True)
             cut = some[-1]
 
     def _cuts(self, text: str) -> Iterator[Cut | None]:
@@ -196,14 +196,15 @@ def _begin(cut: Cut | None) -> int:
     return 0 if cut is None else cut.at - bool(cut.head)
 
 
-def _behind_cut(ids: list[int], last: int, cut: Cut | None) -> list[int]:
-    """Returns a piece's ids without those of the character before its cut. Raises NotVerified."""
+def _behind_cut(ids: list[int], last: int, cut: Cut | None) -> list[int] | None:
+    """Returns a piece's ids without those of the character before its cut, or None if the ids at its edge are not those
+    that the cut was verified with.
+    """
     if cut is None:
         return ids
     behind = ids[len(cut.head) :]
-    if last != cut.before or tuple(ids[: len(cut.head)]) != cut.head or behind[:1] != [cut.after]:
-        raise NotVerified
-    return behind
+    is_verified = last == cut.before and tuple(ids[: len(cut.head)]) == cut.head and behind[:1] == [cut.after]
+    return behind if is_verified else None
 
 
 def _is_one_run(text: str) -> bool:
@@ -222,8 +223,8 @@ def _kind(character: str) -> str:
 
 def _warn_of_size(characters: int) -> None:
     logger.warning(
-        "%d characters of a document are tokenised at once: nowhere in them can the tokenizer's words be told apart "
-        "for certain. This takes one core and about %d MB; shorter documents take less",
+        "%d characters of a document are tokenised at once: nowhere in them can the tokenizer's words be "
+        "distinguished for certain. This takes one core and about %d MB; shorter documents take less",
         characters,
         characters // 10_000,
     )

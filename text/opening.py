@@ -20,7 +20,7 @@ from text.csv_builder import CsvBuilder
 from text.decoding import DAMAGED_ARCHIVE
 from text.faults import Faults, explain_fault, local_files
 from text.files import COMPRESSED, FILE_READERS, files_of_folder, reader_of_file, warn_of_ignored_files
-from text.row_limit import may_hold_too_long_a_row, too_long
+from text.row_sizes import first_row_too_long
 from text.rows import check_text_field
 from text.saved import is_saved, open_saved
 from text.sources import Opened, TextSource, is_part
@@ -238,18 +238,21 @@ def _open_tolerant(files: list[str], source: TextSource) -> datasets.IterableDat
 
 def _check_sizes_of_rows(opened: Opened, source: TextSource) -> None:
     """Raises ValueError if a compressed file that expands much holds a row too long, which `datasets` would read."""
-    files = list(filter(may_hold_too_long_a_row, local_files(opened, source)))
-    if files and (bad := first_bad_row(files)) and too_long() in bad.reason:
+    if bad := first_row_too_long(local_files(opened, source)):
         skip = source.flags.skip_bad_rows
         remedy = "split that row" + (f", or leave such rows out with {skip}" if skip else "")
         raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; {remedy}")
 
 
 def _check_columns(files: list[str], source: TextSource) -> None:
-    columns = columns_of(files)
+    columns, flags = columns_of(files), source.flags
     if not columns:
-        if not source.skip_bad_rows and (bad := first_bad_row(files)):
-            raise ValueError(f"{source.flags.name} {source.name!r} cannot be read: {bad}; correct it")
+        if bad := first_bad_row(files):
+            raise ValueError(f"{flags.name} {source.name!r} cannot be read: {bad}; correct it")
         raise no_rows(source)
+    if (n := columns.count(source.text_field)) > 1:
+        raise ValueError(
+            f"{flags.text_field} {source.text_field!r}: {n} columns of {source.name} have that name; rename the others"
+        )
     # The rows' own types are looked at one by one.
     check_text_field(dict.fromkeys(columns, datasets.Value("string")), source)

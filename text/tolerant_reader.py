@@ -14,9 +14,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from text import row_limit
 from text.csv_reader import csv_columns, csv_rows
-from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_utf8, open_text
+from text.decoding import DAMAGED_ARCHIVE, BadRow, damaged_archive, not_one_column, not_utf8, open_text
 from text.files import Stamp, reader_of
 from text.row_limit import BoundedText, bounded_lines, is_too_long, too_long
 
@@ -74,34 +73,41 @@ def _json_rows(file: str, field: str | None) -> Iterator[object]:
             continue
         place, fields = row
         value = fields if field is None else fields.get(field)
-        yield value if _is_unicode(value) else BadRow(file, place, "half a surrogate pair (\\ud800 to \\udfff)")
+        if isinstance(value, str) and is_too_long(value):  # of a list, which is read at once
+            yield BadRow(file, place, too_long())
+        else:
+            yield value if _is_unicode(value) else BadRow(file, place, "half a surrogate pair (\\ud800 to \\udfff)")
 
 
 def _json_columns(file: str) -> list[str]:
-    rows = islice(_json_objects(file), ROWS_LOOKED_AT)
-    return list(dict.fromkeys(name for row in rows if not isinstance(row, BadRow) for name in row[1]))
+    rows = (row[1] for row in _json_objects(file) if not isinstance(row, BadRow))
+    return list(dict.fromkeys(name for row in islice(rows, ROWS_LOOKED_AT) for name in row))
 
 
 def _json_objects(file: str) -> Iterator[tuple[str, dict] | BadRow]:
     number = 0
     try:
+        if is_list(file):
+            with open_text(file, newline="\n") as opened:
+                yield from _elements(file, opened.read())
+            return
         with open_text(file, newline="\n") as lines:
             for number, line in enumerate(bounded_lines(lines), 1):
                 if line is None:
                     yield BadRow(file, f"line {number}", too_long())
-                elif number == 1 and line.startswith("["):
-                    yield from _elements(file, line + lines.read(row_limit.LARGEST_ROW))
-                    return
                 elif line.strip():
                     yield _parsed(file, f"line {number}", line)
     except DAMAGED_ARCHIVE as error:
         yield damaged_archive(file, number + 1, error)
 
 
+def is_list(file: str) -> bool:
+    """Returns whether a JSON file is one list, instead of an object a line."""
+    with open_text(file, newline="\n") as opened:
+        return opened.read(1) == "["
+
+
 def _elements(file: str, text: str) -> Iterator[tuple[str, dict] | BadRow]:
-    if is_too_long(text):
-        yield BadRow(file, WHOLE_FILE, too_long())
-        return
     try:
         text.encode()
         elements = json.loads(text)
@@ -187,8 +193,8 @@ def _parquet_rows(file: str, field: str | None) -> Iterator[object]:
         yield BadRow(file, WHOLE_FILE, _damaged_parquet(error))
         return
     with parquet:
-        if field is not None and field not in parquet.schema_arrow.names:
-            yield BadRow(file, WHOLE_FILE, f"no column {field!r}")
+        if field is not None and (n := parquet.schema_arrow.names.count(field)) != 1:
+            yield BadRow(file, WHOLE_FILE, not_one_column(n, field))
             return
         first = 1
         for group in range(parquet.num_row_groups):

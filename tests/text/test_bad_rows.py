@@ -188,9 +188,15 @@ def test_splits_with_the_option(tmp_path: Path, streaming: bool):
 
 @BOTH_FORMS
 def test_nothing_to_read_is_an_error_with_the_option_too(tmp_path: Path, streaming: bool):
-    (tmp_path / "a.jsonl").write_text("{\n")
+    file = tmp_path / "a.jsonl"
+    file.write_text("{\n")
+    with pytest.raises(ValueError, match=f"cannot be read: {file}, line 1: JSON parse error.*; correct it"):
+        texts_of(source_of(file, skip_bad_rows=True), streaming)
+    file.write_text("\n")
     with pytest.raises(ValueError, match="--dataset_name .*split 'train' has no rows"):
-        texts_of(source_of(tmp_path / "a.jsonl", skip_bad_rows=True), streaming)
+        texts_of(source_of(file, skip_bad_rows=True), streaming)
+    file.write_text("{\n" * 200 + '{"text": "a"}')
+    assert texts_of(source_of(file, skip_bad_rows=True), streaming) == ["a"]
 
 
 @pytest.mark.parametrize("split", ["train[:1", "train[:101%]", "train[0.5%:]"])

@@ -22,7 +22,7 @@ GOOD = {
     "rows too short": b"n,text\n1\n2,b\n",
     "old line ends": b"text\ra\rb\r",
     "no last line end": b"text\na\nb",
-    "quotes in the middle": b'text,n\na"b,1\n"c"d,2\n',
+    "quotes in the middle": b'text,n\na"b,1\nc"d",2\n',
     "what pandas takes for missing or numbers": b"text,n\nNA,1\nnull,2\n007,3\nnan,4\n1e5,5\n",
     "quoted blanks": b'text\n" "\n""\nx\n',
     "blanks around": b"n,text\n1, a \n",
@@ -75,6 +75,16 @@ BAD = {
     "a separator at each end": (b"text,n\na,1,\n", "line 2: 3 fields, expected 2", []),
     "wrong bytes": (b"text\nfoo\n\nb\xffr\nx\n", "line 4: not valid UTF-8 (byte 0xff, 1 characters in)", ["foo", "x"]),
     "wrong bytes in the header": (b"text,\xff\nfoo,1\n", "line 1: not valid UTF-8 (byte 0xff, 0 characters in)", None),
+    "text behind a quotation mark": (
+        b'text,n\nfoo,1\n"say "hi"",2\n"c"d,3\nbar,4\n',
+        "line 3: CSV: ',' expected after '\"'",
+        ["foo", "bar"],
+    ),
+    "an open quotation mark before another": (
+        b'n,text\n0,foo\n1,"quoted start\n2,z\n3,he said "hi"\n4,last\n',
+        "line 3: CSV: ',' expected after '\"' in line 5, nothing in between can be read",
+        ["foo", "last"],
+    ),
     "an open quotation mark": (
         b'text\nfoo\n"bar\nx\n',
         "line 3: a quotation mark is not closed, nothing from here on can be read",
@@ -95,6 +105,34 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, case: str, streaming: boo
         return
     assert texts_of(source_of(file, skip_bad_rows=True), streaming) == left
     assert f"{file}, {problem}" in warnings(caplog)[-1]
+
+
+@BOTH_FORMS
+def test_quotation_marks_mean_the_same_in_tsv(tmp_path: Path, streaming: bool, caplog):
+    data = b'n\ttext\n0\tfoo "bar"\n1\t"quoted start\n2\tz\n3\the said\t"hi"\n4\tlast\n'
+    file = write(tmp_path, data, "a.tsv")
+    problem = f"{file}, line 3: CSV: '\t' expected after '\"' in line 5, nothing in between can be read"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        texts_of(source_of(file), streaming)
+    assert texts_of(source_of(file, skip_bad_rows=True), streaming) == ['foo "bar"', "last"]
+    assert problem in warnings(caplog)[-1]
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+def test_two_columns_of_the_name_are_refused(tmp_path: Path, streaming: bool, skip_bad_rows: bool):
+    file = write(tmp_path, b"text,n,text\na,1,b\n")
+    with pytest.raises(ValueError, match="--dataset_text_field 'text': 2 columns of .*a.csv have that name; rename"):
+        texts_of(source_of(file, skip_bad_rows=skip_bad_rows), streaming)
+    write(tmp_path, b"n,n,text\na,1,b\n")
+    assert texts_of(source_of(file, skip_bad_rows=skip_bad_rows), streaming) == ["b"]
+
+
+def test_a_later_file_with_two_columns_of_the_name_is_a_bad_file(tmp_path: Path, caplog):
+    write(tmp_path / "data", b"text\na\n", "1.csv")
+    file = write(tmp_path / "data", b"text,text\nb,c\n", "2.csv")
+    assert texts_of(source_of(file.parent, skip_bad_rows=True), True) == ["a"]
+    assert f"{file}, the whole file: 2 columns 'text'" in warnings(caplog)[-1]
 
 
 @BOTH_FORMS

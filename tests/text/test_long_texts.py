@@ -153,6 +153,7 @@ TEXTS: dict[str, Callable[[int], str]] = {
     "numbers": lambda seed: mixed(["0.123, ", "77;", "5\n"], [1], seed),
     "base64": lambda seed: base64.b64encode(random.Random(seed).randbytes(LENGTH)).decode(),
     "emoji": lambda seed: mixed(["🙂", "👍🏽", "❤️", "="], [1, 2], seed),
+    "a mark that moves in front of many": lambda seed: "e" + "\u0301" * (LENGTH - seed) + "\u0323",
     "marks": lambda seed: mixed(["e", "a\u0301", "\u0301\u0323\u0308", "न", "\u093f"], [1, 1, 1, 1000], seed),
 }
 
@@ -221,17 +222,51 @@ def test_a_tokenizer_in_python_takes_the_whole_text_and_says_so(monkeypatch, cap
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("changes", [{"before": 10**6}, {"after": 10**6}, {"head": (10**6,)}])
-def test_a_cut_with_other_ids_than_it_was_verified_with_is_not_made(changes: dict, monkeypatch, caplog):
+@pytest.mark.parametrize("n_wrong", [1, 2, 99])
+def test_pieces_are_joined_at_a_cut_with_other_ids_than_it_was_verified_with(
+    changes: dict, n_wrong: int, monkeypatch: pytest.MonkeyPatch
+):
+    find, wrong_cuts = long_texts.LongTexts._cut_behind_word, []
+
+    def wrong(self, text: str, at: int):
+        cut = find(self, text, at)
+        if cut is None or at < PIECE or len(wrong_cuts) == n_wrong:
+            return cut
+        wrong_cuts.append(at)
+        return dataclasses.replace(cut, **changes)
+
+    monkeypatch.setattr(long_texts.LongTexts, "_cut_behind_word", wrong)
+    text = TEXTS["prose"](0)
+    ids, longest = in_pieces(encoder("Llama 3"), text, monkeypatch)
+    assert ids == whole(encoder("Llama 3"), text)
+    assert len(wrong_cuts) == min(n_wrong, len(wrong_cuts)) and longest <= (len(wrong_cuts) + 1) * PIECE + 1
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("run", [300, 601])
+def test_a_run_that_ends_at_a_cut_joins_two_pieces(run: int, monkeypatch: pytest.MonkeyPatch):
+    """The run's tokens are not those of its last characters, with which the cut is verified."""
+    words = "x " * PIECE
+    text = words[: PIECE - 1 - run] + "a" * run + "\n" + words + words
+    ids, longest = in_pieces(encoder("Llama 3"), text, monkeypatch)
+    assert ids == whole(encoder("Llama 3"), text)
+    assert PIECE + 1 < longest <= 2 * PIECE + 1
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_text_whose_pieces_are_joined_too_often_is_tokenised_whole(monkeypatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(long_texts, "LARGE_PIECE", 4 * PIECE)
     find = long_texts.LongTexts._cut_behind_word
 
     def wrong(self, text: str, at: int):
         cut = find(self, text, at)
-        return cut and dataclasses.replace(cut, **(changes if at > 3 * PIECE else {}))
+        return cut and dataclasses.replace(cut, after=10**6)
 
     monkeypatch.setattr(long_texts.LongTexts, "_cut_behind_word", wrong)
-    text = TEXTS["prose"](0)
-    assert encoder("Llama 3")([text]).tolist() == whole(encoder("Llama 3"), text)
-    assert "characters of a document are tokenised at once" in caplog.text
+    text = TEXTS["prose"](0) * 5
+    lengths = in_pieces(encoder("Llama 3"), text, monkeypatch)
+    assert lengths == (whole(encoder("Llama 3"), text), len(text))
+    assert f"{len(text)} characters of a document are tokenised at once" in caplog.text
 
 
 @pytest.mark.usefixtures("small_pieces")

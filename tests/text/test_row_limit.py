@@ -3,14 +3,19 @@
 import gzip
 import io
 import json
+import logging
+import random
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from tests.text.documents import expected_windows, loader, options, windows_of, write_jsonl
-from text import row_limit
+from text import expansion, row_limit, row_sizes
+from text.expansion import most_expanded
 from text.opening import open_source, open_stream, open_table
-from text.row_limit import bounded_lines, may_hold_too_long_a_row
+from text.row_limit import bounded_lines
+from text.row_sizes import first_row_too_long, may_hold_too_long_a_row
 from text.sources import TextSource
 from text.tolerant_reader import BadRow, rows_of_file
 
@@ -61,11 +66,11 @@ def test_a_document_of_plain_text_that_is_too_long(tmp_path: Path, long: str):
     assert rows_read(path) == ["a", f"{path}, line 3: {REASON}", FITS, f"{path}, line {last}: {REASON}"]
 
 
-def test_a_list_is_read_at_once_and_so_has_the_same_limit(tmp_path: Path):
-    fits = write(tmp_path / "fits.json", "[" + ",\n".join(json.dumps({"text": str(i)}) for i in range(20)) + "]")
-    assert rows_read(fits) == [str(i) for i in range(20)]
-    path = write(tmp_path / "long.json", "[" + ",\n".join(json.dumps({"text": str(i)}) for i in range(200)) + "]")
-    assert rows_read(path) == [f"{path}, the whole file: {REASON}"]
+def test_the_limit_of_a_list_is_one_of_its_elements(tmp_path: Path):
+    long = json.dumps([*("a" * 30 for _ in range(100)), {"text": TOO_LONG}, TOO_LONG, FITS])
+    path = write(tmp_path / "long.json", long)
+    at_101, at_102 = (f"{path}, element {i}: {REASON}" for i in (101, 102))
+    assert rows_read(path) == [*["a" * 30] * 100, at_101, at_102, FITS]
 
 
 def test_which_compressed_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -77,7 +82,7 @@ def test_which_compressed_files_are_looked_into(tmp_path: Path, monkeypatch: pyt
     assert looked_into("bomb.txt.gz", bomb)
     assert not looked_into("bomb.txt", bomb)
     assert looked_into("parts.txt.gz", bomb + gzip.compress(b"end"))
-    monkeypatch.setattr(row_limit, "SMALL_FILE", 10)
+    monkeypatch.setattr(expansion, "SMALL_FILE", 10)
     assert not looked_into("large_parts.txt.gz", bomb + gzip.compress(b"end"))
     assert not looked_into("small.txt.gz", gzip.compress(b"a" * LARGEST))
     assert not looked_into("text.txt.gz", gzip.compress(bytes(range(256)) * 8, compresslevel=1))
@@ -120,6 +125,58 @@ def test_a_csv_row_that_is_too_long_ends_its_file(tmp_path: Path, long: str):
     assert rows_read(path) == ["a", FITS, f"{path}, line 4: {REASON}, and nothing from here on can be read"]
 
 
-def test_small_files_of_zstandard_are_looked_into(tmp_path: Path):
-    path = write(tmp_path / "a.jsonl.zst", "small, whatever it holds")
-    assert may_hold_too_long_a_row(str(path))
+def write_zst(path: Path, data: bytes, *, is_recorded: bool) -> Path:
+    compressor = zstandard.ZstdCompressor(write_content_size=is_recorded, write_checksum=True)
+    path.write_bytes(compressor.compress(data))
+    return path
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_zst_file_says_to_what_size_it_expands(tmp_path: Path, is_recorded: bool, monkeypatch: pytest.MonkeyPatch):
+    block = expansion.ZST_BLOCK
+    for size in (10, 300, 70_000, block + 1, 5 * block):
+        noise = random.Random(size).randbytes(size)
+        for data in (b"a" * size, noise, noise[: size // 2] + b"a" * (size - size // 2)):
+            most = most_expanded(str(write_zst(tmp_path / "a.zst", data, is_recorded=is_recorded)))
+            assert most == size if is_recorded else size <= most <= size + 2 * block
+    one = write_zst(tmp_path / "b.zst", b"a" * 1000, is_recorded=True).read_bytes()
+    skipped = (expansion.ZST_SKIPPED + 3).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"12345"
+    (tmp_path / "b.zst").write_bytes(skipped + one + skipped + one)
+    assert most_expanded(str(tmp_path / "b.zst")) == 2000
+    (tmp_path / "b.zst").write_bytes(one[:5] + b"damaged")
+    assert most_expanded(str(tmp_path / "b.zst")) < 2 * block
+    monkeypatch.setattr(expansion, "SMALL_FILE", 10)
+    assert most_expanded(str(write_zst(tmp_path / "a.zst", b"a" * 900, is_recorded=is_recorded))) == 900 * is_recorded
+
+
+def test_files_of_zstandard_are_looked_into_only_if_they_expand_much(tmp_path: Path):
+    bomb = write_zst(tmp_path / "a.jsonl.zst", as_jsonl(["a", TOO_LONG * 200]).encode(), is_recorded=False)
+    assert str(first_row_too_long([str(bomb)])) == f"{bomb}, line 2: {REASON}"
+    usual = write_zst(tmp_path / "b.jsonl.zst", random.Random(0).randbytes(20 * LARGEST), is_recorded=True)
+    assert not may_hold_too_long_a_row(str(usual))
+
+
+BAD_BEFORE = {
+    "a.jsonl.gz": ('{"text": "\\ud800"}\n{\n\n' + as_jsonl([FITS, TOO_LONG * 50]), "line 5"),
+    "a.txt.gz": ("bad\udcff\n\n" + as_txt([FITS, TOO_LONG * 50]), "line 5"),
+    "a.csv.gz": ("text\nbad\udcff\na,b\n" + f"{FITS}\n{TOO_LONG * 50}\n", "line 5"),
+    "a.json.gz": ("[\n" + ",\n".join(["{}"] * 50 * LARGEST) + "]", "the whole file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BEFORE)
+def test_another_fault_does_not_hide_a_row_too_long_and_nothing_is_parsed(tmp_path: Path, name: str, monkeypatch):
+    content, place = BAD_BEFORE[name]
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode(errors="surrogateescape")))
+    monkeypatch.setattr(json, "loads", None)
+    assert str(first_row_too_long([str(path)])) == f"{path}, {place}: {REASON}"
+
+
+def test_looking_for_long_rows_is_logged_once_if_it_takes_long(tmp_path: Path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    files = [str(write(tmp_path / f"{i}.txt.gz", as_txt(["a\n\n"] * 50 * LARGEST))) for i in range(3)]
+    assert first_row_too_long(files) is None and not caplog.messages
+    monkeypatch.setattr(row_sizes, "LONG_S", 0.0)
+    assert first_row_too_long(files) is None
+    assert caplog.messages == ["looking for rows that are too long: 0 of 3 compressed files are done"]

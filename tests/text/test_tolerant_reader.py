@@ -65,6 +65,13 @@ def test_a_parquet_file_without_the_column_is_one_bad_file(tmp_path: Path, caplo
     assert "2.parquet, the whole file: no column 'text'" in caplog.text
 
 
+def test_a_parquet_file_with_two_columns_of_the_name_is_one_bad_file(tmp_path: Path):
+    file = str(tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), file)
+    (row,) = rows_of_file(file, "text")
+    assert str(row) == f"{file}, the whole file: 2 columns 'text'"
+
+
 def test_a_failing_disk_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = str(whole_parquet(tmp_path))
 
