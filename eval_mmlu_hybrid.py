@@ -61,9 +61,10 @@ def evaluate(args: EvalArguments, inputs: CheckedInputs, ranks: Ranks) -> None:
     held_out = None if inputs.windows is None else HeldOutText(inputs.windows, inputs.device)
     pieces = pieces_of(args, inputs.questions, held_out, inputs.max_length)
     own = share_out(pieces, ranks.rank, ranks.world_size)
-    with resumable(output, inputs.settings, args.resume, args.overwrite) if ranks.is_main else nullcontext():
+    preparing = resumable(output, inputs.settings, resume=args.resume, overwrite=args.overwrite)
+    with preparing if ranks.is_main else nullcontext() as claim:
         ranks.maximum(0)  # a barrier: the main rank has prepared the folder before another rank reads it
-        partial = PartialResults(None if output is None else partial_folder(output), inputs.settings)
+        partial = PartialResults(None if output is None else partial_folder(output), claim)
         measure_models(args, inputs, own, held_out, partial, ranks.is_main)
         found = {key: result for results in ranks.gather(partial.found) for key, result in results.items()}
         if ranks.is_main:
@@ -71,6 +72,7 @@ def evaluate(args: EvalArguments, inputs: CheckedInputs, ranks: Ranks) -> None:
             for name in inputs.models:
                 parts = {piece.name: found[name, piece.name] for piece in pieces}
                 results[name] = assemble(parts, provenance(name, args, inputs))
+            partial.check_own()
             report_results(results, output)
 
 

@@ -73,6 +73,14 @@ def describe_environment() -> str:
     return " | ".join(parts)
 
 
+def boot_id() -> str:
+    """Returns what the kernel chose at random when the machine was booted, or nothing where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 class TakenError(ValueError):
     """Says that another process has locked a directory."""
 

@@ -21,7 +21,7 @@ from checkpointing.housekeeping import remove_partial, set_bad_aside
 from checkpointing.small_files import check_places
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
-from utils import TakenError, lock_dir, write_whole
+from utils import TakenError, boot_id, lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
@@ -224,14 +224,6 @@ def begin_status(output_dir: Path) -> float:
     # The wall clock may jump. Only on another machine there is nothing better.
     clock = "launched_since_boot" if launched["boot"] == now["boot"] else "launched"
     return max(0.0, now[clock] - launched[clock])
-
-
-def boot_id() -> str:
-    """Returns what the kernel chose at random when the machine was booted, or nothing where it does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _restarts() -> int:

@@ -5,7 +5,7 @@ import logging
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import TrainArguments
-from inputs.context import context_length
+from inputs.context import shortest
 from inputs.model_files import folder_of
 from llamba import LlambaConfig
 from model_utils import check_replacements, get_tokenizer
@@ -37,13 +37,10 @@ def check_context(args: TrainArguments, student: LlambaConfig, teacher: Pretrain
         readers["the layers that the student takes from the teacher"] = teacher
     if args.kl_weight > 0:
         readers["the teacher"] = teacher
-    limits = {reader: limit for reader, config in readers.items() if (limit := context_length(config)) is not None}
-    if not limits:
-        return
-    shortest = min(limits, key=limits.__getitem__)
-    if args.seq_length > limits[shortest]:
+    found = shortest(readers)
+    if found is not None and args.seq_length > found[1]:
         raise ValueError(
-            f"--seq_length {args.seq_length}: {shortest} can read {limits[shortest]} tokens at once, by "
+            f"--seq_length {args.seq_length}: {found[0]} can read {found[1]} tokens at once, by "
             "max_position_embeddings in the config and its scaling; lower --seq_length to that, or take a model with a "
             "longer context"
         )

@@ -6,9 +6,11 @@ Shapes: n windows of S + 1 tokens, N tokens, D and D_t hidden sizes, V_s and V_t
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,6 +32,11 @@ from text.stream import TextStream
 logger = logging.getLogger("train")
 
 TEXTS_AT_ONCE = 64  # for the tokenizer; a few windows need no more
+TEXT_OR_NONE = (str, type(None))
+RECORDED: dict[str, type | tuple[type, ...]] = {  # options of a run, less their "dataset_", as TextSource has them
+    **{"name": str, "subset": TEXT_OR_NONE, "split": str, "revision": TEXT_OR_NONE, "text_field": str},
+    **{"streaming": bool, "cache_dir": TEXT_OR_NONE},
+}
 WINDOWS_AT_ONCE = 8  # whose hidden states are held
 
 
@@ -76,24 +83,33 @@ def _texts(source: TextSource) -> Iterator[str]:
 
 def check_not_trained_on_by(checkpoint: Path, source: TextSource, flag: str) -> None:
     """Raises ValueError if the run that wrote a checkpoint was trained on rows of `source`. Where that cannot be known,
-    because its text is not on this machine, the log says so. flag: what names the checkpoint.
+    because its text is not on this machine, a warning says so. flag: what names the checkpoint.
     """
     try:
-        options = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["arguments"]
-        training = TextSource(
-            options["dataset_name"],
-            options["dataset_subset"],
-            options["dataset_split"],
-            options["dataset_revision"],
-            options["dataset_text_field"],
-            streaming=options["dataset_streaming"],
-            local_files_only=source.local_files_only,
-        )
+        training = _trained_on(checkpoint, source.local_files_only)
         check_not_trained_on(source, training, f"the run of {flag} {checkpoint}")
     except TrainedOn:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.info("whether %s %s was trained on %s is not known: %s", flag, checkpoint, source.name, error)
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("whether %s %s was trained on %s is not known: %s", flag, checkpoint, source.name, error)
+
+
+def _trained_on(checkpoint: Path, local_files_only: bool) -> TextSource:
+    """Returns the text of the run that wrote a checkpoint, by its options. Raises ValueError or OSError if the file
+    that has them cannot be read.
+    """
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    options = state.get("arguments") if isinstance(state, dict) else None
+    if not isinstance(options, dict):
+        raise ValueError(f"{STATE_FILE} has no options")
+    for name, kinds in RECORDED.items():
+        if not isinstance(options.get(f"dataset_{name}"), kinds):
+            raise ValueError(f"{STATE_FILE} has dataset_{name} {options.get(f'dataset_{name}')!r}")
+    recorded: dict[str, Any] = {name: options.get(f"dataset_{name}") for name in RECORDED}
+    for name in ("name", "cache_dir"):  # earlier versions kept `~` as it was written
+        if recorded[name] is not None and recorded[name][:1] == "~":
+            recorded[name] = os.path.expanduser(recorded[name])
+    return TextSource(**recorded, local_files_only=local_files_only)
 
 
 # --- the figures ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
 from evaluation.retrieval import build_contexts
-from inputs.context import context_length
+from inputs.context import shortest
 from model_utils import DTYPES
 
 logger = logging.getLogger("train")
@@ -20,12 +20,12 @@ def check_max_length(args: EvalArguments, max_length: int, readers: dict[str, Pr
     """Raises ValueError if prompts may be longer than one of the models can read: positions beyond its context give
     nonsense. readers: by name, the configs of what has a limit.
     """
-    limits = {name: limit for name, config in readers.items() if (limit := context_length(config)) is not None}
-    if limits and max_length > (shortest := min(limits.values())):
-        name = next(name for name, limit in limits.items() if limit == shortest)
+    found = shortest(readers)
+    if found is not None and max_length > found[1]:
+        name, limit = found
         origin = "the teacher's context, because it is not given" if args.max_length is None else "too long"
         raise ValueError(
-            f"--max_length {max_length} ({origin}): {name} can read {shortest} tokens at once; give at most {shortest}"
+            f"--max_length {max_length} ({origin}): {name} can read {limit} tokens at once; give at most {limit}"
         )
 
 

@@ -91,7 +91,8 @@ def run_task(
                 bootstrap_iters=1000,
             )
         except AssertionError as error:  # such as a context too short for what is to be generated
-            raise ValueError(f"--tasks {name}: lm-evaluation-harness refuses: {error}") from error
+            reason = str(error) or f"it does not say why; --max_length {max_length} may be too short for its prompts"
+            raise ValueError(f"--tasks {name}: lm-evaluation-harness refuses: {reason}") from error
     return {
         "results": {task: _figures(result) for task, result in report["results"].items()},
         "n_shot": report["n-shot"],

@@ -228,8 +228,8 @@ def markdown(found: list[Section]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Returns Markdown that shows `text`: no HTML, no link or picture, no new cell or line. An underscore within a word
-    needs no escape, nor does a bracket that begins no link.
+    """Returns Markdown that shows `text`: no HTML, no picture, no new cell or line, and no link but an address itself,
+    which GitHub makes one. An underscore within a word needs no escape, nor does a bracket that begins no link.
     """
     return IN_MARKDOWN.sub(r"\\\g<0>", html.escape(printable(text), quote=False))
 

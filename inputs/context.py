@@ -18,6 +18,12 @@ def stated_length(config: PretrainedConfig) -> int | None:
     return stated if isinstance(stated, int) and stated > 0 else None  # XLNet says -1
 
 
+def shortest(readers: dict[str, PretrainedConfig]) -> tuple[str, int] | None:
+    """Returns which of the readers, by name, can read the fewest tokens at once, and how many; None if no limit."""
+    limits = {name: limit for name, config in readers.items() if (limit := context_length(config)) is not None}
+    return min(limits.items(), key=lambda item: item[1], default=None)
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Returns the most tokens that a model of this config can read at once, or None if nothing limits it.
 

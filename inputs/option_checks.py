@@ -23,10 +23,11 @@ def eval_problems(args: Any) -> Iterator[str]:
         yield f"--ckpt {args.ckpt}: {which} does not score it; add hybrid_ft, or leave --ckpt out"
     if not (args.mmlu or args.tasks or args.held_out or args.retrieval):
         yield "--no_mmlu: nothing is left to measure; add --tasks, --held_out or --retrieval"
-    if args.mmlu and args.max_length is not None and 1 <= args.max_length < FEWEST_TOKENS:
+    prompts = [*["--no_mmlu"] * args.mmlu, *["no --tasks"] * bool(args.tasks)]
+    if prompts and args.max_length is not None and 1 <= args.max_length < FEWEST_TOKENS:
         yield (
             f"--max_length {args.max_length}: nothing of a question is left in so few tokens; expected at least "
-            f"{FEWEST_TOKENS}, or --no_mmlu"
+            f"{FEWEST_TOKENS}, or {' and '.join(prompts)}"
         )
     if args.resume and args.output is None:
         yield "--resume: resumes from the results beside --output, which is not given; give it"

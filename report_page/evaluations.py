@@ -17,7 +17,7 @@ class Score(NamedTuple):
     file: str
     model: str
     acc: float
-    stderr: float
+    stderr: float  # NaN: not known
     n: int  # questions
     step: float | None  # optimizer step, if the model is a checkpoint of this run
 
@@ -38,6 +38,7 @@ def read_scores(folder: Path, step_at: dict[float, float]) -> list[Score]:
     for file, model, result in _results_in(folder):
         if not math.isnan(acc := finite_or_nan(result.get("acc"))):
             n, stderr = result.get("n"), finite_or_nan(result.get("stderr"))
+            stderr = stderr if stderr >= 0 else math.nan
             step = _step_of_checkpoint(result.get("config"), folder, step_at)
             found.append(Score(file, model, acc, stderr, n if isinstance(n, int) else 0, step))
     return found

@@ -24,6 +24,7 @@ from report_page.tables import (
     summary_table,
     warning_table,
 )
+from utils import boot_id
 
 
 def make_page(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> str:
@@ -76,7 +77,7 @@ def _remarks(run: Run) -> list[str]:
     """Returns what a reader has to know before trusting the numbers, in sentences."""
     found = []
     if run.status.get("status") == "running":
-        found.append(f"has not reported its end: {_where(run.status.get('pid'))}")
+        found.append(f"has not reported its end: {_where(run.status)}")
     if run.is_cut:
         found.append("the last line of metrics.jsonl is left out: it is cut short, as a crash leaves it")
     if run.damaged:
@@ -92,13 +93,15 @@ def _remarks(run: Run) -> list[str]:
     return [f"{run.name}: {text}." for text in found]
 
 
-def _where(pid: Any) -> str:
+def _where(status: dict[str, Any]) -> str:
     """Returns what is known of a process that has not reported its end."""
-    if type(pid) is not int or not 0 < pid < 2**31:
-        return "it is still running, or was killed"
-    if Path(f"/proc/{pid}").exists():
-        return f"its process {pid} is still running"
-    return f"it was killed, or runs on another machine; there is no process {pid} on this one"
+    pid, boot = status.get("pid"), status.get("boot")
+    is_number = type(pid) is int and 0 < pid < 2**31
+    if is_number and not Path(f"/proc/{pid}").exists():
+        return f"it was killed, or runs on another machine; there is no process {pid} on this one"
+    if is_number and boot and boot == boot_id():
+        return f"a process {pid} is running"  # which may be another one by now
+    return "it is still running, or was killed"
 
 
 def _note(text: str) -> str:

@@ -14,11 +14,11 @@ import pytest
 from arguments import parse_eval_args
 from evaluation import partial_results
 from evaluation.checks import check_inputs
-from evaluation.partial_results import PartialResults, partial_folder, resumable
+from evaluation.partial_results import Claim, PartialResults, partial_folder, resumable
 from evaluation.pieces import Piece, share_out
 from tests import eval_runs, fresh
 from tests.eval_runs import OPTIONS
-from utils import lock_dir
+from utils import TakenError, lock_dir
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,19 +83,25 @@ def options_for(tmp_path: Path, *more: str):
 def test_what_is_saved_is_not_measured_again(tmp_path):
     args = options_for(tmp_path)
     inputs = check_inputs(args)
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, False, args.overwrite):
+    with (
+        pytest.raises(RuntimeError),
+        resumable(Path(args.output), inputs.settings, resume=False, overwrite=args.overwrite),
+    ):
         PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
     found = PartialResults(partial_folder(Path(args.output)))
     assert ("teacher", "mmlu-tools") in found and ("teacher", "mmlu-meals") not in found
     assert check_inputs(options_for(tmp_path, "--resume")).settings == inputs.settings
-    with resumable(Path(args.output), inputs.settings, True, False):
+    with resumable(Path(args.output), inputs.settings, resume=True, overwrite=False):
         assert PartialResults(partial_folder(Path(args.output))).found == {("teacher", "mmlu-tools"): {"found": 1}}
 
 
 def interrupt(args, inputs, *pieces: str) -> None:
     """Leaves these pieces of the teacher's results behind."""
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, args.resume, args.overwrite):
+    with (
+        pytest.raises(RuntimeError),
+        resumable(Path(args.output), inputs.settings, resume=args.resume, overwrite=args.overwrite),
+    ):
         for piece in pieces:
             PartialResults(partial_folder(Path(args.output))).put("teacher", piece, {"found": piece})
         raise RuntimeError("the power fails")
@@ -170,7 +176,7 @@ def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--output: .*teacher/mmlu-a.json cannot be written .No space .*--resume"):
         PartialResults(tmp_path).put("teacher", "mmlu-a", {})
     with pytest.raises(ValueError, match="--output .*eval.json.partial cannot be written .No space"):
-        resumable(tmp_path / "eval.json", {}, False, False).__enter__()
+        resumable(tmp_path / "eval.json", {}, resume=False, overwrite=False).__enter__()
 
 
 @pytest.mark.parametrize("name", ["mmlu-../../../x", "mmlu-a/b", "mmlu-" + "x" * 400, "mmlu-.\n\0", "mmlu-\ud800 é"])
@@ -181,37 +187,93 @@ def test_a_piece_of_any_name_is_a_file_of_its_own_in_the_folder(tmp_path, name):
     assert PartialResults(tmp_path).found == {("teacher", name): {"found": 1}, ("teacher", f"{name}2"): {"found": 2}}
 
 
-def test_a_folder_that_is_removed_meanwhile_is_made_again_with_all_results(tmp_path, caplog):
+@pytest.mark.parametrize("first", ["main", "other"])
+def test_a_folder_that_is_removed_meanwhile_is_made_again_with_all_results(tmp_path, caplog, first):
+    """Two ranks: whichever writes first, each restores its own."""
     args = options_for(tmp_path)
     inputs, folder = check_inputs(args), partial_folder(Path(args.output))
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, False, False):
-        partial = PartialResults(folder, inputs.settings)
-        partial.put("teacher", "mmlu-tools", 1)
+    preparing = resumable(Path(args.output), inputs.settings, resume=False, overwrite=False)
+    with pytest.raises(RuntimeError), preparing as claim:
+        ranks = {"main": PartialResults(folder, claim), "other": PartialResults(folder)}
+        for name, rank in ranks.items():
+            rank.put("teacher", f"mmlu-{name}", 1)
         shutil.rmtree(folder)
-        partial.put("teacher", "mmlu-meals", 2)
+        for name in (first, *(set(ranks) - {first})):
+            ranks[name].put("teacher", f"mmlu-{name}-again", 2)
+        with pytest.raises(ValueError, match="another run is writing there"):
+            Claim(Path(args.output))
         raise RuntimeError("the power fails")
     assert "was removed: it is made again" in caplog.text
     assert check_inputs(options_for(tmp_path, "--resume")).settings == inputs.settings
-    assert PartialResults(folder).found == {("teacher", "mmlu-tools"): 1, ("teacher", "mmlu-meals"): 2}
+    assert {piece for _, piece in PartialResults(folder).found} == {
+        *("mmlu-main", "mmlu-other", "mmlu-main-again", "mmlu-other-again")
+    }
+
+
+def test_an_evaluation_whose_folder_another_has_taken_ends_and_leaves_it_alone(tmp_path, caplog):
+    output = tmp_path / "eval.json"
+    folder = partial_folder(output)
+    with pytest.raises(TakenError), resumable(output, {"a": 1}, resume=False, overwrite=False) as claim:
+        main, other = PartialResults(folder, claim), PartialResults(folder)
+        shutil.rmtree(folder)
+        with resumable(output, {"a": 2}, resume=False, overwrite=False):
+            for rank, words in ((main, "another run is writing there"), (other, "is now of another evaluation")):
+                with pytest.raises(TakenError, match=words):
+                    rank.put("teacher", "mmlu-tools", 1)
+            with pytest.raises(TakenError):
+                main.check_own()
+            assert not list(folder.glob("*/*"))
+        output.write_text("another's")
+        main.check_own()
+    assert "resume with" not in caplog.text and output.read_text() == "another's"
 
 
 def test_a_folder_that_is_gone_at_the_end_is_no_error(tmp_path):
-    with resumable(tmp_path / "eval.json", {}, False, False):
+    with resumable(tmp_path / "eval.json", {}, resume=False, overwrite=False) as claim:
         shutil.rmtree(tmp_path / "eval.json.partial")
+        PartialResults(tmp_path / "eval.json.partial", claim).check_own()
+
+
+def test_a_folder_of_another_evaluation_is_not_removed_at_the_end(tmp_path):
+    """It has come after the last look."""
+    output = tmp_path / "eval.json"
+    with resumable(output, {}, resume=False, overwrite=False):
+        shutil.rmtree(partial_folder(output))
+        later = Claim(output)
+    assert later.is_held()
+
+
+@pytest.mark.parametrize("name", ["--dtype", "--max_length", "teacher", "student"])
+def test_settings_that_say_too_little_are_damaged(tmp_path, name):
+    args = options_for(tmp_path)
+    interrupt(args, check_inputs(args), "mmlu-tools")
+    PartialResults(partial_folder(Path(args.output))).put("student", "mmlu-tools", 1)
+    file = partial_folder(Path(args.output)) / "settings.json"
+    settings = json.loads(file.read_text())
+    del settings[name]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"--resume: .*settings.json is damaged .*does not say {name}"):
+        check_inputs(options_for(tmp_path, "--resume"))
 
 
 def test_what_another_evaluation_has_written_since_the_checks_stays(tmp_path):
     """Two that begin at the same time both pass the checks; the slower one may get the lock after the other's end."""
     output = tmp_path / "eval.json"
     output.write_text("another's")
-    with pytest.raises(ValueError, match="--output .*eval.json exists already"), resumable(output, {}, False, False):
+    with (
+        pytest.raises(ValueError, match="--output .*eval.json exists already"),
+        resumable(output, {}, resume=False, overwrite=False),
+    ):
         raise AssertionError("it must not begin")
     assert not partial_folder(output).exists()
     output.unlink()
-    with pytest.raises(RuntimeError), resumable(output, {}, False, False):
+    with pytest.raises(RuntimeError), resumable(output, {}, resume=False, overwrite=False):
         PartialResults(partial_folder(output)).put("teacher", "mmlu-tools", 1)
         raise RuntimeError("the power fails")
-    with pytest.raises(ValueError, match="resume it with --resume, or throw"), resumable(output, {}, False, False):
+    with (
+        pytest.raises(ValueError, match="resume it with --resume, or throw"),
+        resumable(output, {}, resume=False, overwrite=False),
+    ):
         raise AssertionError("it must not begin")
     assert PartialResults(partial_folder(output)).found == {("teacher", "mmlu-tools"): 1}
 
@@ -224,17 +286,20 @@ def test_a_lock_whose_folder_the_other_evaluation_removed_is_no_lock(tmp_path, m
 
     monkeypatch.setattr(partial_results, "lock_dir", lock_and_lose)
     with pytest.raises(ValueError, match="another evaluation has just ended"):
-        resumable(tmp_path / "eval.json", {}, False, False).__enter__()
+        resumable(tmp_path / "eval.json", {}, resume=False, overwrite=False).__enter__()
 
 
 def test_overwriting_removes_partial_results(tmp_path):
     args = options_for(tmp_path, "--overwrite")
     inputs = check_inputs(args)
-    with pytest.raises(RuntimeError), resumable(Path(args.output), inputs.settings, False, args.overwrite):
+    with (
+        pytest.raises(RuntimeError),
+        resumable(Path(args.output), inputs.settings, resume=False, overwrite=args.overwrite),
+    ):
         PartialResults(partial_folder(Path(args.output))).put("teacher", "mmlu-tools", {"found": 1})
         raise RuntimeError("the power fails")
     check_inputs(args)
-    with resumable(Path(args.output), inputs.settings, args.resume, args.overwrite):
+    with resumable(Path(args.output), inputs.settings, resume=args.resume, overwrite=args.overwrite):
         assert PartialResults(partial_folder(Path(args.output))).found == {}
 
 
@@ -244,7 +309,7 @@ def test_a_model_that_was_written_again_is_another(tmp_path):
     args = options_for(tmp_path, "--student_model", str(student))
     with (
         pytest.raises(RuntimeError),
-        resumable(Path(args.output), check_inputs(args).settings, False, False),
+        resumable(Path(args.output), check_inputs(args).settings, resume=False, overwrite=False),
     ):
         raise RuntimeError("the power fails")
     check_inputs(options_for(tmp_path, "--student_model", str(student), "--resume"))
@@ -256,9 +321,9 @@ def test_a_model_that_was_written_again_is_another(tmp_path):
 
 def test_two_evaluations_do_not_write_to_one_place(tmp_path):
     args = options_for(tmp_path)
-    second = resumable(Path(args.output), {}, True, False)
+    second = resumable(Path(args.output), {}, resume=True, overwrite=False)
     with (
-        resumable(Path(args.output), {}, False, False),
+        resumable(Path(args.output), {}, resume=False, overwrite=False),
         pytest.raises(ValueError, match="another run is writing there"),
     ):
         second.__enter__()

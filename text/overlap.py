@@ -3,6 +3,7 @@ the same file, through a link, inside a folder or as a copy, and two parts of a 
 """
 
 import filecmp
+import hashlib
 import os
 import re
 from collections import defaultdict
@@ -16,6 +17,7 @@ from text.opening import Whole, local_path, open_whole, prepare
 from text.sources import TextSource, is_part, network_forbidden
 from text.splits import Part, parts_of, split_names
 
+END_BYTES = 64 * 1024
 COMMIT = re.compile(r"@[0-9a-f]{40}(?=/)")  # in the address of a file of the hub
 # Numbers of rows to try where they are not counted: parts that share rows in each of these do so, whatever there are.
 ANY_NUMBER = (100, 10_000, 100_000_000)
@@ -45,11 +47,15 @@ def check_not_trained_on(held_out: TextSource, training: TextSource, who: str, *
     sources = (held_out, training)
     with network_forbidden(held_out.local_files_only):
         opened = [open_whole(source) for source in sources]
+        splits = [_splits_of(one, source) for one, source in zip(opened, sources, strict=True)]
+        if paths[0] is not None and not any(_same_files(*pair) for pair in _pairs_of_files(splits).values()):
+            return  # before tables are made: all of the training data may be large
         if may_count and all(is_part(source.split) for source in sources):
             for one, source in zip(opened, sources, strict=True):
                 if isinstance(one, datasets.DatasetBuilder):
                     prepare(one, source)
-    if shared := _shared_rows(sources, [_splits_of(one, source) for one, source in zip(opened, sources, strict=True)]):
+            splits = [_splits_of(one, source) for one, source in zip(opened, sources, strict=True)]
+    if shared := _shared_rows(sources, splits):
         flags, its = held_out.flags, training.flags
         raise TrainedOn(
             f"{flags.name} {held_out.name!r}, split {held_out.split!r}: {shared} trained on by {who} "
@@ -71,12 +77,16 @@ def _splits_of(opened: Whole, source: TextSource) -> dict[str, Split]:
     }
 
 
+def _pairs_of_files(
+    splits: Sequence[Mapping[str, Split]],
+) -> dict[tuple[str, str], tuple[Sequence[str], Sequence[str]]]:
+    """Returns the files of each split of the first source, and of each of the second, by their names."""
+    return {(one, two): (splits[0][one].files, splits[1][two].files) for one, two in product(*splits)}
+
+
 def _shared_rows(sources: Sequence[TextSource], splits: Sequence[Mapping[str, Split]]) -> str:
     """Returns the rows of the first source that the second has too, in words, or ""."""
-    same = {
-        (mine, other): _same_files(splits[0][mine].files, splits[1][other].files)
-        for mine, other in product(splits[0], splits[1])
-    }
+    same = {names: _same_files(*files) for names, files in _pairs_of_files(splits).items()}
     are_counted = all(split.n_rows is not None for of_source in splits for split in of_source.values())
     words = ""
     for assumed in ANY_NUMBER[:1] if are_counted else ANY_NUMBER:
@@ -111,15 +121,27 @@ def _in_words(part: Part, other: Part, same_files: list[str], split: Split, othe
 def _same_files(files: Sequence[str], others: Sequence[str]) -> list[str]:
     """Returns those of `files` that are among `others`, through a link or as a copy too."""
     known = {_identity(file) for file in others}
-    by_size = defaultdict(list)
+    sizes = set(map(_size, files)) & set(map(_size, others)) - {None, 0}
+    alike = defaultdict(list)
     for file in others:
-        by_size[_size(file)].append(file)
-    return [
-        file
-        for file in files
-        if _identity(file) in known
-        or (_size(file) and any(filecmp.cmp(file, other, shallow=False) for other in by_size[_size(file)]))
-    ]
+        if _size(file) in sizes:
+            alike[_ends(file)].append(file)
+
+    def is_copy(file: str) -> bool:
+        candidates = alike[_ends(file)] if _size(file) in sizes else []
+        return any(filecmp.cmp(file, other, shallow=False) for other in candidates)
+
+    return [file for file in files if _identity(file) in known or is_copy(file)]
+
+
+def _ends(file: str) -> object:
+    """Returns what all copies of a file have in common and few others: reading n files whole, n times, takes hours."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as stream:
+        hashed = hashlib.sha256(stream.read(END_BYTES))
+        stream.seek(max(0, size - END_BYTES))
+        hashed.update(stream.read())
+    return size, hashed.digest()
 
 
 def _are_in_order(files: Sequence[str], others: Sequence[str]) -> bool:

@@ -52,7 +52,12 @@ def error_of_checks(options: dict[str, list[str]]) -> str:
             {"max_length": ["513"]},
             ["--max_length 513 (too long): the hybrid's layers of the teacher can read 512 tokens"],
         ),
-        ({"max_length": ["15"]}, ["--max_length 15: nothing of a question is left", "expected at least 16"]),
+        ({"max_length": ["15"]}, ["--max_length 15: nothing of a question is left", "at least 16, or --no_mmlu"]),
+        ({"max_length": ["1"], "no_mmlu": [], "tasks": ["hellaswag"]}, ["--max_length 1: nothing", "or no --tasks"]),
+        (
+            {"max_length": ["513"], "which": ["hybrid_ft"]},
+            ["--max_length 513 (too long): the layers that hybrid_ft has from a teacher can read 512 tokens"],
+        ),
         (
             {"retrieval": [], "retrieval_lengths": ["513", "4096"]},
             ["--retrieval_lengths 513 4096: expected at most 512"],
@@ -95,15 +100,17 @@ def test_bad_options_are_reported_before_a_model_is_loaded(change, expected, opt
         ({"dataset_name": str(HELD_OUT), "dataset_split": "train[9:]"}, None),
         ({"dataset_name": "lost/on/this/machine.jsonl"}, None),
         ({"dataset_name": None}, None),
+        ({"dataset_name": "~/b.jsonl"}, "all of it is trained on by the run of --ckpt"),
     ],
 )
 def test_held_out_text_that_the_checkpoint_was_trained_on(
-    models, options, trained_on, words, tmp_path, own_cache, monkeypatch
+    models, options, trained_on, words, tmp_path, own_cache, monkeypatch, caplog
 ):
     checkpoint = Path(shutil.copytree(options["ckpt"][0], tmp_path / "checkpoint-1"))
     kept = {"dataset_subset": None, "dataset_split": "train", "dataset_revision": None, "dataset_text_field": "text"}
     kept |= {"dataset_streaming": False, **trained_on}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "folder"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "b.jsonl").symlink_to(HELD_OUT)
     (tmp_path / "folder" / "a.jsonl").write_text('{"text": "a"}')
@@ -112,6 +119,10 @@ def test_held_out_text_that_the_checkpoint_was_trained_on(
     options |= {"held_out_seq_length": ["64"], "held_out_split": ["train[:9]"]}
     if words is None:
         assert check_inputs(parse_eval_args(command_line(options))).windows is not None
+        is_known = trained_on.get("dataset_name") == str(HELD_OUT)
+        assert [record.levelname for record in caplog.records if "is not known" in record.message] == (
+            [] if is_known else ["WARNING"]
+        )
     else:
         assert words in error_of_checks(options)
 
@@ -169,6 +180,15 @@ def test_a_model_that_changes_after_the_checks_is_not_scored(models, options, tm
     os.utime(tmp_path / "ckpt" / "config.json", ns=(1, 1))
     with pytest.raises(ValueError, match="the hybrid_ft, .*ckpt, was deleted or written anew"):
         load_model("hybrid_ft", args, inputs)
+
+
+def test_an_untrained_hybrid_whose_teacher_changes_after_the_checks_is_not_scored(models, options, tmp_path):
+    shutil.copytree(models.root / "teacher", tmp_path / "teacher")
+    args = parse_eval_args(command_line(only(options, "hybrid") | {"teacher_model": [str(tmp_path / "teacher")]}))
+    inputs = check_inputs(args)
+    os.utime(tmp_path / "teacher" / "config.json", ns=(1, 1))
+    with pytest.raises(ValueError, match="the teacher, .*teacher, was deleted or written anew"):
+        load_model("hybrid", args, inputs)
 
 
 def test_options_of_a_part_that_is_not_measured_are_logged(options, caplog):

@@ -97,6 +97,48 @@ def test_mistakes_name_the_option_that_was_given(tokenizer, tmp_path, monkeypatc
         assert word in str(error.value)
 
 
+STATE = {"dataset_name": "a.jsonl", "dataset_split": "train", "dataset_text_field": "text", "dataset_streaming": True}
+
+
+def test_the_text_of_a_checkpoint_is_opened_as_its_run_did(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    opened = []
+    monkeypatch.setattr(held_out, "check_not_trained_on", lambda one, training, who: opened.append(training))
+    options = {**STATE, "dataset_revision": "v1", "dataset_cache_dir": "~/cache"}
+    (tmp_path / "training_state.json").write_text(json.dumps({"arguments": options}))
+    held_out.check_not_trained_on_by(tmp_path, source(), "--ckpt")
+    assert opened == [
+        TextSource("a.jsonl", revision="v1", cache_dir="/home/me/cache", streaming=True, local_files_only=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"arguments": []}',
+        "[" * 100_000,
+        *(json.dumps({"arguments": STATE | {name: 7}}) for name in (*STATE, "dataset_cache_dir")),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_its_text_is_a_warning(tmp_path, caplog, content):
+    (tmp_path / "training_state.json").write_text(content)
+    held_out.check_not_trained_on_by(tmp_path, source(), "--ckpt")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "is not known" in caplog.text
+
+
+@pytest.mark.parametrize("mistake", [KeyError, TypeError])
+def test_our_own_mistake_is_no_unknown_text(tmp_path, monkeypatch, mistake):
+    def fail(*args):
+        raise mistake
+
+    monkeypatch.setattr(held_out, "check_not_trained_on", fail)
+    (tmp_path / "training_state.json").write_text(json.dumps({"arguments": STATE}))
+    with pytest.raises(mistake):
+        held_out.check_not_trained_on_by(tmp_path, source(), "--ckpt")
+
+
 # --- the figures ---------------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,16 @@ def test_a_loaded_hybrid_does_tasks_of_choice_and_of_generation(arc_and_gsm8k):
         run_task("gsm8k", model, tokenizer, None, 64, 1, 2, local_files_only=True)
 
 
+def test_a_refusal_without_words_gets_some(monkeypatch):
+    def refuse(*args, **more):
+        raise AssertionError
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", refuse)
+    tokenizer = TOKENIZERS["one token each"]()
+    with pytest.raises(ValueError, match="refuses: it does not say why; --max_length 20 may be too short"):
+        run_task("gsm8k", tiny_model("llama", 300), tokenizer, 1, 20, 1, 2, local_files_only=True)
+
+
 def test_a_task_that_is_not_there_gets_the_nearest_names():
     with pytest.raises(ValueError, match="--tasks helaswag: .*did you mean hellaswag"):
         check_tasks(["helaswag", "arc_challenge"], local_files_only=True)

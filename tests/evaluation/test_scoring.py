@@ -70,6 +70,13 @@ def test_scores_equal_the_slow_reference(model, kind, batch_size, max_length):
     check(model, tokenizer, requests, batch_size, max_length)
 
 
+def test_a_prompt_that_is_cut_counts_once_however_many_rows_it_takes(llama):
+    tokenizer, answers = byte_tokenizer([], True), (" yes", " no", "!")
+    scorer = Scorer(llama, tokenizer, CPU, max_length=41)
+    scorer([Request("x", answers), Request("x" * 60, answers), Request("y" * 60, answers)])
+    assert scorer.n_cut == 2
+
+
 @pytest.mark.parametrize(
     "requests",
     [

@@ -14,6 +14,7 @@ from report_page.run_data import read_run, read_runs
 from report_page.series import charts_of, span_of
 from report_page.tables import option_tables
 from tests.report_page.run_folders import build, result, row_of
+from utils import boot_id
 
 DEEP = "[" * 100_000 + "]" * 100_000
 FIGURES = ("loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s", "teacher_wait_s", "mfu")
@@ -104,9 +105,25 @@ def test_a_run_without_an_end_may_have_been_killed(tmp_path, pid, expected):
 
 
 def test_a_run_without_an_end_may_be_alive(tmp_path):
-    run = build(tmp_path / "run", [row_of(1)], status={"status": "running", "pid": os.getpid()})
-    alive = f"run: has not reported its end: its process {os.getpid()} is still running."
+    run = build(tmp_path / "run", [row_of(1)], status={"status": "running", "pid": os.getpid(), "boot": boot_id()})
+    alive = f"run: has not reported its end: a process {os.getpid()} is running."
     assert alive in make_page(read_runs([run]), [], [])
+
+
+@pytest.mark.parametrize("boot", [None, "", 7, "of another machine, or an earlier one of this"])
+def test_a_process_of_another_boot_says_nothing_of_a_run(tmp_path, boot):
+    run = build(tmp_path / "run", [row_of(1)], status={"status": "running", "pid": os.getpid(), "boot": boot})
+    page = make_page(read_runs([run]), [], [])
+    assert "run: has not reported its end: it is still running, or was killed." in page
+
+
+@pytest.mark.parametrize("stderr", [-0.01, float("nan"), float("inf"), None])
+def test_a_standard_error_that_is_none_is_left_out(tmp_path, stderr):
+    run = build(tmp_path / "run", [row_of(1)])
+    score = result("hybrid_ft", 0.5, "/x/run/checkpoint-2") | {"stderr": stderr}
+    (run / "eval.json").write_text(json.dumps(score))
+    page = write_page([run], None).read_text()
+    assert "<td>0.5000</td>" in page
 
 
 def test_holes_and_repeated_rows_are_said(tmp_path):

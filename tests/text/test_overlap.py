@@ -1,5 +1,6 @@
 """text/overlap.py: held-out rows are not rows of training, whatever both are called."""
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from tests.text.documents import write_jsonl
 from tests.text.files import texts_of
 from tests.text.test_splits import BOTH_FORMS, KINDS, ROWS, TEST, files, hub, saved, saved_splits
+from text import overlap
 from text.overlap import TrainedOn, check_not_trained_on
 from text.sources import SourceFlags, TextSource
 
@@ -137,3 +139,23 @@ def test_empty_files_are_not_copies_of_each_other(tmp_path: Path):
         write_jsonl(tmp_path / name / "a.jsonl", [name])
     assert os.path.getsize(tmp_path / "one" / "a.jsonl") == os.path.getsize(tmp_path / "two" / "a.jsonl")
     check((tmp_path / "one",), (tmp_path / "two",))
+
+
+def test_no_table_is_made_of_data_that_has_no_file_in_common(tmp_path: Path, own_cache: Path):
+    held_out = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    check((held_out, "train[:9]"), (files(tmp_path), "train[:90%]"))
+    assert not list(own_cache.rglob("*.arrow"))
+
+
+def test_files_of_one_size_are_compared_whole_only_if_they_begin_and_end_alike(tmp_path: Path, monkeypatch):
+    compared, whole = [], filecmp.cmp
+    monkeypatch.setattr(filecmp, "cmp", lambda one, other, shallow: compared.append(one) or whole(one, other, shallow))
+    for folder in ("one", "two"):
+        for i in range(9):
+            write_jsonl(tmp_path / folder / f"{i}.jsonl", [f"{folder}{i}" + "x" * 100])
+    check((tmp_path / "one",), (tmp_path / "two",))
+    assert not compared
+    end = "x" * overlap.END_BYTES
+    one, two = (write_jsonl(tmp_path / f"{word}.jsonl", [end + word + end]) for word in ("day", "sea"))
+    check((one,), (two,))
+    assert compared == [str(one)]
