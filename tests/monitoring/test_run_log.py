@@ -282,7 +282,7 @@ def test_the_status_of_a_run(tmp_path):
 
 
 def test_a_run_that_its_input_ends_is_not_running(tmp_path):
-    with pytest.raises(ValueError), taken(options_in(tmp_path), checkpoint=None):
+    with pytest.raises(ValueError), taken(options_in(tmp_path), resumed=None):
         assert read_status(tmp_path)["status"] == "running" and read_status(tmp_path)["pid"] == os.getpid()
         raise ValueError("--eval_dataset_name nope: not there")
     expected = {"status": "refused", "exit_code": 2, "text": "--eval_dataset_name nope: not there"}
