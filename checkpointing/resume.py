@@ -47,16 +47,17 @@ class Resume:
 
     @property
     def checkpoint(self) -> Path | None:
+        """Returns the best candidate, and after `choose` the one that the run resumes from."""
         return self._candidates[0] if self._candidates else None
 
     @property
     def start(self) -> int:
-        """The micro step that the run begins after."""
+        """Returns the micro step that the run begins after."""
         return self.args.resume_step if self.resumed is None else self.resumed
 
     @property
     def resumed(self) -> int | None:
-        """The micro step of the checkpoint, whatever its folder is named; None for a run that starts anew."""
+        """Returns the micro step of the checkpoint, whatever its folder is named; None for a run that starts anew."""
         return None if self.checkpoint is None else self._states[self.checkpoint]["micro_step"]
 
     def choose(self, ranks: Ranks) -> None:

@@ -20,7 +20,7 @@ from checkpointing.files import checkpoint_bytes, find_checkpoints, largest_file
 from checkpointing.housekeeping import remove_partial, set_bad_aside
 from checkpointing.small_files import check_places
 from llamba import LlambaForCausalLM
-from processes.ranks import Ranks
+from processes.ranks import Ranks, restarts
 from utils import TakenError, boot_id, lock_dir, write_whole
 
 logger = logging.getLogger("train")
@@ -218,7 +218,7 @@ def begin_status(output_dir: Path) -> float:
     stop with this one. Returns how many seconds ago torchrun launched the run; its restarts keep that time.
     """
     now = {"launched": time.time(), "boot": boot_id(), "launched_since_boot": time.monotonic()}
-    before = read_status(output_dir) if _restarts() else {}
+    before = read_status(output_dir) if restarts() else {}
     launched = {name: before.get(name, now[name]) for name in now}
     write_status(output_dir, "running", 0, **launched, pid=os.getpid())
     # The wall clock may jump. Only on another machine there is nothing better.
@@ -226,15 +226,11 @@ def begin_status(output_dir: Path) -> float:
     return max(0.0, now[clock] - launched[clock])
 
 
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def ended_before_restart(output_dir: Path) -> int | None:
     """Returns the exit code of the workers that torchrun has restarted, if they had stopped for good: under
     --max-restarts torchrun takes every code but 0 for a failure and starts the workers again.
     """
-    status = read_status(output_dir) if _restarts() else {}
+    status = read_status(output_dir) if restarts() else {}
     if status.get("status") not in ("stopped", "diverged"):
         return None
     logger.warning("not started again: %s", status["text"])

@@ -5,7 +5,6 @@ at once.
 
 import functools
 import os
-import select
 import signal
 import socket
 import sys
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
+
+from processes.streams import flush_standard_output, is_of_standard_output, open_closed_streams
 
 T = TypeVar("T")
 
@@ -141,44 +142,11 @@ def run_entry(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if has_printed() and not (isinstance(error, BrokenPipeError) and has_no_reader()):
+        if not is_of_standard_output(error):
             raise
         return 1
     finally:
-        has_printed()
-
-
-def open_closed_streams() -> None:
-    """Opens what the parent has closed of standard input, output and error, as `2>&-` does, on /dev/null. Otherwise the
-    next file that is opened takes that number, and a library that writes to standard error writes into it.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
-def has_printed() -> bool:
-    """Writes what was printed and is still in a buffer. Returns False where standard output does not take it: its
-    reader is gone, which needs no words, or its disk is full. What is printed later goes to /dev/null.
-    """
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-        return False
-    return True
-
-
-def has_no_reader() -> bool:
-    """Returns whether standard output is a pipe whose other end is closed."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+        flush_standard_output()
 
 
 def answer_early(parse: Callable[[], T]) -> T:

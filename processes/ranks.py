@@ -110,6 +110,11 @@ def local_world_size() -> int:
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
+def restarts() -> int:
+    """Returns how often torchrun has started the ranks again (--max-restarts)."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def _number(name: str, default: int) -> int:
     """Returns an environment variable that torchrun sets. Raises ValueError if it is not a whole number."""
     value = os.environ.get(name, str(default))
@@ -124,7 +129,7 @@ def check_launch() -> None:
     may open too few files for its ranks.
     """
     rank, world_size, n_local = launched_rank(), launched_world_size(), local_world_size()
-    _number("TORCHELASTIC_RESTART_COUNT", 0)
+    restarts()
     needed = ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] if was_launched() else []
     if world_size > 1:
         needed = ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *needed]

@@ -2,6 +2,7 @@
 campaign of `kill -9` in tests/faults/kills.py has its full length in `make faults`.
 """
 
+import errno
 import json
 import random
 import re
@@ -13,7 +14,7 @@ from tests import fresh
 from tests.faults import scenarios
 from tests.faults.compare import differences, rows, tensors
 from tests.faults.damage import damage_checkpoints, damage_texts
-from tests.faults.failing_saves import fail_saves
+from tests.faults.failing_saves import Fault, try_faults
 from tests.faults.kills import run_campaign
 from tests.small_runs import make_models, read_metrics
 
@@ -184,6 +185,11 @@ def test_one_ranks_end_is_everybodys_with_the_first_cause_in_the_log(facts, scen
     assert f"this run ends because {cause}" in fact["log"]
 
 
+def test_a_rank_that_is_halted_for_a_while_changes_nothing(played, facts):
+    assert facts("a_rank_is_halted_for_a_while")["codes"] == [0, 0]
+    assert differences(played("straight"), played("a_rank_is_halted_for_a_while"), 12) == []
+
+
 def test_of_an_error_the_failing_rank_logs_the_traceback_and_the_others_the_cause(facts, played):
     log = facts("a_rank_raises")["log"]
     assert log.count("this run ends because rank 2 failed: RuntimeError: a fault of this test") == 2
@@ -208,18 +214,25 @@ def test_a_full_disk_costs_no_step(played, facts):
     assert not kept & {"checkpoint-6", "checkpoint-9", ".partial-checkpoint-6-0"}
 
 
-def test_saves_that_fail_anywhere_lose_nothing(tmp_path):
-    result = fresh.call(fail_saves, tmp_path, 3, random.Random(4))
-    assert result["differences"] == []
-    assert result["outcomes"] == {"refused before training": 1, "saved later": 1, "logged": 1}
+SAVES_THAT_FAIL = {
+    Fault("writing tensors", rank=0, first=1, times=1, code=errno.EROFS): "refused before training",
+    Fault("flushing a file", rank=1, first=9, times=2, code=errno.ENOSPC): "saved later",
+    Fault("after the rename", rank=0, first=3, times=1, code=errno.EIO): "logged",
+}
+
+
+def test_saves_that_fail_anywhere_lose_nothing(stage, played, tmp_path):
+    tried = fresh.call(try_faults, stage, played("straight"), tmp_path, list(SAVES_THAT_FAIL))
+    assert tried == [(str(fault), outcome, []) for fault, outcome in SAVES_THAT_FAIL.items()]
 
 
 def test_a_folder_copied_by_what_follows_links_is_resumed_like_the_first(stage, played):
     """The link has become a folder: the new one is right, and old checkpoints are deleted as ever."""
+    straight = played("straight")
     played("a_copied_folder")
     for how in ("auto", "latest"):
         folder = stage / f"copied-{how}"
-        assert differences(played("straight"), folder, 12) == []
+        assert differences(straight, folder, 12) == []
         assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
         assert (folder / "latest").is_symlink() and (folder / "latest").resolve().name == "checkpoint-12"
         assert {file.name for file in (folder / "latest-copy").iterdir()} >= {"training_state.json", "SHA256SUMS"}

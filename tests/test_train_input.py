@@ -40,7 +40,7 @@ def error_of_run(models, tmp_path, monkeypatch, **changes):
         ({"layers": "1 9"}, ["--layers 1 9", "out of range", "0 to 3"]),
         ({"seq_length": 129}, ["--seq_length 129", "128 tokens at once", "lower --seq_length"]),
         ({"dataset_text_field": "body"}, ["--dataset_text_field", "body", "text"]),
-        ({"batch_size": 100_000}, ["too small", "--batch_size"]),
+        ({"batch_size": 10_000}, ["too small", "--batch_size"]),
         ({"teacher_device": "cuda:3"}, ["--teacher_device cuda:3"]),
         ({"temperature": 0}, ["--temperature 0"]),
         ({"teacher_model": "meta-llama/Absent"}, ["--teacher_model meta-llama/Absent", "hf download"]),

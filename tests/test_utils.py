@@ -78,6 +78,15 @@ def test_a_lock_that_is_no_file_of_ours_is_one_line_and_stays(tmp_path, kind):
     assert (tmp_path / "precious").read_text() == "kept" and not (tmp_path / "nowhere").exists()
 
 
+def test_a_link_that_is_made_between_the_check_and_the_opening_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    monkeypatch.setattr("pathlib.Path.is_symlink", lambda path: False)
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: cannot be written"):
+        utils.lock_dir("--output_dir", tmp_path)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_who_does_not_get_the_lock_leaves_what_the_other_has_written_in_it(tmp_path):
     with utils.lock_dir("--output_dir", tmp_path) as lock:
         lock.write("mine")

@@ -8,7 +8,8 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing.files import find_checkpoints, hash_check, quick_check, read_sums
@@ -17,51 +18,74 @@ from tests.faults.traps import MOMENTS
 from tests.launch import Launch
 from tests.small_runs import make_models, options
 
-# How often each rank, or rank 0 alone, comes there in a run of four saves; the trial at the start included.
-OPERATIONS = {"before a rank's part": 4, "writing tensors": 10, "flushing a file": 20, "hashing a file": 14}
-OF_RANK_0 = {"before the publishing": 4, "at the rename": 5, "after the rename": 4, "deleting an old one": 4}
+# How often each rank, or rank 0 alone, comes there in a run of five saves, at least; the trial at the start included.
+OPERATIONS = {"before a rank's part": 5, "writing tensors": 12, "flushing a file": 24, "hashing a file": 17}
+OF_RANK_0 = {"before the publishing": 5, "at the rename": 6, "after the rename": 5, "deleting an old one": 5}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EPERM, errno.EFBIG)
-STEPS = 8  # of a run
+STEPS = 12  # of a run
 
 
-def fail_saves(folder: Path, n: int, dice: random.Random) -> dict:
-    """Runs `n` times with a failing save; `differences` lists what was lost."""
-    models, run = make_models(folder), folder / "failing"
-    argv = options(models, folder / "straight", max_steps=STEPS)
-    straight = Launch(argv, 2, folder / "straight.log")
-    assert straight.wait() == [0, 0], straight.text()
-    outcomes, lost = Counter[str](), []
-    for number in range(n):
-        operation, code = dice.choice([*OPERATIONS, *OF_RANK_0]), dice.choice(ERRORS)
-        first, times = dice.randint(1, {**OPERATIONS, **OF_RANK_0}[operation]), dice.randint(1, 3)
-        rank = dice.randrange(2) if operation in OPERATIONS else 0
-        fault = f"{operation}, rank {rank}, calls {first} to {first + times - 1}: {errno.errorcode[code]}"
-        outcome = play(models, run, folder / f"failing-{number}.log", failing(operation, first, times, code, rank))
-        outcomes[outcome.partition(":")[0]] += 1
-        wrong = [outcome] if outcome.startswith("!") else what_is_lost(folder / "straight", run)
-        lost += [f"{fault}: {what}" for what in wrong]
-        shutil.rmtree(run)
-    return {"tried": n, "outcomes": dict(outcomes), "differences": lost}
+@dataclass(frozen=True)
+class Fault:
+    """Says which calls of which operation (of traps.MOMENTS) raise an error, and on which rank."""
 
+    operation: str
+    rank: int
+    first: int
+    times: int
+    code: int
 
-def failing(operation: str, first: int, times: int, code: int, rank: int) -> Callable[[int], None]:
-    """Returns an `arm` that has some calls of an operation of one rank raise OSError."""
-    owner, name = MOMENTS[operation]
+    def __str__(self) -> str:
+        calls = f"calls {self.first} to {self.first + self.times - 1}"
+        return f"{self.operation}, rank {self.rank}, {calls}: {errno.errorcode[self.code]}"
 
-    def arm(own_rank: int) -> None:
+    def arm(self, own_rank: int) -> None:
+        """Sets the fault in this process if it is the rank. For `arm` of a launch."""
+        owner, name = MOMENTS[self.operation]
         real, calls = vars(owner)[name], 0
 
         def call(*args, **kwargs):
             nonlocal calls
             calls += 1
-            if first <= calls < first + times:
-                raise OSError(code, os.strerror(code))
+            if self.first <= calls < self.first + self.times:
+                raise OSError(self.code, os.strerror(self.code))
             return real(*args, **kwargs)
 
-        if own_rank == rank:
+        if own_rank == self.rank:
             setattr(owner, name, call)
 
-    return arm
+
+def drawn(n: int, dice: random.Random) -> list[Fault]:
+    """Returns `n` faults at random."""
+    faults = []
+    for _ in range(n):
+        operation, code = dice.choice([*OPERATIONS, *OF_RANK_0]), dice.choice(ERRORS)
+        first, times = dice.randint(1, {**OPERATIONS, **OF_RANK_0}[operation]), dice.randint(1, 3)
+        faults.append(Fault(operation, dice.randrange(2) if operation in OPERATIONS else 0, first, times, code))
+    return faults
+
+
+def fail_saves(folder: Path, n: int, dice: random.Random) -> dict:
+    """Runs `n` times with a failing save; `differences` lists what was lost."""
+    models = make_models(folder)
+    straight = Launch(options(models, folder / "straight", max_steps=STEPS), 2, folder / "straight.log")
+    assert straight.wait() == [0, 0], straight.text()
+    outcomes = try_faults(models, folder / "straight", folder, drawn(n, dice))
+    lost = [f"{fault}: {what}" for fault, _, losses in outcomes for what in losses]
+    return {"tried": n, "outcomes": dict(Counter(outcome for _, outcome, _ in outcomes)), "differences": lost}
+
+
+def try_faults(models: Path, straight: Path, folder: Path, faults: Iterable[Fault]) -> list[tuple[str, str, list[str]]]:
+    """Runs once with each fault. Returns each fault, what became of the run, and what it has lost in comparison with
+    the folder of a run of STEPS micro steps that was left alone.
+    """
+    tried, run = [], folder / "failing"
+    for number, fault in enumerate(faults):
+        outcome = play(models, run, folder / f"failing-{number}.log", fault.arm)
+        wrong = [outcome] if outcome.startswith("!") else what_is_lost(straight, run)
+        tried.append((str(fault), outcome.partition(":")[0], wrong))
+        shutil.rmtree(run)
+    return tried
 
 
 def play(models: Path, run: Path, log: Path, arm: Callable[[int], None]) -> str:

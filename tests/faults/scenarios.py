@@ -207,6 +207,15 @@ def rank_0_is_killed(scene: Scene) -> None:
     scene.run(3, on_rank(0, lambda: at_micro_step(4, signal_self(signal.SIGKILL))))
 
 
+def a_rank_is_halted_for_a_while(scene: Scene) -> None:
+    """Halts rank 1, as a debugger or a frozen container does, until the process is seen to stand still."""
+    launch = scene.launch(2, on_rank(1, lambda: at_micro_step(4, signal_self(signal.SIGSTOP))))
+    stat = Path(f"/proc/{launch.pids[1]}/stat")
+    wait_until(lambda: launch.ended() or stat.read_text().rpartition(")")[2].split()[0] == "T", seconds=200)
+    os.kill(launch.pids[1], signal.SIGCONT)
+    scene.wait(launch)
+
+
 def a_rank_dies_while_others_wait_in_native_code(scene: Scene) -> None:
     """Hangs the main thread of rank 0, as NCCL does: only its lifeline can end it."""
 
@@ -265,11 +274,14 @@ def no_checkpoint_can_be_written(scene: Scene) -> None:
 
 
 def a_copied_folder(scene: Scene) -> None:
-    """Resumes in copies of a run's folder in which the link `latest` has become a folder."""
-    scene.run(max_steps=6)
+    """Resumes in copies of the folder of `straight` as it was after micro step 6, in which `latest` is no link but a
+    folder. `straight` has to be played before.
+    """
     for how in ("auto", "latest"):
         copy = scene.folder / f"copied-{how}"
-        shutil.copytree(scene.output, copy)
+        later = shutil.ignore_patterns("checkpoint-9", "checkpoint-12", "latest")
+        shutil.copytree(scene.folder / "straight", copy, ignore=later)
+        shutil.copytree(copy / "checkpoint-6", copy / "latest")
         scene.run(output=copy, resume="auto" if how == "auto" else copy / "latest", save_total_limit=2)
 
 

@@ -52,6 +52,13 @@ def test_without_a_reader_an_entry_that_prints_nothing_ends_as_ever(no_reader):
     assert run(PRINT.replace("print('x' * {length})", "76"), stdout=no_reader).returncode == 76
 
 
+def test_without_a_reader_any_other_error_has_its_traceback(no_reader):
+    """Although what was printed before it cannot be written either."""
+    fails = "(print('x'), open('/proc/nowhere'))"
+    ended = run(PRINT.replace("print('x' * {length})", fails), stdout=no_reader, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1 and "No such file or directory: '/proc/nowhere'" in ended.stderr
+
+
 def test_a_full_disk_behind_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         ended = run(PRINT.format(length=1), stdout=full, stderr=subprocess.PIPE, text=True)

@@ -17,7 +17,7 @@ from text import encoding, long_texts
 from text.encoding import Encoder
 
 PIECE = 900
-LENGTH = 5000  # of a text, about
+LENGTH = 3600  # of a text, about
 WORDS = (  # Llama 3's
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
