@@ -29,6 +29,7 @@ from text.tolerant_reader import columns_of, first_bad_row, tolerant_stream
 
 logger = logging.getLogger("train")
 
+SHARDS = 840  # of a part that is streamed: shuffled each epoch, and shared out whole among 1 to 8 ranks
 Whole: TypeAlias = dict[str, datasets.Dataset] | datasets.DatasetBuilder
 
 READ_ERRORS = (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, *DAMAGED_ARCHIVE)
@@ -193,7 +194,8 @@ def open_stream(opened: Opened, source: TextSource) -> datasets.IterableDataset:
     if isinstance(opened, datasets.Dataset) or is_part(source.split):
         table = open_table(opened, source)
         assert isinstance(table, datasets.Dataset)
-        return table.to_iterable_dataset()
+        # A whole one is one shard, as it has always been: streams that were begun must find their place.
+        return table.to_iterable_dataset(num_shards=SHARDS if is_part(source.split) and len(table) >= SHARDS else 1)
     _check_sizes_of_rows(opened, source)
     try:
         stream = opened.as_streaming_dataset(split=source.split)

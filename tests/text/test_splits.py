@@ -9,7 +9,7 @@ import pytest
 
 from tests.text.documents import cache_as_hub_dataset, write_jsonl
 from tests.text.files import source_of, texts_of
-from text.opening import open_source
+from text.opening import open_source, open_stream
 from text.sources import TextSource
 from text.splits import parts_of
 
@@ -140,3 +140,14 @@ def test_a_whole_table_keeps_its_fingerprint_and_its_tokens(tmp_path: Path):
     whole, part = (open_source(source_of(saved(tmp_path), split=split)) for split in ("train", "train[:56]"))
     assert isinstance(whole, datasets.Dataset) and isinstance(part, datasets.Dataset)
     assert whole._fingerprint == datasets.load_from_disk(str(tmp_path / "saved"))._fingerprint != part._fingerprint
+
+
+def test_a_part_that_is_streamed_has_shards_to_share_out(tmp_path):
+    """Each rank of one shard would read all rows to keep its own; a whole table stays one, for streams begun before."""
+    datasets.Dataset.from_dict({"text": [str(i) for i in range(2000)]}).save_to_disk(tmp_path / "saved")
+    for split, shards in ("train", 1), ("train[:1000]", 840), ("train[:50]", 1):
+        source = TextSource(str(tmp_path / "saved"), split=split)
+        stream = open_stream(open_source(source), source)
+        assert stream.num_shards == shards
+        texts = sorted(int(row["text"]) for row in stream)
+        assert texts == list(range({"train": 2000, "train[:1000]": 1000, "train[:50]": 50}[split]))
