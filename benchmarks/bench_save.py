@@ -63,7 +63,7 @@ def run(case: str, candidate: str) -> dict:
             start = time.perf_counter()
             saver.save(RunState(micro_step, micro_step, rng=random_state(device)))
             standing.append(time.perf_counter() - start)
-            saver._wait()
+            saver.wait()
             written.append(time.perf_counter() - start)
         n_bytes = sum(path.stat().st_size for path in Path(folder, "checkpoint-1").iterdir())
         del model

@@ -92,12 +92,20 @@ def hub_files_in_cache(source: TextSource) -> Iterator[None]:
 def _passing_folder(root: Path) -> tempfile.TemporaryDirectory:
     """Makes a folder with a link to each table of the cache in `root`. It is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="datasets-")
-    for levels in ("*/*/*", "*/*/*/*"):  # name / configuration / version / hash; some have no hash
-        for info in root.glob(f"{levels}/{datasets.config.DATASET_INFO_FILENAME}"):
-            link = Path(folder.name) / info.parent.relative_to(root)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(info.parent.absolute())
+    for table in _tables(root):
+        link = Path(folder.name) / table.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(table.absolute())
     return folder
+
+
+def _tables(root: Path) -> list[Path]:
+    """Returns the folders of the tables in a cache: name / configuration / version / hash; some have no hash."""
+    try:
+        infos = [*root.glob(f"*/*/*/{datasets.config.DATASET_INFO_FILENAME}")]
+        return [info.parent for info in (*infos, *root.glob(f"*/*/*/*/{datasets.config.DATASET_INFO_FILENAME}"))]
+    except OSError:  # this user may not look there
+        return []
 
 
 def _writing_problem(folder: Path) -> str | None:
