@@ -9,6 +9,7 @@ from inputs.context import shortest
 from inputs.model_files import folder_of
 from llamba import LlambaConfig
 from model_utils import check_replacements, get_tokenizer
+from processes.ranks import is_main_rank
 from text.encoding import Encoder
 
 logger = logging.getLogger("train")
@@ -92,7 +93,9 @@ def tokenizer_difference(own: PreTrainedTokenizerBase, teachers: PreTrainedToken
 
 
 def warn_of_another_tokenizer(student: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Logs a warning if the student was made for other tokens than the teacher's `tokenizer` gives."""
+    """Logs a warning, on rank 0, if the student was made for other tokens than the teacher's `tokenizer` gives."""
+    if not is_main_rank():
+        return
     try:
         own = own_tokenizer("--student_model", student)
         found = None if own is None else tokenizer_difference(own, tokenizer)
