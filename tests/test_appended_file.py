@@ -164,11 +164,12 @@ def test_arguments_that_do_not_fit_their_text_are_reported_by_logging(log, capsy
 
 
 @pytest.mark.parametrize("device", ["/dev/null", "/dev/stderr"])
-def test_a_log_may_be_a_device(device):
+def test_a_log_may_be_a_device(device, capfd):
     log = logging.Logger("train")
     log.addHandler(LogFile(Path(device)))
     log.info("a line")
     log.handlers[0].close()
+    assert capfd.readouterr().err == ("" if device == "/dev/null" else "a line\n")
 
 
 def test_two_handlers_that_warn_at_once_do_not_wait_for_each_other(tmp_path, monkeypatch):

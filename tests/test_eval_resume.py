@@ -232,6 +232,7 @@ def test_a_folder_that_is_gone_at_the_end_is_no_error(tmp_path):
     with resumable(tmp_path / "eval.json", {}, resume=False, overwrite=False) as claim:
         shutil.rmtree(tmp_path / "eval.json.partial")
         PartialResults(tmp_path / "eval.json.partial", claim).check_own()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_another_evaluation_is_not_removed_at_the_end(tmp_path):

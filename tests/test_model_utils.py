@@ -332,4 +332,5 @@ def test_what_is_beside_a_teachers_layers_may_stay_there(tmp_path):
     tiny_teacher().save_pretrained(tmp_path)
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "vision.layers.0.mlp.weight": torch.ones(3)}
     save_file({**load_file(tmp_path / "model.safetensors"), **more}, tmp_path / "model.safetensors")
-    get_teacher_model(str(tmp_path), torch.float32, CPU)
+    teacher = get_teacher_model(str(tmp_path), torch.float32, CPU)
+    assert torch.equal(teacher.model.norm.weight, load_file(tmp_path / "model.safetensors")["model.norm.weight"])

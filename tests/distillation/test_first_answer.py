@@ -58,8 +58,10 @@ def test_what_one_rank_finds_all_of_them_report():
 
 
 def test_without_a_teacher_or_a_batch_nothing_is_asked():
-    check_first_answer("NAME", NoTeacher(CPU), None, BATCH, Ranks())
-    check_first_answer("NAME", SimpleNamespace(waits=NoTeacher(CPU).waits), None, None, Ranks())
+    ranks = Ranks()
+    check_first_answer("NAME", NoTeacher(CPU), None, BATCH, ranks)
+    check_first_answer("NAME", SimpleNamespace(waits=NoTeacher(CPU).waits), None, None, ranks)
+    assert ranks.asked == 2  # the other ranks, which may have an answer
 
 
 @pytest.mark.parametrize("n_bad", [1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 8])

@@ -61,7 +61,7 @@ def test_a_config_that_says_so(role, folder, values, method):
 
 def test_a_config_that_says_no(role, folder):
     change_json(folder / "config.json", quantization_config=None, compression_config={})
-    READ[role]("--flag", "NAME", str(folder))
+    assert READ[role]("--flag", "NAME", str(folder)).num_hidden_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
@@ -74,7 +74,7 @@ def test_a_stray_integer_tensor_is_named(role, folder, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_floats_are_read(role, folder, dtype):
     change_weight(folder, WEIGHT[role], lambda weight: weight.to(dtype))
-    READ[role]("--flag", "NAME", str(folder))
+    assert READ[role]("--flag", "NAME", str(folder)).num_hidden_layers
 
 
 def test_shards_and_bin_files_are_looked_into(role, folder):
@@ -102,7 +102,7 @@ def test_integers_that_are_no_weights_are_left_alone(tmp_path):
     weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
     weights["num_batches_tracked"] = torch.ones((), dtype=torch.int64)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    read_config("--teacher_model", "NAME", str(tmp_path))
+    assert read_config("--teacher_model", "NAME", str(tmp_path)).model_type == "gpt2"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import eval_mmlu_hybrid
 import train_gpus
 from preflight.checks import machine
 from preflight.checks.basics import FAILURE, PlannedRun
-from processes.ranks import allow_open_files, check_launch, process_groups
+from processes.ranks import allow_open_files, check_launch, launched_rank, launched_world_size, process_groups
 from tests.parsing import options_in
 
 pytestmark = pytest.mark.usefixtures("no_torchrun")
@@ -34,6 +34,7 @@ WHOLE = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MAS
 def test_a_launch_that_is_whole(variables):
     os.environ.update(variables)
     check_launch()
+    assert launched_rank() < launched_world_size()
 
 
 @pytest.mark.parametrize(
