@@ -84,7 +84,7 @@ def main(args: TrainArguments | None = None) -> int:
 
 def check(args: TrainArguments) -> Checked:
     """Finds what a user can get wrong before a weight is read or a rank waits for another. Raises ValueError."""
-    device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0)
+    device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.has_teacher)
     if args.compile:
         check_compiler(device.type)
     if is_main_rank():

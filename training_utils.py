@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_wsd_schedule
 
 from arguments import TrainArguments
+from conversion.alignment import load_alignment
 from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, step_or_skip
 from distillation.losses import (
     compute_distill_loss as compute_distill_loss,  # users of the original layout look for it here
@@ -61,9 +62,11 @@ class Objective(Protocol):
 def load_objective(
     args: TrainArguments, models: Models, ranks: Ranks, teacher_device: torch.device, chunk_tokens: int | None = None
 ) -> tuple[Objective, Lane]:
-    """Returns what a run descends, with this rank's student, and the lane to the teacher's answers. chunk_tokens:
+    """Returns what `--stage` descends, with this rank's student, and the lane to the teacher's answers. chunk_tokens:
     of a resumed run's loss.
     """
+    if args.stage == "align":
+        return load_alignment(args, models, ranks.device, chunk_tokens)
     student, head, lane = load_models(args, models, ranks, teacher_device)
     return Distillation(DistillationModel(student, head, models.vocab, args, chunk_tokens), ranks.device), lane
 
