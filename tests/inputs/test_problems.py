@@ -134,19 +134,9 @@ def test_where_held_out_text_comes_from(line, text):
     assert train_options(f"{line} --eval_interval 5").held_out_text() == text
 
 
-OF_A_RUN = {
-    "stage",
-    "align",
-    "seed",
-    "layers",
-    "dtype",
-    "freeze_mlp",
-    "freeze_replaced_layers",
-    "master_weights",
-    "seq_length",
-}
+OF_A_RUN = {"seed", "stage", "align", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
 OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
-OF_A_RUN |= {"dataset_streaming"}
+OF_A_RUN |= {"dataset_streaming", "seq_length"}
 
 
 def test_what_a_resumed_run_must_keep():
