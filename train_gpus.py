@@ -33,6 +33,7 @@ from data import CachedLoader, build_dataloader
 from distillation.first_answer import check_first_answer
 from distillation.models import Models, check_models, load_models
 from distillation.teacher import ask_ahead
+from inputs.option_checks import warmup_problems
 from inputs.option_files import as_yaml
 from llamba.parts import parameter_table
 from model_utils import adopt_special_tokens
@@ -128,7 +129,8 @@ def run(job: Job, checked: Checked) -> int:
     student, head, lane = load_models(args, models, ranks, checked.teacher_device)
     check_first_answer(args.teacher_model, lane, head, batches.peek(), ranks)
     adopt_special_tokens(student, models.tokenizer)
-    logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
+    table = parameter_table(student, args.max_lr, args.copied_lr_factor)
+    logger.info("student with layers %s from the teacher\n%s", args.layers, table)
     model = DistillationModel(student, head, models.vocab, args, state.loss_chunk_tokens)
     learner = build_learner(job, model, lane, total_steps, state.step, state.loss_scale)
     resume.restore(learner, ranks)
@@ -167,6 +169,8 @@ def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader, do
             f"--resume_step {args.resume_step}: the run has {total} optimizer steps of {accumulate} micro steps; "
             "nothing is left to train, raise --max_steps or --epochs"
         )
+    for problem in warmup_problems(args, total):  # of data that is less than --max_steps
+        raise ValueError(problem)
     return total
 
 
