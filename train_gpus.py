@@ -45,6 +45,7 @@ from preflight.plan_report import print_plan
 from processes.devices import check_compiler, choose_devices
 from processes.ranks import check_launch, is_main_rank, launched_rank, launched_world_size, process_groups
 from text.batch import Batch
+from text.separators import choose_separator
 from text.stream_loader import StreamingLoader
 from training_utils import DistillationModel, Job, Learner, Meter, build_learner, settle_buckets, to_device
 from utils import Stopwatch, TimedIterator, describe_environment, printable, setup_logging
@@ -59,6 +60,7 @@ class Checked(NamedTuple):
     teacher_device: torch.device
     resume: Resume
     models: Models
+    args: TrainArguments  # with what `auto` stands for in this run
 
 
 def main(args: TrainArguments | None = None) -> int:
@@ -80,7 +82,7 @@ def main(args: TrainArguments | None = None) -> int:
             refuse = functools.partial(run_folder.write_refusal, Path(args.output_dir))
             ranks = stack.enter_context(process_groups(checked.device, on_mistake=refuse))
             warnings.write_to(Path(args.output_dir))
-            return run(Job(args, ranks, stop), checked)
+            return run(Job(checked.args, ranks, stop), checked)
 
 
 def check(args: TrainArguments) -> Checked:
@@ -93,7 +95,11 @@ def check(args: TrainArguments) -> Checked:
     if is_main_rank():
         check_trackers(args)
     resume = Resume(args, launched_world_size())
-    return Checked(device, teacher_device, resume, check_models(args, resume.checkpoint))
+    models = check_models(args, resume.checkpoint)
+    separator = choose_separator(resume.document_separator(models.tokenizer.eos_token), models.tokenizer)
+    logger.info("each document ends with %s: %s", separator, separator.why)
+    args = dataclasses.replace(args, document_separator=separator.token)
+    return Checked(device, teacher_device, resume, models, args)
 
 
 def run(job: Job, checked: Checked) -> int:
