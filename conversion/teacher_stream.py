@@ -49,8 +49,8 @@ class TeacherStream:
             head = self._shared(weights.head(dtype, self.device), student.lm_head.weight)
         self.head = head.detach()[:vocab]  # (vocab, D)
         self.rotary = weights.rotary(self.device)
-        text = "of the teacher %.3f GB are held beside the student, %.3f GB are the student's own"
-        logger.info(text, self.bytes_held / 1e9, self.bytes_shared / 1e9)
+        text = "of the teacher's weights %s MB are held beside the student, %s MB are the student's own"
+        logger.info(text, f"{self.bytes_held / 1e6:,.1f}", f"{self.bytes_shared / 1e6:,.1f}")
 
     def _share(self, module: nn.Module, twin: nn.Module) -> None:
         """Replaces the parameters of a module by those of the student's that have the same name and values."""
