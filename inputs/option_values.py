@@ -46,8 +46,10 @@ def _preset_and_config(argv: list[str] | None) -> argparse.Namespace:
 
 def _override(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Returns both, `upper` over `lower`. What belongs to a data set or an evaluation that `upper` replaces is left
-    out.
+    out, and a warm-up in steps where `upper` gives it as a part of the run.
     """
+    if "warmup_ratio" in upper:
+        lower = _without(lower, "warmup_steps")
     if "dataset_name" in upper:
         lower = _without(lower, *OF_A_DATASET, *OF_HELD_OUT_TEXT)
     if "eval_dataset_name" in upper:
