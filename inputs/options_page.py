@@ -18,7 +18,9 @@ This page is made from the options themselves: `python arguments.py > docs/optio
 default.
 
 - **Presets.** `--preset` names a folder under `presets/`: `llamba-8b` (used if you name none), `llamba-3b`, `llamba-1b`
-  or `tiny`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults marked \\* are values of `llamba-8b`.
+  and `tiny` have published students; those of `llama-8b`, `llama-3b`, `llama-1b` and `smollm2-135m` are built first,
+  by `python make_student.py --preset NAME`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults
+  marked \\* are values of `llamba-8b`.
 - **Files.** `--config FILE` reads options from YAML, a line such as `seq_length: 1024` each; `null` means no value.
   `configs/` has files for 1B, 3B and 8B students. A run writes all its options to `args.yaml` in `--output_dir`, which
   `--config` reads too.
