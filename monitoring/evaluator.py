@@ -54,7 +54,7 @@ def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, rank
         ]
     held_out = TextSource.for_evaluation_in_training(args)
     check_not_trained_on(held_out, TextSource.for_training(args), "this run")
-    windows = read_windows(held_out, tokenizer, args.eval_windows, args.seq_length)
+    windows = read_windows(held_out, tokenizer, args.eval_windows, args.seq_length, args.document_separator)
     material = Material(windows, subjects)
     _check_same_on_all_ranks(material, ranks)
     return material
@@ -146,7 +146,7 @@ class Evaluator:
             batch, signal = to_device(batch, device), asked.result()  # (B, S, D_t) or (B, S, vocab)
             sums = held_out_sums(model.loss_inputs(batch, signal), self.args.temperature, model.chunk_tokens)
             by_batch[i * world_size + self.ranks.rank] = sums.values
-        return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.kl_weight > 0)
+        return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.has_teacher)
 
     def _counts_of_mmlu(self) -> Tensor | None:
         """Returns the numbers of right answers and of all: (2,). Each rank takes every W-th subject, with no more
