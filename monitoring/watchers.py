@@ -57,7 +57,7 @@ def build_watchers(
     gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops)
     health = UpdateHealth(args.health_interval, student, learner.optimizer, ranks)
     layer_map = LayerMap(args.layer_map_interval if ranks.is_main else 0, student, learner.lane, args.compile)
-    evaluator = Evaluator(args, material, tokenizer, ranks, learner.model.module, learner.lane, job.stop)
+    evaluator = Evaluator(args, material, tokenizer, ranks, learner.objective.model, learner.lane, job.stop)
     total = learner.total_steps
     # Last: it opens files and trackers, which have to be closed.
     log = RunLog(args, state.micro_step, ranks.is_main, step=state.step, total_steps=total, gauges=gauges)

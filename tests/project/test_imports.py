@@ -19,11 +19,13 @@ HOUSE = (
     {"arguments"},
     {"text", "model_utils", "report_page"},
     {"data", "distillation"},
-    {"training_utils", "evaluation"},
+    {"evaluation"},
+    {"conversion"},
+    {"training_utils"},
     {"checkpointing"},
     {"monitoring"},
     {"preflight"},
-    {"train_gpus", "eval_mmlu_hybrid", "doctor", "report"},
+    {"make_student", "train_gpus", "eval_mmlu_hybrid", "doctor", "report"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Where less is allowed than the floor allows.
@@ -38,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 KNOW_RANKS = {
     *("processes.ranks", "processes.lifeline", "distillation.teacher", "text.stream_loader"),
-    *("data", "training_utils", "preflight.checks.all_reduce"),
+    *("data", "training_utils", "conversion.alignment", "preflight.checks.all_reduce"),
 }
 TYPE_OF_THE_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"  # to name it is not to talk to ranks
 OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "fla"}
