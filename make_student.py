@@ -15,6 +15,7 @@ if __name__ == "__main__":
     ARGS = answer_early(parse_make_args)
 
 import functools
+import logging
 from pathlib import Path
 
 from conversion.build import Recipe, build_student
@@ -24,8 +25,11 @@ from conversion.teacher_weights import TeacherWeights
 from model_utils import get_tokenizer, locate_model
 from processes.devices import checked_device
 from text.encoding import check_tokenizer
+from text.separators import choose_separator
 from text.sources import SourceFlags, TextSource, is_part
 from utils import setup_logging
+
+logger = logging.getLogger("train")
 
 
 def main(args: MakeArguments | None = None) -> int:
@@ -38,7 +42,9 @@ def main(args: MakeArguments | None = None) -> int:
     tokenizer = get_tokenizer("--teacher_model", str(teacher.folder))
     check_tokenizer(tokenizer, "--teacher_model", teacher.config.vocab_size)
     tokens = (args.calibration_tokens, args.held_out_tokens)
-    windows = read_windows(text_of(args), tokenizer, tokens, args.seq_length, args.seed)
+    separator = choose_separator(args.document_separator, tokenizer)
+    logger.info("each document ends with %s: %s", separator, separator.why)
+    windows = read_windows(text_of(args), tokenizer, tokens, args.seq_length, args.seed, separator.token)
     assert args.output is not None
     recipe = Recipe(args.init, args.d_state, args.ssm_bias, args.dtype, tuple(sorted(args.layers)), args.seed)
     figures = build_student(teacher, Path(args.output), tokenizer, windows, recipe, device)

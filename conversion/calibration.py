@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from text.encoding import Encoder, blocks, text_batches
 from text.faults import Faults
 from text.opening import open_source, open_stream, open_table
+from text.separators import AUTO
 from text.sources import TextSource, network_forbidden
 from text.stream import TextStream
 
@@ -27,12 +28,18 @@ class Windows(NamedTuple):
 
 
 def read_windows(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, int], seq_length: int, seed: int
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: tuple[int, int],
+    seq_length: int,
+    seed: int,
+    separator: str = AUTO,
 ) -> Windows:
     """Returns windows of S tokens with at least as many `tokens` for calibration, and for measuring. The documents are
-    drawn from a shuffle buffer; one that is there twice counts once. Raises ValueError if the text has too few.
+    drawn from a shuffle buffer; one that is there twice counts once. Each ends with the `separator`, as
+    --document_separator names it. Raises ValueError if the text has too few.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, separator)
     with network_forbidden(source.local_files_only):
         batches = text_batches(_without_repetitions(_texts(source, seed)), max_rows=TEXTS_AT_ONCE)
         calibration, held_out = (

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from arguments import LONGEST_CONTEXT, MODELS, PLAN, CommonArguments, TrainArguments
+from arguments import CommonArguments, TrainArguments
+from inputs.bounds import LONGEST_CONTEXT
+from inputs.groups import MODELS, PLAN
 from inputs.option_values import option_values, preset_values
 from inputs.options import BY_PRESET, option, out_of_bounds, path_option
 
