@@ -17,6 +17,7 @@ from checkpointing.resume import Resume
 from distillation.losses import shared_vocab
 from distillation.pairing import SAME_TOKENIZER, own_tokenizer, tokenizer_difference
 from inputs.model_files import folder_of, read_config
+from inputs.option_values import command_that_makes
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
@@ -125,7 +126,8 @@ def check_model_files(run: PlannedRun) -> Iterator[Finding]:
             place = locate_model(flag, name, True, needs_weights)
             read(flag, name, place)
         except ValueError as error:
-            on_hub = HUB_PATTERN.fullmatch(name) is not None and not os.path.isdir(name)
+            may_be_on_hub = HUB_PATTERN.fullmatch(name) is not None and command_that_makes(name) is None
+            on_hub = may_be_on_hub and not os.path.isdir(name)
             if on_hub and not run.args.local_files_only:
                 found = f"not complete in the local cache; a run would download it{_download_size(run, flag)}"
                 yield Finding(WARNING, title, found, f"hf download {name}   (now, or where there is a network)")

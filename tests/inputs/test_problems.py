@@ -25,6 +25,8 @@ BOUNDS = [
     ("--min_lr 0.2", "expected at most --max_lr 1e-05"),
     *((f"--{name}_ratio {value}", "expected at least 0") for name in ("warmup", "decay") for value in ("-0.1", "nan")),
     ("--warmup_ratio 0.6 --decay_ratio 0.5", "expected parts of the run, together at most 1"),
+    ("--copied_lr_factor -0.1", "expected at least 0"),
+    ("--warmup_steps -1", "expected at least 0"),
 ]
 
 
@@ -43,6 +45,9 @@ def test_bounds_name_flag_value_and_remedy(line, remedy):
         "--ce_weight 1 --kl_weight 0",
         "--warmup_ratio 0.5 --decay_ratio 0.5",
         "--warmup_ratio 0 --decay_ratio 0",
+        "--warmup_steps 90 --max_steps 100 --decay_ratio 0.1",
+        "--warmup_steps 0 --warmup_ratio 1 --decay_ratio 1 --max_steps 100",
+        "--copied_lr_factor 0",
         "--min_lr 0.1 --max_lr 0.1",
         "--grad_accumulation_steps 4 --save_interval 8 --resume_step 4",
         "--seq_length 1 --batch_size 1 --max_steps 1 --epochs 1 --log_interval 1",
@@ -53,6 +58,12 @@ def test_bounds_name_flag_value_and_remedy(line, remedy):
 def test_the_bounds_themselves_are_allowed(line):
     flag, value, *_ = line.split()
     assert getattr(train_options(line), flag.removeprefix("--")) == float(value)
+
+
+def test_steps_of_warm_up_leave_room_for_the_decay():
+    message = train_error("--warmup_steps 91 --max_steps 100")
+    assert "--warmup_steps 91: the run has 100 optimizer steps, of which the last 10 are the decay's" in message
+    assert message.endswith("expected at most 90")
 
 
 def test_an_empty_loss():
@@ -123,7 +134,7 @@ def test_where_held_out_text_comes_from(line, text):
 
 OF_A_RUN = {"seed", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights", "seq_length"}
 OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
-OF_A_RUN |= {"dataset_streaming"}
+OF_A_RUN |= {"dataset_streaming", "document_separator"}
 
 
 def test_what_a_resumed_run_must_keep():
