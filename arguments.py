@@ -113,6 +113,8 @@ class TrainArguments(CommonArguments):
     )
     batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams", most=10_000)
 
+    stage: Literal["distil", "align"] = option("distil", "train the student, or align its mixers", LOSS, kept=True)
+    align: Literal["attention", "block"] = option("attention", "what mixers are aligned with", LOSS, kept=True)
     ce_weight: float = option(1.0, "weight of the cross entropy with the text", LOSS, least=0, most=10**6)
     kl_weight: float = option(0.1, "weight of KL(teacher || student); 0 runs no teacher", LOSS, least=0, most=10**6)
     temperature: float = option(1.0, "temperature of the KL", LOSS, least=0.001, most=1000)
@@ -235,6 +237,16 @@ class TrainArguments(CommonArguments):
     )
     nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, least=1, most=100_000)
     plan_json: str | None = path_option(None, "also write the plan's figures to this file", PLAN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stage == "align":  # each rank's teacher shares its student's tensors
+            self.teacher_placement, self.teacher_device = "colocated", None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Returns whether a teacher runs."""
+        return self.stage == "align" or self.kl_weight > 0
 
     def problems(self) -> list[str]:
         """Returns a line for each option, or pair of options, that cannot be used."""

@@ -3,6 +3,7 @@ teacher's layers into the student, and freezes. Knows nothing of ranks.
 """
 
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -197,27 +199,33 @@ MOST_BEYOND_HEAD = 0.01  # that rounding to 16 bits explains
 
 
 def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:
-    """Replaces the student's `layers` by independent copies of the teacher's whole decoder layers, on the student's
-    device and in its dtype, adds the rotary embedding, and records the layout in the config.
+    """Replaces the student's `layers` by those of a whole teacher; see `take_layers`.
 
     A teacher on the meta device has no weights to copy: these become NaN, so that a caller who forgets to fill them
     (see `teacher.share_layers`) cannot train on noise.
     """
-    if not layers:
-        return
+    if layers:
+        check_replacements(student.config, teacher.config, layers)
+        take_layers(student, teacher.config, layers, teacher.base_model.layers.__getitem__)
+
+
+def take_layers(
+    student: LlambaForCausalLM, teacher: LlamaConfig, layers: list[int], layer_of: Callable[[int], nn.Module]
+) -> None:
+    """Replaces the student's `layers` by independent copies of a teacher's whole decoder layers, `layer_of` each index,
+    on the student's device and in its dtype, adds the rotary embedding, and records the layout in the config.
+    """
     config, backbone = student.config, student.backbone
-    check_replacements(config, teacher.config, layers)
-    config.attention_cfg = attention_cfg_from(teacher.config)
+    config.attention_cfg = attention_cfg_from(teacher)
     config.attention_layers = sorted(layers)
     attention_config = config.attention_config()
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
     for index in config.attention_layers:
-        source = teacher.base_model.layers[index]
         with torch.device("meta"):
             layer = LlamaDecoderLayer(attention_config, index)
         layer = layer.to(dtype).to_empty(device=device)
         with torch.no_grad():
-            for own, given in zip(layer.parameters(), source.parameters(), strict=True):
+            for own, given in zip(layer.parameters(), layer_of(index).parameters(), strict=True):
                 if given.is_meta:
                     own.fill_(float("nan"))
                 else:
@@ -244,7 +252,7 @@ def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
     if args.gradient_checkpointing:
         checkpoint_blocks(student, args.checkpoint_blocks)
     if args.compile:
-        compile_blocks(student)
+        compile_modules(student, student.backbone.layers)
 
 
 def freeze_student_mlps(student: LlambaForCausalLM) -> None:
@@ -272,14 +280,14 @@ def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
             block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
-def compile_blocks(student: LlambaForCausalLM) -> None:
-    """Compiles each block by itself: blocks of one kind share their graph, and saved weights keep their names. The
-    kernels are chosen first, because logging that choice would break the graph.
+def compile_modules(student: LlambaForCausalLM, modules: Iterable[nn.Module]) -> None:
+    """Compiles each of the student's `modules`, such as its blocks, by itself: those of one kind share their graph, and
+    saved weights keep their names. The kernels are chosen first, because logging that choice would break the graph.
     """
     weight = student.backbone.embedding.weight
     kernels_for(weight.device.type, weight.dtype)
-    for block in student.backbone.layers:
-        block.compile()
+    for module in modules:
+        module.compile()
 
 
 def check_trainable(student: nn.Module) -> None:

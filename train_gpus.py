@@ -31,7 +31,7 @@ from checkpointing.saver import NoSaver, Saver
 from checkpointing.state import RunState, random_state
 from data import CachedLoader, build_dataloader
 from distillation.first_answer import check_first_answer
-from distillation.models import Models, check_models, load_models
+from distillation.models import Models, check_models
 from distillation.teacher import ask_ahead
 from inputs.option_files import as_yaml
 from llamba.parts import parameter_table
@@ -45,7 +45,7 @@ from processes.devices import check_compiler, choose_devices
 from processes.ranks import check_launch, is_main_rank, launched_rank, launched_world_size, process_groups
 from text.batch import Batch
 from text.stream_loader import StreamingLoader
-from training_utils import DistillationModel, Job, Learner, Meter, build_learner, settle_buckets, to_device
+from training_utils import Job, Learner, Meter, build_learner, load_objective, to_device
 from utils import Stopwatch, TimedIterator, describe_environment, printable, setup_logging
 
 logger = logging.getLogger("train")
@@ -84,9 +84,7 @@ def main(args: TrainArguments | None = None) -> int:
 
 def check(args: TrainArguments) -> Checked:
     """Finds what a user can get wrong before a weight is read or a rank waits for another. Raises ValueError."""
-    device, teacher_device = choose_devices(
-        args.teacher_device, args.teacher_placement, runs_teacher=args.kl_weight > 0
-    )
+    device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.has_teacher)
     if args.compile:
         check_compiler(device.type)
     if is_main_rank():
@@ -125,12 +123,12 @@ def run(job: Job, checked: Checked) -> int:
     # 2. The student takes over the teacher's layers, or is the hybrid of the checkpoint.
     if resume.checkpoint is not None:
         models = models._replace(student=str(resume.checkpoint), student_flag="--resume")
-    student, head, lane = load_models(args, models, ranks, checked.teacher_device)
-    check_first_answer(args.teacher_model, lane, head, batches.peek(), ranks)
+    objective, lane = load_objective(args, models, ranks, checked.teacher_device, state.loss_chunk_tokens)
+    student = objective.model.student
+    check_first_answer(args.teacher_model, lane, objective.model.teacher_head, batches.peek(), ranks)
     adopt_special_tokens(student, models.tokenizer)
     logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
-    model = DistillationModel(student, head, models.vocab, args, state.loss_chunk_tokens)
-    learner = build_learner(job, model, lane, total_steps, state.step, state.loss_scale)
+    learner = build_learner(job, objective, lane, total_steps, state.step, state.loss_scale)
     resume.restore(learner, ranks)
 
     # 3. and 4. Learn from text and teacher, log, save.
@@ -179,10 +177,8 @@ def first_n(loader: CachedLoader | StreamingLoader, n: int) -> TimedIterator[Bat
 
 def begin(job: Job, learner: Learner, state: RunState, saver: Saver | NoSaver) -> RunState:
     """Brings the learner to its first step, and saves the student of a new run as it is."""
-    learner.model.train()
-    # In the run's own shape: torch.compile compiles for it here.
-    settle_buckets(learner.model, (job.args.batch_size, job.args.seq_length))
-    state = dataclasses.replace(state, loss_chunk_tokens=learner.model.module.chunk_tokens)
+    learner.objective.begin((job.args.batch_size, job.args.seq_length))
+    state = dataclasses.replace(state, loss_chunk_tokens=learner.objective.model.chunk_tokens)
     text = "%d optimizer steps of %d micro steps, from step %d"
     logger.info(text, learner.total_steps, learner.accumulate, state.step)
     if state.micro_step == 0:
@@ -201,12 +197,11 @@ def distil(
 ) -> RunState:
     """Learns from each batch and the teacher's answer to it, until the batches end or all ranks agree to stop."""
     args, ranks, lane = job.args, job.ranks, learner.lane
-    meter, stopwatch = Meter(), Stopwatch()
+    meter, stopwatch = Meter(learner.objective.named), Stopwatch()
     for batch, asked in ask_ahead(batches, lane):
         batch = to_device(batch, ranks.device)
         is_last = meter.n_micro_steps + 1 == args.grad_accumulation_steps
-        signal = asked.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
-        meter.add(learner.micro_step(batch, signal, is_last), batch.window_ids)
+        meter.add(learner.micro_step(batch, asked, is_last), batch.window_ids)
         if is_last:
             means = meter.means(teacher_wait_s=lane.waits.take(), data_wait_s=batches.take())
             update = learner.update(means)

@@ -124,7 +124,7 @@ def plain(inputs: Inputs, compiled: bool = False) -> Loss:
 def fused(inputs: Inputs, compiled: bool | None = None) -> Loss:
     from distillation.fused_loss import fused_distill_loss
     from distillation.losses import LossInputs, LossWeights
-    from training_utils import compiles_loss
+    from distillation.objective import compiles_loss
 
     if compiled is None:
         compiled = compiles_loss(inputs.student_head.device)

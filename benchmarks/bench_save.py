@@ -29,11 +29,12 @@ def run(case: str, candidate: str) -> dict:
     from checkpointing.saver import Saver
     from checkpointing.state import RunState, random_state
     from distillation.adamw import LossScale, step_or_skip
+    from distillation.objective import DistillationModel, wrap_ddp
     from inputs.option_values import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
     from processes.ranks import process_groups
     from text.batch import Batch
-    from training_utils import DistillationModel, build_optimizer, wrap_ddp
+    from training_utils import build_optimizer
 
     d_model, n_layer, vocab = CASES[case]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights, compute_distill_loss
+from distillation.objective import compiles_loss
 from llamba import LlambaConfig
 from llamba.kernels import Conv, Scan, causal_conv, kernels_for
 from llamba.ssd import ssd_chunked
 from processes.devices import can_compile
-from training_utils import compiles_loss
 
 CE_WEIGHT, KL_WEIGHT, TEMPERATURE = 1.0, 0.1, 1.0  # the defaults of training
 PLAIN = "plain PyTorch"  # what llamba.kernels calls it

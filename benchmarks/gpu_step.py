@@ -24,6 +24,7 @@ from arguments import TrainArguments, parse_train_args
 from distillation.adamw import MasterWeightAdamW
 from distillation.losses import shared_vocab
 from distillation.models import Models, load_models
+from distillation.objective import DistillationModel
 from inputs.option_values import PRESETS
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
@@ -31,7 +32,6 @@ from model_utils import DTYPES, apply_replacements, freeze_student_layers, freez
 from processes.devices import choose_devices
 from processes.ranks import Ranks, process_groups
 from text.batch import Batch
-from training_utils import DistillationModel
 
 RANKS = 4  # one of which is measured: it has a quarter of the optimizer's state
 STEPS, WARM_UP = 10, 3  # the first steps compile and allocate; the last has no batch to be ahead for

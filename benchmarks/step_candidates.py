@@ -12,10 +12,10 @@ from step_case import STEPS, Case
 from step_models import Recorder, batches_of, build_student, build_teacher, train_options
 from torch import Tensor
 
+from distillation.objective import DistillationModel
 from distillation.teacher import open_lane
 from model_utils import prepare_student
 from processes.ranks import Ranks, process_groups
-from training_utils import DistillationModel
 
 
 def train(case: Case, candidate: str) -> Row:

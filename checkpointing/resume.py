@@ -25,6 +25,8 @@ from training_utils import Learner
 
 logger = logging.getLogger("train")
 
+OF_EARLIER_VERSIONS = {"stage": "distil"}  # what their runs did that had no such option
+
 
 class Resume:
     """Answers where a run begins: at the best checkpoint that `--resume` names, or anew.
@@ -191,7 +193,7 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     """Raises ValueError that lists all options that make it another run than the one that wrote the checkpoint, and
     logs those that may change. state: the checkpoint's training_state.json.
     """
-    before: dict[str, Any] = state["arguments"]
+    before: dict[str, Any] = {**OF_EARLIER_VERSIONS, **state["arguments"]}
     kept = kept_options(args)
     changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
     problems = [

@@ -42,7 +42,7 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     """Checks that the models go together, before a weight is read. The student of a resumed run is its checkpoint.
     Raises ValueError.
     """
-    runs_teacher = args.kl_weight > 0
+    runs_teacher = args.has_teacher
     teacher_needed = runs_teacher or (bool(args.layers) and checkpoint is None)
     teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, teacher_needed)
     if checkpoint is None:

@@ -22,9 +22,31 @@ PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 123
 def check_pair(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
     """Checks the models of a run against each other and against its options. Raises ValueError."""
     check_replacements(student, teacher, args.layers)
+    if args.stage == "align":
+        check_alignment(args, student, teacher)
     check_context(args, student, teacher)
     check_checkpoint_blocks(student, args.checkpoint_blocks)
     check_layer_map(args.layer_map_interval, student, teacher)
+
+
+def check_alignment(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Raises ValueError if no layer of the student can learn from the teacher's layer of the same index."""
+    if teacher.model_type != "llama":
+        raise ValueError(
+            f"--stage align: a teacher of model_type {teacher.model_type!r} has not the layers that mixers are aligned "
+            "with; expected 'llama', take such a teacher, or --stage distil"
+        )
+    shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--stage align: the student has {shapes[0][0]} layers of width {shapes[0][1]}, the teacher {shapes[1][0]} "
+            f"of {shapes[1][1]}; expected as many of the same width, make_student.py makes such a student"
+        )
+    if len(student.attention_layers or args.layers) == student.n_layer:
+        raise ValueError(
+            f"--stage align: all {student.n_layer} layers are the teacher's, and no mixer is left to learn; name fewer "
+            "--layers, or take a student that has mixers"
+        )
 
 
 def check_context(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
@@ -36,7 +58,7 @@ def check_context(args: TrainArguments, student: LlambaConfig, teacher: Pretrain
         readers["the layers that the student has from a teacher"] = student
     elif args.layers:
         readers["the layers that the student takes from the teacher"] = teacher
-    if args.kl_weight > 0:
+    if args.has_teacher:
         readers["the teacher"] = teacher
     found = shortest(readers)
     if found is not None and args.seq_length > found[1]:

@@ -4,15 +4,16 @@ rank of each node; colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distillation.wait_clock import WaitClock
 from llamba import LlambaForCausalLM
 from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 from processes.ranks import Ranks
@@ -151,12 +152,20 @@ class TeacherLane:
         return answer
 
 
+class OwnTeacher(Protocol):
+    """Answers as a `Teacher` of the signal "hidden" or "logits" does."""
+
+    def __call__(self, input_ids: Tensor) -> Tensor: ...
+
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]: ...
+
+
 class ColocatedTeacher:
     """Runs this rank's own teacher on the student's device: no traffic, and nothing to gain from prefetching."""
 
     prefetch = 0
 
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+    def __init__(self, teacher: OwnTeacher, device: torch.device) -> None:
         self.teacher = teacher
         self.waits = WaitClock(device)
 
@@ -191,7 +200,7 @@ Lane = TeacherLane | ColocatedTeacher | NoTeacher
 class PendingSignal:
     """Waits for an answer."""
 
-    def __init__(self, collect: Callable[[], Answer] | None, waits: "WaitClock") -> None:
+    def __init__(self, collect: Callable[[], Answer] | None, waits: WaitClock) -> None:
         self.collect, self.waits = collect, waits
 
     def result(self) -> Tensor | None:
@@ -207,39 +216,6 @@ class PendingSignal:
                 stream.wait_event(ready)
                 signal.record_stream(stream)
         return signal
-
-
-class WaitClock:
-    """Counts the seconds that a device's work waits for the teacher. On a GPU they are measured by events on its
-    stream, from the end of earlier work to the moment when it can continue; the host does not wait for the measurement.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = 0.0
-        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        if self.device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(torch.cuda.current_stream(self.device))
-            yield
-            end.record(torch.cuda.current_stream(self.device))
-            self.spans.append((begin, end))
-        else:
-            start = time.perf_counter()
-            yield
-            self.seconds += time.perf_counter() - start
-
-    def take(self) -> float:
-        """Returns the seconds since the last call. On a GPU, call it after the end of a step has been waited for."""
-        for begin, end in self.spans:
-            end.synchronize()
-            self.seconds += begin.elapsed_time(end) / 1000
-        taken, self.seconds = self.seconds, 0.0
-        self.spans.clear()
-        return taken
 
 
 def _start_copy_to_host(answer: Tensor) -> Answer:

@@ -44,7 +44,7 @@ def _layer_problems(args: Any) -> Iterator[str]:
 
 
 def _teacher_problems(args: Any) -> Iterator[str]:
-    if args.layer_map_interval > 0 and args.kl_weight == 0:
+    if args.layer_map_interval > 0 and not args.has_teacher:
         yield (
             f"--layer_map_interval {args.layer_map_interval} --kl_weight 0: a map compares with the teacher, and "
             "none runs; leave one of them out"
@@ -54,7 +54,9 @@ def _teacher_problems(args: Any) -> Iterator[str]:
             f"--teacher_device {args.teacher_device}: a colocated teacher is on each student's own device; "
             "leave it out, or use --teacher_placement dedicated"
         )
-    if args.ce_weight == args.kl_weight == 0:
+    if args.stage == "distil" and args.align != "attention":
+        yield f"--align {args.align}: is for --stage align; add that, or leave it out"
+    if args.stage == "distil" and args.ce_weight == args.kl_weight == 0:
         yield "--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
+from distillation.objective import DistillationModel
 from distillation.teacher import Lane, ask_ahead
 from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
 from evaluation.mmlu import Question, answer, build_questions
@@ -25,7 +26,7 @@ from processes.ranks import Ranks
 from text.batch import Batch
 from text.overlap import check_not_trained_on
 from text.sources import TextSource
-from training_utils import DistillationModel, to_device
+from training_utils import to_device
 
 logger = logging.getLogger("train")
 

@@ -24,6 +24,7 @@ from arguments import TrainArguments
 from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
+from distillation.objective import DistillationModel
 from distillation.pairing import check_pair
 from distillation.teacher import Teacher, teacher_head
 from inputs.option_values import PRESETS, preset_values
@@ -36,7 +37,7 @@ from model_utils import (
     prepare_student,
 )
 from text.batch import Batch
-from training_utils import DistillationModel, parameter_groups
+from training_utils import parameter_groups
 
 aten = torch.ops.aten
 Items = dict[str, int]  # bytes or operations, by purpose

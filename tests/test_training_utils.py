@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from distillation.losses import compute_distill_loss
+from distillation.objective import Distillation, DistillationModel, settle_buckets, wrap_ddp
 from processes.ranks import process_groups
 from tests.parsing import train_options
 from tests.tiny import tiny_student, tiny_teacher, tokens, weights
 from tests.two_ranks import on_two_ranks
 from text.batch import Batch
-from training_utils import DistillationModel, Meter, settle_buckets, to_device, wrap_ddp
+from training_utils import Meter, to_device
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_settling_the_buckets_changes_nothing_else(no_torchrun, line):
 
 def test_means_of_a_meter(no_torchrun):
     with process_groups(CPU):
-        meter = Meter()
+        meter = Meter(Distillation.named)
         meter.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), (7, 9))
         meter.add(torch.tensor([3.0, 4.0, 5.0, 6.0]), (2, 0))
         expected = {"loss": 2.0, "kl": 3.0, "ce": 4.0, "ignored_labels": 10.0, "teacher_wait_s": 0.75}
@@ -100,7 +101,7 @@ def test_means_of_a_meter(no_torchrun):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_meter_knows_which_windows_made_a_loss_that_is_not_finite(no_torchrun, bad):
     with process_groups(CPU):
-        meter = Meter()
+        meter = Meter(Distillation.named)
         for loss, windows in ((1.0, (0, 1)), (bad, (2, 3)), (2.0, (4, 5)), (bad, range(6, 8))):
             meter.add(torch.tensor([loss, 1.0, 1.0, 0.0]), windows)
         assert meter.windows(only_bad=True) == [2, 3, 6, 7]
@@ -110,7 +111,7 @@ def test_a_meter_knows_which_windows_made_a_loss_that_is_not_finite(no_torchrun,
 
 
 def work(ranks):
-    meter = Meter()
+    meter = Meter(Distillation.named)
     for micro_step in range(3):
         figures = torch.tensor([1.0, 2.0, 3.0, 4.0]) * (ranks.rank + 1) + micro_step
         meter.add(figures, (2 * micro_step + ranks.rank,))

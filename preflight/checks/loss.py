@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from arguments import TrainArguments
 from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights
+from distillation.objective import compiles_loss
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import DTYPES, apply_replacements
 from preflight.checks.basics import FAILURE, OK, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import run_device
 from preflight.checks.models import configs, skeletons
 from preflight.checks.weights import probe_ids, small_teacher
-from training_utils import compiles_loss
 
 # Bounds on what rounding causes. Two models that compute the same in different ways differ in their last digits.
 MOST_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}

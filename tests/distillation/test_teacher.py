@@ -12,11 +12,11 @@ from distillation.teacher import (
     NoTeacher,
     Teacher,
     TeacherLane,
-    WaitClock,
     ask_ahead,
     share_head,
     teacher_head,
 )
+from distillation.wait_clock import WaitClock
 from processes.ranks import process_groups
 from tests import fresh
 from tests.distillation import lane_ranks
@@ -160,7 +160,7 @@ def test_waiting_is_counted_once(ranks):
 
 def test_only_the_time_until_the_answer_is_there_counts(ranks, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("distillation.teacher.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("distillation.wait_clock.time.perf_counter", lambda: now[0])
     clock = WaitClock(CPU)
     for _ in range(2):
         with clock.counting():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, step_or_skip
+from distillation.objective import Distillation
 from tests.tiny import MixedParameters, give_gradients, weights
 from tests.two_ranks import on_two_ranks
 from training_utils import Meter, parameter_groups
@@ -226,7 +227,7 @@ def test_a_float16_run_that_diverged_is_not_taken_for_overflows():
 
 def step_with_a_bad_loss_on_rank_1(ranks):
     """Returns the outcome, how far the weights moved, and the windows suspected."""
-    meter, model = Meter(), MixedParameters()
+    meter, model = Meter(Distillation.named), MixedParameters()
     optimizer = GradientStep([p for p in model.parameters() if p.requires_grad])
     for micro_step in range(2):
         is_bad = ranks.rank == 1 and micro_step == 1

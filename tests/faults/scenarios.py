@@ -19,7 +19,7 @@ import torch
 
 import training_utils
 from checkpointing import files, resume, saver
-from distillation import teacher
+from distillation import objective, teacher
 from monitoring.health import SpikeWatch
 from tests.faults.traps import trap
 from tests.launch import Launch
@@ -27,7 +27,7 @@ from tests.small_runs import make_models, options
 from tests.waiting import wait_until
 from text import encoding
 
-FORWARD = (training_utils.DistillationModel, "forward")
+FORWARD = (objective.DistillationModel, "forward")
 SETTLING = 2  # forward passes before the first micro step
 STEPS = 12  # of a run, unless a scenario says otherwise
 WORLDS = dict(max_steps=1000, save_interval=0)
@@ -87,7 +87,7 @@ def signals(scene: Scene) -> None:
 
 
 def signal_before_training(scene: Scene) -> None:
-    scene.run(arm=lambda rank: trap(training_utils, "wrap_ddp", 1, signal_self(signal.SIGTERM)))
+    scene.run(arm=lambda rank: trap(objective, "wrap_ddp", 1, signal_self(signal.SIGTERM)))
 
 
 def signal_while_tokenising(scene: Scene) -> None:
@@ -156,7 +156,7 @@ def stream_of_other_world_size(scene: Scene) -> None:
 
 
 def spoil_loss(first: int, last: int, value: float) -> None:
-    real, calls = training_utils.DistillationModel.forward, 0
+    real, calls = objective.DistillationModel.forward, 0
 
     def forward(model, batch, signal):
         nonlocal calls
@@ -165,7 +165,7 @@ def spoil_loss(first: int, last: int, value: float) -> None:
         spoilt = first <= calls - SETTLING <= last
         return (loss * value, figures * value) if spoilt else (loss, figures)
 
-    training_utils.DistillationModel.forward = forward
+    objective.DistillationModel.forward = forward
 
 
 def two_bad_steps(scene: Scene) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
-import training_utils
 from checkpointing import files, saver
-from distillation import adamw
+from distillation import adamw, objective
 from monitoring import evaluator, run_log
 
 # The moment's name -> object and attribute whose call is the moment.
 MOMENTS = {
-    "in the forward pass": (training_utils.DistillationModel, "forward"),
+    "in the forward pass": (objective.DistillationModel, "forward"),
     "in an update": (adamw.MasterWeightAdamW, "step"),
     "in an evaluation": (evaluator, "held_out_sums"),
     "writing metrics": (run_log.MetricsFile, "write"),

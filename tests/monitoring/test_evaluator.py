@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arguments import parse_train_args
 from distillation.losses import compute_distill_loss
+from distillation.objective import DistillationModel
 from distillation.teacher import NoTeacher
 from evaluation.held_out import read_windows
 from evaluation.mmlu import build_questions, score
@@ -29,7 +30,6 @@ from tests.monitoring.evaluator_runs import TINY
 from tests.small_runs import read_metrics
 from tests.tiny import tiny_student
 from text.sources import TextSource
-from training_utils import DistillationModel
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY / "teacher")
 

@@ -20,6 +20,7 @@ import training_utils
 from arguments import parse_train_args
 from benchmarks.bare_run import train_steps
 from distillation.models import Models, load_models
+from distillation.objective import DistillationModel
 from llamba import LlambaConfig, LlambaForCausalLM
 from preflight import plan
 from preflight.footprint import (
@@ -152,7 +153,7 @@ def measured_run(argv, vocab, ranks):
 
     models = Models(args.teacher_model, args.student_model, vocab, tokenizer=None)
     student, head, lane = load_models(args, models, ranks, ranks.device)
-    model = training_utils.DistillationModel(student, head, vocab, args)
+    model = DistillationModel(student, head, vocab, args)
     train_steps(args, batches(), STEPS, model, lane, ranks, NoLog())
     lane.close()
     return measured.found

@@ -1,0 +1,169 @@
+"""What a student learns in `train_gpus.py --stage align`: each mixer the output of the attention in whose place it is,
+from the teacher's own hidden states. A layer does not see the errors of those before it, and backward stays within it,
+so that the activations of one layer exist at a time.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from arguments import TrainArguments
+from conversion.teacher_stream import TeacherStream, Traced
+from conversion.teacher_weights import TeacherWeights
+from distillation.models import Models
+from distillation.objective import DistillationModel
+from distillation.teacher import ColocatedTeacher, PendingSignal
+from inputs.options import default_values
+from llamba.modeling import LlambaBlock
+from model_utils import DTYPES, compile_modules, get_student_model, take_layers
+from text.batch import Batch
+
+logger = logging.getLogger("train")
+
+# Options of distillation that have nothing to do here.
+IDLE = ("freeze_mlp", "freeze_replaced_layers", "gradient_checkpointing", "teacher_signal", "teacher_prefetch")
+IN_EVALUATIONS = ("ce_weight", "kl_weight", "temperature", "loss_chunk_tokens")
+
+
+# --- the losses ----------------------------------------------------------------------------------------------
+
+
+def relative_error(output: Tensor, target: Tensor, size: Tensor) -> Tensor:
+    """Returns |output - target|^2 / |size|^2 of tensors (B, S, D), the mean over windows: a scalar, float32 inside.
+    Such a mean does not depend on how the windows are shared out over ranks and micro steps.
+    """
+    error = (output.float() - target.float()).square().sum(dim=(1, 2))  # (B,)
+    return (error / size.float().square().sum(dim=(1, 2))).mean()
+
+
+def attention_error(block: LlambaBlock, traced: Traced) -> Tensor:
+    """Returns the squared relative error of a block's mixer: 0 equals the teacher's attention, 1 gives zeros."""
+    with torch.no_grad():
+        u = block.input_layernorm(traced.hidden)  # (B, S, D)
+    return relative_error(block.mixer(u), traced.attention, traced.attention)
+
+
+def block_error(block: LlambaBlock, traced: Traced) -> Tensor:
+    """Returns the squared relative error of a whole block: 0 equals the teacher's layer, 1 does nothing to its input.
+    Computes the hidden-state alignment of MOHAWK (arXiv 2408.10189), relative to what the layer adds.
+    """
+    with torch.no_grad():
+        u = block.input_layernorm(traced.hidden)  # (B, S, D)
+    between = traced.hidden + block.mixer(u)
+    output = between + block.mlp(block.post_attention_layernorm(between))  # (B, S, D)
+    return relative_error(output, traced.output, traced.output - traced.hidden)
+
+
+ERRORS: dict[str, Callable[[LlambaBlock, Traced], Tensor]] = {"attention": attention_error, "block": block_error}
+
+
+# --- gradients of ranks --------------------------------------------------------------------------------------
+
+
+class LayerGradients:
+    """Keeps the gradients of a layer in one tensor, so that ranks average them in one message."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = parameters[0].new_zeros(sum(sizes))
+        for parameter, part in zip(parameters, self.flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)  # backward adds to it in place
+        self.work: dist.Work | None = None
+
+    def begin_average(self) -> None:
+        """Begins to average over ranks; the caller may compute meanwhile. All ranks call it for the same layers in the
+        same order.
+        """
+        self.flat.div_(dist.get_world_size())  # before the sum, which could overflow in float16
+        self.work = dist.all_reduce(self.flat, async_op=True)
+
+    def wait(self) -> None:
+        """Waits for the average; on a GPU its stream waits, and the host does not."""
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+
+
+# --- the objective -------------------------------------------------------------------------------------------
+
+
+class Alignment:
+    """Is what a `Learner` descends in `--stage align`: the mean over recurrent layers of their squared relative errors.
+
+    model: the student with the loss of distillation, by which it is evaluated. stream: of its teacher.
+    target: a key of ERRORS. evaluates: whether the run does.
+    """
+
+    def __init__(self, model: DistillationModel, stream: TeacherStream, target: str, evaluates: bool = False) -> None:
+        self.model, self.stream, self.error_of, self.evaluates = model, stream, ERRORS[target], evaluates
+        layers = model.student.backbone.layers
+        self.blocks = {i: layer for i, layer in enumerate(layers) if isinstance(layer, LlambaBlock)}
+        self.gradients = [LayerGradients(list(block.mixer.parameters())) for block in self.blocks.values()]
+
+    def begin(self, shape: tuple[int, int]) -> None:
+        """Brings the student to its first micro step of windows of `shape` (B, S)."""
+        self.model.train()
+        if self.evaluates:
+            self.model.chosen_chunk_tokens()
+
+    def backward(self, batch: Batch, answer: PendingSignal, factor: float, is_last: bool) -> Tensor:
+        """Adds the gradients of `factor` times the loss, layer after layer; they are averaged over ranks if the micro
+        step `is_last` of its optimizer step, each layer's while the next ones compute. Returns the loss and the squared
+        relative errors, (1 + layers,). The teacher runs here, so that its `answer` is not asked for.
+        """
+        errors: list[Tensor] = []
+        for i, traced in enumerate(self.stream.walk(batch.input_ids)):
+            if i not in self.blocks:
+                continue
+            error = self.error_of(self.blocks[i], traced)
+            (error * (factor / len(self.blocks))).backward()
+            if is_last:
+                self.gradients[len(errors)].begin_average()
+            errors.append(error.detach())
+        for gradients in self.gradients if is_last else []:
+            gradients.wait()
+        squares = torch.stack(errors)  # (layers,)
+        return torch.cat([squares.mean()[None], squares])
+
+    def named(self, sums: list[float], n_micro_steps: int) -> dict[str, Any]:
+        """Returns figures of an optimizer step as metrics.jsonl has them: the loss, and the relative error of each
+        layer. sums: of what `backward` returned in its micro steps.
+        """
+        loss, *squares = (value / n_micro_steps for value in sums)
+        errors = [round(math.sqrt(value), 6) for value in squares]
+        return {"loss": loss, "alignment": {"layers": list(self.blocks), "errors": errors}}
+
+
+def load_alignment(
+    args: TrainArguments, models: Models, device: torch.device, chunk_tokens: int | None = None
+) -> tuple[Alignment, ColocatedTeacher]:
+    """Returns the alignment of this rank's student, of which only the mixers are trained, and the lane to the answers
+    of its teacher, which runs when a result is asked for. chunk_tokens: of a resumed run's loss.
+    """
+    log_idle_options(args)
+    dtype = DTYPES[args.dtype]
+    weights = TeacherWeights(models.teacher, name=args.teacher_model)
+    student = get_student_model(models.student, dtype, device, models.student_flag)
+    if args.layers and not student.config.attention_layers:
+        take_layers(student, weights.config, args.layers, lambda index: weights.layer(index, dtype))
+    mixers = [layer.mixer for layer in student.backbone.layers if isinstance(layer, LlambaBlock)]
+    student.requires_grad_(False)
+    for mixer in mixers:
+        mixer.requires_grad_(True)
+    if args.compile:
+        compile_modules(student, mixers)
+    stream = TeacherStream(weights, student, models.vocab)
+    model = DistillationModel(student, stream.head, models.vocab, args, chunk_tokens)
+    return Alignment(model, stream, args.align, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
+
+
+def log_idle_options(args: TrainArguments) -> None:
+    """Logs which of the options given change nothing in this stage."""
+    defaults, names = default_values(type(args)), [*IDLE, *(() if args.eval_interval else IN_EVALUATIONS)]
+    if idle := [f"--{name}" for name in names if getattr(args, name) != defaults[name]]:
+        logger.info("--stage align trains only the mixers, each for itself, and does not use %s", ", ".join(idle))

@@ -1,0 +1,95 @@
+"""The teacher's own hidden states, layer after layer, beside a student that was made from it: every tensor that both
+have is held once.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from conversion.teacher_weights import TeacherWeights
+from llamba import LlambaForCausalLM
+
+logger = logging.getLogger("train")
+
+
+class Traced(NamedTuple):
+    """Holds what a layer of the teacher read and computed, each (B, S, D)."""
+
+    hidden: Tensor  # its input, before the norm
+    attention: Tensor  # what its attention adds to that
+    output: Tensor  # of the whole layer
+
+
+class TeacherStream:
+    """Runs a Llama for a student of its shape. Called with input_ids (B, S), it returns the last hidden states
+    (B, S, D) after the last norm, as `distillation.teacher.Teacher` does for the signal "hidden".
+
+    Reads the teacher one layer at a time. A tensor that the student has bit for bit is the student's own; what it has
+    not, such as the attention of its recurrent layers, is held here. What is the student's must be frozen.
+    """
+
+    def __init__(self, weights: TeacherWeights, student: LlambaForCausalLM, vocab: int) -> None:
+        """vocab: entries that both vocabularies have."""
+        backbone = student.backbone
+        dtype, self.device = backbone.embedding.weight.dtype, backbone.embedding.weight.device
+        self.bytes_held, self.bytes_shared = 0, 0
+        self.embedding = self._shared(weights.embedding(dtype, self.device), backbone.embedding.weight)  # (V, D)
+        self.layers: list[LlamaDecoderLayer] = []
+        for index, twin in enumerate(backbone.layers):
+            self.layers.append(weights.layer(index, dtype, self.device))
+            self._share(self.layers[-1], twin)
+        self.norm = weights.norm(dtype, self.device)
+        self._share(self.norm, backbone.final_layernorm)
+        head = self.embedding  # (V, D)
+        if not weights.config.tie_word_embeddings:
+            head = self._shared(weights.head(dtype, self.device), student.lm_head.weight)
+        self.head = head.detach()[:vocab]  # (vocab, D)
+        self.rotary = weights.rotary(self.device)
+        text = "of the teacher %.3f GB are held beside the student, %.3f GB are the student's own"
+        logger.info(text, self.bytes_held / 1e9, self.bytes_shared / 1e9)
+
+    def _share(self, module: nn.Module, twin: nn.Module) -> None:
+        """Replaces the parameters of a module by those of the student's that have the same name and values."""
+        twins = dict(twin.named_parameters())
+        for name, parameter in list(module.named_parameters()):
+            place, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(place), leaf, self._shared(parameter, twins.get(name)))
+
+    def _shared(self, given: Tensor, twin: Any) -> nn.Parameter:
+        """Returns the student's parameter if it equals the given tensor, else a frozen parameter of that."""
+        if twin is not None and given.shape == twin.shape and torch.equal(given, twin):
+            assert not twin.requires_grad
+            self.bytes_shared += twin.nbytes
+            return twin
+        self.bytes_held += given.nbytes
+        return nn.Parameter(given.detach(), requires_grad=False)
+
+    def walk(self, input_ids: Tensor) -> Iterator[Traced]:
+        """Yields what each layer does to input_ids (B, S); of a layer only its output is kept for the next."""
+        with torch.no_grad():
+            hidden = nn.functional.embedding(input_ids.to(self.device), self.embedding)  # (B, S, D)
+            rotary = self.rotary(hidden, torch.arange(hidden.shape[1], device=self.device)[None])
+        for layer in self.layers:
+            with torch.no_grad():
+                attention, _ = layer.self_attn(layer.input_layernorm(hidden), rotary)  # causal without a mask
+                between = hidden + attention
+                output = between + layer.mlp(layer.post_attention_layernorm(between))  # (B, S, D)
+            yield Traced(hidden, attention, output)
+            hidden = output
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        for traced in self.walk(input_ids):
+            last = traced.output
+        return self.norm(last)
+
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """Returns the input of the first layer and the output of each: n_layer + 1 tensors (B, S, D), none normed."""
+        states: list[Tensor] = []
+        for traced in self.walk(input_ids):
+            states += [traced.output] if states else [traced.hidden, traced.output]
+        return states
