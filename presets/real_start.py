@@ -1,8 +1,8 @@
 """Measures for `make demo-real` what training begins with: mixers that add nothing, that have attention's projections
-alone, and of the closed form; with all layers recurrent, every second one, and those that --layers leaves.
+alone, and of the closed form; with all layers recurrent, every second one, and those of the hybrid to train.
 
     python -m presets.real_start --students runs/demo-real/students --teacher teachers/smollm2-135m \\
-        --held_out runs/demo-real/text/heldout.jsonl --layers 0 1 3 --output runs/demo-real/start.json
+        --held_out runs/demo-real/text/heldout.jsonl --output runs/demo-real/start.json
 
 The students are in the folders `projections` and `closed_form`, as make_student.py has made them. The output has, by
 set of layers and by start, the `kl` to the teacher and the `agreement` with it on held-out text.
@@ -30,7 +30,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what training begins with.", allow_abbrev=False)
     for name in ("students", "teacher", "held_out", "output"):
         parser.add_argument(f"--{name}", type=expanded_path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", required=True, help="layers of the teacher's in the hybrid")
     parser.add_argument("--seq_length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
@@ -39,7 +38,9 @@ def main() -> None:
     windows = read_windows(source, get_tokenizer("--teacher", str(args.teacher)), args.windows, args.seq_length)
     text = HeldOutText(windows, CPU)
     text.ask_teacher(teacher, _starts(text))
-    sets = {"all": [], "every second": list(range(0, teacher.config.num_hidden_layers, 2)), "chosen": args.layers}
+    made_with = json.loads((args.students / "closed_form" / "conversion.json").read_text())["made_with"]
+    every_second = list(range(0, teacher.config.num_hidden_layers, 2))
+    sets = {"all": [], "every second": every_second, "chosen": made_with["layers"]}
     found = {name: measure(args.students, layers, teacher, text) for name, layers in sets.items()}
     write_whole(args.output, json.dumps(found, indent=1).encode() + b"\n")
 

@@ -4,23 +4,19 @@
 REAL := runs/demo-real
 REAL_TEACHER := teachers/smollm2-135m
 REAL_TEXT := $(REAL)/text
-# Fifteen of the thirty layers stay attention. Those that carry copying and the first two are among them.
-REAL_LAYERS := 0 1 3 5 8 11 16 17 18 19 20 21 22 23 27
-# More options for a step, such as `make demo-real REAL=runs/seed-1 REAL_OPTIONS="--seed 1"`.
-REAL_OPTIONS ?=
+# More options for a step, such as `make demo-real REAL=runs/seed-1 REAL_ALIGN="--seed 1" REAL_DISTIL="--seed 1"`.
 REAL_MAKE ?=
+REAL_START ?=
 REAL_ALIGN ?=
 REAL_DISTIL ?=
 REAL_EVAL ?=
-REAL_START ?=
 
-REAL_MODELS = --preset smollm2-135m --teacher_model $(REAL_TEACHER) --layers $(REAL_LAYERS) --dtype float32 \
-	--local_files_only $(REAL_OPTIONS)
-REAL_TRAIN = $(BIN)/python train_gpus.py $(REAL_MODELS) --teacher_placement colocated --teacher_device cpu \
-	--dataset_name $(REAL_TEXT)/train.jsonl --no_dataset_streaming --seq_length 256 --batch_size 2 \
-	--eval_dataset_name $(REAL_TEXT)/heldout.jsonl --eval_windows 8 --eval_interval 25 --layer_map_interval 50 \
-	--max_lr 3e-4 --min_lr 1.5e-5 --warmup_steps 10 --decay_ratio 0.9 --save_interval 25 --save_total_limit 1 \
-	--resume auto
+# The preset has the rest: which layers stay the teacher's, windows, batches, learning rates.
+REAL_MODELS := --preset smollm2-135m --teacher_model $(REAL_TEACHER) --local_files_only
+REAL_TRAIN := $(BIN)/python train_gpus.py $(REAL_MODELS) --teacher_placement colocated --resume auto \
+	--dataset_name $(REAL_TEXT)/train.jsonl --no_dataset_streaming \
+	--eval_dataset_name $(REAL_TEXT)/heldout.jsonl --eval_windows 8 --eval_interval 25 \
+	--layer_map_interval 50 --save_interval 25 --save_total_limit 1
 
 $(REAL_TEACHER)/config.json: | .venv/installed-gguf
 	$(BIN)/python -m presets.smollm2 $(REAL_TEACHER)
@@ -28,13 +24,14 @@ $(REAL_TEACHER)/config.json: | .venv/installed-gguf
 $(REAL_TEXT)/train.jsonl: | .venv/installed
 	$(BIN)/python -m presets.real_text $(REAL_TEXT)
 
+# Two students: the one to train, and one whose mixers have attention's projections alone, for comparison.
 $(REAL)/students/%/conversion.json: | $(REAL_TEACHER)/config.json $(REAL_TEXT)/train.jsonl
 	$(BIN)/python make_student.py $(REAL_MODELS) --init $* --output $(@D) \
 		--calibration $(REAL_TEXT)/train.jsonl $(REAL_MAKE)
 
 $(REAL)/start.json: | $(REAL)/students/closed_form/conversion.json $(REAL)/students/projections/conversion.json
 	$(BIN)/python -m presets.real_start --students $(REAL)/students --teacher $(REAL_TEACHER) \
-		--held_out $(REAL_TEXT)/heldout.jsonl --layers $(REAL_LAYERS) --output $@ $(REAL_START)
+		--held_out $(REAL_TEXT)/heldout.jsonl --output $@ $(REAL_START)
 
 # Each mixer learns its attention's output.
 $(REAL)/aligned: | $(REAL)/students/closed_form/conversion.json
@@ -42,10 +39,9 @@ $(REAL)/aligned: | $(REAL)/students/closed_form/conversion.json
 		--max_steps 50 $(REAL_ALIGN)
 	touch $@
 
-# The whole hybrid learns the teacher's distribution; what was copied moves at a tenth of the mixers' rate.
+# The hybrid learns the teacher's distribution. What was copied moves at a tenth of the mixers' rate.
 $(REAL)/distilled: | $(REAL)/aligned
-	$(REAL_TRAIN) --student_model $(REAL)/align/latest --output_dir $(REAL)/distil \
-		--ce_weight 0 --kl_weight 1 --copied_lr_factor 0.1 --max_steps 120 $(REAL_DISTIL)
+	$(REAL_TRAIN) --student_model $(REAL)/align/latest --output_dir $(REAL)/distil --max_steps 120 $(REAL_DISTIL)
 	touch $@
 
 $(REAL)/distil/eval.json: | $(REAL)/distilled
