@@ -49,8 +49,8 @@ class TeacherStream:
             head = self._shared(weights.head(dtype, self.device), student.lm_head.weight)
         self.head = head.detach()[:vocab]  # (vocab, D)
         self.rotary = weights.rotary(self.device)
-        text = "of the teacher %.3f GB are held beside the student, %.3f GB are the student's own"
-        logger.info(text, self.bytes_held / 1e9, self.bytes_shared / 1e9)
+        text = "of the teacher's weights %s MB are held beside the student, %s MB are the student's own"
+        logger.info(text, f"{self.bytes_held / 1e6:,.1f}", f"{self.bytes_shared / 1e6:,.1f}")
 
     def _share(self, module: nn.Module, twin: nn.Module) -> None:
         """Replaces the parameters of a module by those of the student's that have the same name and values."""
@@ -59,9 +59,14 @@ class TeacherStream:
             place, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(place), leaf, self._shared(parameter, twins.get(name)))
 
+    @staticmethod
+    def are_equal(given: Tensor, twin: Tensor) -> bool:
+        """Returns whether two tensors of one shape are the same bit for bit."""
+        return torch.equal(given, twin)
+
     def _shared(self, given: Tensor, twin: Any) -> nn.Parameter:
         """Returns the student's parameter if it equals the given tensor, else a frozen parameter of that."""
-        if twin is not None and given.shape == twin.shape and torch.equal(given, twin):
+        if twin is not None and given.shape == twin.shape and self.are_equal(given, twin):
             assert not twin.requires_grad
             self.bytes_shared += twin.nbytes
             return twin

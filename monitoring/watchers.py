@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from checkpointing.state import RunState
+from conversion.alignment import Alignment
 from monitoring.evaluator import Evaluator, Material
 from monitoring.health import Spikes, UpdateHealth, warn_of_anomalies
 from monitoring.layer_map import LayerMap
@@ -54,7 +55,8 @@ def build_watchers(
 ) -> Watchers:
     """Returns what the options ask for. state: where the run begins; material: what it is evaluated on, if at all."""
     args, ranks, student = job.args, job.ranks, learner.student
-    gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops)
+    alignment = learner.objective if isinstance(learner.objective, Alignment) else None
+    gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops, alignment)
     health = UpdateHealth(args.health_interval, student, learner.optimizer, ranks)
     layer_map = LayerMap(args.layer_map_interval if ranks.is_main else 0, student, learner.lane, args.compile)
     evaluator = Evaluator(args, material, tokenizer, ranks, learner.objective.model, learner.lane, job.stop)
