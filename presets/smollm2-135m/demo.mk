@@ -25,6 +25,7 @@ $(REAL_TEXT)/train.jsonl: | .venv/installed
 	$(BIN)/python -m presets.real_text $(REAL_TEXT)
 
 # Two students: the one to train, and one whose mixers have attention's projections alone, for comparison.
+$(REAL)/students/projections/conversion.json: REAL_MAKE += --calibration_tokens 256 --held_out_tokens 256
 $(REAL)/students/%/conversion.json: | $(REAL_TEACHER)/config.json $(REAL_TEXT)/train.jsonl
 	$(BIN)/python make_student.py $(REAL_MODELS) --init $* --output $(@D) \
 		--calibration $(REAL_TEXT)/train.jsonl $(REAL_MAKE)
