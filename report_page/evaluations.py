@@ -56,9 +56,13 @@ def read_measures(folder: Path, step_at: dict[float, float]) -> list[Measure]:
 
 
 def _values_beside_mmlu(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields name and value. A task has only its first metric, the one that the task's authors list first."""
+    """Yields name and value. A task has only its first metric, the one that the task's authors list first. What ends a
+    document is part of held-out text's name: with another token, the figures are of another text.
+    """
+    separator = dict_or_empty(result.get("config")).get("document_separator")
+    ending = f", documents end with {separator}" if isinstance(separator, str) else ""
     for key, name in HELD_OUT.items():
-        yield f"held-out {name}", dict_or_empty(result.get("held_out")).get(key)
+        yield f"held-out {name}{ending}", dict_or_empty(result.get("held_out")).get(key)
     cells = result.get("retrieval")
     for cell in map(dict_or_empty, cells if isinstance(cells, list) else []):
         yield f"retrieval, {cell.get('length')} tokens, {cell.get('pairs')} pairs", cell.get("acc")

@@ -24,6 +24,7 @@ from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding,
 from preflight.checks.machine import GB, default_nproc
 from preflight.footprint import build_models, find_configs, n_bytes
 from text.encoding import Encoder, check_tokenizer
+from text.separators import Separator, choose_separator
 
 HUB_PATTERN = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -81,6 +82,16 @@ def teacher_place(run: PlannedRun, needs_weights: bool = False) -> str:
 def teacher_tokenizer(run: PlannedRun) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of the teacher, which a run uses. Raises CheckSkipped if the teacher is not there."""
     return get_tokenizer("--teacher_model", teacher_place(run))
+
+
+@functools.cache
+def separator_of(run: PlannedRun) -> Separator:
+    """Returns what ends a document in a run. Raises ValueError if it cannot be what the options say."""
+    tokenizer, (resume, _) = teacher_tokenizer(run), resumed(run)
+    option = run.args.document_separator
+    if resume is not None:
+        option = resume.document_separator(tokenizer.eos_token)
+    return choose_separator(option, tokenizer)
 
 
 # --- models on this disk -------------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def check_configs(run: PlannedRun) -> Iterator[Finding]:
 def check_tokens(run: PlannedRun) -> Iterator[Finding]:
     tokenizer, (teacher, student) = teacher_tokenizer(run), configs(run)
     title = "tokenizer"
-    Encoder(tokenizer)  # raises ValueError if it has no token that separates documents
+    Encoder(tokenizer, separator_of(run).token)  # raises ValueError if it has no token that separates documents
     for flag, config in (("--teacher_model", teacher), ("--student_model", student)):
         try:
             check_tokenizer(tokenizer, flag, config.vocab_size)

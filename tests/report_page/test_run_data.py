@@ -118,6 +118,13 @@ def test_measures_beside_mmlu_have_rows_too(tmp_path):
     assert "<td>held-out KL</td>" in make_page(read_runs([run]), [], [])
 
 
+def test_what_ends_a_document_is_part_of_a_measures_name(tmp_path):
+    config = {"which": "teacher", "document_separator": "<|end_of_text|>"}
+    run = build(tmp_path / "run", [row_of(1)], eval={"held_out": {"kl": 0.5}, "config": config})
+    ((_, name, *_),) = measure_table(read_runs([run]))[1:]
+    assert name == "held-out KL, documents end with <|end_of_text|>"
+
+
 def test_numbers_too_large_for_a_float_are_left_out(tmp_path):
     rows = [row_of(1), row_of(2, loss=10**400, eval={"ce": 10**400}, layer_map={"own": [10**400, 1.0]})]
     run = build(tmp_path / "run", rows, json.dumps({"step": 10**400}) + "\n", score=result("student", 10**400))
