@@ -11,11 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 def documents(source: str, n: int, shared: str = "") -> list[Document]:
     """Returns documents of three paragraphs each, the first of which is `shared` if it is given."""
+    names = [f"{source} {i}" for i in range(n)]
     return [
-        Document(
-            source, f"{source} {i}", "\n\n".join([shared or f"{source} {i} begins", *(f"{source} {i} " * 60, "end")])
-        )
-        for i in range(n)
+        Document(source, name, "\n\n".join([shared or f"{name} begins", f"{name} " * 150, f"{name} ends"]))
+        for name in names
     ]
 
 
