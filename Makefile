@@ -83,7 +83,7 @@ test-slow: .venv/installed-dev
 
 # Runs a few steps of `make demo-real`, in minutes, if its teacher has been downloaded before.
 test-real: .venv/installed-dev
-	$(BIN)/python -m pytest -m real -rs
+	$(BIN)/python -m pytest -m real -rs tests/test_demo_real.py
 
 # Installs everything for every Python from 3.10 to 3.13 that is found, and trains briefly: gigabytes, minutes for each.
 test-pythons:
