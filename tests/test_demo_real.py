@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "teachers" / "smollm2-135m"
 STEPS = 8
 EPOCH = 2  # steps; the same few windows come again and again, so that the first and the last steps can be compared
-TRAIN = f"--max_steps {STEPS} --epochs {STEPS} --warmup_steps 2 --save_interval 2 --save_total_limit 2"
-TRAIN += f" --eval_interval {STEPS} --eval_windows 2 --layer_map_interval {STEPS}"
+TRAIN = f"--max_steps {STEPS} --epochs {STEPS} --warmup_steps 2 --decay_ratio 0.5"
+TRAIN += f" --save_interval 2 --save_total_limit 2 --eval_interval {STEPS} --eval_windows 2 --layer_map_interval {STEPS}"
 SETTINGS = {
     "REAL_MAKE": "--calibration_tokens 2048 --held_out_tokens 512",
     "REAL_START": "--windows 2",

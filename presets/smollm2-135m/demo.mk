@@ -37,7 +37,7 @@ $(REAL)/start.json: | $(REAL)/students/closed_form/conversion.json $(REAL)/stude
 # Each mixer learns its attention's output.
 $(REAL)/aligned: | $(REAL)/students/closed_form/conversion.json
 	$(REAL_TRAIN) --stage align --student_model $(REAL)/students/closed_form --output_dir $(REAL)/align \
-		--max_steps 50 $(REAL_ALIGN)
+		--max_steps 100 $(REAL_ALIGN)
 	touch $@
 
 # The hybrid learns the teacher's distribution. What was copied moves at a tenth of the mixers' rate.
