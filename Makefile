@@ -11,7 +11,8 @@ DEMO_TRAIN ?=
 DEMO_EVAL ?=
 BENCH_OPTIONS ?=
 
-.PHONY: setup setup-dev setup-bench setup-cuda demo test test-bench test-slow test-pythons faults lint bench
+.PHONY: setup setup-dev setup-bench setup-cuda demo demo-real test test-bench test-slow test-real test-pythons faults lint \
+	bench
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -34,6 +35,11 @@ setup-bench: .venv/installed-bench
 	$(PIP_INSTALL) lm-eval==0.4.13
 	touch $@
 
+# Reads a teacher from a GGUF file.
+.venv/installed-gguf: .venv/installed requirements-dev.txt
+	$(PIP_INSTALL) $$(grep '^gguf==' requirements-dev.txt)
+	touch $@
+
 # Kernels for NVIDIA GPUs. requirements-cuda.txt says what they are and what runs without them. The last one is compiled
 # by nvcc, which takes a quarter of an hour.
 setup-cuda: .venv/installed
@@ -53,6 +59,11 @@ demo: .venv/installed
 		--ckpt $$(ls -d $(DEMO)/checkpoint-* | sort -V | tail -1) --output $(DEMO)/eval.json $(DEMO_EVAL)
 	$(BIN)/python report.py $(DEMO)
 
+# Makes a hybrid of a real pretrained teacher: downloads it, builds a student, aligns, distils, scores, and reports.
+include presets/smollm2-135m/demo.mk
+demo-real: $(REAL)/report.md
+	@echo "The report is $(REAL)/report.md, with charts in $(REAL)/report/index.html"
+
 # Runs two tests at a time, each process with one thread: the tensors are tiny, and many tests start several processes.
 # The ten slowest tests are listed at the end.
 test: .venv/installed-dev
@@ -69,6 +80,10 @@ test-bench: .venv/installed-dev
 # Runs what `make test` leaves out for its length: the whole demo with its scores, compiled C++, torchrun killed.
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Runs a few steps of `make demo-real`, in minutes, if its teacher has been downloaded before.
+test-real: .venv/installed-dev
+	$(BIN)/python -m pytest -m real -rs tests/test_demo_real.py
 
 # Installs everything for every Python from 3.10 to 3.13 that is found, and trains briefly: gigabytes, minutes for each.
 test-pythons:

@@ -315,7 +315,7 @@ class EvalArguments(CommonArguments):
     held_out_text_field: str = option("text", "column that holds the text", BEYOND)
     held_out_windows: int = option(64, "windows of it to read", BEYOND, least=1, most=10**7)
     held_out_seq_length: int = option(1024, "tokens per window", BEYOND, least=1, most=LONGEST_CONTEXT)
-    retrieval: bool = option(False, "ask for values in a context of key-value pairs; hard for recurrent models", BEYOND)
+    retrieval: bool = option(False, "recall values and copy words from a context: hard for recurrent models", BEYOND)
     retrieval_lengths: list[int] = option(
         [256, 1024, 4096], "tokens of these contexts", BEYOND, least=2, most=LONGEST_CONTEXT
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from arguments import EvalArguments
-from evaluation import mmlu, retrieval
+from evaluation import copying, mmlu, retrieval
 from evaluation.held_out import WINDOWS_AT_ONCE, HeldOutSums, HeldOutText
 from evaluation.lm_eval_tasks import run_task
 from evaluation.scoring import Scorer
@@ -44,6 +44,8 @@ def pieces_of(
     for length in args.retrieval_lengths if args.retrieval else []:
         for n_pairs in args.retrieval_pairs:
             pieces.append(_retrieval_piece(args, length, n_pairs, max_length))
+    if args.retrieval:
+        pieces.append(_copying_piece(args.seed, max_length))
     return [*pieces, *(_task_piece(name, args, max_length) for name in args.tasks)]
 
 
@@ -78,6 +80,8 @@ def assemble(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         result["held_out"] = sum(sums[1:], start=sums[0]).means()
     if "retrieval" in kinds:
         result["retrieval"] = list(kinds["retrieval"].values())
+    if "copying" in kinds:
+        result["copying"] = kinds["copying"]["words"]
     if "task" in kinds:
         result["tasks"] = kinds["task"]
     result["config"] = config
@@ -115,6 +119,11 @@ def _retrieval_piece(args: EvalArguments, length: int, n_pairs: int, max_length:
     n_contexts = -(-args.retrieval_questions // retrieval.QUESTIONS_PER_CONTEXT)
     cost = n_contexts * length * CHARACTERS_PER_TOKEN if length <= max_length else 1
     return Piece(f"retrieval-{length}x{n_pairs}", cost, measure)
+
+
+def _copying_piece(seed: int, max_length: int) -> Piece:
+    cost = copying.TEXTS * 2 * copying.WORDS * CHARACTERS_PER_TOKEN
+    return Piece("copying-words", cost, lambda scorer: copying.probe(scorer, max_length, seed))
 
 
 def _task_piece(name: str, args: EvalArguments, max_length: int) -> Piece:

@@ -118,6 +118,8 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
         found.append(Section("Held-out text", note, held_out_table(results)))
     if "retrieval" in first:
         found.append(Section("Retrieval", options_text(config, "retrieval", "seed"), retrieval_table(results)))
+    if "copying" in first:
+        found.append(Section("Copying", options_text(config, "seed"), copying_table(results)))
     if "tasks" in first:
         found.append(Section("Tasks", options_text(config, "tasks", "limit"), task_table(results)))
     return found
@@ -183,6 +185,13 @@ def retrieval_table(results: dict[str, dict]) -> Table:
         scores = (format_value(result["retrieval"][i]["acc"]) for result in results.values())
         table.append([str(cell["length"]), str(cell["pairs"]), str(cell["n"]), format_value(cell["chance"]), *scores])
     return table
+
+
+def copying_table(results: dict[str, dict]) -> Table:
+    """Returns the accuracies of words said twice, one column per model."""
+    first = next(iter(results.values()))["copying"]
+    scores = (format_value(result["copying"]["acc"]) for result in results.values())
+    return [["copying: words", "n", *results], [str(first["words"]), str(first["n"]), *scores]]
 
 
 def task_table(results: dict[str, dict]) -> Table:

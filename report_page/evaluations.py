@@ -23,7 +23,7 @@ class Score(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """Holds any other result of such a file: held-out text, retrieval or a task."""
+    """Holds any other result of such a file: held-out text, retrieval, copying or a task."""
 
     file: str
     model: str
@@ -66,6 +66,8 @@ def _values_beside_mmlu(result: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     cells = result.get("retrieval")
     for cell in map(dict_or_empty, cells if isinstance(cells, list) else []):
         yield f"retrieval, {cell.get('length')} tokens, {cell.get('pairs')} pairs", cell.get("acc")
+    copying = dict_or_empty(result.get("copying"))
+    yield f"copying, {copying.get('words')} words", copying.get("acc")
     for outcome in map(dict_or_empty, dict_or_empty(result.get("tasks")).values()):
         for task, figures in dict_or_empty(outcome.get("results")).items():
             for metric, value in list(dict_or_empty(figures).items())[:1]:

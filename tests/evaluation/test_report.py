@@ -64,6 +64,7 @@ EXTRA = {
     "held_out-8": [10.0, 5.0, 4.0, 10.0],
     "retrieval-128x4": {"length": 128, "pairs": 4, "acc": 0.5, "n": 8, "chance": 0.25},
     "retrieval-128x64": {"length": 128, "pairs": 64, "acc": None, "n": 0, "chance": 1 / 64},
+    "copying-words": {"words": 120, "acc": 0.25, "n": 400},
     "task-gsm8k": {
         "results": {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": None}},
         "n_shot": {"gsm8k": 5},
@@ -100,7 +101,7 @@ def test_pieces_are_put_together(results):
 
 def test_the_screen_shows_scores_and_differences(results):
     found = sections(results, compare_all(results), ("groups",))
-    _, scores, differences, held_out, retrieval, tasks = (section.table for section in found)
+    _, scores, differences, held_out, retrieval, copying, tasks = (section.table for section in found)
     assert scores[0] == ["subject", "n", "student", "teacher"]
     assert [row[0] for row in scores[1:]] == ["astronomy", "virology", "stem", "other", "all", "stderr"]
     assert scores[-2] == ["all", "6", "0.5000", "0.8333"]
@@ -112,6 +113,7 @@ def test_the_screen_shows_scores_and_differences(results):
     assert differences[1][-2:] == ["2", "0"]  # gained, lost
     assert held_out[1] == ["student", "2.0000", "0.5000", "0.5000", "7.3891", "20"]
     assert [row[-1] for row in retrieval] == ["teacher", "0.5000", "-"]
+    assert copying == [["copying: words", "n", "student", "teacher"], ["120", "400", "0.2500", "0.2500"]]
     assert tasks[1] == ["gsm8k", "5", "8", "exact_match,strict-match", "0.2500", "0.2500"]
     lines = aligned(scores).splitlines()
     assert lines[0].startswith("subject") and len({len(line) for line in lines}) == 1

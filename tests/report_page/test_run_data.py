@@ -94,9 +94,16 @@ def test_measures_beside_mmlu_have_rows_too(tmp_path):
     found = {
         "held_out": {"ce": 3.0, "kl": 0.5, "agreement": None, "perplexity": 20.0, "tokens": 99},
         "retrieval": [{"length": 64, "pairs": 4, "n": 2, "acc": 0.5}, {"length": 128}, 7],
+        "copying": {"words": 120, "acc": 0.25, "n": 400},
         "tasks": {"arc": {"results": {"arc_easy": figures, "bad": 3, "none": {}}}, "broken": []},
     }
-    damaged = {"held_out": [], "retrieval": {}, "tasks": {"arc": {"results": None}}, "config": {"which": "student"}}
+    damaged = {
+        "held_out": [],
+        "retrieval": {},
+        "copying": [3],
+        "tasks": {"arc": {"results": None}},
+        "config": {"which": "student"},
+    }
     config = {"which": "hybrid_ft", "ckpt": "/x/run/checkpoint-2"}
     run = build(tmp_path / "run", [row_of(1)], beyond={**found, "config": config}, damaged=damaged)
     assert scores_of_runs(read_runs([run])) == []
@@ -105,6 +112,7 @@ def test_measures_beside_mmlu_have_rows_too(tmp_path):
         ["hybrid_ft", "held-out perplexity", "20.0000", "1", "beyond.json"],
         ["hybrid_ft", "held-out KL", "0.5000", "1", "beyond.json"],
         ["hybrid_ft", "retrieval, 64 tokens, 4 pairs", "0.5000", "1", "beyond.json"],
+        ["hybrid_ft", "copying, 120 words", "0.2500", "1", "beyond.json"],
         ["hybrid_ft", "arc_easy, acc", "0.6000", "1", "beyond.json"],
     ]
     assert "<td>held-out KL</td>" in make_page(read_runs([run]), [], [])
