@@ -195,7 +195,8 @@ def closed_form_start(teacher, folder):
     alignment = alignment_of(folder, student)
     for block, traced in zip(student.backbone.layers, alignment.stream.walk(tokens(16, 48, seed=99)), strict=True):
         attention = teacher.model.layers[block.layer_idx].self_attn
-        closed_form.fit_mixer(block.mixer, attention, block.input_layernorm(traced.hidden), traced.attention)
+        u = block.input_layernorm(traced.hidden)  # (B, S, D)
+        closed_form.fit_mixer(block.mixer, attention, u, u, traced.attention)
     return alignment
 
 
