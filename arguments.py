@@ -1,37 +1,17 @@
 """Every option of train_gpus.py and eval_mmlu_hybrid.py: default, help, group, bounds, and whether a resumed run must
 keep it. `parse_train_args` and `parse_eval_args` return typed, checked options. Nothing heavy is imported, so that a
-mistake is reported at once.
-
-    python arguments.py > docs/options.md
+mistake is reported at once. list_options.py makes docs/options.md of them.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+from inputs.bounds import LONGEST_CONTEXT, MOST_LAYERS, MOST_SEED, STEPS
+from inputs.groups import BEYOND, DATA, EVALUATION, GENERAL, IN_TRAINING, LOSS, MMLU, MODELS, OUTPUT, PLAN, TRAINING
 from inputs.option_checks import eval_problems, is_same_name, train_problems
 from inputs.option_values import option_values
 from inputs.options import BY_PRESET, option, options_of, out_of_bounds, path_option
 from inputs.value_types import auto_or_int
-
-# Groups, as --help and docs/options.md list them.
-GENERAL = "general"
-PLAN = "plan"
-MODELS = "models"
-DATA = "data"
-LOSS = "loss"
-TRAINING = "training"
-IN_TRAINING = "evaluation during training"
-OUTPUT = "output and logs"
-EVALUATION = "evaluation"
-MMLU = "MMLU"
-BEYOND = "beyond MMLU"
-
-# The largest values of options that have no bound of their own: far above what a run can use, and small enough that
-# no sum or product of them overflows.
-STEPS = 10**12
-MOST_LAYERS = 10_000
-LONGEST_CONTEXT = 10_000_000  # tokens; more than any model has
-MOST_SEED = 2**63 - 1  # torch, NumPy and Python all take it
 
 
 @dataclass(kw_only=True)
@@ -64,6 +44,12 @@ class CommonArguments:
         most=MOST_LAYERS,
     )
     dtype: Literal["bfloat16", "float16", "float32"] = option(BY_PRESET, "weights and compute", MODELS, kept=True)
+    document_separator: str = option(
+        "auto",
+        "token that ends each document; auto: eos, or, where that ends a turn of a chat, the one of pretraining",
+        DATA,
+        kept=True,
+    )
 
     def __post_init__(self) -> None:
         if self.layers and max(self.layers) < 0:
@@ -145,8 +131,18 @@ class TrainArguments(CommonArguments):
     )
     max_lr: float = option(1e-5, "learning rate of the stable phase", TRAINING, least=0, most=1000)
     min_lr: float = option(1e-8, "learning rate at the end of the decay", TRAINING, least=0, most=1000)
+    copied_lr_factor: float = option(
+        1.0,
+        "learning rate of what is outside the mixers, as a part of theirs; 0.1 where it was copied from the teacher",
+        TRAINING,
+        least=0,
+        most=1000,
+    )
     warmup_ratio: float = option(
         0.01, "part of the optimizer steps in which the learning rate rises", TRAINING, least=0, most=1
+    )
+    warmup_steps: int | None = option(
+        None, "optimizer steps in which it rises (default: by --warmup_ratio)", TRAINING, least=0, most=STEPS
     )
     decay_ratio: float = option(
         0.1, "part of the optimizer steps, at the end, in which it falls", TRAINING, least=0, most=1
@@ -388,10 +384,3 @@ def free_options() -> set[str]:
     is watched, not what it computes.
     """
     return {name for name, about in options_of(TrainArguments).items() if about.free or about.group in (OUTPUT, PLAN)}
-
-
-if __name__ == "__main__":
-    from inputs.options_page import options_page
-
-    entries = {"train_gpus.py": (TrainArguments, "train"), "eval_mmlu_hybrid.py": (EvalArguments, "eval")}
-    print(options_page(entries, free_options()), end="")

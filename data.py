@@ -62,7 +62,7 @@ def build_dataloader(
     The ranks of a stream agree through `control_group` (CPU tensors) when to stop together. Raises ValueError for a
     mistake in the options of the data, or text that is too little for a micro step.
     """
-    encoder, source = Encoder(tokenizer), TextSource.for_training(args)
+    encoder, source = Encoder(tokenizer, args.document_separator), TextSource.for_training(args)
     with network_forbidden(source.local_files_only):
         opened = open_source(source)
         if opened.info.features is not None:  # else known only once the data is read
@@ -87,7 +87,14 @@ def build_dataloader(
                 control_group=control_group,
                 position=position,
             )
-        directory = _token_file(opened, source, encoder, explain, is_builder)
+        directory, made_from = _token_folder(opened, source, encoder)
+        if os.path.exists(directory):  # False where it cannot be known
+            logger.info("using the packed dataset %s", directory)
+        elif is_builder:
+            _log_tokens_with_eos(opened, source, tokenizer)
+            _pack(directory, opened, source, encoder, made_from, explain)
+        else:
+            wait_for_token_file(directory)
     windows = PackedTextDataset(directory, args.seq_length)
     start, trained_on = (0, None) if position is None else (position["windows"], position["tokens"])
     if None not in (trained_on, windows.about.sha256) and trained_on != windows.about.sha256:
@@ -102,29 +109,41 @@ def build_dataloader(
     return CachedLoader(windows, order, args.dataset_workers, found)
 
 
-def _token_file(
+def _token_folder(opened: Opened, source: TextSource, encoder: Encoder) -> tuple[Path, dict[str, object]]:
+    """Returns the folder of the text's token file, and what the file is made from."""
+    made_from = token_file_inputs(opened, source, encoder)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    return packed_folder(source) / key[:32], made_from
+
+
+def _pack(
+    directory: Path,
     opened: Opened,
     source: TextSource,
     encoder: Encoder,
+    made_from: dict[str, object],
     explain: Callable[[Exception], Exception],
-    is_builder: bool,
-) -> Path:
-    """Returns the folder of the text's token file, which the builder writes and the others wait for."""
-    made_from = token_file_inputs(opened, source, encoder)
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    directory = packed_folder(source) / key[:32]
-    if os.path.exists(directory):  # False where it cannot be known
-        logger.info("using the packed dataset %s", directory)
-    elif is_builder:
-        check_writable(source)
-        texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
-        try:
-            write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
-        except OSError as error:  # of writing: an error of reading has been explained
-            raise cache_fault(error, source) from error
-    else:
-        wait_for_token_file(directory)
-    return directory
+) -> None:
+    """Writes the text's token file."""
+    check_writable(source)
+    texts = only_texts(rows_of(open_table(opened, source), source.text_field, explain), source)
+    try:
+        write_token_file(directory, texts, encoder, {"dataset": source.name, **made_from})
+    except OSError as error:  # of writing: an error of reading has been explained
+        raise cache_fault(error, source) from error
+
+
+def _log_tokens_with_eos(opened: Opened, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns that the text is packed anew though earlier versions of this program have packed it: with eos."""
+    if (eos := tokenizer.eos_token) is None:
+        return
+    before, _ = _token_folder(opened, source, Encoder(tokenizer, eos))
+    if os.path.exists(before):
+        logger.warning(
+            "%s has this text packed with %r after each document, and is not used: the text is packed anew. To use it, "
+            "stop this run and give --document_separator %r",
+            *(before, eos, eos),
+        )
 
 
 class PackedTextDataset(torch.utils.data.Dataset[Tensor]):

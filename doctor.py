@@ -5,8 +5,8 @@ tokenizer, data, disk, loss. Takes the options of train_gpus.py besides its own:
 
 Each line says ok, warning or failure, what was checked and what was found; the next line says what to do. The exit code
 is 1 if anything failed. Nothing is downloaded, and nothing is left on the disk but lock files of `datasets` and logs of
-W&B. No model is loaded but a small teacher; weight files, up to 40 GB, are read tensor by tensor, to find what is
-no number.
+W&B. Weight files, up to 40 GB, are read tensor by tensor, to find what is no number. Only the teacher is loaded: if it
+is small, or if memory is free and several of its tokens could end a document.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def all_findings(run: PlannedRun) -> Iterator[Finding]:
 
 def all_checks() -> dict[str, Check]:
     """Returns the checks by name, the cheap ones first. They are imported only here, after their packages."""
-    from preflight.checks import alignment, links, loss, machine, models, storage, text, weights
+    from preflight.checks import alignment, links, loss, machine, models, separator, storage, text, weights
 
     return {
         "optional packages": check_optional_packages,
@@ -135,6 +135,7 @@ def all_checks() -> dict[str, Check]:
         "data": text.check_data,
         "held-out data": text.check_held_out_data,
         "packed data": text.check_room_for_packed_data,
+        "document separator": separator.check_document_separator,
         "loss": loss.check_loss,
         "loss of equal models": loss.check_equal_models,
         "alignment": alignment.check_alignment,

@@ -33,6 +33,7 @@ from data import CachedLoader, build_dataloader
 from distillation.first_answer import check_first_answer
 from distillation.models import Models, check_models
 from distillation.teacher import ask_ahead
+from inputs.option_checks import warmup_problems
 from inputs.option_files import as_yaml
 from llamba.parts import parameter_table
 from model_utils import adopt_special_tokens
@@ -44,6 +45,7 @@ from preflight.plan_report import print_plan
 from processes.devices import check_compiler, choose_devices
 from processes.ranks import check_launch, is_main_rank, launched_rank, launched_world_size, process_groups
 from text.batch import Batch
+from text.separators import choose_separator
 from text.stream_loader import StreamingLoader
 from training_utils import Job, Learner, Meter, build_learner, load_objective, to_device
 from utils import Stopwatch, TimedIterator, describe_environment, printable, setup_logging
@@ -58,6 +60,7 @@ class Checked(NamedTuple):
     teacher_device: torch.device
     resume: Resume
     models: Models
+    args: TrainArguments  # with what `auto` stands for in this run
 
 
 def main(args: TrainArguments | None = None) -> int:
@@ -79,7 +82,7 @@ def main(args: TrainArguments | None = None) -> int:
             refuse = functools.partial(run_folder.write_refusal, Path(args.output_dir))
             ranks = stack.enter_context(process_groups(checked.device, on_mistake=refuse))
             warnings.write_to(Path(args.output_dir))
-            return run(Job(args, ranks, stop), checked)
+            return run(Job(checked.args, ranks, stop), checked)
 
 
 def check(args: TrainArguments) -> Checked:
@@ -90,7 +93,11 @@ def check(args: TrainArguments) -> Checked:
     if is_main_rank():
         check_trackers(args)
     resume = Resume(args, launched_world_size())
-    return Checked(device, teacher_device, resume, check_models(args, resume.checkpoint))
+    models = check_models(args, resume.checkpoint)
+    separator = choose_separator(resume.document_separator(models.tokenizer.eos_token), models.tokenizer)
+    logger.info("each document ends with %s: %s", separator, separator.why)
+    args = dataclasses.replace(args, document_separator=separator.token)
+    return Checked(device, teacher_device, resume, models, args)
 
 
 def run(job: Job, checked: Checked) -> int:
@@ -127,7 +134,8 @@ def run(job: Job, checked: Checked) -> int:
     student = objective.model.student
     check_first_answer(args.teacher_model, lane, objective.model.teacher_head, batches.peek(), ranks)
     adopt_special_tokens(student, models.tokenizer)
-    logger.info("student with layers %s from the teacher\n%s", args.layers, parameter_table(student))
+    table = parameter_table(student, args.max_lr, args.copied_lr_factor)
+    logger.info("student with layers %s from the teacher\n%s", args.layers, table)
     learner = build_learner(job, objective, lane, total_steps, state.step, state.loss_scale)
     resume.restore(learner, ranks)
 
@@ -165,6 +173,8 @@ def count_steps(args: TrainArguments, loader: CachedLoader | StreamingLoader, do
             f"--resume_step {args.resume_step}: the run has {total} optimizer steps of {accumulate} micro steps; "
             "nothing is left to train, raise --max_steps or --epochs"
         )
+    for problem in warmup_problems(args, total):  # of data that is less than --max_steps
+        raise ValueError(problem)
     return total
 
 

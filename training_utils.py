@@ -25,6 +25,7 @@ from distillation.models import Models, load_models
 from distillation.objective import Distillation, DistillationModel
 from distillation.teacher import Lane, PendingSignal
 from llamba import LlambaForCausalLM
+from llamba.parts import mixer_parameters
 from model_utils import DTYPES
 from processes.exits import StopRequest
 from processes.ranks import Ranks
@@ -71,22 +72,29 @@ def load_objective(
     return Distillation(DistillationModel(student, head, models.vocab, args, chunk_tokens), ranks.device), lane
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Returns the trainable parameters in groups: matrices decay, vectors (norms, biases, D) do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+def parameter_groups(model: nn.Module, weight_decay: float, copied_lr_factor: float = 1.0) -> list[dict]:
+    """Returns the trainable parameters in groups, mixers first: matrices decay, vectors (norms, biases, D) do not; all
+    but the mixers have the factor as their `lr_factor`, which `build_schedule` reads.
+    """
+    mixers = mixer_parameters(model)
+    kinds = [(is_matrix, factor) for factor in (1.0, copied_lr_factor) for is_matrix in (True, False)]
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {kind: [] for kind in kinds}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.dim() >= 2, 1.0 if parameter in mixers else copied_lr_factor].append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay if is_matrix else 0.0, "lr_factor": factor}
+        for (is_matrix, factor), members in groups.items()
+        if members
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
-    model: nn.Module, max_lr: float, weight_decay: float, master_weights: bool
+    model: nn.Module, max_lr: float, weight_decay: float, master_weights: bool, copied_lr_factor: float = 1.0
 ) -> ZeroRedundancyOptimizer:
     """Returns AdamW (0.9, 0.95) whose masters and moments are kept on the one rank that owns the shard."""
     return ZeroRedundancyOptimizer(
-        parameter_groups(model, weight_decay),
+        parameter_groups(model, weight_decay, copied_lr_factor),
         optimizer_class=MasterWeightAdamW,
         lr=max_lr,
         betas=(0.9, 0.95),
@@ -97,10 +105,10 @@ def build_optimizer(
 def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total_steps: int, done: int) -> LRScheduler:
     """Returns the schedule warm-up, stable, decay over `total_steps` optimizer steps, of which `done` are done."""
     for group in optimizer.param_groups:
-        group["initial_lr"] = args.max_lr
+        group["initial_lr"] = args.max_lr * group.get("lr_factor", 1.0)
     return get_wsd_schedule(
         optimizer,
-        num_warmup_steps=round(args.warmup_ratio * total_steps),
+        num_warmup_steps=round(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps,
         num_decay_steps=round(args.decay_ratio * total_steps),
         num_training_steps=total_steps,
         decay_type="linear",
@@ -113,7 +121,7 @@ class Update(NamedTuple):
     """Says what became of one optimizer step, the same on all ranks."""
 
     means: dict[str, Any]  # of a Meter
-    lr: float
+    lr: float  # of the mixers
     grad_norm: float  # before clipping
     outcome: Outcome
     loss_scale: dict[str, Any]  # after the update
@@ -166,7 +174,8 @@ def build_learner(
     that of the checkpoint, if there is one.
     """
     args = job.args
-    optimizer = build_optimizer(objective.model.student, args.max_lr, args.weight_decay, args.master_weights)
+    settings = (args.max_lr, args.weight_decay, args.master_weights, args.copied_lr_factor)
+    optimizer = build_optimizer(objective.model.student, *settings)
     return Learner(
         objective=objective,
         optimizer=optimizer,

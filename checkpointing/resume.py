@@ -21,6 +21,7 @@ from checkpointing.housekeeping import LINK, point_latest_to, set_bad_aside
 from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state, versions
 from checkpointing.write_errors import only_logged
 from processes.ranks import Ranks, is_main_rank
+from text.separators import AUTO
 from training_utils import Learner
 
 logger = logging.getLogger("train")
@@ -61,6 +62,18 @@ class Resume:
     def resumed(self) -> int | None:
         """Returns the micro step of the checkpoint, whatever its folder is named; None for a run that starts anew."""
         return None if self.checkpoint is None else self._states[self.checkpoint]["micro_step"]
+
+    def document_separator(self, eos: str | None) -> str:
+        """Returns what ends a document: in a resumed run what ended it before, as --document_separator else. eos: the
+        tokenizer's, which ended documents before that was an option. Raises ValueError if another is given.
+        """
+        given = self.args.document_separator
+        if self.checkpoint is None:
+            return given
+        before = self._states[self.checkpoint]["arguments"].get("document_separator", eos)
+        if not _is_same(before, given):
+            raise ValueError(_other_run(self.args, [_changed("document_separator", given, self.checkpoint, before)]))
+        return before
 
     def choose(self, ranks: Ranks) -> None:
         """Settles on the first candidate whose large files are what was written. Those before it are set aside, so
@@ -174,8 +187,19 @@ def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
 
 
 def _is_same(before: Any, now: Any) -> bool:
-    """Returns whether a checkpoint has this value of an option; earlier versions kept `~` in it as it was written."""
-    return before == now or (isinstance(before, str) and before[:1] == "~" and os.path.expanduser(before) == now)
+    """Returns whether a checkpoint has this value of an option, or `now` leaves it to the checkpoint; earlier versions
+    kept `~` in it as it was written.
+    """
+    expanded = os.path.expanduser(before) if isinstance(before, str) else before
+    return now in (before, expanded, AUTO)
+
+
+def _changed(name: str, value: Any, checkpoint: Path, before: Any) -> str:
+    return f"--{name} {value}: the run of {checkpoint} has {before}; give the same"
+
+
+def _other_run(args: TrainArguments, problems: list[str]) -> str:
+    return "\n  ".join([f"--resume {args.resume}: this would be another run:", *problems])
 
 
 def log_versions(state: dict[str, Any]) -> None:
@@ -196,11 +220,7 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     before: dict[str, Any] = {**OF_EARLIER_VERSIONS, **state["arguments"]}
     kept = kept_options(args)
     changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
-    problems = [
-        f"--{name} {value}: the run of {checkpoint} has {before[name]}; give the same"
-        for name, value in changed.items()
-        if name in kept
-    ]
+    problems = [_changed(name, value, checkpoint, before[name]) for name, value in changed.items() if name in kept]
     if args.dataset_streaming and state["world_size"] != world_size:
         problems.append(
             f"--nproc_per_node: {world_size} rank(s), but the stream of {checkpoint} was shared out over "
@@ -208,7 +228,7 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
             "of ranks can resume"
         )
     if problems:
-        raise ValueError("\n  ".join([f"--resume {args.resume}: this would be another run:", *problems]))
+        raise ValueError(_other_run(args, problems))
     for name, value in changed.items():
         if name not in free_options() and is_main_rank():
             logger.warning("resuming with --%s %s where the run had %s", name, value, before[name])

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from arguments import EvalArguments
 from distillation.pairing import warn_of_another_tokenizer
 from evaluation import mmlu, mmlu_files
-from evaluation.held_out import check_not_trained_on_by, read_windows
+from evaluation.held_out import check_not_trained_on_by, read_windows, separator_of_text
 from evaluation.lengths import check_max_length, check_memory, check_retrieval
 from evaluation.lm_eval_tasks import check_tasks
 from evaluation.partial_results import check_partial, is_interrupted
@@ -55,6 +55,7 @@ class CheckedInputs:
     tokenizer: PreTrainedTokenizerBase
     questions: list[mmlu.Question]  # none with --no_mmlu
     windows: Tensor | None  # (n, S + 1) of held-out text
+    separator: str | None  # that ends each document in them
     max_length: int
     settings: dict[str, Any]  # what the results depend on
 
@@ -78,11 +79,12 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
     if "hybrid" in models and teacher and student:
         sources["hybrid"] = attempt(_find_hybrid, args, student, teacher, trained)
     questions = (attempt(_read_questions, args) or []) if args.mmlu else []
-    windows = None
+    windows = separator = None
     if teacher:
         attempt(check_max_length, args, max_length, _limited_readers(models, sources))
         readers = (tokenizer, max_length, teacher.config, trained)
-        windows = attempt(_read_held_out, args, *readers) if args.held_out else None
+        if args.held_out:
+            windows, separator = attempt(_read_held_out, args, *readers) or (None, None)
         if args.retrieval:
             attempt(check_retrieval, args, tokenizer, max_length)
     if args.tasks:
@@ -91,13 +93,13 @@ def check_inputs(args: EvalArguments) -> CheckedInputs:
     attempt(_check_output, args)
     if not problems:
         sources = {name: sources[name] for name in dict.fromkeys(["teacher", *models])}
-        settings = settings_of(args, sources, questions, windows, max_length)
+        settings = settings_of(args, sources, questions, (windows, separator), max_length)
         if args.output is not None:
             attempt(check_partial, Path(args.output), settings, models, args.resume, args.overwrite)
     _log_options_without_effect(args)
     if problems:
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
-    return CheckedInputs(sources, models, device, tokenizer, questions, windows, max_length, settings)
+    return CheckedInputs(sources, models, device, tokenizer, questions, windows, separator, max_length, settings)
 
 
 def _log_options_without_effect(args: EvalArguments) -> None:
@@ -196,7 +198,8 @@ def _read_held_out(
     max_length: int,
     teacher: PretrainedConfig,
     trained: ModelSource | None,
-) -> Tensor:
+) -> tuple[Tensor, str]:
+    """Returns the windows (n, S + 1), and the token that ends each document in them."""
     longest = min(max_length, context_length(teacher) or max_length)  # the teacher reads the windows in any case
     if args.held_out_seq_length > longest:
         raise ValueError(
@@ -204,11 +207,13 @@ def _read_held_out(
             "teacher's context or --max_length"
         )
     source = TextSource.for_eval_script(args)
-    if trained is not None:
-        check_not_trained_on_by(Path(trained.path), source, "--ckpt")
-    windows = read_windows(source, tokenizer, args.held_out_windows, args.held_out_seq_length)
+    checkpoint = None if trained is None else Path(trained.path)
+    if checkpoint is not None:
+        check_not_trained_on_by(checkpoint, source, "--ckpt")
+    separator = separator_of_text(args.document_separator, tokenizer, checkpoint)
+    windows = read_windows(source, tokenizer, args.held_out_windows, args.held_out_seq_length, separator.token)
     check_memory(args, windows, teacher)
-    return windows
+    return windows, separator.token
 
 
 def _check_output(args: EvalArguments) -> None:
@@ -236,7 +241,7 @@ def settings_of(
     args: EvalArguments,
     sources: dict[str, ModelSource],
     questions: list[mmlu.Question],
-    windows: Tensor | None,
+    held_out: tuple[Tensor | None, str | None],
     max_length: int,
 ) -> dict[str, Any]:
     """Returns all that the results of a piece depend on: a resumed evaluation has to have the same settings."""
@@ -245,8 +250,10 @@ def settings_of(
     if args.mmlu:
         names += ["limit", "num_fewshot", "subjects", "mmlu_dir"]
         settings["the questions of MMLU"] = mmlu.fingerprint(questions)
+    windows, separator = held_out
     if windows is not None:
         names += [name for name in vars(args) if name.startswith("held_out")]
+        settings["--document_separator"] = separator
         settings["the held-out text"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     if args.retrieval:
         names += ["seed", "retrieval_questions"]

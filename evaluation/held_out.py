@@ -26,6 +26,7 @@ from text.encoding import Encoder, blocks, text_batches
 from text.faults import Faults
 from text.opening import open_source, open_stream, open_table
 from text.overlap import TrainedOn, check_not_trained_on
+from text.separators import AUTO, Separator, choose_separator
 from text.sources import TextSource, network_forbidden
 from text.stream import TextStream
 
@@ -43,11 +44,14 @@ WINDOWS_AT_ONCE = 8  # whose hidden states are held
 # --- the text ------------------------------------------------------------------------------------------------
 
 
-def read_windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, n_windows: int, seq_length: int) -> Tensor:
+def read_windows(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, n_windows: int, seq_length: int, separator: str = AUTO
+) -> Tensor:
     """Returns the first windows of the text in its own order: (n_windows, S + 1) int64, or fewer, with a warning, if it
     has no more. Reads no more of the text than they take, unless the split is a part of one. Raises ValueError.
+    separator: what ends a document, as --document_separator names it.
     """
-    encoder, size = Encoder(tokenizer), seq_length + 1
+    encoder, size = Encoder(tokenizer, separator), seq_length + 1
     stacks: list[np.ndarray] = []
     with network_forbidden(source.local_files_only):
         for stack in blocks(map(encoder, text_batches(_texts(source), max_rows=TEXTS_AT_ONCE)), size):
@@ -94,14 +98,50 @@ def check_not_trained_on_by(checkpoint: Path, source: TextSource, flag: str) -> 
         logger.warning("whether %s %s was trained on %s is not known: %s", flag, checkpoint, source.name, error)
 
 
-def _trained_on(checkpoint: Path, local_files_only: bool) -> TextSource:
-    """Returns the text of the run that wrote a checkpoint, by its options. Raises ValueError or OSError if the file
-    that has them cannot be read.
+def separator_of_text(option: str, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None) -> Separator:
+    """Returns what ends each document of the held-out text, and logs it. Under "auto" it is, if a checkpoint is scored,
+    what ended them in its run. Raises ValueError. option: --document_separator.
+    """
+    of_run = None if checkpoint is None else _separator_of_run(checkpoint, tokenizer.eos_token)
+    if of_run is not None and option in (AUTO, of_run):
+        separator = choose_separator(of_run, tokenizer)._replace(why=f"as in the run of --ckpt {checkpoint}")
+    else:
+        separator = choose_separator(option, tokenizer)
+    if of_run not in (None, separator.token):
+        logger.warning(
+            "--document_separator %s: the run of --ckpt %s had %s; figures on --held_out do not compare with those of "
+            "its own evaluations, leave the option out for that",
+            *(option, checkpoint, of_run),
+        )
+    logger.info("held-out text: each document ends with %s: %s", separator, separator.why)
+    return separator
+
+
+def _separator_of_run(checkpoint: Path, eos: str | None) -> str | None:
+    """Returns what ended each document in the run that wrote a checkpoint: `eos` before that was an option. None where
+    it cannot be known, as of a student that no run wrote.
+    """
+    try:
+        separator = _options_of_run(checkpoint).get("document_separator", eos)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return separator if isinstance(separator, str) else None
+
+
+def _options_of_run(checkpoint: Path) -> dict[str, Any]:
+    """Returns the options of the run that wrote a checkpoint. Raises ValueError or OSError if the file that has them
+    cannot be read.
     """
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     options = state.get("arguments") if isinstance(state, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"{STATE_FILE} has no options")
+    return options
+
+
+def _trained_on(checkpoint: Path, local_files_only: bool) -> TextSource:
+    """Returns the text of the run that wrote a checkpoint. Raises ValueError or OSError if it cannot be read."""
+    options = _options_of_run(checkpoint)
     for name, kinds in RECORDED.items():
         if not isinstance(options.get(f"dataset_{name}"), kinds):
             raise ValueError(f"{STATE_FILE} has dataset_{name} {options.get(f'dataset_{name}')!r}")

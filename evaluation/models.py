@@ -58,4 +58,6 @@ def provenance(name: str, args: EvalArguments, inputs: CheckedInputs) -> dict[st
     for kind, is_asked in {"held_out": args.held_out, "retrieval": args.retrieval, "tasks": args.tasks}.items():
         if is_asked:
             config |= {option: value for option, value in vars(args).items() if option.startswith(kind)}
+    if args.held_out:
+        config["document_separator"] = inputs.separator
     return config | ({"seed": args.seed} if args.retrieval else {})

@@ -114,7 +114,8 @@ def sections(results: dict[str, dict], differences: list[dict[str, Any]], parts:
         )
         found.append(Section("Differences", note, difference_table(differences, parts)))
     if "held_out" in first:
-        found.append(Section("Held-out text", options_text(config, "held_out"), held_out_table(results)))
+        note = options_text(config, "held_out", "document_separator")
+        found.append(Section("Held-out text", note, held_out_table(results)))
     if "retrieval" in first:
         found.append(Section("Retrieval", options_text(config, "retrieval", "seed"), retrieval_table(results)))
     if "tasks" in first:

@@ -74,14 +74,27 @@ def _training_problems(args: Any) -> Iterator[str]:
     if args.min_lr > args.max_lr:
         yield f"--min_lr {args.min_lr}: expected at most --max_lr {args.max_lr}; lower it"
     ratios = (args.warmup_ratio, args.decay_ratio)
-    if sum(ratios) > 1 >= max(ratios):
+    if args.warmup_steps is None and sum(ratios) > 1 >= max(ratios):
         yield f"--warmup_ratio {ratios[0]} --decay_ratio {ratios[1]}: expected parts of the run, together at most 1"
+    yield from warmup_problems(args, args.max_steps)
     for name in ("save_interval", "resume_step"):
         if getattr(args, name) % max(args.grad_accumulation_steps, 1):
             yield (
                 f"--{name} {getattr(args, name)}: expected a multiple of --grad_accumulation_steps "
                 f"{args.grad_accumulation_steps}, so that checkpoints hold whole optimizer steps"
             )
+
+
+def warmup_problems(args: Any, total_steps: int) -> Iterator[str]:
+    """Yields whether --warmup_steps leave no room for the decay in a run of so many optimizer steps."""
+    if args.warmup_steps is None or not 0 <= args.decay_ratio <= 1:
+        return
+    room = total_steps - round(args.decay_ratio * total_steps)
+    if args.warmup_steps > room:
+        yield (
+            f"--warmup_steps {args.warmup_steps}: the run has {total_steps} optimizer steps, of which the last "
+            f"{total_steps - room} are the decay's (--decay_ratio {args.decay_ratio}); expected at most {room}"
+        )
 
 
 def _evaluation_problems(args: Any) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The page docs/options.md, made from the options themselves:
 
-python arguments.py > docs/options.md
+python list_options.py > docs/options.md
 """
 
 import typing
@@ -12,19 +12,23 @@ from inputs.options import Option, as_text, default_values, kind_of, options_of
 INTRO = """\
 # Options
 
-This page is made from the options themselves: `python arguments.py > docs/options.md`. A test compares the two.
+This page is made from the options themselves: `python list_options.py > docs/options.md`. A test compares the two.
 
 **Where a value comes from.** The command line comes first, then the file of `--config`, then the preset, then the
 default.
 
 - **Presets.** `--preset` names a folder under `presets/`: `llamba-8b` (used if you name none), `llamba-3b`, `llamba-1b`
-  or `tiny`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults marked \\* are values of `llamba-8b`.
+  and `tiny` have published students; those of `llama-8b`, `llama-3b`, `llama-1b` and `smollm2-135m` are built first,
+  by `python make_student.py --preset NAME`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults
+  marked \\* are values of `llamba-8b`.
 - **Files.** `--config FILE` reads options from YAML, a line such as `seq_length: 1024` each; `null` means no value.
   `configs/` has files for 1B, 3B and 8B students. A run writes all its options to `args.yaml` in `--output_dir`, which
   `--config` reads too.
 - **Data sets are replaced as a whole.** If you give another `--dataset_name`, its subset, split, revision, text column
   and held-out text are not taken from the preset or the file: they belong to the data set named there. Another
   `--eval_dataset_name` replaces the held-out text's subset and split. `--eval_interval 0` drops the held-out text.
+- **Warm-up.** Where one place gives both, `--warmup_steps` counts and `--warmup_ratio` does not. A ratio on the command
+  line replaces the steps of a file or a preset.
 
 **Paths** are relative to the folder in which the command runs, in files too. In every path, and in every name that may
 be a path, `~` at the start is the home directory, `$NAME` and `${NAME}` are environment variables, and `$$` is a dollar
@@ -43,7 +47,7 @@ multiples of `--grad_accumulation_steps`; everything else counts optimizer steps
 
 **A resumed run.** The last column says what `--resume` does with another value than before: `same` refuses it, because
 it would be another run; `same (stream)` and `same (cache)` refuse it with `--dataset_streaming` and with
-`--no_dataset_streaming`; `logged` accepts it and logs a warning; `free` accepts it.
+`--no_dataset_streaming`; `logged` accepts it and logs a warning; `free` accepts it. `auto` means what the run had.
 """
 NO_VALUE = "–"
 

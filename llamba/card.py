@@ -134,12 +134,16 @@ def _options(run: dict[str, Any], near: Path) -> dict[str, Any]:
         "cross entropy weight": run["ce_weight"],
         "KL weight": run["kl_weight"],
         "temperature": run["temperature"],
-        "learning rate": run["max_lr"],
+        "learning rate": _rates(run["max_lr"], run.get("copied_lr_factor", 1.0)),
         "frozen": ", ".join(
             part for part, flag in (("MLPs", "freeze_mlp"), ("replaced layers", "freeze_replaced_layers")) if run[flag]
         )
         or "nothing",
     }
+
+
+def _rates(lr: float, copied_lr_factor: float) -> str:
+    return f"{lr}" if copied_lr_factor == 1 else f"{lr} of the mixers, {lr * copied_lr_factor:.4g} of all else"
 
 
 def _rows(facts: dict[str, Any]) -> str:

@@ -24,13 +24,25 @@ def parameters_by_part(model: LlambaForCausalLM) -> dict[str, list[nn.Parameter]
     return parts
 
 
-def parameter_table(model: LlambaForCausalLM) -> str:
-    """Returns the numbers of total, trainable and frozen parameters by part of the model, as text."""
+def mixer_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Returns the parameters of the mixers in a module, which may wrap a Llamba. Replaced layers have none."""
+    blocks = [module for module in model.modules() if isinstance(module, LlambaBlock)]
+    return {parameter for block in blocks for parameter in block.mixer.parameters()}
+
+
+def parameter_table(model: LlambaForCausalLM, max_lr: float | None = None, copied_lr_factor: float = 1.0) -> str:
+    """Returns the numbers of total, trainable and frozen parameters by part of the model, as text, and, if `max_lr` is
+    given, the learning rate of each part: that of all but the mixers is multiplied by the factor.
+    """
     lines = [f"{'parameters':<20}{'total':>16}{'trainable':>16}{'frozen':>16}"]
-    for name, members in parameters_by_part(model).items():
-        lines.append(_table_row(name, members))
-    lines.append(_table_row("all", list(model.parameters())))
-    return "\n".join(lines)
+    parts = {**parameters_by_part(model), "all": list(model.parameters())}
+    lines += [_table_row(name, members) for name, members in parts.items()]
+    if max_lr is not None:
+        rates = {name: max_lr * (1.0 if name == "mixers" else copied_lr_factor) for name in parts}
+        learns = {name: any(p.requires_grad for p in members) for name, members in parts.items()}
+        column = [f"{rates[name]:.4g}" if learns[name] else "-" for name in parts if name != "all"]
+        lines = [f"{line}{cell:>16}" for line, cell in zip(lines, ["learning rate", *column, ""], strict=True)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _table_row(name: str, parameters: list[nn.Parameter]) -> str:

@@ -54,7 +54,7 @@ def read_material(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, rank
         ]
     held_out = TextSource.for_evaluation_in_training(args)
     check_not_trained_on(held_out, TextSource.for_training(args), "this run")
-    windows = read_windows(held_out, tokenizer, args.eval_windows, args.seq_length)
+    windows = read_windows(held_out, tokenizer, args.eval_windows, args.seq_length, args.document_separator)
     material = Material(windows, subjects)
     _check_same_on_all_ranks(material, ranks)
     return material

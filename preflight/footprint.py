@@ -201,7 +201,7 @@ def gradient_bytes(student: nn.Module) -> int:
 
 def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> tuple[int, int]:
     """Returns the bytes that the optimizer keeps on the rank with the largest shard, and what a step takes besides."""
-    shard = max(shards(parameter_groups(student, args.weight_decay), n_ranks), key=n_bytes)
+    shard = max(shards(parameter_groups(student, args.weight_decay, args.copied_lr_factor), n_ranks), key=n_bytes)
     for parameter in shard:
         parameter.grad = torch.empty_like(parameter)
     memory = LiveMemory([*shard, *(p.grad for p in shard if p.grad is not None)])

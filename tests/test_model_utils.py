@@ -154,6 +154,17 @@ def test_the_table_counts_every_parameter_once(tied):
     assert counts["embedding and head"][0] == (1 if tied else 2) * 56 * 32
 
 
+def test_the_table_says_which_part_learns_at_which_rate():
+    student = tiny_student()
+    apply_replacements(student, tiny_teacher(), [1])
+    freeze_student_layers(student, [1])
+    header, *lines = parameter_table(student, 3e-4, 0.1).splitlines()
+    assert header.endswith("learning rate")
+    rates = {line[:20].strip(): line.split()[-1] for line in lines}
+    assert (rates["mixers"], rates["MLPs"], rates["norms"]) == ("0.0003", "3e-05", "3e-05")
+    assert (rates["embedding and head"], rates["replaced layers"]) == ("3e-05", "-")
+
+
 # --- loading -------------------------------------------------------------------------------------------------
 
 

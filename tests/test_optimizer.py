@@ -9,7 +9,7 @@ from torch import nn
 from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, step_or_skip
 from processes.ranks import process_groups
 from tests.parsing import train_options
-from tests.tiny import MixedParameters, give_gradients, tiny_student, weights
+from tests.tiny import MixedParameters, give_gradients, tiny_hybrid, tiny_student, weights
 from tests.two_ranks import on_two_ranks
 from training_utils import build_optimizer, build_schedule, parameter_groups
 
@@ -47,6 +47,31 @@ def test_groups_without_members_are_left_out():
     model.bias.requires_grad_(False)
     model.scale.requires_grad_(False)
     assert [group["weight_decay"] for group in parameter_groups(model, 0.1)] == [0.1]
+
+
+def test_mixers_and_what_was_copied_are_groups_of_their_own():
+    hybrid = tiny_hybrid()
+    names = {id(p): name for name, p in hybrid.named_parameters()}
+    groups = parameter_groups(hybrid, 0.1, 0.25)
+    members = [{names[id(p)] for p in group["params"]} for group in groups]
+    assert [(group["weight_decay"], group["lr_factor"]) for group in groups] == [
+        *[(0.1, 1.0), (0.0, 1.0)],
+        *[(0.1, 0.25), (0.0, 0.25)],
+    ]
+    mixers = {name for name in names.values() if ".mixer." in name}
+    assert members[0] | members[1] == mixers and len(mixers) > 2
+    assert members[2] | members[3] == set(names.values()) - mixers
+    assert "backbone.layers.1.self_attn.q_proj.weight" in members[2]
+    assert all((hybrid.get_parameter(name).dim() >= 2) is (i % 2 == 0) for i in range(4) for name in members[i])
+
+
+def test_one_rate_for_all_gives_the_groups_of_earlier_versions():
+    """Their order decides which rank owns a parameter."""
+    hybrid = tiny_hybrid()
+    trained = [p for p in hybrid.parameters() if p.requires_grad]
+    matrices, vectors = parameter_groups(hybrid, 0.1, 1.0)
+    assert [id(p) for p in matrices["params"]] == [id(p) for p in trained if p.dim() >= 2]
+    assert [id(p) for p in vectors["params"]] == [id(p) for p in trained if p.dim() < 2]
 
 
 # --- the schedule --------------------------------------------------------------------------------------------
@@ -95,6 +120,24 @@ def test_a_resumed_run_has_the_rest_of_the_same_schedule(done):
 )
 def test_the_production_schedule(done, lr):
     assert learning_rates("", 100_000, done, n=1) == pytest.approx([lr], rel=1e-9)
+
+
+def test_warm_up_in_steps_replaces_the_ratio():
+    line = TWENTY.replace("0.2 ", "0.5 ") + " --max_steps 20 --warmup_steps 4"
+    assert learning_rates(line, 20, done=0, n=22) == pytest.approx(TWENTY_LRS, rel=1e-12)
+    assert learning_rates(f"{line.removesuffix('4')}0", 20, done=0, n=1) == [1e-3]
+
+
+@pytest.mark.parametrize("done", [0, 3, 17])
+def test_what_was_copied_learns_at_a_part_of_the_mixers_rate_at_every_step(done):
+    args, hybrid = train_options(TWENTY), tiny_hybrid()
+    optimizer = torch.optim.SGD(parameter_groups(hybrid, 0.1, 0.25), lr=args.max_lr)
+    schedule = build_schedule(optimizer, args, 20, done)
+    for lr in TWENTY_LRS[done:]:
+        assert schedule.get_last_lr() == pytest.approx([lr, lr, lr / 4, lr / 4], rel=1e-12)
+        assert [group["lr"] for group in optimizer.param_groups] == schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
 
 
 def test_schedules_without_warm_up_or_decay():

@@ -52,6 +52,8 @@ def error_of_run(models, tmp_path, monkeypatch, **changes):
         ({"teacher_device": "meta"}, ["--teacher_device meta", "expected cpu"]),
         ({"gradient_checkpointing": True, "checkpoint_blocks": 5}, ["--checkpoint_blocks 5", "has 4"]),
         ({"resume_step": 600}, ["--resume_step 600", "nothing is left"]),
+        ({"warmup_steps": 9000, "max_steps": 10_000}, ["--warmup_steps 9000: the run has", "expected at most"]),
+        ({"document_separator": "<|eot_id|>"}, ["--document_separator '<|eot_id|>'", "or '<|endoftext|>'"]),
         ({"save_interval": 3, "grad_accumulation_steps": 2}, ["--save_interval 3", "--grad_accumulation_steps 2"]),
         ({"eval_interval": 2}, ["--eval_interval 2", "is trained on", "--eval_dataset_name"]),
         ({"eval_windows": -1}, ["--eval_windows -1"]),

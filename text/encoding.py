@@ -13,6 +13,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from text.long_texts import PIECE, LongTexts, TokenLists
+from text.separators import AUTO, choose_separator
 
 logger = logging.getLogger("train")
 
@@ -21,31 +22,27 @@ SWITCHED_OFF = ("", "0", "f", "false", "n", "no", "off")  # as the tokenizers pa
 
 
 class Encoder:
-    """Encodes texts into one array of token ids, with an end-of-text id after each. Strings of special tokens are plain
-    text. Raises ValueError for a tokenizer without an end-of-text token.
+    """Encodes texts into one array of token ids, with a separator's id after each. Strings of special tokens are plain
+    text. Raises ValueError for a tokenizer that does not have the separator.
 
-    dtype: uint16, or uint32 for a tokenizer whose ids need it. digest: SHA-256 of all that decides the ids.
+    separator: as --document_separator names it. dtype: uint16, or uint32 for a tokenizer whose ids need it. digest:
+    SHA-256 of all that decides the ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no eos_token, expected one to stand between "
-                "documents; set it in its tokenizer_config.json"
-            )
-        self.eos_id: int = tokenizer.eos_token_id
-        largest_id = max(self.eos_id, *tokenizer.get_vocab().values())
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str = AUTO):
+        self.separator_id = choose_separator(separator, tokenizer).id
+        largest_id = max(self.separator_id, *tokenizer.get_vocab().values())
         self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
         self._token_lists, backend, content = _fast_path(tokenizer) if tokenizer.is_fast else _slow_path(tokenizer)
         self._long_texts = LongTexts(self._token_lists, backend)
-        self.digest = hashlib.sha256(f"{self.eos_id} {content}".encode()).hexdigest()
+        self.digest = hashlib.sha256(f"{self.separator_id} {content}".encode()).hexdigest()
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         flat = array("I")  # array("H"), extending by a list, and numpy's own conversion all take longer
         for are_long, some in itertools.groupby(texts, lambda text: len(text) > LONG):
             for ids in map(self._long_texts.ids, some) if are_long else self._token_lists(list(some)):
                 flat += array("I", ids)
-                flat.append(self.eos_id)
+                flat.append(self.separator_id)
         return np.asarray(flat).astype(self.dtype)  # (tokens,)
 
 

@@ -1,8 +1,9 @@
 """Documents packed into one flat file of token ids: what it is made from, writing it, and waiting until it is there.
 `data.PackedTextDataset` has its windows.
 
-Every document is followed by one end-of-text id and nothing else is added. The file does not depend on the window
-length. It is written beside its final place and renamed when whole: what is found there is finished.
+Every document is followed by the id of the separator (separators.py) and nothing else is added. The file does not
+depend on the window length. It is written beside its final place and renamed when whole: what is found there is
+finished.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ def token_file_inputs(opened: Opened, source: TextSource, encoder: Encoder) -> d
         "split": source.split,
         "text_field": source.text_field,
         "tokenizer": encoder.digest,
-        "eos_id": encoder.eos_id,
+        "eos_id": encoder.separator_id,  # named so before it could be another token than the eos
         **skips,
     }
 

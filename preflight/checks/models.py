@@ -17,12 +17,14 @@ from checkpointing.resume import Resume
 from distillation.losses import shared_vocab
 from distillation.pairing import SAME_TOKENIZER, own_tokenizer, tokenizer_difference
 from inputs.model_files import folder_of, read_config
+from inputs.option_values import command_that_makes
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import GB, default_nproc
 from preflight.footprint import build_models, find_configs, n_bytes
 from text.encoding import Encoder, check_tokenizer
+from text.separators import Separator, choose_separator
 
 HUB_PATTERN = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -82,6 +84,16 @@ def teacher_tokenizer(run: PlannedRun) -> PreTrainedTokenizerBase:
     return get_tokenizer("--teacher_model", teacher_place(run))
 
 
+@functools.cache
+def separator_of(run: PlannedRun) -> Separator:
+    """Returns what ends a document in a run. Raises ValueError if it cannot be what the options say."""
+    tokenizer, (resume, _) = teacher_tokenizer(run), resumed(run)
+    option = run.args.document_separator
+    if resume is not None:
+        option = resume.document_separator(tokenizer.eos_token)
+    return choose_separator(option, tokenizer)
+
+
 # --- models on this disk -------------------------------------------------------------------------------------
 
 
@@ -125,7 +137,8 @@ def check_model_files(run: PlannedRun) -> Iterator[Finding]:
             place = locate_model(flag, name, True, needs_weights)
             read(flag, name, place)
         except ValueError as error:
-            on_hub = HUB_PATTERN.fullmatch(name) is not None and not os.path.isdir(name)
+            may_be_on_hub = HUB_PATTERN.fullmatch(name) is not None and command_that_makes(name) is None
+            on_hub = may_be_on_hub and not os.path.isdir(name)
             if on_hub and not run.args.local_files_only:
                 found = f"not complete in the local cache; a run would download it{_download_size(run, flag)}"
                 yield Finding(WARNING, title, found, f"hf download {name}   (now, or where there is a network)")
@@ -161,7 +174,7 @@ def check_configs(run: PlannedRun) -> Iterator[Finding]:
 def check_tokens(run: PlannedRun) -> Iterator[Finding]:
     tokenizer, (teacher, student) = teacher_tokenizer(run), configs(run)
     title = "tokenizer"
-    Encoder(tokenizer)  # raises ValueError if it has no token that separates documents
+    Encoder(tokenizer, separator_of(run).token)  # raises ValueError if it has no token that separates documents
     for flag, config in (("--teacher_model", teacher), ("--student_model", student)):
         try:
             check_tokenizer(tokenizer, flag, config.vocab_size)

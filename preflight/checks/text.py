@@ -14,7 +14,7 @@ import datasets
 from evaluation.mmlu_files import load_mmlu
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import GB, default_nproc
-from preflight.checks.models import teacher_tokenizer
+from preflight.checks.models import separator_of, teacher_tokenizer
 from preflight.checks.storage import folder_problem, nearest
 from text.batch import MAKE_IT_FIT
 from text.encoding import Encoder
@@ -80,7 +80,10 @@ def _check_text(run: PlannedRun, source: TextSource, flag: str, needed: int) -> 
         found = f"none of the first {n_rows} rows has text in column {source.text_field!r}"
         yield Finding(FAILURE, name, found, "--dataset_text_field: name the column that holds the text")
     if texts and n_rows < ROWS:  # the split has no more
-        n_tokens, fewest = len(Encoder(teacher_tokenizer(run))(texts)), needed * (seq_length + 1)
+        n_tokens, fewest = (
+            len(Encoder(teacher_tokenizer(run), separator_of(run).token)(texts)),
+            needed * (seq_length + 1),
+        )
         if n_tokens < fewest:
             found = f"{n_tokens:,} tokens in all, expected {fewest:,}: {needed} window(s) of {seq_length + 1}"
             yield Finding(FAILURE, name, found, MAKE_IT_FIT)
@@ -114,7 +117,8 @@ def check_room_for_packed_data(run: PlannedRun) -> Iterator[Finding]:
     args = run.args
     if args.dataset_streaming:
         return
-    encoder, source = Encoder(teacher_tokenizer(run)), TextSource.for_training(args)
+    encoder = Encoder(teacher_tokenizer(run), separator_of(run).token)
+    source = TextSource.for_training(args)
     place = nearest(source.cache_root)
     if problem := folder_problem(place):
         yield Finding(FAILURE, f"cache {source.cache_root}", problem, "--dataset_cache_dir DIR: choose one of your own")

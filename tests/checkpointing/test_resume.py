@@ -18,6 +18,7 @@ from checkpointing.resume import check_same_run
 from checkpointing.run_folder import check_space, explaining_write_errors, save_options
 from checkpointing.state import RunState
 from monitoring.health import SpikeWatch
+from tests.preflight.cases import checkpoint_of
 from tests.tiny import tiny_student
 
 Usage = namedtuple("Usage", "total used free")
@@ -112,6 +113,36 @@ def test_what_may_change_is_logged_and_how_a_run_is_watched_is_not(checkpoint, c
     check_same_run(*checkpoint(), args("--max_lr", "0.5", "--log_interval", "3", "--time_limit", "9"), 2)
     assert "resuming with --max_lr 0.5 where the run had" in caplog.text
     assert "log_interval" not in caplog.text and "time_limit" not in caplog.text
+
+
+def separator_of_resumed(folder, recorded, given):
+    """Returns what ends a document in a run that resumes with option `given` from a checkpoint that has recorded
+    `recorded`; None: it is of an earlier version, and <eos> ended them.
+    """
+    checkpoint = checkpoint_of(folder, 4, "--document_separator", recorded or "auto")
+    found = resume.Resume(args("--resume", str(checkpoint), "--document_separator", given), 1)
+    if recorded is None:
+        del found._states[found.checkpoint]["arguments"]["document_separator"]
+    return found.document_separator("<eos>")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "separator"),
+    [("<sep>", "auto", "<sep>"), ("<sep>", "<sep>", "<sep>"), (None, "auto", "<eos>"), (None, "<eos>", "<eos>")],
+)
+def test_a_resumed_run_keeps_what_ends_a_document(tmp_path, recorded, given, separator):
+    assert separator_of_resumed(tmp_path, recorded, given) == separator
+
+
+@pytest.mark.parametrize(("recorded", "given"), [("<sep>", "<eos>"), (None, "<sep>")])
+def test_a_resumed_run_is_given_no_other(tmp_path, recorded, given):
+    expected = f"--document_separator {given}: the run of .* has {recorded or '<eos>'}; give the same"
+    with pytest.raises(ValueError, match=rf"this would be another run:\n  {expected}"):
+        separator_of_resumed(tmp_path, recorded, given)
+
+
+def test_a_new_run_has_what_its_options_say():
+    assert resume.Resume(args("--document_separator", "<sep>"), 1).document_separator("<eos>") == "<sep>"
 
 
 def test_other_versions_of_packages_are_logged(caplog, monkeypatch):

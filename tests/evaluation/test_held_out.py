@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from distillation.losses import LossInputs, compute_distill_loss
 from evaluation import held_out
 from evaluation.held_out import HeldOutSums, held_out_sums, read_windows
+from tests.byte_tokenizers import CHATML, tokenizer_of
 from tests.launch import ROOT
 from text.encoding import Encoder
 from text.sources import SourceFlags, TextSource
@@ -137,6 +138,37 @@ def test_our_own_mistake_is_no_unknown_text(tmp_path, monkeypatch, mistake):
     (tmp_path / "training_state.json").write_text(json.dumps({"arguments": STATE}))
     with pytest.raises(mistake):
         held_out.check_not_trained_on_by(tmp_path, source(), "--ckpt")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "option", "separator"),
+    [
+        ("no run", "auto", "<|endoftext|>"),
+        ("no run", "<|im_end|>", "<|im_end|>"),
+        ("<|im_start|>", "auto", "<|im_start|>"),
+        (None, "auto", "<|im_end|>"),  # an earlier version, which took eos
+        (None, "<|im_end|>", "<|im_end|>"),
+        (None, "<|endoftext|>", "<|endoftext|>"),
+    ],
+)
+def test_documents_end_as_in_the_run_of_the_checkpoint(tmp_path, caplog, recorded, option, separator):
+    caplog.set_level(logging.INFO, logger="train")
+    if recorded != "no run":
+        state = {"arguments": STATE if recorded is None else STATE | {"document_separator": recorded}}
+        (tmp_path / "training_state.json").write_text(json.dumps(state))
+    tokenizer = tokenizer_of(CHATML, eos_token="<|im_end|>")
+    assert held_out.separator_of_text(option, tokenizer, tmp_path).token == separator
+    assert f"held-out text: each document ends with {separator!r}" in caplog.text
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert bool(warnings) is ((recorded, separator) == (None, "<|endoftext|>"))
+    if warnings:
+        assert f"--document_separator <|endoftext|>: the run of --ckpt {tmp_path} had <|im_end|>" in caplog.text
+
+
+def test_windows_have_the_separator(tokenizer):
+    chat = tokenizer_of(CHATML, eos_token="<|im_end|>")
+    found = [set(read_windows(source(), chat, 40, 64, *option).flatten().tolist()) for option in ((), ("<|im_end|>",))]
+    assert [{i for i in ids if i >= 256} for ids in found] == [{256}, {258}]
 
 
 # --- the figures ---------------------------------------------------------------------------------------------

@@ -218,6 +218,15 @@ def test_another_dataset_drops_the_dataset_options_of_a_file(tmp_path):
     assert args.dataset_streaming is False
 
 
+def test_the_last_way_to_say_how_long_the_warm_up_is_counts(tmp_path):
+    line = config(tmp_path, "warmup_steps: 10\nwarmup_ratio: 0.5\n")  # as args.yaml has both
+    assert train_options(line).warmup_steps == 10
+    args = train_options(f"{line} --warmup_ratio 0.2")
+    assert (args.warmup_steps, args.warmup_ratio) == (None, 0.2)
+    assert train_options(f"{line} --warmup_ratio 0.2 --warmup_steps 3").warmup_steps == 3
+    assert train_options("--preset tiny --warmup_steps 3").warmup_steps == 3
+
+
 def test_evaluations_of_a_file_can_be_turned_off(tmp_path):
     line = config(tmp_path, "eval_interval: 5\neval_dataset_name: H\neval_mmlu_dir: M\n")
     assert train_options(line).eval_dataset_name == "H"

@@ -25,6 +25,8 @@ BOUNDS = [
     ("--min_lr 0.2", "expected at most --max_lr 1e-05"),
     *((f"--{name}_ratio {value}", "expected at least 0") for name in ("warmup", "decay") for value in ("-0.1", "nan")),
     ("--warmup_ratio 0.6 --decay_ratio 0.5", "expected parts of the run, together at most 1"),
+    ("--copied_lr_factor -0.1", "expected at least 0"),
+    ("--warmup_steps -1", "expected at least 0"),
 ]
 
 
@@ -43,6 +45,9 @@ def test_bounds_name_flag_value_and_remedy(line, remedy):
         "--ce_weight 1 --kl_weight 0",
         "--warmup_ratio 0.5 --decay_ratio 0.5",
         "--warmup_ratio 0 --decay_ratio 0",
+        "--warmup_steps 90 --max_steps 100 --decay_ratio 0.1",
+        "--warmup_steps 0 --warmup_ratio 1 --decay_ratio 1 --max_steps 100",
+        "--copied_lr_factor 0",
         "--min_lr 0.1 --max_lr 0.1",
         "--grad_accumulation_steps 4 --save_interval 8 --resume_step 4",
         "--seq_length 1 --batch_size 1 --max_steps 1 --epochs 1 --log_interval 1",
@@ -55,8 +60,27 @@ def test_the_bounds_themselves_are_allowed(line):
     assert getattr(train_options(line), flag.removeprefix("--")) == float(value)
 
 
+def test_steps_of_warm_up_leave_room_for_the_decay():
+    message = train_error("--warmup_steps 91 --max_steps 100")
+    assert "--warmup_steps 91: the run has 100 optimizer steps, of which the last 10 are the decay's" in message
+    assert message.endswith("expected at most 90")
+
+
 def test_an_empty_loss():
     assert "--ce_weight 0 --kl_weight 0: the loss is empty" in train_error("--ce_weight 0 --kl_weight 0")
+
+
+def test_the_weights_of_the_loss_are_not_looked_at_where_mixers_are_aligned():
+    args = train_options(
+        "--stage align --ce_weight 0 --kl_weight 0 --layer_map_interval 3 --teacher_placement dedicated"
+    )
+    assert (args.has_teacher, args.teacher_placement, args.teacher_device) == (True, "colocated", None)
+    assert not train_options("--kl_weight 0").has_teacher
+
+
+def test_what_to_align_with_is_for_that_stage():
+    assert train_options("--stage align --align block").align == "block"
+    assert "--align block: is for --stage align" in train_error("--align block")
 
 
 @pytest.mark.parametrize("name", ["save_interval", "resume_step"])
@@ -121,9 +145,9 @@ def test_where_held_out_text_comes_from(line, text):
     assert train_options(f"{line} --eval_interval 5").held_out_text() == text
 
 
-OF_A_RUN = {"seed", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights", "seq_length"}
+OF_A_RUN = {"seed", "stage", "align", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
 OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
-OF_A_RUN |= {"dataset_streaming"}
+OF_A_RUN |= {"dataset_streaming", "seq_length", "document_separator"}
 
 
 def test_what_a_resumed_run_must_keep():

@@ -81,8 +81,9 @@ def options(name: Path | str, **changes) -> TrainArguments:
     return dataclasses.replace(args, **changes)
 
 
-def loader(args: TrainArguments, rank: int = 0, world_size: int = 1, **more):
-    return build_dataloader(args, small_tokenizer(), rank=rank, world_size=world_size, is_builder=rank == 0, **more)
+def loader(args: TrainArguments, rank: int = 0, world_size: int = 1, tokenizer=None, **more):
+    tokenizer = tokenizer or small_tokenizer()
+    return build_dataloader(args, tokenizer, rank=rank, world_size=world_size, is_builder=rank == 0, **more)
 
 
 def windows_of(batches) -> list[list[int]]:

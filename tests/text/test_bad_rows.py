@@ -56,7 +56,7 @@ def test_huge_odd_and_empty_texts_reach_the_model_as_they_are(tmp_path: Path, st
     texts[1] = huge[:100_000]  # the small tokenizer is slow
     write_token_file(tmp_path / "packed", texts, encoder, {})
     ids = [int(window[0]) for window in PackedTextDataset(tmp_path / "packed", 0)]
-    assert ids.count(encoder.eos_id) == len(texts)
+    assert ids.count(encoder.separator_id) == len(texts)
     assert ids == plain_ids(texts)
 
 

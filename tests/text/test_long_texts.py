@@ -179,7 +179,7 @@ def in_pieces(encoder: Encoder, text: str, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def whole(encoder: Encoder, text: str) -> list[int]:
-    return [*next(iter(encoder._token_lists([text]))), encoder.eos_id]
+    return [*next(iter(encoder._token_lists([text]))), encoder.separator_id]
 
 
 @pytest.mark.usefixtures("small_pieces")

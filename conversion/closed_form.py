@@ -1,0 +1,200 @@
+"""The mathematics of one mixer: what it takes over from an attention layer, and what is fitted to the attention's
+outputs on some text. Pure functions of two modules and tensors; docs/conversion.md derives them.
+
+    attention:   out_i = o_proj( sum_{j <= i} softmax_j(q_i . k_j / sqrt(P)) v_j )
+    mixer:       out_i = out_proj( gate * (sum_{j <= i} a^(i - j) (C_i . B_j) x_j + D x_i) )
+
+Of each query head x = v, B = sqrt(w) k and C = sqrt(w) q / sqrt(P), without rotary embedding and with the keys' mean
+taken off; a constant in B and C stands for the 1 in softmax(s) ~ 1 + s. The horizon of a, and the weights of constant,
+scores (w) and skip (D) are chosen for each head (`choose_heads` in heads.py). Then `fit_output` fits out_proj.
+
+Glossary: D width, H query heads, P width of an attention head, N state of a mixer's head, T tokens, E = d_inner.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from conversion.heads import HeadFit, choose_heads, decays, projections
+from llamba import DiscreteMamba2
+
+DECAY_RIDGE = 1e-3  # of the decay's row, in units of the mean diagonal
+HEAD_RIDGE = 1e-3  # of one scale for each head, likewise
+RIDGE = 0.3  # of out_proj, likewise
+OPEN_GATE = 1.2785  # silu(OPEN_GATE) = 1
+TOKENS_AT_ONCE = 2048  # whose scan is in memory
+TOKENS_FOR_HEADS = 1024  # to choose three numbers and a horizon for each head; more are no better
+
+
+@torch.no_grad()
+def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, fit: HeadFit) -> None:
+    """Gives a mixer the projections of an attention layer by what was chosen for each head, and out_proj = o_proj. The
+    convolution passes each token through, and the gate is open.
+
+    With a constant the state's last entry holds it. The decays are set in in_proj's bias; without one they have to be
+    fitted (`fit_decay`).
+    """
+    q, k, v = projections(attention)
+    width = attention.head_dim
+    kept = rows_for_state(width, mixer.d_state - (fit.constant is not None))
+    root = fit.score.abs().sqrt()  # (H,), the share of B; that of C has the sign
+    factor = root * fit.score.sign() / math.sqrt(width)  # (H,)
+    for parameter in mixer.parameters():
+        parameter.zero_()
+    x, B, C = _rows_of(mixer, mixer.in_proj.weight)  # (H, P, D), (H, N, D), (H, N, D)
+    x[:, :width], B[:, : len(kept)] = v.weight, k.weight[:, kept] * root[:, None, None]
+    C[:, : len(kept)] = q.weight[:, kept] * factor[:, None, None]
+    x, B, C = _rows_of(mixer, mixer.conv1d.bias)  # (H, P), (H, N), (H, N)
+    if q.bias is not None and k.bias is not None and v.bias is not None:
+        x[:, :width], B[:, : len(kept)] = v.bias, k.bias[:, kept] * root[:, None]
+        C[:, : len(kept)] = q.bias[:, kept] * factor[:, None]
+    if fit.key_mean is not None:
+        B[:, : len(kept)] -= fit.key_mean[:, kept] * root[:, None]
+    if fit.constant is not None:
+        B[:, -1] = fit.constant.abs().sqrt()
+        C[:, -1] = B[:, -1] * fit.constant.sign()
+    mixer.D.copy_(fit.skip)
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    gate = mixer.in_proj.bias[mixer.d_xBC : -mixer.n_v_heads] if mixer.z_bias is None else mixer.z_bias
+    gate.fill_(OPEN_GATE)
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias[-mixer.n_v_heads :] = _decay_logits(fit.horizon).float()
+    _heads_of_output(mixer)[:, :, :width] = attention.o_proj.weight.unflatten(1, (-1, width))
+    if attention.o_proj.bias is not None:
+        mixer.out_proj.bias.copy_(attention.o_proj.bias)
+
+
+def rows_for_state(width: int, n_state: int) -> Tensor:
+    """Returns which of the `width` rows of q and k a state of `n_state` holds. Rows i and i + width / 2 are rotated as
+    a pair, pair 0 the fastest. Where there are too few, those go that turn fastest: they match distance, not content.
+    """
+    slowest_first = torch.arange(width // 2).flip(0)
+    return torch.stack([slowest_first, slowest_first + width // 2], 1).flatten()[:n_state]  # (at most N,)
+
+
+def _heads_of_output(mixer: DiscreteMamba2) -> Tensor:
+    """Returns out_proj's weight by head, as a view: (D, H, channels)."""
+    return mixer.out_proj.weight.unflatten(1, (-1, mixer.headdim))
+
+
+def _rows_of(mixer: DiscreteMamba2, tensor: Tensor | None) -> list[Tensor]:
+    """Returns views of the rows of x, B and C by head: (H, P, ...), (H, N, ...), (H, N, ...)."""
+    assert tensor is not None  # the convolution has a bias
+    sizes = [mixer.d_inner, *[mixer.n_qk_heads * mixer.d_state] * 2]
+    return [part.unflatten(0, (mixer.n_v_heads, -1)) for part in tensor[: mixer.d_xBC].split(sizes)]
+
+
+def _decay_logits(horizon: Tensor) -> Tensor:
+    """Returns the A_log with softplus(A_log) = 1 / horizon: of the same shape."""
+    return torch.log(torch.expm1(1 / horizon))
+
+
+@torch.no_grad()
+def fit_decay(mixer: DiscreteMamba2, horizon: Tensor, inputs: Tensor) -> None:
+    """Sets the rows of A_log so that they come closest to the decays of `horizon` (H,) on inputs (T, D), for a mixer
+    whose in_proj has no bias: ridge regression of a constant 1 on the inputs, times each head's A_log.
+    """
+    u = inputs.double()
+    gram = u.T @ u  # (D, D)
+    row = torch.linalg.solve(_with_ridge(gram, DECAY_RIDGE), u.sum(0))  # (D,)
+    mixer.in_proj.weight[-mixer.n_v_heads :] = (_decay_logits(horizon).to(row.device)[:, None] * row).float()
+
+
+class Moments:
+    """Holds sums over tokens of what enters out_proj, and of the outputs that it should have, in float64: all that a
+    least-squares fit of out_proj needs.
+    """
+
+    def __init__(self, mixer: DiscreteMamba2) -> None:
+        device, n = mixer.out_proj.weight.device, mixer.d_inner + 1  # the last feature is a constant 1
+        self.features = torch.zeros(n, n, dtype=torch.float64, device=device)  # (E + 1, E + 1)
+        self.targets = torch.zeros(n, len(mixer.out_proj.weight), dtype=torch.float64, device=device)  # (E + 1, D)
+
+    @torch.no_grad()
+    def add(self, mixer: DiscreteMamba2, inputs: Tensor, outputs: Tensor) -> None:
+        """Adds inputs (B, S, D) of the mixer, and the outputs (B, S, D) that attention has for them."""
+        seen: list[Tensor] = []
+        hook = mixer.out_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        try:
+            mixer(inputs)
+        finally:
+            hook.remove()
+        gated = seen[0].flatten(0, 1).double()  # (T, E)
+        gated = torch.cat([gated, gated.new_ones(len(gated), 1)], dim=1)  # (T, E + 1)
+        self.features += gated.T @ gated
+        self.targets += gated.T @ outputs.flatten(0, 1).double()
+
+
+@torch.no_grad()
+def fit_output(mixer: DiscreteMamba2, moments: Moments) -> None:
+    """Fits out_proj: first one scale for each head of what it holds, then, by ridge regression, what this leaves."""
+    H, n = mixer.n_v_heads, mixer.d_inner + (mixer.out_proj.bias is not None)
+    weight = mixer.out_proj.weight.double()  # (D, E)
+    features, targets = moments.features, moments.targets
+    if mixer.out_proj.bias is not None:
+        targets = targets - features[:, -1:] * mixer.out_proj.bias.double()  # (E + 1, D)
+    by_head = weight.T.unflatten(0, (H, -1))  # (H, P, D)
+    inner = torch.einsum("hpd,gqd->hpgq", by_head, by_head)  # (H, P, H, P)
+    among = (inner * features[:-1, :-1].unflatten(0, (H, -1)).unflatten(2, (H, -1))).sum((1, 3))  # (H, H)
+    along = (by_head * targets[:-1].unflatten(0, (H, -1))).sum((1, 2))  # (H,)
+    scales = torch.linalg.solve(_with_ridge(among, HEAD_RIDGE), along)  # (H,)
+    weight = weight * scales.repeat_interleave(mixer.headdim)  # (D, E)
+
+    left = targets[:n] - features[:n, :-1] @ weight.T  # (n, D)
+    gram = features[:n, :n]
+    penalty = torch.full((n,), RIDGE, dtype=torch.float64) * _scale(features[:-1, :-1]).cpu()
+    penalty[mixer.d_inner :] = 0  # the bias has none
+    more = torch.linalg.solve(gram + penalty.diag().to(gram), left)  # (n, D)
+    mixer.out_proj.weight.copy_(weight + more[: mixer.d_inner].T)
+    if mixer.out_proj.bias is not None:
+        mixer.out_proj.bias.add_(more[-1])
+
+
+def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """Returns a matrix (n, n) of inner products with `ridge` times its mean diagonal added to its diagonal."""
+    return gram + ridge * _scale(gram) * torch.eye(len(gram)).to(gram)
+
+
+def _scale(gram: Tensor) -> Tensor:
+    mean = gram.diagonal().mean()
+    return torch.where(mean > 0, mean, torch.ones_like(mean))  # of nothing but zeros, zero is the solution
+
+
+@torch.no_grad()
+def spread_decay(mixer: DiscreteMamba2, horizon: Tensor) -> None:
+    """Moves a part of what makes B and C small for long horizons into x and out_proj, (1 - a)^(1/4) each; the function
+    stays the same. With all of it in C, the first steps of Adam explode: they are as large for weights a thousandth as
+    large.
+    """
+    root = (1 - decays(horizon)) ** 0.25  # (H,)
+    for tensor in (mixer.in_proj.weight, mixer.conv1d.bias):
+        for rows, factor in zip(_rows_of(mixer, tensor), (root, 1 / root, 1 / root), strict=True):
+            rows *= factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
+    mixer.D.div_(root.to(mixer.D) ** 2)  # it stands beside C . B
+    mixer.out_proj.weight *= root.to(mixer.out_proj.weight).repeat_interleave(mixer.headdim)
+
+
+@torch.no_grad()
+def fit_mixer(
+    mixer: DiscreteMamba2, attention: LlamaAttention, inputs: Tensor, own_inputs: Tensor, outputs: Tensor
+) -> None:
+    """Makes a mixer come as close to an attention layer as it can without a gradient step.
+
+    inputs, outputs: of the attention on some windows, (n, S, D) float32. own_inputs: what the mixer has in place of
+    inputs in a student whose layers before are recurrent too. out_proj is fitted on these, so that it takes back a part
+    of the others' errors.
+    """
+    few = max(1, TOKENS_FOR_HEADS // inputs.shape[1])  # windows
+    some = inputs[:few, :TOKENS_FOR_HEADS]
+    fit = choose_heads(attention, some, rows_for_state(attention.head_dim, mixer.d_state - 1))
+    copy_projections(mixer, attention, fit)
+    if mixer.in_proj.bias is None:
+        fit_decay(mixer, fit.horizon, inputs.flatten(0, 1))
+    moments = Moments(mixer)
+    at_once = max(1, TOKENS_AT_ONCE // inputs.shape[1])  # windows
+    for own, expected in zip(own_inputs.split(at_once), outputs.split(at_once), strict=True):
+        moments.add(mixer, own, expected)
+    fit_output(mixer, moments)
+    spread_decay(mixer, fit.horizon)

@@ -1,0 +1,84 @@
+"""The options of make_student.py. Nothing heavy is imported, so that a mistake is reported at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from arguments import LONGEST_CONTEXT, MODELS, PLAN, CommonArguments, TrainArguments
+from inputs.option_values import option_values, preset_values
+from inputs.options import BY_PRESET, option, out_of_bounds, path_option
+
+STUDENT = "the student"
+CALIBRATION = "calibration"
+
+
+@dataclass(kw_only=True)
+class MakeArguments(CommonArguments):
+    """Holds the options of make_student.py."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = option(
+        BY_PRESET, "weights that are written; all computing is in float32 and float64", MODELS
+    )
+    layers: list[int] = option(
+        BY_PRESET,
+        "layers whose hybrid is measured too, by index; -1 for none. The student has none of the teacher's: "
+        "train_gpus.py puts them in",
+        MODELS,
+        nargs="*",
+    )
+    student_model: str = path_option(BY_PRESET, "default of --output, by a preset of a student that is built", STUDENT)
+    output: str | None = path_option(None, "new folder for the student (default: --student_model)", STUDENT)
+    init: Literal["closed_form", "projections", "random"] = option(
+        "closed_form",
+        "mixers: fitted to attention on a text; with its projections alone, or at random, for comparison",
+        STUDENT,
+    )
+    d_state: int | None = option(
+        None, "state of a mixer's head (default: the teacher's head_dim)", STUDENT, least=2, most=4096
+    )
+    ssm_bias: bool = option(
+        True, "biases in the mixers' projections; --no_ssm_bias is the published layout of Llamba", STUDENT
+    )
+    device: str | None = option(None, "device to compute on (default: a GPU if there is one, else the CPU)", STUDENT)
+
+    calibration: str | None = path_option(
+        None, "text to fit the mixers on, named as --dataset_name (default: the preset's data set)", CALIBRATION
+    )
+    calibration_subset: str | None = option(None, "configuration of that data set", CALIBRATION)
+    calibration_split: str = option("train", "split of that data set", CALIBRATION)
+    calibration_text_field: str = option("text", "column that holds the text", CALIBRATION)
+    calibration_tokens: int = option(8192, "tokens to fit the mixers on", CALIBRATION, least=1, most=10**7)
+    held_out_tokens: int = option(
+        2048, "tokens of other documents of that text, to measure the student on", CALIBRATION, least=1, most=10**7
+    )
+    seq_length: int = option(256, "tokens per window of both", CALIBRATION, least=2, most=LONGEST_CONTEXT)
+
+    dry_run: bool = option(False, "print what the student would be and take; reads no weights", PLAN)
+
+    def problems(self) -> list[str]:
+        """Returns a line for each option, or pair of options, that cannot be used."""
+        return [*out_of_bounds(self), *self._pairs()]
+
+    def _pairs(self) -> Iterator[str]:
+        if len(set(self.layers)) != len(self.layers) or any(index < 0 for index in self.layers):
+            yield f"--layers {' '.join(map(str, self.layers))}: expected each index once, or -1 alone for none"
+        for name in ("calibration_tokens", "held_out_tokens"):
+            if getattr(self, name) < self.seq_length:
+                yield f"--{name} {getattr(self, name)}: fills no window of --seq_length {self.seq_length}; raise it"
+
+
+def parse_make_args(argv: list[str] | None = None) -> MakeArguments:
+    """Returns the options of a conversion. Raises ValueError that lists every problem found."""
+    description = "Make a student of a Llama: its layers, with recurrent mixers in place of attention."
+    values, _ = option_values(MakeArguments, "common", description, argv)
+    args = MakeArguments(**values)
+    if args.calibration is None:
+        of_training = preset_values(args.preset, TrainArguments, "train")
+        for part in ("subset", "split", "text_field"):
+            name = f"calibration_{part}"
+            setattr(args, name, of_training.get(f"dataset_{part}", getattr(args, name)))
+        args.calibration = of_training["dataset_name"]
+    args.output = args.output or args.student_model
+    if problems := args.problems():
+        raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
+    return args

@@ -1,0 +1,144 @@
+"""The folder that a student is in while it is made. Every file in it is written whole, and a conversion that was killed
+at any moment resumes behind the last layer that it had finished. When all is there, the folder gets its name.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from inputs.model_files import one_line
+from utils import flush_to_disk, lock_dir, write_whole
+
+MADE_WITH = "made_with.json"  # all that decides what the student becomes
+PROGRESS = "progress.safetensors"  # hidden states behind the last finished layer
+FIGURES = "conversion.json"  # stands in the finished student
+LOCK = ".lock"
+
+
+class UnfinishedStudent:
+    """Holds the folder `<output>.unfinished`, new or of an earlier process that did not get to the end."""
+
+    def __init__(self, output: Path, made_with: dict[str, Any], n_shards: int) -> None:
+        self.output, self.made_with, self.n_shards = output, made_with, n_shards
+        self.folder = unfinished_folder(output)
+        self.weight_map: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps the folder for this process. Raises ValueError if it is of another conversion, or another process has
+        it.
+        """
+        check_output(self.output, self.made_with)
+        with lock_dir("--output", self.folder):
+            if not (self.folder / FIGURES).exists():
+                self.write_json(MADE_WITH, self.made_with)
+            yield
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_whole(self.folder / name, json.dumps(content, indent=2).encode() + b"\n")
+
+    def shard_name(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors"
+
+    def write_shard(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Writes the tensors of shard `number`, from 0."""
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(self.folder / self.shard_name(number), save(contiguous, metadata={"format": "pt"}))
+
+    def write_index(self) -> None:
+        """Writes which shard has which tensor, from the shards themselves."""
+        weight_map, total = {}, 0
+        for number in range(self.n_shards):
+            with safe_open(self.folder / self.shard_name(number), "pt") as shard:
+                for name in list(shard.keys()):
+                    weight_map[name] = self.shard_name(number)
+                    total += shard.get_tensor(name).nbytes
+        self.write_json("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def save_progress(self, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
+        """Records what the next layer begins with, once the shard of the one before is on the disk."""
+        content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(self.folder / PROGRESS, save(content, metadata={"figures": json.dumps(figures)}))
+
+    def progress(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Returns what was last saved as progress, or None."""
+        file = self.folder / PROGRESS
+        if not file.exists():
+            return None
+        with (
+            one_line(f"--output {self.output}: {file} is damaged", "delete that folder, and start again"),
+            safe_open(file, "pt") as opened,
+        ):
+            tensors = {name: opened.get_tensor(name).to(device, copy=True) for name in list(opened.keys())}
+            return tensors, json.loads(opened.metadata()["figures"])
+
+    def publish(self) -> None:
+        """Gives the finished student its name."""
+        for file in list(self.folder.iterdir()):
+            if file.name in (PROGRESS, MADE_WITH) or _is_passing(file):
+                file.unlink()
+        flush_to_disk(self.folder)
+        self.folder.rename(self.output)
+        flush_to_disk(self.output.parent)
+
+
+def unfinished_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.unfinished")
+
+
+def _made_with(folder: Path) -> dict[str, Any]:
+    """Returns what an unfinished student is made with, which its figures have too once they are there."""
+    if (folder / MADE_WITH).exists():
+        return json.loads((folder / MADE_WITH).read_text(encoding="utf-8"))
+    return json.loads((folder / FIGURES).read_text(encoding="utf-8"))["made_with"]
+
+
+def _is_passing(file: Path) -> bool:
+    """Returns whether a file says nothing of a student: the lock, or part of a file whose writing was killed."""
+    return file.name == LOCK or (file.name.startswith(".") and file.name.endswith(".partial"))
+
+
+def finished_figures(output: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the figures of a student that was made with the same before, or None."""
+    for folder in (output, unfinished_folder(output)):  # killed when only the name was missing
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            content = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+            if content.get("made_with") == made_with:
+                return content
+    return None
+
+
+def check_output(output: Path, made_with: dict[str, Any]) -> None:
+    """Raises ValueError if a folder of that name holds anything, or if an unfinished student there is another one."""
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(
+                f"--output {output}: is there already and holds something else; give the name of a new folder"
+            )
+        folder = unfinished_folder(output)
+        if not folder.exists() or all(map(_is_passing, folder.iterdir())):
+            return
+        earlier = _made_with(folder)
+        differences = [
+            f"{name} {earlier.get(name)!r} (now {value!r})"
+            for name, value in made_with.items()
+            if earlier.get(name) != value
+        ]
+    except (FileNotFoundError, AttributeError, LookupError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--output {output}: {folder} is no unfinished student; move it away, or give another name"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be read ({error.strerror}); give another folder") from error
+    if differences:
+        raise ValueError(
+            f"--output {output}: {folder} was begun with {', '.join(differences)}; give the same to resume it, delete "
+            "it, or give another name"
+        )

@@ -1,0 +1,13 @@
+"""The groups that options stand in, as --help and docs/options.md list them."""
+
+GENERAL = "general"
+PLAN = "plan"
+MODELS = "models"
+DATA = "data"
+LOSS = "loss"
+TRAINING = "training"
+IN_TRAINING = "evaluation during training"
+OUTPUT = "output and logs"
+EVALUATION = "evaluation"
+MMLU = "MMLU"
+BEYOND = "beyond MMLU"

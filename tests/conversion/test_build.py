@@ -1,0 +1,246 @@
+"""Students made of tiny Llamas, against computations on whole models; and how a conversion that was stopped resumes."""
+
+import contextlib
+import copy
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion import build, unfinished
+from conversion.build import Recipe, build_student
+from conversion.calibration import Windows
+from conversion.report import format_figures
+from conversion.teacher_weights import TeacherWeights
+from llamba import LlambaForCausalLM
+from model_utils import apply_replacements
+from monitoring.layer_map import layer_map
+from tests.llamba.test_llamba import GOLDEN
+from tests.tiny import tiny_teacher
+
+TOKENIZER = Path(__file__).parents[2] / "presets" / "tiny" / "teacher"
+TEXT = Windows(
+    torch.randint(0, 50, (12, 16), generator=torch.Generator().manual_seed(1)),
+    torch.randint(0, 50, (3, 17), generator=torch.Generator().manual_seed(2)),
+)
+FLOAT32 = Recipe(dtype="float32", layers=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """Returns a function that saves a teacher, makes a student of it, and returns teacher, student and figures."""
+
+    def make(recipe=FLOAT32, output="student", **changes):
+        teacher = tiny_teacher(initializer_range=0.2, **changes)
+        for name, parameter in teacher.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        if not (tmp_path / "teacher").exists():
+            teacher.save_pretrained(tmp_path / "teacher")
+        weights = TeacherWeights(str(tmp_path / "teacher"))
+        figures = build_student(weights, tmp_path / output, tokenizer, TEXT, recipe)
+        return teacher, LlambaForCausalLM.from_pretrained(tmp_path / output).eval(), figures
+
+    return make
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+CASES = [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 12}]
+
+
+@pytest.mark.parametrize("changes", CASES)
+@pytest.mark.parametrize("init", ["closed_form", "projections", "random"])
+@torch.no_grad()
+def test_with_all_layers_given_back_it_is_the_teacher(make, changes, init):
+    teacher, student, _ = make(Recipe(init, dtype="float32"), **changes)
+    assert student.config.attention_layers == []
+    assert student.config.tie_embeddings == bool(changes.get("tie_word_embeddings"))
+    apply_replacements(student, teacher, [0, 1, 2, 3])
+    ids = TEXT.calibration
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_copied_has_the_bits_of_the_teacher(make):
+    teacher, student, _ = make(attention_bias=True, mlp_bias=True)
+    own = dict(student.backbone.named_parameters())
+    copied = {name for name in own if "mixer" not in name}
+    assert len(copied) == 2 + 4 * 8
+    given = dict(teacher.model.named_parameters())
+    for name in copied:
+        expected = {"embedding.weight": "embed_tokens.weight", "final_layernorm.weight": "norm.weight"}.get(name, name)
+        assert torch.equal(own[name], given[expected])
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "recipe", [FLOAT32, Recipe(layers=(0,)), Recipe("random", dtype="float32"), Recipe(ssm_bias=False)]
+)
+@torch.no_grad()
+def test_the_figures_are_those_of_whole_models(make, recipe):
+    """KL and errors against the models loaded whole: the student as it was written, its hybrid, and both without
+    mixers.
+    """
+    teacher, student, figures = make(recipe)
+    assert student.dtype == getattr(torch, recipe.dtype)
+    student.float()
+    ids, labels = TEXT.held_out[:, :-1], TEXT.held_out[:, 1:]
+    states = teacher(ids, output_hidden_states=True).hidden_states
+    last = teacher.model.layers[-1](
+        states[-2], position_embeddings=teacher.model.rotary_emb(states[-2], torch.arange(16)[None])
+    )
+    own = layer_map(student, ids, [*states[:-1], last])["own"]
+    assert [layer["own"] for layer in figures["layers"]] == pytest.approx(own, rel=1e-3)
+
+    expected = teacher(ids).logits.log_softmax(-1)
+    models = {"all_recurrent": student, "no_mixers": without_mixers(student)}
+    if recipe.layers:
+        for name in list(models):
+            hybrid = copy.deepcopy(models[name])
+            apply_replacements(hybrid, teacher, list(recipe.layers))
+            models[name.replace("all_recurrent", "hybrid").replace("no_mixers", "hybrid_no_mixers")] = hybrid
+    assert set(figures["held_out"]) == {"teacher", *models}
+    for name, model in models.items():
+        found, log_p = figures["held_out"][name], model(ids).logits.log_softmax(-1)
+        kl = (expected.exp() * (expected - log_p)).sum(-1).mean().item()
+        ce = torch.nn.functional.nll_loss(log_p.flatten(0, 1), labels.flatten()).item()
+        assert (found["kl"], found["ce"]) == pytest.approx((kl, ce), rel=1e-3, abs=1e-5)
+    assert figures["held_out"]["teacher"]["ce"] == pytest.approx(
+        torch.nn.functional.nll_loss(expected.flatten(0, 1), labels.flatten()).item(), rel=1e-4
+    )
+
+
+def without_mixers(student):
+    emptied = copy.deepcopy(student)
+    for layer in emptied.backbone.layers:
+        for parameter in layer.mixer.out_proj.parameters():
+            parameter.zero_()
+    return emptied
+
+
+def test_the_closed_form_is_better_than_the_projections_and_the_random_start(make):
+    kl = {}
+    for init in ("closed_form", "projections", "random"):
+        _, _, figures = make(Recipe(init, dtype="float32"), output=init)
+        kl[init] = figures["held_out"]["all_recurrent"]["kl"]
+    assert kl["closed_form"] < min(kl["projections"], kl["random"])
+
+
+def test_it_loads_as_any_student_and_says_what_it_is(make, tmp_path):
+    _, student, figures = make()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "student")) is LlambaForCausalLM
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "student")) == len(AutoTokenizer.from_pretrained(TOKENIZER))
+    saved = json.loads((tmp_path / "student" / "conversion.json").read_text())
+    assert saved == figures
+    assert saved["rope_parameters"]["rope_type"] == "default"
+    assert student.config.ssm_cfg["bias"] is True and student.config.ssm_cfg["d_state"] == 8
+    text = format_figures(figures)
+    assert "hybrid with --layers 1 2" in text and "held-out tokens" in text
+
+
+def test_without_biases_the_names_are_those_of_the_published_layout(make, tmp_path):
+    """Against the names of the official model whose outputs are in shared/golden, if that is there."""
+    _, student, _ = make(Recipe(ssm_bias=False))
+    with safe_open(tmp_path / "student" / "model-00002-of-00006.safetensors", "pt") as shard:
+        names = {name.removeprefix("backbone.layers.0.") for name in shard.keys()}  # noqa: SIM118
+    mixer = ("D", "conv1d.bias", "conv1d.weight", "in_proj.weight", "out_proj.weight", "z_bias")
+    parts = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert names == {*(f"mixer.{name}" for name in mixer), *(f"{part}.weight" for part in parts)}
+    assert student.config.ssm_cfg["bias"] is False
+    if not GOLDEN.is_dir():
+        pytest.skip(f"golden vectors are not at {GOLDEN}")
+    with safe_open(GOLDEN / "untied" / "model.safetensors", "pt") as official:
+        official_names = set(official.keys())
+    n_layer = json.loads((GOLDEN / "untied" / "config.json").read_text())["n_layer"]
+    own = {name for name in student.state_dict() if ".layers." not in name}
+    own |= {f"backbone.layers.{index}.{name}" for index in range(n_layer) for name in names}
+    assert own == official_names
+
+
+# --- one layer at a time, and again --------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_the_same_bytes(make, tmp_path):
+    for output in ("first", "second"):
+        make(output=output)
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+
+
+def test_a_finished_student_is_left_as_it_is(make, tmp_path, monkeypatch):
+    _, _, figures = make()
+    before = files_of(tmp_path / "student")
+    monkeypatch.setattr(build, "fit_mixer", None)
+    assert make()[2] == figures
+    assert files_of(tmp_path / "student") == before
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at_once", [3, 4, 7])
+def test_killed_again_and_again_it_resumes_to_the_same_bytes(make, tmp_path, monkeypatch, at_once):
+    """Each attempt is killed before its fourth write, say, with half of a file beside the whole ones."""
+    make(output="whole")
+    write_whole, written = unfinished.write_whole, []
+
+    def write(path, content):
+        if len(written) == at_once:
+            path.with_name(".1-2.partial").write_bytes(content[:10])
+            raise Killed
+        written.append(path.name)
+        write_whole(path, content)
+
+    monkeypatch.setattr(unfinished, "write_whole", write)
+    attempts = 0
+    while not (tmp_path / "student").exists():
+        attempts += 1
+        written.clear()
+        with contextlib.suppress(Killed):
+            make()
+    assert attempts >= 13 / at_once  # writes in all
+    assert files_of(tmp_path / "student") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "student.unfinished").exists()
+
+
+@pytest.mark.parametrize("owner,name", [(unfinished, "write_whole"), (Path, "rename")])
+def test_killed_at_the_very_start_or_end_it_resumes(make, tmp_path, monkeypatch, owner, name):
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patches, pytest.raises(Killed):
+        patches.setattr(owner, name, kill)
+        make()
+    make()
+    make(output="whole")
+    assert files_of(tmp_path / "student") == files_of(tmp_path / "whole")
+
+
+def test_only_one_layer_is_in_memory(make, monkeypatch):
+    """Of all tensors that were ever read, no more than one layer's and the one just read are alive."""
+    alive, most = [], []
+    tensor = TeacherWeights.tensor
+
+    def counted(self, name, *args):
+        names = {other for other, reference in alive if reference() is not None}
+        most.append({".".join(other.split(".")[:3]) for other in [*names, name]})
+        read = tensor(self, name, *args)
+        alive.append((name, weakref.ref(read)))
+        return read
+
+    monkeypatch.setattr(TeacherWeights, "tensor", counted)
+    make()
+    assert len(most) >= 2 + 4 * 9
+    assert all(len(names) == 1 for names in most if any("layers" in name for name in names))
