@@ -93,7 +93,7 @@ def test_the_printed_plan(folder, capsys, no_torchrun, monkeypatch):
     assert "The student is taken to be made from this teacher" in text
     print_plan(aligned(folder, f"{ALIGN} --dry_run --gpus 2 --gpu_gb 0.1"))
     text = capsys.readouterr().out
-    assert "Does not fit." in text and "saves" in text
+    assert "Does not fit." in text and "To make the alignment fit:" in text and "saves" in text
     assert not re.search("gradient_checkpointing|freeze|teacher_signal|teacher_placement", text)
 
 
