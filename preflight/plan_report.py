@@ -132,10 +132,11 @@ def advice(asked: Plan, others: list[Plan], machine: Machine, has_choice: bool =
     return f"{text}: give --teacher_placement {best.placement}{instead}."
 
 
-def remedy_table(plan: Plan, changes: list[tuple[str, Plan]], machine: Machine) -> str:
+def remedy_table(what: str, plan: Plan, changes: list[tuple[str, Plan]], machine: Machine) -> str:
+    """Returns a table of what makes a plan fit. what: names it."""
     if not changes:
-        return f"{plan.placement}: no single option saves memory; use larger GPUs."
-    lines = [f"To make {plan.placement} fit:"]
+        return f"{what}: no single option saves memory; use larger GPUs."
+    lines = [f"To make {what} fit:"]
     for change, changed in changes:
         saved = (plan.largest - changed.largest) / GB
         fits = "fits" if changed.fits(machine) else "not enough"
@@ -257,7 +258,8 @@ def print_plan(args: TrainArguments) -> int:
     if too_large:
         changes = [(change, changed, measure_footprint(changed)) for change, changed in alternatives(args)]
         for plan in too_large:
-            print("\n" + remedy_table(plan, remedies(machine, plan, changes), machine))
+            what = "the alignment" if args.stage == "align" else plan.placement
+            print("\n" + remedy_table(what, plan, remedies(machine, plan, changes), machine))
     if args.plan_json is not None:
         rows = [
             {**dataclasses.asdict(plan), "largest_bytes": plan.largest, "fits": plan.fits(machine)}
