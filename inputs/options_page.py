@@ -1,6 +1,6 @@
 """The page docs/options.md, made from the options themselves:
 
-python arguments.py > docs/options.md
+python list_options.py > docs/options.md
 """
 
 import typing
@@ -12,7 +12,7 @@ from inputs.options import Option, as_text, default_values, kind_of, options_of
 INTRO = """\
 # Options
 
-This page is made from the options themselves: `python arguments.py > docs/options.md`. A test compares the two.
+This page is made from the options themselves: `python list_options.py > docs/options.md`. A test compares the two.
 
 **Where a value comes from.** The command line comes first, then the file of `--config`, then the preset, then the
 default.
