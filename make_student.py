@@ -20,6 +20,9 @@ from pathlib import Path
 
 from conversion.build import Recipe, build_student
 from conversion.calibration import read_windows
+from conversion.checks import check_conversion, converted_folder
+from conversion.gguf import convert_gguf, is_gguf
+from conversion.plan import format_plan
 from conversion.report import format_figures
 from conversion.teacher_weights import TeacherWeights
 from model_utils import get_tokenizer, locate_model
@@ -37,8 +40,11 @@ def main(args: MakeArguments | None = None) -> int:
     args = args or parse_make_args()
     setup_logging(None, is_main=True)
     device = checked_device("--device", args.device)
-    path = locate_model("--teacher_model", args.teacher_model, args.local_files_only)
-    teacher = TeacherWeights(path, "--teacher_model", args.teacher_model)
+    configs = check_conversion(args)
+    if args.dry_run:
+        print(format_plan(args, *configs))
+        return 0
+    teacher = TeacherWeights(teacher_folder(args), "--teacher_model", args.teacher_model)
     tokenizer = get_tokenizer("--teacher_model", str(teacher.folder))
     check_tokenizer(tokenizer, "--teacher_model", teacher.config.vocab_size)
     tokens = (args.calibration_tokens, args.held_out_tokens)
@@ -50,6 +56,14 @@ def main(args: MakeArguments | None = None) -> int:
     figures = build_student(teacher, Path(args.output), tokenizer, windows, recipe, device)
     print(format_figures(figures))
     return 0
+
+
+def teacher_folder(args: MakeArguments) -> str:
+    """Returns where the teacher is; a GGUF file is converted to a folder beside the student first."""
+    name = args.teacher_model
+    if is_gguf(name):
+        name = str(convert_gguf("--teacher_model", Path(name), converted_folder(args)))
+    return locate_model("--teacher_model", name, args.local_files_only)
 
 
 def text_of(args: MakeArguments) -> TextSource:
