@@ -4,6 +4,8 @@ left on disk. Ranks are forks here; the real torchrun runs in test_demo.py and t
 
 import functools
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -274,3 +276,19 @@ def test_streaming_that_ends_on_a_save_or_within_an_accumulation(models, tmp_pat
         last = read_metrics(folder)[-1]["micro_step"]
         assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == last
         assert "before the learning rate had decayed" in log
+
+
+def test_rates_by_part_and_the_separator_are_kept_by_a_resumed_run(models, tmp_path):
+    changes = dict(copied_lr_factor=0.1, warmup_steps=2, save_interval=2, max_steps=4)
+    first, second = tmp_path / "first", tmp_path / "second"
+    log = train(1, options(models, first, **changes), keep_final_weights)
+    assert "each document ends with '<|endoftext|>' (0): the eos_token" in log
+    assert re.search(r"^mixers .* 0.001$", log, re.MULTILINE) and re.search(r"^norms .* 0.0001$", log, re.MULTILINE)
+    shutil.copytree(first / "checkpoint-2", second / "checkpoint-2")
+    train(1, options(models, second, resume="auto", **changes), keep_final_weights)
+    expected = final_weights(first)
+    assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(second).items())
+    assert [row["lr"] for row in read_metrics(second)] == [row["lr"] for row in read_metrics(first)[2:]]
+    for checkpoint in (first / "checkpoint-0", second / "checkpoint-4"):
+        arguments = json.loads((checkpoint / "training_state.json").read_text())["arguments"]
+        assert (arguments["document_separator"], arguments["copied_lr_factor"]) == ("<|endoftext|>", 0.1)

@@ -38,20 +38,17 @@ def choose_separator(option: str, tokenizer: PreTrainedTokenizerBase) -> Separat
     if option != AUTO:
         return Separator(option, _id_of(option, tokenizer), "by --document_separator")
     eos = tokenizer.eos_token
-    ends_documents = pretraining_separators(tokenizer)
     if eos is None:
-        if not ends_documents:
-            raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no eos_token, expected one to stand between documents; "
-                "set it in its tokenizer_config.json, or name a token with --document_separator"
-            )
-        return Separator(*ends_documents[0], "the tokenizer has no eos_token, and this one ends documents elsewhere")
-    own = Separator(eos, tokenizer.eos_token_id, "the eos_token")
-    if eos in OF_PRETRAINING or not ends_documents:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token, expected one to stand between documents; "
+            "set it in its tokenizer_config.json, or name a token with --document_separator"
+        )
+    own, of_pretraining = Separator(eos, tokenizer.eos_token_id, "the eos_token"), pretraining_separators(tokenizer)
+    if eos in OF_PRETRAINING or not of_pretraining:
         return own
     if (evidence := _ends_a_turn(tokenizer)) is None:
         return own._replace(why="the eos_token, of which nothing says that it ends a turn of a chat")
-    return Separator(*ends_documents[0], f"it ended documents in pretraining; the eos_token {evidence}")
+    return Separator(*of_pretraining[0], f"it ended documents in pretraining; the eos_token {evidence}")
 
 
 def pretraining_separators(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:

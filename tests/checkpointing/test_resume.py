@@ -119,10 +119,9 @@ def separator_of_resumed(folder, recorded, given):
     """Returns what ends a document in a run that resumes with option `given` from a checkpoint that has recorded
     `recorded`; None: it is of an earlier version, and <eos> ended them.
     """
-    checkpoint = checkpoint_of(folder, 4, "--document_separator", recorded or "auto")
+    without = ("document_separator",) if recorded is None else ()
+    checkpoint = checkpoint_of(folder, 4, "--document_separator", recorded or "auto", without=without)
     found = resume.Resume(args("--resume", str(checkpoint), "--document_separator", given), 1)
-    if recorded is None:
-        del found._states[found.checkpoint]["arguments"]["document_separator"]
     return found.document_separator("<eos>")
 
 

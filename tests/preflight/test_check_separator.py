@@ -61,8 +61,8 @@ def test_one_that_is_clearly_worse_is_a_warning(chat_teacher, tmp_path, own_cach
 
 
 def test_a_resumed_run_keeps_the_worse_one(chat_teacher, tmp_path, own_cache, losses):
-    text = ("--dataset_name", tmp_path / "text.jsonl")
-    checkpoint = checkpoint_of(tmp_path, 4, *text, "--document_separator", "<|im_end|>")
+    same = ("--teacher_model", chat_teacher, "--dataset_name", tmp_path / "text.jsonl")
+    checkpoint = checkpoint_of(tmp_path, 4, *same, "--document_separator", "<|im_end|>")
     chosen, measured = findings(chat_teacher, tmp_path, "--resume", checkpoint)
     assert chosen.found.startswith("'<|im_end|>' (258)")
     assert measured.status == WARNING and "nothing for this run" in measured.remedy

@@ -34,7 +34,6 @@ def chosen(option: str, *args, **named) -> str:
         (["<s>", "</s>", "<|im_end|>"], dict(bos_token="<s>", eos_token="<|im_end|>"), "</s>"),  # a Mistral for chats
         (["<|im_end|>"], dict(eos_token="<|im_end|>"), "<|im_end|>"),  # there is no other
         (["<end>", "</s>"], dict(eos_token="<end>"), "<end>"),  # nothing says that it ends a turn
-        (["<|endoftext|>"], {}, "<|endoftext|>"),  # without eos
     ],
 )
 def test_what_auto_takes(special, named, separator):
@@ -73,9 +72,11 @@ def test_what_is_no_special_token_is_one_line(token):
     assert message.endswith("expected auto, or '<|end_of_text|>' or '<|eot_id|>'") and "\n" not in message
 
 
-def test_a_tokenizer_without_special_tokens():
-    with pytest.raises(ValueError, match="has no eos_token.*or name a token with --document_separator"):
-        choose_separator("auto", tokenizer_of([]))
+def test_a_tokenizer_without_eos_or_without_any_special_token():
+    assert chosen("<|endoftext|>", ["<|endoftext|>"]) == "<|endoftext|>"
+    for special in ([], ["<|endoftext|>"]):
+        with pytest.raises(ValueError, match="has no eos_token.*or name a token with --document_separator"):
+            chosen("auto", special)
     with pytest.raises(ValueError, match="expected auto, or one that it has"):
         choose_separator("</s>", tokenizer_of([]))
 
