@@ -274,6 +274,8 @@ def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stoppe
         text = f"the data ended at {done}, before the learning rate had decayed"
     if bad:
         text += f"; the last {bad} update(s) were skipped, look at the windows named above"
+    elif args.stage == "align":
+        text += f"; the mixers are aligned, distil the student with --student_model {args.output_dir}/latest"
     return Ending("complete", 0, text)
 
 

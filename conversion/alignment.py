@@ -156,6 +156,8 @@ def load_alignment(
     if args.compile:
         compile_modules(student, mixers)
     stream = TeacherStream(weights, student, models.vocab)
+    text = "of the teacher's weights %s MB are held beside the student, %s MB are the student's own"
+    logger.info(text, f"{stream.bytes_held / 1e6:,.1f}", f"{stream.bytes_shared / 1e6:,.1f}")
     model = DistillationModel(student, stream.head, models.vocab, args, chunk_tokens)
     return Alignment(model, stream, args.align, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
 

@@ -2,7 +2,6 @@
 have is held once.
 """
 
-import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,8 +11,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conversion.teacher_weights import TeacherWeights
 from llamba import LlambaForCausalLM
-
-logger = logging.getLogger("train")
 
 
 class Traced(NamedTuple):
@@ -49,8 +46,6 @@ class TeacherStream:
             head = self._shared(weights.head(dtype, self.device), student.lm_head.weight)
         self.head = head.detach()[:vocab]  # (vocab, D)
         self.rotary = weights.rotary(self.device)
-        text = "of the teacher's weights %s MB are held beside the student, %s MB are the student's own"
-        logger.info(text, f"{self.bytes_held / 1e6:,.1f}", f"{self.bytes_shared / 1e6:,.1f}")
 
     def _share(self, module: nn.Module, twin: nn.Module) -> None:
         """Replaces the parameters of a module by those of the student's that have the same name and values."""

@@ -45,6 +45,13 @@ def test_a_run_is_complete_if_an_update_was_applied(tmp_path, step, skipped, in_
     assert (ending.status, ending.code) == (status, code), ending.text
 
 
+def test_an_alignment_says_what_comes_after_it(tmp_path):
+    state = RunState(micro_step=12, step=12)
+    for stage, found in (("align", f"distil the student with --student_model {tmp_path}/latest"), ("distil", "")):
+        ending = how_it_ended(options_in(tmp_path, "--stage", stage), state, 12, 0)
+        assert ending.text.startswith("complete: 12 of 12 optimizer steps") and ending.text.endswith(found or "steps")
+
+
 def test_a_run_that_has_applied_no_update_is_not_complete(tmp_path):
     """Not even when it is started again; with more steps it resumes."""
     models = make_models(tmp_path)

@@ -35,7 +35,7 @@ def check_alignment(run: PlannedRun) -> Iterator[Finding]:
         whole = teacher.base_model(ids, use_cache=False).last_hidden_state  # (1, N, D)
         if not whole.isfinite().all():  # reported by `check_logits`
             raise CheckSkipped("the teacher's logits are not finite")
-        student = teacher_as_student(teacher, student_config)
+        student = teacher_as_student(teacher, student_config).requires_grad_(False)
         stream = TeacherStream(TeacherWeights(teacher_place(run), name=run.args.teacher_model), student, vocab=1)
         difference = relative_error(stream(ids), whole, whole).sqrt().item()
     found = f"relative difference {difference:.1g} from the whole teacher"

@@ -17,6 +17,7 @@ TEXT = dict(eval_dataset_name=TINY / "text" / "english.txt", eval_windows=7)  # 
 QUESTIONS = dict(eval_mmlu_dir=TINY / "mmlu", eval_mmlu_limit=3)
 BASE = dict(max_steps=6, teacher_prefetch=1)
 EVALUATED = dict(**BASE, eval_interval=2, layer_map_interval=2, **TEXT, **QUESTIONS)
+ALIGNED = dict(**BASE, stage="align")
 STREAM = dict(no_dataset_streaming=False, shuffle_buffer=10)
 AT_REST = dict(max_steps=1, max_lr=0, min_lr=0, save_interval=0, **TEXT)  # its weights stay as they were
 
@@ -37,6 +38,9 @@ def play(folder: Path) -> None:
         run(f"ranks-{n_ranks}", n_ranks, **AT_REST, **QUESTIONS, eval_interval=1)
     run("logits", **AT_REST, eval_interval=5, teacher_signal="logits")  # the last step is due in any case
     run("colocated", **AT_REST, eval_interval=5, teacher_placement="colocated")
+    run("align", **AT_REST, eval_interval=5, stage="align", kl_weight=0)
+    run("align-without", **ALIGNED)
+    run("align-with", **EVALUATED, stage="align")
     run("no-teacher", 1, **AT_REST, eval_interval=5, kl_weight=0)
     run("other-windows", 2, on_rank(1, lambda: change_argument("--eval_windows", "6")), **AT_REST, eval_interval=1)
 

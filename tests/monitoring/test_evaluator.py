@@ -59,7 +59,7 @@ def training_rows(stage, name):
 # --- an evaluation and the run -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["", "stream-"], ids=["cached", "stream"])
+@pytest.mark.parametrize("form", ["", "stream-", "align-"], ids=["cached", "stream", "alignment"])
 def test_an_evaluation_leaves_the_run_as_it_was(stage, form):
     """With dropout and a batch asked ahead, and with maps of the layers too: weights, optimizer, random state and
     figures, bit for bit.
@@ -131,9 +131,14 @@ def without_time(figures):
 def test_figures_do_not_depend_on_the_number_of_ranks_or_the_way_to_the_teacher(stage):
     one, two, three = (without_time(evaluations(stage, f"ranks-{n}")[1]) for n in (1, 2, 3))
     assert one == two == three
-    for name in ("logits", "colocated"):
+    for name in ("logits", "colocated", "align"):
         other = without_time(evaluations(stage, name)[1])
-        assert other == pytest.approx({name: one[name] for name in one if name != "mmlu"}, rel=1e-6)
+        left_out = (
+            ("mmlu", "loss") if name == "align" else ("mmlu",)
+        )  # an alignment has a teacher for --kl_weight 0 too
+        expected = {name: one[name] for name in one if name not in left_out}
+        assert {name: other[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert evaluations(stage, "align")[1]["loss"] == evaluations(stage, "align")[1]["ce"]  # as --kl_weight says
 
 
 def test_without_a_teacher_there_is_nothing_to_agree_with(stage):
