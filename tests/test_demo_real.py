@@ -25,10 +25,10 @@ ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "teachers" / "smollm2-135m"
 STEPS = 8
 EPOCH = 2  # steps; the same few windows come again and again, so that the first and the last steps can be compared
-TRAIN = f"--max_steps {STEPS} --epochs {STEPS} --warmup_steps 2 --decay_ratio 0.5"
+TRAIN = f"--max_steps {STEPS} --epochs {STEPS} --batch_size 1 --warmup_steps 2 --decay_ratio 0.5"
 TRAIN += f" --save_interval 2 --save_total_limit 2 --eval_interval {STEPS} --eval_windows 2 --layer_map_interval {STEPS}"
 SETTINGS = {
-    "REAL_MAKE": "--calibration_tokens 2048 --held_out_tokens 512",
+    "REAL_MAKE": "--calibration_tokens 1024 --held_out_tokens 256",
     "REAL_START": "--windows 2",
     "REAL_EVAL": "--held_out_windows 2 --retrieval_questions 4 --retrieval_pairs 4",
 }
@@ -66,7 +66,7 @@ def demo(tmp_path_factory):
     make(folder, folder / "text" / "train.jsonl")
     with (folder / "text" / "train.jsonl").open() as rows:
         text = "\n\n".join(json.loads(next(rows))["text"] for _ in range(3))
-    (folder / "few.jsonl").write_text(json.dumps({"text": text[:5500]}) + "\n")  # two batches of windows
+    (folder / "few.jsonl").write_text(json.dumps({"text": text[:2700]}) + "\n")  # two windows
     make(folder, folder / "aligned")
     stopped = stop_in_training(folder)
     is_marked = (folder / "distilled").exists()

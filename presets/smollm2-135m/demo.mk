@@ -15,8 +15,8 @@ REAL_EVAL ?=
 REAL_MODELS := --preset smollm2-135m --teacher_model $(REAL_TEACHER) --local_files_only
 REAL_TRAIN := $(BIN)/python train_gpus.py $(REAL_MODELS) --teacher_placement colocated --resume auto \
 	--dataset_name $(REAL_TEXT)/train.jsonl --no_dataset_streaming \
-	--eval_dataset_name $(REAL_TEXT)/heldout.jsonl --eval_windows 8 --eval_interval 25 \
-	--layer_map_interval 50 --save_interval 25 --save_total_limit 1
+	--eval_dataset_name $(REAL_TEXT)/heldout.jsonl --eval_windows 8 --eval_interval 20 \
+	--warmup_steps 5 --decay_ratio 0.8 --layer_map_interval 20 --save_interval 20 --save_total_limit 1
 
 $(REAL_TEACHER)/config.json: | .venv/installed-gguf
 	$(BIN)/python -m presets.smollm2 $(REAL_TEACHER)
@@ -25,10 +25,11 @@ $(REAL_TEXT)/train.jsonl: | .venv/installed
 	$(BIN)/python -m presets.real_text $(REAL_TEXT)
 
 # Two students: the one to train, and one whose mixers have attention's projections alone, for comparison.
-$(REAL)/students/projections/conversion.json: REAL_MAKE += --calibration_tokens 256 --held_out_tokens 256
+# Nothing of the latter is fitted.
+$(REAL)/students/projections/conversion.json: REAL_TOKENS := --calibration_tokens 256 --held_out_tokens 256
 $(REAL)/students/%/conversion.json: | $(REAL_TEACHER)/config.json $(REAL_TEXT)/train.jsonl
 	$(BIN)/python make_student.py $(REAL_MODELS) --init $* --output $(@D) \
-		--calibration $(REAL_TEXT)/train.jsonl $(REAL_MAKE)
+		--calibration $(REAL_TEXT)/train.jsonl $(REAL_MAKE) $(REAL_TOKENS)
 
 $(REAL)/start.json: | $(REAL)/students/closed_form/conversion.json $(REAL)/students/projections/conversion.json
 	$(BIN)/python -m presets.real_start --students $(REAL)/students --teacher $(REAL_TEACHER) \
@@ -37,12 +38,12 @@ $(REAL)/start.json: | $(REAL)/students/closed_form/conversion.json $(REAL)/stude
 # Each mixer learns its attention's output.
 $(REAL)/aligned: | $(REAL)/students/closed_form/conversion.json
 	$(REAL_TRAIN) --stage align --student_model $(REAL)/students/closed_form --output_dir $(REAL)/align \
-		--max_steps 100 $(REAL_ALIGN)
+		--max_steps 40 $(REAL_ALIGN)
 	touch $@
 
 # The hybrid learns the teacher's distribution. What was copied moves at a tenth of the mixers' rate.
 $(REAL)/distilled: | $(REAL)/aligned
-	$(REAL_TRAIN) --student_model $(REAL)/align/latest --output_dir $(REAL)/distil --max_steps 120 $(REAL_DISTIL)
+	$(REAL_TRAIN) --student_model $(REAL)/align/latest --output_dir $(REAL)/distil --max_steps 80 $(REAL_DISTIL)
 	touch $@
 
 $(REAL)/distil/eval.json: | $(REAL)/distilled
