@@ -1,8 +1,6 @@
 """Every option of train_gpus.py and eval_mmlu_hybrid.py: default, help, group, bounds, and whether a resumed run must
 keep it. `parse_train_args` and `parse_eval_args` return typed, checked options. Nothing heavy is imported, so that a
-mistake is reported at once.
-
-    python arguments.py > docs/options.md
+mistake is reported at once. list_options.py makes docs/options.md of them.
 """
 
 from dataclasses import dataclass
@@ -386,10 +384,3 @@ def free_options() -> set[str]:
     is watched, not what it computes.
     """
     return {name for name, about in options_of(TrainArguments).items() if about.free or about.group in (OUTPUT, PLAN)}
-
-
-if __name__ == "__main__":
-    from inputs.options_page import options_page
-
-    entries = {"train_gpus.py": (TrainArguments, "train"), "eval_mmlu_hybrid.py": (EvalArguments, "eval")}
-    print(options_page(entries, free_options()), end="")

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from arguments import TrainArguments
 from inputs.loaded_models import check_all_used, check_weights
 from inputs.model_files import check_weight_files, dead_links, one_line, read_config
+from inputs.option_values import command_that_makes
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
 from paths import readable
@@ -52,12 +53,19 @@ def locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bo
 
 def _locate_model(flag: str, name: str, local_files_only: bool, needs_weights: bool) -> str:
     folder = Path(name)
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
+        raise ValueError(
+            f"{flag} {name}: is a GGUF file, which is converted to a directory once; run "
+            f"`python -m conversion.gguf {name} DIR` and give DIR"
+        )
     if folder.is_file() or folder.is_symlink() and not folder.exists():
         what = "a file" if folder.is_file() else "a link that leads nowhere"
         raise ValueError(
             f"{flag} {name}: is {what}; expected a directory with config.json and weights, as save_pretrained writes it"
         )
     if not folder.is_dir():
+        if (command := command_that_makes(name)) is not None:
+            raise ValueError(f"{flag} {name}: is not made yet; run `{command}` first, in this folder")
         if not local_files_only and not name.startswith((".", "/")):
             return name
         try:

@@ -10,13 +10,12 @@ import train_gpus
 from arguments import TrainArguments
 from checkpointing.saver import NoSaver
 from checkpointing.state import RunState
-from distillation.objective import Distillation, DistillationModel
 from distillation.teacher import Lane
 from monitoring.watchers import metrics_row
 from processes.exits import StopRequest
 from processes.ranks import Ranks
 from text.batch import Batch
-from training_utils import Job, Meter, Update, build_learner
+from training_utils import Job, Meter, Objective, Update, build_learner
 from utils import TimedIterator
 
 
@@ -37,14 +36,14 @@ def train_steps(
     args: TrainArguments,
     batches: Iterator[Batch],
     n_steps: int,
-    model: DistillationModel,
+    objective: Objective,
     lane: Lane,
     ranks: Ranks,
     log: Any,
 ) -> None:
-    """Trains `model` for n_steps optimizer steps; `log.write(row)` gets the row of each."""
+    """Trains the student of `objective` for n_steps optimizer steps; `log.write(row)` gets the row of each."""
     job = Job(args, ranks, StopRequest(None))
-    learner = build_learner(job, Distillation(model, ranks.device), lane, n_steps)
+    learner = build_learner(job, objective, lane, n_steps)
     state = train_gpus.begin(job, learner, RunState(step=0), NoSaver())
     timed = TimedIterator(itertools.islice(batches, n_steps * args.grad_accumulation_steps))
     state = train_gpus.distil(job, timed, learner, state, NoSaver(), RowsOnly(log))

@@ -24,7 +24,7 @@ from arguments import TrainArguments, parse_train_args
 from distillation.adamw import MasterWeightAdamW
 from distillation.losses import shared_vocab
 from distillation.models import Models, load_models
-from distillation.objective import DistillationModel
+from distillation.objective import Distillation, DistillationModel
 from inputs.option_values import PRESETS
 from llamba import DiscreteMamba2, LlambaConfig
 from llamba.kernels import kernels_for
@@ -181,7 +181,7 @@ def train(shapes: Shapes, args: TrainArguments, log: Any) -> None:
         model = DistillationModel(student, head, vocab, args)
         log.begin(model, teachers.pop())
         batches = random_batches(shapes, args.batch_size)
-        train_steps(args, batches, STEPS, model, lane, ranks, log)
+        train_steps(args, batches, STEPS, Distillation(model, ranks.device), lane, ranks, log)
         lane.close()
 
     with (

@@ -12,7 +12,7 @@ from step_case import STEPS, Case
 from step_models import Recorder, batches_of, build_student, build_teacher, train_options
 from torch import Tensor
 
-from distillation.objective import DistillationModel
+from distillation.objective import Distillation, DistillationModel
 from distillation.teacher import open_lane
 from model_utils import prepare_student
 from processes.ranks import Ranks, process_groups
@@ -44,7 +44,15 @@ def train_ours(case: Case, recorder: Recorder, ranks: Ranks, *more_options: str)
     student = build_student(case)
     prepare_student(student, args)
     model = DistillationModel(student, head, case.vocab, args)
-    train_steps(args, batches_of(case, ranks, recorder), STEPS, model, lane, ranks, RecorderLog(recorder))
+    train_steps(
+        args,
+        batches_of(case, ranks, recorder),
+        STEPS,
+        Distillation(model, ranks.device),
+        lane,
+        ranks,
+        RecorderLog(recorder),
+    )
     lane.close()
 
 

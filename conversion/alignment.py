@@ -19,6 +19,7 @@ from distillation.models import Models
 from distillation.objective import DistillationModel
 from distillation.teacher import ColocatedTeacher, PendingSignal
 from inputs.options import default_values
+from llamba import LlambaForCausalLM
 from llamba.modeling import LlambaBlock
 from model_utils import DTYPES, compile_modules, get_student_model, take_layers
 from text.batch import Batch
@@ -151,15 +152,21 @@ def load_alignment(
     student = get_student_model(models.student, dtype, device, models.student_flag)
     if args.layers and not student.config.attention_layers:
         take_layers(student, weights.config, args.layers, lambda index: weights.layer(index, dtype))
-    mixers = [layer.mixer for layer in student.backbone.layers if isinstance(layer, LlambaBlock)]
-    student.requires_grad_(False)
-    for mixer in mixers:
-        mixer.requires_grad_(True)
+    mixers = freeze_all_but_mixers(student)
     if args.compile:
         compile_modules(student, mixers)
     stream = TeacherStream(weights, student, models.vocab)
     model = DistillationModel(student, stream.head, models.vocab, args, chunk_tokens)
     return Alignment(model, stream, args.align, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
+
+
+def freeze_all_but_mixers(student: LlambaForCausalLM) -> list[nn.Module]:
+    """Leaves only the mixers of the recurrent layers to train, and returns them."""
+    mixers: list[nn.Module] = [layer.mixer for layer in student.backbone.layers if isinstance(layer, LlambaBlock)]
+    student.requires_grad_(False)
+    for mixer in mixers:
+        mixer.requires_grad_(True)
+    return mixers
 
 
 def log_idle_options(args: TrainArguments) -> None:

@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conversion.calibration import Windows
-from conversion.closed_form import copy_projections, fit_decay, fit_mixer, horizons
+from conversion.closed_form import copy_projections, fit_decay, fit_mixer
+from conversion.heads import plain_heads
 from conversion.measure import HeldOutStreams, add_mlp, attend, in_parts
 from conversion.student_config import student_config
 from conversion.teacher_weights import TeacherWeights
@@ -71,6 +72,13 @@ def build_student(
     return figures
 
 
+class Calibration(NamedTuple):
+    """Holds the hidden states of the calibration windows in both models, (n, S, D) float32 each."""
+
+    teacher: Tensor
+    student: Tensor  # all of whose layers are recurrent
+
+
 class _Building:
     """Holds what stays the same from layer to layer."""
 
@@ -96,12 +104,16 @@ class _Building:
         begun, n_before, n_layer = time.monotonic(), len(errors), self.config.n_layer
         for index in range(n_before, n_layer):
             layer = self.teacher.layer(index, FLOAT32, self.device)
-            attended = in_parts(functools.partial(attend, layer, angles=self.angles), calibration)
+            attended = in_parts(functools.partial(attend, layer, angles=self.angles), calibration.teacher)
             block = self._block(index, layer, calibration, attended)
             errors.append(streams.advance(index, layer, block, self.angles))
-            calibration = in_parts(functools.partial(add_mlp, layer), calibration + attended)
-            self._check_finite(index, errors[-1], calibration, streams.states["teacher"])
-            self.work.save_progress({"calibration": calibration, **streams.states}, {"errors": errors})
+            calibration = Calibration(
+                in_parts(functools.partial(add_mlp, layer), calibration.teacher + attended),
+                in_parts(block, calibration.student) if self.recipe.init == "closed_form" else calibration.student,
+            )
+            self._check_finite(index, errors[-1], calibration.teacher, streams.states["teacher"])
+            of_calibration = {f"calibration.{name}": states for name, states in calibration._asdict().items()}
+            self.work.save_progress({**of_calibration, **streams.states}, {"errors": errors})
             left = (time.monotonic() - begun) / (index + 1 - n_before) * (n_layer - index - 1)
             logger.info(
                 "layer %d of %d | error %.3f, of the mixer alone %.3f | about %s left",
@@ -110,39 +122,46 @@ class _Building:
             del layer, block, attended  # before the next is read
         return {"layers": errors, "held_out": self._finish(streams, labels)}
 
-    def _start(self, windows: Windows) -> tuple[Tensor, HeldOutStreams, list[dict[str, float]]]:
-        """Returns the hidden states of calibration (n, S, D) and of the held-out streams behind the last finished
-        layer, and the errors of the layers up to there. At the beginning it writes the embedding.
+    def _start(self, windows: Windows) -> tuple[Calibration, HeldOutStreams, list[dict[str, float]]]:
+        """Returns the hidden states of calibration and of held-out text behind the last finished layer, and the errors
+        of the layers up to there. At the beginning it writes the embedding.
         """
         saved = self.work.progress(self.device)
         if saved is not None:
             tensors, figures = saved
-            calibration = tensors.pop("calibration")
-            streams = HeldOutStreams(calibration, list(self.recipe.layers))
+            calibration = Calibration(*(tensors.pop(f"calibration.{name}") for name in Calibration._fields))
+            streams = HeldOutStreams(tensors["teacher"], tensors["teacher"], self.recipe.layers)
             streams.states = {name: tensors[name] for name in streams.states}
             logger.info("resuming behind layer %d", len(figures["errors"]))
             return calibration, streams, figures["errors"]
         embedding = self.teacher.embedding(FLOAT32)  # (V, D)
-        self.work.write_shard(0, {"backbone.embedding.weight": embedding.to(self.dtype)})
-        calibration = embedding[windows.calibration].to(self.device)  # (n, S, D)
-        held_out = embedding[windows.held_out[:, :-1]].to(self.device)  # (m, S, D)
-        return calibration, HeldOutStreams(held_out, list(self.recipe.layers)), []
+        written = embedding.to(self.dtype)
+        self.work.write_shard(0, {"backbone.embedding.weight": written})
 
-    def _block(self, index: int, layer: LlamaDecoderLayer, calibration: Tensor, attended: Tensor) -> LlambaBlock:
-        """Returns the student's layer as it is written, in float32."""
+        def both(ids: Tensor) -> tuple[Tensor, Tensor]:  # (n, S) -> (n, S, D) each
+            return embedding[ids].to(self.device), written[ids].to(self.device, FLOAT32)
+
+        held_out = HeldOutStreams(*both(windows.held_out[:, :-1]), self.recipe.layers)
+        return Calibration(*both(windows.calibration)), held_out, []
+
+    def _block(self, index: int, layer: LlamaDecoderLayer, calibration: Calibration, attended: Tensor) -> LlambaBlock:
+        """Returns the student's layer as it is written, in float32. attended: what attention adds to the teacher's
+        hidden states.
+        """
         with torch.device("meta"):
             block = LlambaBlock(self.config, index)
         block.mixer = new_mixer(self.config, self.recipe.seed + index).to(self.device)
         for part in ("input_layernorm", "post_attention_layernorm", "mlp"):
             block.get_submodule(part).load_state_dict(layer.get_submodule(part).state_dict(), assign=True)
-        inputs = in_parts(layer.input_layernorm, calibration)  # (n, S, D)
+        inputs = in_parts(layer.input_layernorm, calibration.teacher)  # (n, S, D)
         if self.recipe.init == "closed_form":
-            fit_mixer(block.mixer, layer.self_attn, inputs, attended)
+            own_inputs = in_parts(layer.input_layernorm, calibration.student)
+            fit_mixer(block.mixer, layer.self_attn, inputs, own_inputs, attended)
         elif self.recipe.init == "projections":
-            horizon = horizons(block.mixer.n_v_heads)
-            copy_projections(block.mixer, layer.self_attn, horizon, constant=False)
+            plain = plain_heads(block.mixer.n_v_heads, self.device)
+            copy_projections(block.mixer, layer.self_attn, plain)
             if block.mixer.in_proj.bias is None:
-                fit_decay(block.mixer, horizon, inputs.flatten(0, 1))
+                fit_decay(block.mixer, plain.horizon, inputs.flatten(0, 1))
         block.eval().requires_grad_(False).to(self.dtype)
         prefix = f"backbone.layers.{index}."
         self.work.write_shard(index + 1, {prefix + name: tensor.cpu() for name, tensor in block.state_dict().items()})

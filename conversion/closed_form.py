@@ -2,63 +2,68 @@
 outputs on some text. Pure functions of two modules and tensors; docs/conversion.md derives them.
 
     attention:   out_i = o_proj( sum_{j <= i} softmax_j(q_i . k_j / sqrt(P)) v_j )
-    mixer:       out_i = out_proj( gate * sum_{j <= i} a^(i - j) (C_i . B_j) x_j )
+    mixer:       out_i = out_proj( gate * (sum_{j <= i} a^(i - j) (C_i . B_j) x_j + D x_i) )
 
-Of each query head x = v, B = k and C = (1 - a) * SCORE_SCALE / sqrt(P) * q, without rotary embedding; a constant 1 in B
-and (1 - a) in C stands for the 1 in softmax(s) ~ 1 + s. Then `fit_output` fits out_proj, and `spread_decay` spreads the
-factor (1 - a) evenly over x, B, C and out_proj.
+Of each query head x = v, B = sqrt(w) k and C = sqrt(w) q / sqrt(P), without rotary embedding and with the keys' mean
+taken off; a constant in B and C stands for the 1 in softmax(s) ~ 1 + s. The horizon of a, and the weights of constant,
+scores (w) and skip (D) are chosen for each head (`choose_heads` in heads.py). Then `fit_output` fits out_proj.
 
 Glossary: D width, H query heads, P width of an attention head, N state of a mixer's head, T tokens, E = d_inner.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from conversion.heads import HeadFit, choose_heads, decays, projections
 from llamba import DiscreteMamba2
 
-SHORTEST, LONGEST = 2.0, 256.0  # horizons of the first and the last head, in tokens
-SCORE_SCALE = 0.25  # of q . k beside the constant: 1 + s is no longer softmax for the scores of a trained model
-HEAD_RIDGE = 1e-3  # of one scale for each head, in units of the mean diagonal
+DECAY_RIDGE = 1e-3  # of the decay's row, in units of the mean diagonal
+HEAD_RIDGE = 1e-3  # of one scale for each head, likewise
 RIDGE = 0.3  # of out_proj, likewise
 OPEN_GATE = 1.2785  # silu(OPEN_GATE) = 1
 TOKENS_AT_ONCE = 2048  # whose scan is in memory
+TOKENS_FOR_HEADS = 1024  # to choose three numbers and a horizon for each head; more are no better
 
 
-class Projection(NamedTuple):
-    """Holds a projection of attention by query head."""
+@torch.no_grad()
+def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, fit: HeadFit) -> None:
+    """Gives a mixer the projections of an attention layer by what was chosen for each head, and out_proj = o_proj. The
+    convolution passes each token through, and the gate is open.
 
-    weight: Tensor  # (H, P, D)
-    bias: Tensor | None  # (H, P)
-
-
-def horizons(n_heads: int) -> Tensor:
-    """Returns how many tokens each head looks back, in geometric steps: (H,) float64."""
-    steps = torch.arange(n_heads, dtype=torch.float64) / max(n_heads - 1, 1)
-    return SHORTEST * (LONGEST / SHORTEST) ** steps
-
-
-def decays(horizon: Tensor) -> Tensor:
-    """Returns the factor a by which a state shrinks at a token: after `horizon` tokens 1/e is left. Any shape."""
-    return torch.exp(-1 / horizon)
-
-
-def projections(attention: LlamaAttention) -> tuple[Projection, Projection, Projection]:
-    """Returns q, k and v by query head. Query head h reads the key and value head h // (H / their number), so that each
-    of these is repeated in place: head 0, 0, 1, 1, and not 0, 1, 0, 1.
+    With a constant the state's last entry holds it. The decays are set in in_proj's bias; without one they have to be
+    fitted (`fit_decay`).
     """
-    config, width = attention.config, attention.head_dim
-
-    def by_head(linear: torch.nn.Linear) -> Projection:
-        weight = linear.weight.unflatten(0, (-1, width))  # (H or its groups, P, D)
-        repeats = config.num_attention_heads // len(weight)
-        bias = None if linear.bias is None else linear.bias.unflatten(0, (-1, width)).repeat_interleave(repeats, 0)
-        return Projection(weight.repeat_interleave(repeats, 0), bias)
-
-    return by_head(attention.q_proj), by_head(attention.k_proj), by_head(attention.v_proj)
+    q, k, v = projections(attention)
+    width = attention.head_dim
+    kept = rows_for_state(width, mixer.d_state - (fit.constant is not None))
+    root = fit.score.abs().sqrt()  # (H,), the share of B; that of C has the sign
+    factor = root * fit.score.sign() / math.sqrt(width)  # (H,)
+    for parameter in mixer.parameters():
+        parameter.zero_()
+    x, B, C = _rows_of(mixer, mixer.in_proj.weight)  # (H, P, D), (H, N, D), (H, N, D)
+    x[:, :width], B[:, : len(kept)] = v.weight, k.weight[:, kept] * root[:, None, None]
+    C[:, : len(kept)] = q.weight[:, kept] * factor[:, None, None]
+    x, B, C = _rows_of(mixer, mixer.conv1d.bias)  # (H, P), (H, N), (H, N)
+    if q.bias is not None and k.bias is not None and v.bias is not None:
+        x[:, :width], B[:, : len(kept)] = v.bias, k.bias[:, kept] * root[:, None]
+        C[:, : len(kept)] = q.bias[:, kept] * factor[:, None]
+    if fit.key_mean is not None:
+        B[:, : len(kept)] -= fit.key_mean[:, kept] * root[:, None]
+    if fit.constant is not None:
+        B[:, -1] = fit.constant.abs().sqrt()
+        C[:, -1] = B[:, -1] * fit.constant.sign()
+    mixer.D.copy_(fit.skip)
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    gate = mixer.in_proj.bias[mixer.d_xBC : -mixer.n_v_heads] if mixer.z_bias is None else mixer.z_bias
+    gate.fill_(OPEN_GATE)
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias[-mixer.n_v_heads :] = _decay_logits(fit.horizon).float()
+    _heads_of_output(mixer)[:, :, :width] = attention.o_proj.weight.unflatten(1, (-1, width))
+    if attention.o_proj.bias is not None:
+        mixer.out_proj.bias.copy_(attention.o_proj.bias)
 
 
 def rows_for_state(width: int, n_state: int) -> Tensor:
@@ -69,41 +74,9 @@ def rows_for_state(width: int, n_state: int) -> Tensor:
     return torch.stack([slowest_first, slowest_first + width // 2], 1).flatten()[:n_state]  # (at most N,)
 
 
-@torch.no_grad()
-def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, horizon: Tensor, constant: bool) -> None:
-    """Gives a mixer the projections of an attention layer: x = v, B = k, C = (1 - a) / sqrt(P) * q, out_proj = o_proj;
-    the convolution passes each token through, the gate is open, D is 0, and heads decay by `horizon` (H,).
-
-    constant: the last entry of the state holds a constant, and C is scaled by SCORE_SCALE. Then and for a state smaller
-    than P, the fastest rotated rows of q and k are left out. The decays are set in in_proj's bias; without one they
-    have to be fitted (`fit_decay`).
-    """
-    q, k, v = projections(attention)
-    width, n_state = attention.head_dim, mixer.d_state
-    kept = rows_for_state(width, n_state - constant)
-    shrink = (1 - decays(horizon)).float()  # (H,)
-    factor = shrink * (SCORE_SCALE if constant else 1.0) / math.sqrt(width)  # (H,)
-    for parameter in mixer.parameters():
-        parameter.zero_()
-    x, B, C = _rows_of(mixer, mixer.in_proj.weight)  # (H, P, D), (H, N, D), (H, N, D)
-    x[:, :width], B[:, : len(kept)] = v.weight, k.weight[:, kept]
-    C[:, : len(kept)] = q.weight[:, kept] * factor[:, None, None]
-    x, B, C = _rows_of(mixer, mixer.conv1d.bias)  # (H, P), (H, N), (H, N)
-    if q.bias is not None and k.bias is not None and v.bias is not None:
-        x[:, :width], B[:, : len(kept)] = v.bias, k.bias[:, kept]
-        C[:, : len(kept)] = q.bias[:, kept] * factor[:, None]
-    if constant:
-        B[:, -1], C[:, -1] = 1.0, shrink
-    mixer.conv1d.weight[:, 0, -1] = 1.0
-    gate = mixer.in_proj.bias[mixer.d_xBC : -mixer.n_v_heads] if mixer.z_bias is None else mixer.z_bias
-    gate.fill_(OPEN_GATE)
-    if mixer.in_proj.bias is not None:
-        mixer.in_proj.bias[-mixer.n_v_heads :] = _decay_logits(horizon).float()
-    mixer.out_proj.weight.unflatten(1, (-1, mixer.headdim))[:, :, :width] = attention.o_proj.weight.unflatten(
-        1, (-1, width)
-    )
-    if attention.o_proj.bias is not None:
-        mixer.out_proj.bias.copy_(attention.o_proj.bias)
+def _heads_of_output(mixer: DiscreteMamba2) -> Tensor:
+    """Returns out_proj's weight by head, as a view: (D, H, channels)."""
+    return mixer.out_proj.weight.unflatten(1, (-1, mixer.headdim))
 
 
 def _rows_of(mixer: DiscreteMamba2, tensor: Tensor | None) -> list[Tensor]:
@@ -125,17 +98,8 @@ def fit_decay(mixer: DiscreteMamba2, horizon: Tensor, inputs: Tensor) -> None:
     """
     u = inputs.double()
     gram = u.T @ u  # (D, D)
-    row = torch.linalg.solve(_with_ridge(gram, HEAD_RIDGE), u.sum(0))  # (D,)
+    row = torch.linalg.solve(_with_ridge(gram, DECAY_RIDGE), u.sum(0))  # (D,)
     mixer.in_proj.weight[-mixer.n_v_heads :] = (_decay_logits(horizon).to(row.device)[:, None] * row).float()
-
-
-@torch.no_grad()
-def centre_keys(mixer: DiscreteMamba2, inputs: Tensor) -> None:
-    """Takes the mean over inputs (T, D) from B, but for its constant: softmax does not see what all keys share."""
-    _, weight, _ = _rows_of(mixer, mixer.in_proj.weight)  # (H, N, D)
-    _, bias, _ = _rows_of(mixer, mixer.conv1d.bias)  # (H, N)
-    mean = torch.einsum("hnd,d->hn", weight.double(), inputs.double().mean(0))
-    bias[:, :-1] = -mean[:, :-1].to(bias.dtype)
 
 
 class Moments:
@@ -180,7 +144,9 @@ def fit_output(mixer: DiscreteMamba2, moments: Moments) -> None:
 
     left = targets[:n] - features[:n, :-1] @ weight.T  # (n, D)
     gram = features[:n, :n]
-    more = torch.linalg.solve(gram + RIDGE * _scale(features[:-1, :-1]) * torch.eye(n).to(gram), left)  # (n, D)
+    penalty = torch.full((n,), RIDGE, dtype=torch.float64) * _scale(features[:-1, :-1]).cpu()
+    penalty[mixer.d_inner :] = 0  # the bias has none
+    more = torch.linalg.solve(gram + penalty.diag().to(gram), left)  # (n, D)
     mixer.out_proj.weight.copy_(weight + more[: mixer.d_inner].T)
     if mixer.out_proj.bias is not None:
         mixer.out_proj.bias.add_(more[-1])
@@ -198,31 +164,37 @@ def _scale(gram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread_decay(mixer: DiscreteMamba2, horizon: Tensor) -> None:
-    """Spreads the factor (1 - a) of C evenly over x, B, C and out_proj, the fourth root for each; the function stays
-    the same. With all of it in C, the first steps of Adam explode: they are as large for weights a thousandth as large.
+    """Moves a part of what makes B and C small for long horizons into x and out_proj, (1 - a)^(1/4) each; the function
+    stays the same. With all of it in C, the first steps of Adam explode: they are as large for weights a thousandth as
+    large.
     """
-    shrink = 1 - decays(horizon)  # (H,)
-    root = shrink**0.25
+    root = (1 - decays(horizon)) ** 0.25  # (H,)
     for tensor in (mixer.in_proj.weight, mixer.conv1d.bias):
-        for rows, factor in zip(_rows_of(mixer, tensor), (root, root, root / shrink), strict=True):
+        for rows, factor in zip(_rows_of(mixer, tensor), (root, 1 / root, 1 / root), strict=True):
             rows *= factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
+    mixer.D.div_(root.to(mixer.D) ** 2)  # it stands beside C . B
     mixer.out_proj.weight *= root.to(mixer.out_proj.weight).repeat_interleave(mixer.headdim)
 
 
 @torch.no_grad()
-def fit_mixer(mixer: DiscreteMamba2, attention: LlamaAttention, inputs: Tensor, outputs: Tensor) -> None:
+def fit_mixer(
+    mixer: DiscreteMamba2, attention: LlamaAttention, inputs: Tensor, own_inputs: Tensor, outputs: Tensor
+) -> None:
     """Makes a mixer come as close to an attention layer as it can without a gradient step.
 
-    inputs, outputs: of the attention on some windows, (n, S, D) float32.
+    inputs, outputs: of the attention on some windows, (n, S, D) float32. own_inputs: what the mixer has in place of
+    inputs in a student whose layers before are recurrent too. out_proj is fitted on these, so that it takes back a part
+    of the others' errors.
     """
-    horizon = horizons(mixer.n_v_heads)
-    copy_projections(mixer, attention, horizon, constant=True)
+    few = max(1, TOKENS_FOR_HEADS // inputs.shape[1])  # windows
+    some = inputs[:few, :TOKENS_FOR_HEADS]
+    fit = choose_heads(attention, some, rows_for_state(attention.head_dim, mixer.d_state - 1))
+    copy_projections(mixer, attention, fit)
     if mixer.in_proj.bias is None:
-        fit_decay(mixer, horizon, inputs.flatten(0, 1))
-    centre_keys(mixer, inputs.flatten(0, 1))
+        fit_decay(mixer, fit.horizon, inputs.flatten(0, 1))
     moments = Moments(mixer)
     at_once = max(1, TOKENS_AT_ONCE // inputs.shape[1])  # windows
-    for some, expected in zip(inputs.split(at_once), outputs.split(at_once), strict=True):
-        moments.add(mixer, some, expected)
+    for own, expected in zip(own_inputs.split(at_once), outputs.split(at_once), strict=True):
+        moments.add(mixer, own, expected)
     fit_output(mixer, moments)
-    spread_decay(mixer, horizon)
+    spread_decay(mixer, fit.horizon)

@@ -4,7 +4,7 @@ through the models layer by layer, so that no model is ever whole in memory.
 Shapes: B windows, S tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ class HeldOutStreams:
     the teacher's also `hybrid`; and both without mixers: what a mixer that gives zeros, or does harm, is compared with.
     """
 
-    def __init__(self, embedded: Tensor, layers: list[int]) -> None:
+    def __init__(self, teacher: Tensor, student: Tensor, layers: Collection[int]) -> None:
+        """teacher, student: what each one's embedding has for the windows."""
         self.layers = frozenset(layers)
-        names = ["teacher", "all_recurrent", "no_mixers"] + ["hybrid", "hybrid_no_mixers"] * bool(layers)
-        self.states = dict.fromkeys(names, embedded)
+        students = ["all_recurrent", "no_mixers"] + ["hybrid", "hybrid_no_mixers"] * bool(layers)
+        self.states = {"teacher": teacher, **dict.fromkeys(students, student)}
 
     @torch.no_grad()
     def advance(

@@ -63,19 +63,44 @@ def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
 
+def known_presets() -> list[str]:
+    return sorted(path.parent.name for path in PRESETS.glob("*/preset.json"))
+
+
+def command_that_makes(name: str) -> str | None:
+    """Returns the command that makes the model `name`, if it is one of a preset whose models are not published."""
+    for preset in known_presets():
+        sections = _sections(PRESETS / preset / "preset.json")
+        for option, command in sections.get("make", {}).items():
+            if sections["common"][option] == name:
+                return command
+    return None
+
+
+def _sections(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file}: cannot be read as a preset ({error!r}); correct it, as the others are")
+
+
 def preset_values(name: str, cls: type, section: str) -> dict[str, Any]:
     """Returns a preset's common values and those of a section; paths that begin with ./ are relative to the preset's
     folder. Raises ValueError if there is no such preset, or if it has a value that is none of `cls`.
     """
-    known = sorted(path.parent.name for path in PRESETS.glob("*/preset.json"))
+    known = known_presets()
     if name not in known:
         raise ValueError(f"--preset {name:.60}: expected one of {', '.join(known)}")
     file = PRESETS / name / "preset.json"
+    sections = _sections(file)
     try:
-        sections = json.loads(file.read_text(encoding="utf-8"))
         content = {**sections["common"], **sections[section]}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read as a preset ({error!r}); correct it, as the others are") from error
+    except (LookupError, TypeError) as error:
+        raise _unreadable(file, error) from error
     values = parse_content(str(file), content, make_parser(cls, "", {}), cls)
     return {
         key: str(file.parent / value[2:]) if isinstance(value, str) and value.startswith("./") else value

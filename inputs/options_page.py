@@ -1,6 +1,6 @@
 """The page docs/options.md, made from the options themselves:
 
-python arguments.py > docs/options.md
+python list_options.py > docs/options.md
 """
 
 import typing
@@ -12,13 +12,15 @@ from inputs.options import Option, as_text, default_values, kind_of, options_of
 INTRO = """\
 # Options
 
-This page is made from the options themselves: `python arguments.py > docs/options.md`. A test compares the two.
+This page is made from the options themselves: `python list_options.py > docs/options.md`. A test compares the two.
 
 **Where a value comes from.** The command line comes first, then the file of `--config`, then the preset, then the
 default.
 
 - **Presets.** `--preset` names a folder under `presets/`: `llamba-8b` (used if you name none), `llamba-3b`, `llamba-1b`
-  or `tiny`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults marked \\* are values of `llamba-8b`.
+  and `tiny` have published students; those of `llama-8b`, `llama-3b`, `llama-1b` and `smollm2-135m` are built first,
+  by `python make_student.py --preset NAME`. A preset is a file such as `presets/llamba-8b/preset.json`. Defaults
+  marked \\* are values of `llamba-8b`.
 - **Files.** `--config FILE` reads options from YAML, a line such as `seq_length: 1024` each; `null` means no value.
   `configs/` has files for 1B, 3B and 8B students. A run writes all its options to `args.yaml` in `--output_dir`, which
   `--config` reads too.

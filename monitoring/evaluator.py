@@ -146,7 +146,7 @@ class Evaluator:
             batch, signal = to_device(batch, device), asked.result()  # (B, S, D_t) or (B, S, vocab)
             sums = held_out_sums(model.loss_inputs(batch, signal), self.args.temperature, model.chunk_tokens)
             by_batch[i * world_size + self.ranks.rank] = sums.values
-        return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.kl_weight > 0)
+        return HeldOutSums(self.ranks.total(by_batch).sum(dim=0), with_teacher=self.args.has_teacher)
 
     def _counts_of_mmlu(self) -> Tensor | None:
         """Returns the numbers of right answers and of all: (2,). Each rank takes every W-th subject, with no more

@@ -1,9 +1,12 @@
-"""What goes wrong without an error: losses that jump, and weights that do not move although they are trained."""
+"""What goes wrong without an error: losses, of the model or of single layers, that jump, and weights that do not move
+although they are trained.
+"""
 
 import logging
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from llamba import LlambaForCausalLM
 from llamba.parts import parameters_by_part
+from monitoring.layer_errors import errors_by_layer, worst_layers
 from processes.ranks import Ranks
 from training_utils import Meter, Update, owned_parameters
 
@@ -19,8 +23,8 @@ logger = logging.getLogger("train")
 
 
 class SpikeWatch:
-    """Finds losses that stand out of the last ones: above their median by more than 6 standard deviations. These are
-    estimated from the median distance to it, so that spikes themselves do not count.
+    """Finds losses, or errors of a layer, that stand out of the last ones: above their median by more than 6 standard
+    deviations. These are estimated from the median distance to it, so that spikes themselves do not count.
     """
 
     WINDOW, LEAST, DEVIATIONS = 128, 32, 6.0
@@ -38,16 +42,37 @@ class SpikeWatch:
         return loss - median > max(self.DEVIATIONS * deviation, 0.05 * abs(median))
 
 
-def warn_of_anomalies(step: int, update: Update, spikes: SpikeWatch, meter: Meter, rank: int) -> None:
-    """Warns of an update that was skipped and of a loss that jumped. Each rank names its own windows."""
-    loss = update.means["loss"]
+class Spikes:
+    """Watches the loss of a run and, in the stage `align`, the error of each layer: one that jumps among many hardly
+    moves their mean.
+    """
+
+    def __init__(self) -> None:
+        self.loss = SpikeWatch()
+        self.layers: defaultdict[int, SpikeWatch] = defaultdict(SpikeWatch)
+
+    def found_in(self, loss: float, errors: Mapping[int, float]) -> str:
+        """Returns in words what stands out; nothing if all is as usual."""
+        jumped = {layer: error for layer, error in errors.items() if self.layers[layer].is_spike(error)}
+        found = [f"loss {loss:.4f}"] * self.loss.is_spike(loss)
+        found += [f"the error of layers {worst_layers(jumped)}"] * bool(jumped)
+        return " and ".join(found)
+
+
+def warn_of_anomalies(step: int, update: Update, spikes: Spikes, meter: Meter, rank: int) -> None:
+    """Warns of an update that was skipped, and of a loss or a layer's error that jumped. Each rank names its own
+    windows.
+    """
+    loss, errors = update.means["loss"], errors_by_layer(update.means)
     if update.outcome == "bad":
+        broken = {layer: error for layer, error in errors.items() if not math.isfinite(error)}
+        where = f" (layers {worst_layers(broken, len(broken))})" if broken else ""
         # Where all losses are finite the gradient is not, and any window may have done it.
         if suspects := meter.windows(only_bad=not math.isfinite(loss)):
-            text = "step %d skipped: loss %s, gradient norm %s; rank %d had windows %s"
-            logger.warning(text, step, loss, update.grad_norm, rank, suspects)
-    elif update.outcome == "stepped" and spikes.is_spike(loss):
-        logger.warning("step %d: loss %.4f stands out; rank %d had windows %s", step, loss, rank, meter.windows())
+            text = "step %d skipped: loss %s%s, gradient norm %s; rank %d had windows %s"
+            logger.warning(text, step, loss, where, update.grad_norm, rank, suspects)
+    elif update.outcome == "stepped" and (found := spikes.found_in(loss, errors)):
+        logger.warning("step %d: %s stands out; rank %d had windows %s", step, found, rank, meter.windows())
 
 
 class UpdateHealth:

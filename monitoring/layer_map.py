@@ -4,7 +4,6 @@ itself.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from distillation.teacher import Lane, NoTeacher
 from llamba import LlambaForCausalLM
+from monitoring.layer_errors import worst_layers
 from monitoring.undisturbed import undisturbed
 from text.batch import Batch
 
@@ -99,6 +99,5 @@ def _errors(
 def format_map(row: dict[str, Any]) -> str:
     """Returns the log line of a map: the layers with the largest errors of their own, and the error at the end."""
     own, stream = row["layer_map"]["own"], row["layer_map"]["stream"]
-    worst = sorted(range(len(own)), key=lambda i: -own[i] if math.isfinite(own[i]) else -math.inf)[:3]
-    named = ", ".join(f"{i} ({own[i]:.3f})" for i in worst)
+    named = worst_layers(dict(enumerate(own)))
     return f"layer map (opt {row['step']}) | largest errors: layers {named} | after the last layer {stream[-1]:.3f}"

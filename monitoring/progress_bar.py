@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from monitoring.layer_errors import errors_by_layer, mean_error
+
 LOGGERS = ("train", "llamba")  # whose lines a run shows
 
 
@@ -78,8 +80,11 @@ class ProgressBar:
 
     def write(self, row: dict[str, Any]) -> None:
         self.bar.eta = format_clock(self.eta.seconds(row["step"]))
-        waited = f"teacher wait {100 * row['teacher_wait_s'] / row['step_time_s']:.0f}%"
-        parts = [f"loss {row['loss']:.4f}", f"{row['tokens_per_s']:,.0f} tok/s", *format_speed(row), waited]
+        loss, speed = f"loss {row['loss']:.4f}", [f"{row['tokens_per_s']:,.0f} tok/s", *format_speed(row)]
+        if errors := errors_by_layer(row):  # the stage `align`, in which no teacher is waited for
+            parts = [loss, f"error {mean_error(errors):.4f}", *speed]
+        else:
+            parts = [loss, *speed, f"teacher wait {100 * row['teacher_wait_s'] / row['step_time_s']:.0f}%"]
         self.bar.set_postfix_str(" | ".join(parts), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
 

@@ -13,6 +13,7 @@ from appended_file import AppendedFile
 from arguments import TrainArguments
 from checkpointing.run_folder import explaining_write_errors, read_status
 from checkpointing.small_files import FolderWatch
+from monitoring.layer_errors import errors_by_layer, mean_error, worst_layers
 from monitoring.progress_bar import Eta, ProgressBar, format_clock, format_speed, has_terminal
 from monitoring.speed import Gauges
 from monitoring.trackers import Tracker, start_trackers
@@ -166,14 +167,17 @@ class LogLines:
 
 
 def format_metrics(row: dict[str, Any], seconds_left: float | None = None) -> str:
-    """Returns the log line of one optimizer step."""
-    line = (
-        f"micro_step {row['micro_step']} (opt {row['step']}) | loss {row['loss']:.4f} | kl {row['kl']:.4f} | "
-        f"ce {row['ce']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f} | "
-        f"teacher wait {row['teacher_wait_s']:.2f}s"
-    )
+    """Returns the log line of one optimizer step. In the stage `align` no loss is made with text and no teacher is
+    waited for: the line has the errors of the layers instead.
+    """
+    step = f"micro_step {row['micro_step']} (opt {row['step']}) | loss {row['loss']:.4f}"
+    update = f"lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | tok/s {row['tokens_per_s']:,.0f}"
+    if errors := errors_by_layer(row):
+        learned, waited = f"error {mean_error(errors):.4f} | worst layers {worst_layers(errors)}", []
+    else:
+        learned, waited = f"kl {row['kl']:.4f} | ce {row['ce']:.4f}", [f"teacher wait {row['teacher_wait_s']:.2f}s"]
     left = [] if seconds_left is None else [f"eta {format_clock(seconds_left)}"]
-    return " | ".join([line, *format_speed(row), *left])
+    return " | ".join([step, learned, update, *waited, *format_speed(row), *left])
 
 
 def format_evaluation(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from conversion.alignment import Alignment, block_error
 from llamba import DiscreteMamba2, LlambaForCausalLM
 
 # 10^12 dense operations per second in bfloat16 and float16 with sums in float32, by words of the name that
@@ -58,6 +59,23 @@ def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> fl
     return total
 
 
+def alignment_operations_per_token(alignment: Alignment, seq_len: int) -> float:
+    """Returns likewise those of `--stage align`: the teacher's layers, forward only, and the mixers. Of what a mixer
+    reads no gradient is needed; with whole blocks as target, gradients go back through frozen MLPs.
+    """
+    total = sum(_forward_operations(layer, seq_len) for layer in alignment.stream.layers)
+    for block in alignment.blocks.values():
+        total += 3 * _forward_operations(block.mixer, seq_len) - 2 * block.mixer.in_proj.weight.numel()
+        if alignment.error_of is block_error:
+            total += 2 * _forward_operations(block.mlp, seq_len)
+    return total
+
+
+def _forward_operations(module: nn.Module, seq_len: int) -> float:
+    linear = sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    return linear + sum(_mixing_operations(part, seq_len) for part in module.modules())
+
+
 def _mixing_operations(module: nn.Module, seq_len: int) -> float:
     """Returns the forward operations per token of attention and scan; 0 for modules that mix no tokens."""
     if isinstance(module, LlamaAttention):  # scores and values, over the tokens that one sees on average
@@ -80,15 +98,22 @@ class Gauges:
         n_students: int,
         seq_length: int,
         tflops: float | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
-        """device: of this rank's student; tflops: of a GPU, if not by its name."""
+        """device: of this rank's student; tflops: of a GPU, if not by its name; alignment: what the run does, if it is
+        one.
+        """
         self.device = device
         peak = None if tflops is None else tflops * 1e12
         if peak is None and device.type == "cuda":
             peak = peak_operations(torch.cuda.get_device_name(device), student.dtype)
         self.full_speed = None  # tokens per second of all students, if they did nothing but these operations
         if peak is not None:
-            self.full_speed = n_students * peak / student_operations_per_token(student, seq_length)
+            if alignment is None:
+                needed = student_operations_per_token(student, seq_length)
+            else:
+                needed = alignment_operations_per_token(alignment, seq_length)
+            self.full_speed = n_students * peak / needed
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
         """Returns the readings for a step. memory_gb, in 10^9 bytes, is this process's: on a GPU the most that tensors

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from arguments import TrainArguments
 from checkpointing.small_files import identity
+from monitoring.layer_errors import errors_by_layer, mean_error
 from paths import readable
 from utils import BackgroundThread, finite
 
@@ -33,7 +34,16 @@ X_AXES = ("step", "micro_step", "tokens")
 OF_SPEED = ("tokens_per_s", "step_time_s", "teacher_wait_s", "data_wait_s", "mfu", "memory_gb")
 # What of a chart stands in W&B's table of runs, besides its last value.
 BEST = {
-    "min": ["train/loss", "train/ce", "train/kl", "eval/loss", "eval/ce", "eval/kl", "eval/perplexity"],
+    "min": [
+        "train/loss",
+        "train/ce",
+        "train/kl",
+        "eval/loss",
+        "eval/ce",
+        "eval/kl",
+        "eval/perplexity",
+        "alignment/mean",
+    ],
     "max": ["eval/agreement", "eval/mmlu", "speed/mfu", "speed/memory_gb"],
 }
 WITHOUT_SERVER = ("offline", "dryrun", "disabled")  # modes whose runs W&B cannot resume on its server
@@ -51,10 +61,14 @@ class Tracker(Protocol):
 
 def flat(row: MetricsRow) -> dict[str, float]:
     """Returns the numbers of a row by the names of their charts: `train/loss`, `speed/mfu`, `eval/kl`,
-    `layer_map/own/00`. Leaves out what is not a finite number.
+    `layer_map/own/00`, `alignment/02` for the error of layer 2. Leaves out what is not a finite number.
     """
     groups: MetricsRow = {"train": {}, "speed": {}}
+    if errors := errors_by_layer(row):
+        groups["alignment"] = finite({"mean": mean_error(errors), **{f"{i:02d}": e for i, e in errors.items()}})
     for name, value in finite(row).items():
+        if name == "alignment":
+            continue
         if isinstance(value, dict) or name in X_AXES:
             groups[name] = value
         else:

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from checkpointing.state import RunState
+from conversion.alignment import Alignment
 from monitoring.evaluator import Evaluator, Material
-from monitoring.health import SpikeWatch, UpdateHealth, warn_of_anomalies
+from monitoring.health import Spikes, UpdateHealth, warn_of_anomalies
 from monitoring.layer_map import LayerMap
 from monitoring.run_log import RunLog
 from monitoring.speed import Gauges
@@ -22,7 +23,7 @@ class Watchers:
     rank: int
     total_steps: int
     log: RunLog
-    spikes: SpikeWatch
+    spikes: Spikes
     health: UpdateHealth
     layer_map: LayerMap
     evaluator: Evaluator
@@ -54,14 +55,15 @@ def build_watchers(
 ) -> Watchers:
     """Returns what the options ask for. state: where the run begins; material: what it is evaluated on, if at all."""
     args, ranks, student = job.args, job.ranks, learner.student
-    gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops)
+    alignment = learner.objective if isinstance(learner.objective, Alignment) else None
+    gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops, alignment)
     health = UpdateHealth(args.health_interval, student, learner.optimizer, ranks)
     layer_map = LayerMap(args.layer_map_interval if ranks.is_main else 0, student, learner.lane, args.compile)
     evaluator = Evaluator(args, material, tokenizer, ranks, learner.objective.model, learner.lane, job.stop)
     total = learner.total_steps
     # Last: it opens files and trackers, which have to be closed.
     log = RunLog(args, state.micro_step, ranks.is_main, step=state.step, total_steps=total, gauges=gauges)
-    return Watchers(ranks.rank, total, log, SpikeWatch(), health, layer_map, evaluator)
+    return Watchers(ranks.rank, total, log, Spikes(), health, layer_map, evaluator)
 
 
 def metrics_row(state: RunState, update: Update, seconds: float) -> dict[str, Any]:

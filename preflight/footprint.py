@@ -8,19 +8,16 @@ attention, DDP's buckets and the optimizer's shards are modelled here. The scan 
 
 import dataclasses
 import os
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from arguments import TrainArguments
+from conversion.alignment import freeze_all_but_mixers
 from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
@@ -36,14 +33,10 @@ from model_utils import (
     locate_model,
     prepare_student,
 )
+from preflight.alignment_footprint import trace_alignment
+from preflight.live_memory import Items, LiveMemory, aten
 from text.batch import Batch
 from training_utils import parameter_groups
-
-aten = torch.ops.aten
-Items = dict[str, int]  # bytes or operations, by purpose
-
-# Which argument is the left factor of a product (..., n, k) (..., k, m). Each entry of the result takes 2k operations.
-LEFT_FACTOR = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
 
 
 @dataclass(frozen=True)
@@ -63,15 +56,15 @@ class Footprint:
 
     student: on the meta device, frozen by the run's options.
     weights: bytes of the student's weights: trained, frozen, or of replaced layers.
-    forward, backward: bytes beside weights, gradients and optimizer state at the peak of each pass.
+    passes: bytes beside weights, gradients and optimizer state at the peak of each pass: of forward and backward. In an
+        alignment both alternate, and the teacher's work is among them: it is one pass.
     left: those of them that are still alive when the optimizer steps.
     operations: of the student, recomputation included.
     """
 
     student: LlambaForCausalLM
     weights: Items
-    forward: Items
-    backward: Items
+    passes: dict[str, Items]
     left: Items
     operations: Items
     teacher: TeacherFootprint | None
@@ -85,6 +78,11 @@ def measure_footprint(args: TrainArguments) -> Footprint:
     with torch.device("meta"):
         tokens = torch.zeros(shape, dtype=torch.int64)  # (B, S)
         batch = Batch(tokens, tokens.clone(), torch.ones(shape, dtype=torch.bool))
+    weights = weights_by_fate(student, args.layers)
+    if args.stage == "align":
+        traced = trace_alignment(args, teacher, student, batch)
+        beside = TeacherFootprint(traced.held, 0, traced.teacher_operations, 0, 0)
+        return Footprint(student, weights, {"micro step": traced.peak}, traced.left, traced.operations, beside)
     answer = head = teacher_footprint = None
     if args.kl_weight > 0:
         if args.teacher_signal == "hidden":
@@ -101,7 +99,6 @@ def measure_footprint(args: TrainArguments) -> Footprint:
     # A compiled loss would take fewer buffers.
     uncompiled = dataclasses.replace(args, compile=False)
     model = DistillationModel(student, head, vocab, uncompiled, gpu_chunk_tokens(args.dtype, vocab)).train()
-    weights = weights_by_fate(student, args.layers)
     return Footprint(student, weights, *trace_step(model, batch, answer), teacher_footprint)
 
 
@@ -135,7 +132,10 @@ def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausal
         student = LlambaForCausalLM._from_config(student_config, **settings)
     if not student.config.attention_layers:
         apply_replacements(student, teacher, args.layers)
-    prepare_student(student, dataclasses.replace(args, compile=False))
+    if args.stage == "align":
+        freeze_all_but_mixers(student)
+    else:
+        prepare_student(student, dataclasses.replace(args, compile=False))
     return teacher, student
 
 
@@ -151,72 +151,11 @@ def gpu_chunk_tokens(dtype: str, vocab: int) -> int:
     return choose_chunk_tokens(vocab, DTYPES[dtype], torch.device("cpu")) * (CUDA_CHUNK_BYTES // CPU_CHUNK_BYTES)
 
 
-# --- counting ------------------------------------------------------------------------------------------------
+# --- a micro step ---------------------------------------------------------------------------------------------
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of every storage that is made within it, until the storage is freed, and operations. Both count
-    under the item that `enter` named last. `at_peak` holds the items' bytes when their sum was largest.
-
-    given: tensors that existed before; they do not count.
-    """
-
-    def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.given = [tensor.untyped_storage() for tensor in given]  # held, so that no other storage gets their ids
-        self.known = {id(storage) for storage in self.given}
-        self.item = ""
-        self.live: Counter[str] = Counter()
-        self.operations: Counter[str] = Counter()
-        self.restart_peak()
-
-    def enter(self, item: str) -> None:
-        self.item = item
-
-    @property
-    def total(self) -> int:
-        return self.live.total()
-
-    @property
-    def peak(self) -> int:
-        return sum(self.at_peak.values())
-
-    def restart_peak(self) -> None:
-        self.at_peak: Items = dict(self.live)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.operations[self.item] += count_operations(func.overloadpacket, args, result)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.known:
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        self.known.add(id(storage))
-        self.live[self.item] += storage.nbytes()
-        weakref.finalize(storage, self._free, id(storage), self.item, storage.nbytes())
-        if self.total > self.peak:
-            self.restart_peak()
-
-    def _free(self, key: int, item: str, size: int) -> None:
-        self.known.discard(key)
-        self.live[item] -= size
-
-
-def count_operations(packet: Any, args: Sequence[Any], result: Any) -> int:
-    """Returns the multiplications and additions of matrix products and causal attention; all others are few."""
-    if packet in LEFT_FACTOR:
-        return 2 * result.numel() * args[LEFT_FACTOR[packet]].shape[-1]
-    if packet is aten._scaled_dot_product_flash_attention:  # two products, of which half is masked
-        return 2 * args[0].numel() * args[1].shape[-2]
-    if packet is aten._scaled_dot_product_flash_attention_backward:  # five of them
-        return 5 * args[1].numel() * args[2].shape[-2]
-    return 0
-
-
-def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> tuple[Items, Items, Items, Items]:
-    """Computes one micro step and returns forward, backward, left and operations of a `Footprint`."""
+def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> tuple[dict[str, Items], Items, Items]:
+    """Computes one micro step and returns passes, left and operations of a `Footprint`."""
     given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.labels, batch.loss_mask]
     memory = LiveMemory(given if answer is None else [*given, answer])
     for parameter in model.parameters():
@@ -235,7 +174,7 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
         backward, left = memory.at_peak, dict(memory.live)
     # What is alive after backward stays until the next forward pass has computed its own.
     forward = dict(Counter(forward) + Counter(left))
-    return forward, backward, left, dict(memory.operations)
+    return {"forward": forward, "backward": backward}, left, dict(memory.operations)
 
 
 # --- what stays from step to step ----------------------------------------------------------------------------
@@ -256,7 +195,7 @@ def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
 
 
 def gradient_bytes(student: nn.Module) -> int:
-    """Returns the bytes of DDP's buckets."""
+    """Returns the bytes in which gradients are kept, such as DDP's buckets."""
     return n_bytes(p for p in student.parameters() if p.requires_grad)
 
 

@@ -12,7 +12,8 @@ import torch
 from arguments import TrainArguments
 from model_utils import DTYPES
 from monitoring.speed import peak_operations
-from preflight.footprint import Footprint, Items, gradient_bytes, measure_footprint, optimizer_bytes
+from preflight.footprint import Footprint, gradient_bytes, measure_footprint, optimizer_bytes
+from preflight.live_memory import Items
 from processes.ranks import launched_world_size, local_world_size, was_launched
 
 GB = 1e9
@@ -22,6 +23,7 @@ REACHED_SHARE = 0.8  # of a GPU's peak that large matrix products reach
 # Estimated, not computed: the CUDA context, kernels, buffers of NCCL and cuBLAS, and fragmentation.
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
+NOT_SHARED = "teacher's attention, not shared"
 RECOMPUTE = "--gradient_checkpointing"
 
 Moments = dict[str, Items]  # bytes of a GPU at the peak of each phase of a step
@@ -92,7 +94,7 @@ def find_machine(args: TrainArguments) -> Machine:
 
 def gpus_needed(args: TrainArguments, n_students: int) -> int:
     """Returns the GPUs that a node needs for its students and their teacher."""
-    if args.kl_weight == 0 or args.teacher_placement == "colocated" or args.teacher_device == "cpu":
+    if not args.has_teacher or args.teacher_placement == "colocated" or args.teacher_device == "cpu":
         return n_students
     if args.teacher_device is None:
         return n_students + 1
@@ -109,7 +111,7 @@ def asked_placement(args: TrainArguments, machine: Machine) -> str:
     """Returns where the options put the teacher: `colocated`, beside every student; `dedicated`, on a GPU without a
     student; `shared`, one teacher on a student's GPU; or `none`, not on a GPU.
     """
-    if args.kl_weight == 0 or args.teacher_device == "cpu":
+    if not args.has_teacher or args.teacher_device == "cpu":
         return "none"
     if args.teacher_device is not None:
         n_students = machine.n_students or max(machine.n_gpus - 1, 1)
@@ -171,14 +173,12 @@ def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, pl
     always = {**footprint.weights, "gradients": gradients, "masters and moments": state}
     if teacher is not None:
         always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + prefetch)
-        always |= {"teacher's weights": teacher.weights} if colocated else {"teacher's head": teacher.head}
+        weights = "teacher's weights" if args.stage == "distil" else NOT_SHARED
+        always |= {weights: teacher.weights} if colocated else {"teacher's head": teacher.head}
     always |= ALLOWANCE
-    moments = {
-        "forward": {**always, **footprint.forward},
-        "backward": {**always, **footprint.backward},
-        "update": {**always, **footprint.left, "optimizer's work": work},
-    }
-    if teacher is not None and colocated:  # before the student's forward
+    moments = {name: {**always, **items} for name, items in footprint.passes.items()}
+    moments["update"] = {**always, **footprint.left, "optimizer's work": work}
+    if teacher is not None and colocated and args.stage == "distil":  # before the student's forward
         moments = {"teacher": {**always, **footprint.left, "teacher's work": teacher.work}, **moments}
     return moments
 
@@ -204,24 +204,28 @@ def wire_bytes(args: TrainArguments, footprint: Footprint, plan: Plan) -> Items:
 # --- placements against each other, and what to change -------------------------------------------------------
 
 
-def other_placements(placement: str) -> list[str]:
-    return [] if placement == "none" else [name for name in ("dedicated", "colocated") if name != placement]
+def other_placements(args: TrainArguments, placement: str) -> list[str]:
+    """Returns where else the teacher could be; in an alignment it shares its student's weights."""
+    if placement == "none" or args.stage == "align":
+        return []
+    return [name for name in ("dedicated", "colocated") if name != placement]
 
 
 def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
     """Yields single changes that may save memory, the least costly first: as text, and the options with it."""
-    if args.teacher_signal == "logits":
+    is_distilled = args.stage == "distil"
+    if is_distilled and args.teacher_signal == "logits":
         yield "--teacher_signal hidden", dataclasses.replace(args, teacher_signal="hidden")
-    if not args.gradient_checkpointing or args.checkpoint_blocks is not None:
+    if is_distilled and (not args.gradient_checkpointing or args.checkpoint_blocks is not None):
         all_blocks = dataclasses.replace(args, gradient_checkpointing=True, checkpoint_blocks=None)
         yield RECOMPUTE, all_blocks
     if args.batch_size > 1:
         size, accumulate = args.batch_size // 2, args.grad_accumulation_steps * 2
         smaller = dataclasses.replace(args, batch_size=size, grad_accumulation_steps=accumulate)
         yield f"--batch_size {size} --grad_accumulation_steps {accumulate}", smaller
-    if not args.freeze_replaced_layers and args.layers:
+    if is_distilled and not args.freeze_replaced_layers and args.layers:
         yield "--freeze_replaced_layers", dataclasses.replace(args, freeze_replaced_layers=True)
-    if not args.freeze_mlp:
+    if is_distilled and not args.freeze_mlp:
         yield "--freeze_mlp", dataclasses.replace(args, freeze_mlp=True)
     if args.dtype == "float32":
         yield "--dtype bfloat16", dataclasses.replace(args, dtype="bfloat16")

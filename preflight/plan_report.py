@@ -62,8 +62,9 @@ def seats(plan: Plan, args: TrainArguments, machine: Machine) -> str:
     """Returns a table of which process of a node has which GPU."""
     teacher = ""
     if plan.placement == "colocated":
-        teacher = "a teacher beside its student"
-    elif args.kl_weight > 0:
+        shares = "a teacher that shares its student's weights"
+        teacher = shares if args.stage == "align" else "a teacher beside its student"
+    elif args.has_teacher:
         place = "the CPU" if plan.placement == "none" else f"cuda:{teacher_index(args, machine)}"
         teacher = f"runs the teacher on {place}"
     students = range(plan.n_students)
@@ -108,9 +109,9 @@ def placement_table(plans: list[Plan], machine: Machine) -> str:
     return "\n".join("".join(f"{cell:>13}" for cell in row) for row in (titles, *rows))
 
 
-def advice(asked: Plan, others: list[Plan], machine: Machine) -> str:
-    """Returns which placement to choose: the fastest that fits."""
-    if asked.placement == "none" and asked.fits(machine):
+def advice(asked: Plan, others: list[Plan], machine: Machine, has_choice: bool = True) -> str:
+    """Returns which placement to choose: the fastest that fits. has_choice: whether the run could have another."""
+    if (asked.placement == "none" or not has_choice) and asked.fits(machine):
         return "Fits."
     plans = [asked, *others]
     fastest = max(plans, key=lambda plan: plan.tokens_per_second)
@@ -204,6 +205,11 @@ def assumptions(args: TrainArguments, machine: Machine) -> str:
         "of the peak, and nothing else that takes time.",
         "The scan is the plain one. Others may keep more or less for the backward pass.",
     ]
+    if args.stage == "align":
+        notes.append(
+            "The student is taken to be made from this teacher, by make_student.py: what both have is held once. What "
+            "an evaluation takes is not included."
+        )
     if args.teacher_device == "cpu":
         notes.append("The teacher's time on the CPU is not included.")
     if args.tflops is None and not knows_peak(args):
@@ -229,7 +235,7 @@ def print_plan(args: TrainArguments) -> int:
     machine = find_machine(args)
     footprint = measure_footprint(args)
     asked = make_plan(args, footprint, machine, asked_placement(args, machine))
-    placements = other_placements(asked.placement) if machine.n_gpus > 1 else []
+    placements = other_placements(args, asked.placement) if machine.n_gpus > 1 else []
     others = [make_plan(args, footprint, machine, name) for name in placements]
     room = disk_room(args, footprint.student, args.max_steps * args.grad_accumulation_steps)
     weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
@@ -243,7 +249,7 @@ def print_plan(args: TrainArguments) -> int:
         run_table(args, footprint, asked, room),
         placement_table([asked, *others], machine),
         assumptions(args, machine),
-        advice(asked, others, machine),
+        advice(asked, others, machine, has_choice=args.stage == "distil"),
         disk_advice(args, room),
     ]
     print("\n\n".join(part for part in parts if part))

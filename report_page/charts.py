@@ -14,12 +14,12 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from report_page.layer_errors import COLUMNS
 from report_page.series import Chart, Drawing, HeatMap, is_log, smooth, smoothing_width, thin
 from utils import printable
 
 CHANCE = 0.25  # accuracy of guessing one of four answers
 ROUND = [1, 2, 2.5, 5, 10]  # the ticks of an axis are multiples of these
-MOST_MAPS = 300  # columns of a heat map
 # Distinguishable on white and on black.
 COLOURS = ("#2f7ed8", "#e8743b", "#1f9e77", "#b05cc6", "#d6405f", "#8a7a2f", "#27a3b8", "#7d8590")
 DASHES = ("-", "--", ":", "-.")  # the next one is taken when all colours are used
@@ -135,7 +135,7 @@ def _tick_logarithm(axes: Axes) -> None:
 
 
 def _draw_heat_map(figure: Figure, axes: Axes, drawing: HeatMap, height: float, top: float, bottom: float) -> None:
-    chosen = np.unique(np.linspace(0, len(drawing.layers.step) - 1, MOST_MAPS).astype(int))
+    chosen = np.unique(np.linspace(0, len(drawing.layers.step) - 1, COLUMNS).astype(int))
     step, error = drawing.layers.step[chosen], drawing.layers.error[:, chosen]
     low, high = drawing.scale
     middles = (step[1:] + step[:-1]) / 2

@@ -13,10 +13,11 @@ import numpy as np
 from report_page.charts import colour_of, dash_of
 from report_page.lenient import LARGEST
 from report_page.run_data import Run, Score, Series
-from report_page.series import Drawing, HeatMap, smoothing_width
+from report_page.series import ALIGNMENT, Drawing, HeatMap, smoothing_width
 from report_page.style import CSS
 from report_page.tables import (
     Table,
+    alignment_table,
     facts_of,
     measure_table,
     option_tables,
@@ -124,14 +125,17 @@ def _options(runs: Sequence[Run]) -> str:
     for title, table in option_tables(runs).items():
         shown = _table(table) if len(table) > 1 else '<p class="note">None.</p>'
         is_long = title.startswith("All")
-        parts.append(
-            f"<details><summary>{title}</summary>{shown}</details>" if is_long else f"<h3>{title}</h3>\n{shown}"
-        )
+        parts.append(_details(title, table) if is_long else f"<h3>{title}</h3>\n{shown}")
     return "\n".join(parts) or "<p>Not recorded: there is no args.yaml, and no checkpoint.</p>"
 
 
 def _section(title: str, content: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
+
+
+def _details(title: str, table: Table) -> str:
+    """Returns a table that a click on its title shows; nothing for an empty one."""
+    return f"<details><summary>{title}</summary>{_table(table)}</details>" if table else ""
 
 
 def _table(table: Table, kind: str = "") -> str:
@@ -151,7 +155,11 @@ def _charts(runs: Sequence[Run], drawings: Sequence[Drawing], pictures: Sequence
     for drawing, picture in zip(drawings, pictures, strict=True):
         figures.setdefault(drawing.section, []).append(_figure_of(drawing, picture, runs))
     with_pairs = {drawing.section for drawing in drawings if isinstance(drawing, HeatMap)}
-    return [_section(section, _grid(members, section in with_pairs)) for section, members in figures.items()]
+    tables = {ALIGNMENT: _details("Each layer", alignment_table(runs))}
+    return [
+        _section(section, _grid(members, section in with_pairs) + tables.get(section, ""))
+        for section, members in figures.items()
+    ]
 
 
 def _grid(members: list[str], has_pairs: bool) -> str:

@@ -2,7 +2,6 @@
 required. All other files may be missing, cut short or damaged, as a crash leaves them, and are then left out.
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from report_page.evaluations import Measure, Score, micro_step_of, read_measures, read_scores
+from report_page.layer_errors import Alignment, LayerErrors, alignment_in, layer_maps_in
 from report_page.lenient import content_of, dict_or_empty, finite_or_nan, is_too_large, parse_json, parse_yaml
 
 # The fields of every row. Those that only some rows have are in Run.sometimes.
@@ -20,9 +20,7 @@ FIELDS = (
     *("micro_step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"),
     *("teacher_wait_s", "data_wait_s", "skipped_updates", "mfu", "memory_gb"),
 )
-MAPS = ("own", "stream")
 MOST_STEPS = 2**53  # numbers up to here are exact as floats; a row beyond it is damaged
-MOST_LAYERS = 10_000  # of a layer map
 
 
 class Series(NamedTuple):
@@ -30,13 +28,6 @@ class Series(NamedTuple):
 
     step: NDArray  # (n,)
     value: NDArray  # (n,); NaN where a row has none
-
-
-class LayerErrors(NamedTuple):
-    """Holds the layer maps of a run: how far each layer is from the teacher's."""
-
-    step: NDArray  # (maps,)
-    error: NDArray  # (layers, maps)
 
 
 class RepeatedWarning(NamedTuple):
@@ -59,6 +50,7 @@ class Run:
     columns: dict[str, NDArray]  # by FIELDS
     sometimes: dict[str, dict[str, Series]]  # "eval" and "update_health", by their keys
     layer_maps: dict[str, LayerErrors]  # by those of MAPS that the run has
+    alignment: Alignment | None  # of a run of the stage `align`
     is_cut: bool  # whether the last line of metrics.jsonl is cut short
     damaged: int  # lines before it that are not rows
     repeated: int  # rows that a later row of the same step replaces
@@ -111,7 +103,8 @@ def read_run(folder: Path, name: str) -> Run:
         step=step,
         columns=columns,
         sometimes={field: _inner_series(rows, field) for field in ("eval", "update_health")},
-        layer_maps={kind: found for kind in MAPS if (found := _layer_errors(rows, kind))},
+        layer_maps=layer_maps_in(rows),
+        alignment=alignment_in(rows),
         is_cut=left_out["cut"] > 0,
         damaged=left_out["damaged"],
         repeated=left_out["repeated"],
@@ -167,8 +160,9 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _count_too_large(row: dict[str, Any]) -> int:
-    parts = [row, dict_or_empty(row.get("eval")), dict_or_empty(row.get("update_health"))]
-    return sum(is_too_large(value) for part in parts for value in part.values())
+    parts = [row, *(dict_or_empty(row.get(name)) for name in ("eval", "update_health", "layer_map", "alignment"))]
+    values = (value if isinstance(value, list) else [value] for part in parts for value in part.values())
+    return sum(is_too_large(value) for found in values for value in found)
 
 
 def _inner_series(rows: list[dict[str, Any]], field: str) -> dict[str, Series]:
@@ -178,20 +172,6 @@ def _inner_series(rows: list[dict[str, Any]], field: str) -> dict[str, Series]:
             for key, value in row[field].items():
                 points.setdefault(key, []).append((row["step"], finite_or_nan(value)))
     return {key: Series(*np.array(pairs, dtype=float).T) for key, pairs in points.items()}
-
-
-def _layer_errors(rows: list[dict[str, Any]], kind: str) -> LayerErrors | None:
-    maps = [(row["step"], row["layer_map"][kind]) for row in rows if _has_map(row.get("layer_map"), kind)]
-    if not maps:
-        return None
-    error = np.full((max(len(column) for _, column in maps), len(maps)), math.nan)
-    for i, (_, column) in enumerate(maps):
-        error[: len(column), i] = [finite_or_nan(value) for value in column]
-    return LayerErrors(np.array([step for step, _ in maps], dtype=float), error)
-
-
-def _has_map(found: Any, kind: str) -> bool:
-    return isinstance(found, dict) and isinstance(found.get(kind), list) and 0 < len(found[kind]) <= MOST_LAYERS
 
 
 # The files beside metrics.jsonl

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from report_page.run_data import MAPS, LayerErrors, Run, Score, Series
+from report_page.layer_errors import MAPS, LayerErrors
+from report_page.run_data import Run, Score, Series
 
 BUCKETS = 400  # stretches of a thinned series; a chart is about as many pixels wide
 PLACES = 300  # points of a smoothed curve
 FEWEST_TO_SMOOTH = 30  # rows
+TRIANGLES = "Triangles: layers taken over from the teacher."
 LOG_FROM = 30  # an axis is logarithmic if its largest value is so many times its smallest
 
 
@@ -37,7 +39,7 @@ class Chart:
 
 @dataclass
 class HeatMap:
-    """Shows the errors of one run's layers over optimizer steps. All heat maps of a page share their scale."""
+    """Shows the errors of one run's layers over optimizer steps. All heat maps of a section share their scale."""
 
     section: str
     key: str
@@ -50,17 +52,33 @@ class HeatMap:
 
 
 Drawing = Chart | HeatMap
+ALIGNMENT, RELATIVE = "Alignment", "relative to the attention's output"  # a section, and the unit of its errors
 
 
 def charts_of(runs: Sequence[Run]) -> list[Drawing]:
-    """Returns the line charts that show anything, then the heat maps."""
-    found = [chart for chart in _line_charts(runs) if chart.scores or any(map(_shows, chart.series.values()))]
-    return [*found, *_heat_maps(runs)]
+    """Returns the charts that show anything: of the alignment, the line charts of every stage, then the layer maps."""
+    charts = [*_alignment_charts(runs), *_line_charts(runs)]
+    lines = [chart for chart in charts if chart.scores or any(map(_shows, chart.series.values()))]
+    return [*lines, *_alignment_maps(runs), *_heat_maps(runs)]
 
 
 def _shows(series: Series) -> bool:
     """Says whether there is anything but zeros."""
     return bool(np.any(np.isfinite(series.value) & (series.value != 0)))
+
+
+def _alignment_charts(runs: Sequence[Run]) -> Iterator[Chart]:
+    """Yields the charts that runs of the stage `align` have alone: of these, the loss has another meaning."""
+    found = {i: run.alignment for i, run in enumerate(runs) if run.alignment is not None}
+
+    def chart(key: str, title: str, unit: str, values: dict[int, NDArray]) -> Chart:
+        series = {i: Series(runs[i].step, value) for i, value in values.items()}
+        return Chart(ALIGNMENT, key, title, unit, series, dense=True, smooth=True)
+
+    yield chart("align-mean", "Error, mean of the layers", RELATIVE, {i: of.mean for i, of in found.items()})
+    yield chart("align-worst", "Error, worst layer", RELATIVE, {i: of.worst for i, of in found.items()})
+    squared = "squared errors, mean of the layers"
+    yield chart("align-loss", "Loss", squared, {i: runs[i].columns["loss"] for i in found})
 
 
 def _line_charts(runs: Sequence[Run]) -> Iterator[Chart]:
@@ -78,7 +96,8 @@ def _line_charts(runs: Sequence[Run]) -> Iterator[Chart]:
         return Chart(section, key, title, unit, series, percent=percent)
 
     nats = "nats per token"
-    yield every("Training", "loss", "Loss", nats, column("loss"), smooth=True)
+    distilled = {i: run.series("loss") for i, run in enumerate(runs) if run.alignment is None}
+    yield Chart("Training", "loss", "Loss", nats, distilled, dense=True, smooth=True)
     yield every("Training", "ce", "Cross entropy", nats, column("ce"), smooth=True)
     yield every("Training", "kl", "KL to the teacher", nats, column("kl"), smooth=True)
     yield every("Training", "grad-norm", "Gradient norm", "before clipping", column("grad_norm"), smooth=True)
@@ -119,31 +138,54 @@ def share_of_time(run: Run, name: str) -> NDArray:
 
 
 def _heat_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
-    every = [found.error for run in runs for found in run.layer_maps.values()]
-    errors = np.concatenate([error.ravel() for error in every]) if every else np.array([])
-    errors = errors[np.isfinite(errors)]
-    if not errors.size:
+    scale = _scale_of([found for run in runs for found in run.layer_maps.values()])
+    if scale is None:
         return
-    # A layer taken over from the teacher has an error of 0, which a logarithmic scale cannot show: it gets the lowest
-    # colour.
-    high, positive = errors.max(), errors[errors > 0]
-    scale = (max(positive.min(), high / 1000), high) if is_log(positive) else (0.0, high)
     titles = {"own": "Each layer alone", "stream": "All layers up to this one"}
     units = {
         "own": "error relative to what the teacher's layer adds",
         "stream": "distance relative to the teacher's norm",
     }
     for i, run in enumerate(runs):
-        layers = run.options.get("layers")
-        marked = [layer for layer in layers if isinstance(layer, int)] if isinstance(layers, list) else []
+        marked = _replaced_layers(run)
         for kind in MAPS:
             if kind in run.layer_maps:
                 key, title = f"layers-{kind}", titles[kind]
                 if len(runs) > 1:
                     key, title = f"{key}-{i}", f"{title}: {run.name}"
-                note = "Triangles: layers taken over from the teacher." if marked else ""
+                note = TRIANGLES if marked else ""
                 found = run.layer_maps[kind]
                 yield HeatMap("Layers against the teacher", key, title, units[kind], found, marked, scale, note)
+
+
+def _alignment_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
+    found = {i: run.alignment.errors for i, run in enumerate(runs) if run.alignment is not None}
+    scale = _scale_of(list(found.values()))
+    if scale is None:
+        return
+    for i, errors in found.items():
+        key, title, marked = "align-layers", "Error of each layer", _replaced_layers(runs[i])
+        if len(runs) > 1:
+            key, title = f"{key}-{i}", f"{title}: {runs[i].name}"
+        note = TRIANGLES if marked else ""
+        yield HeatMap(ALIGNMENT, key, title, RELATIVE, errors, marked, scale, note)
+
+
+def _scale_of(maps: Sequence[LayerErrors]) -> tuple[float, float] | None:
+    """Returns the lowest and highest error that have a colour; None if there is none."""
+    errors = np.concatenate([found.error.ravel() for found in maps]) if maps else np.array([])
+    errors = errors[np.isfinite(errors)]
+    if not errors.size:
+        return None
+    # A layer taken over from the teacher has an error of 0, which a logarithmic scale cannot show: it gets the lowest
+    # colour.
+    high, positive = errors.max(), errors[errors > 0]
+    return (max(positive.min(), high / 1000), high) if is_log(positive) else (0.0, high)
+
+
+def _replaced_layers(run: Run) -> list[int]:
+    layers = run.options.get("layers")
+    return [layer for layer in layers if isinstance(layer, int)] if isinstance(layers, list) else []
 
 
 # Long series

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from numpy.typing import NDArray
 from arguments import TrainArguments
 from inputs.option_values import PRESETS, preset_values
 from inputs.options import default_values
-from report_page.lenient import finite_or_nan
+from report_page.layer_errors import LAST_ROWS, Alignment
+from report_page.lenient import content_of, dict_or_empty, finite_or_nan, parse_json
 from report_page.run_data import Run
 from report_page.series import share_of_time, smooth
 from utils import format_duration
@@ -28,6 +31,8 @@ def facts_of(run: Run) -> dict[str, str]:
     columns, found = run.columns, {}
     if "text" in run.status:
         found["Ended"] = str(run.status["text"])
+    if text := _stage_before(run):
+        found["Began from"] = text
     found["Started"] = _moment(finite_or_nan(run.status.get("launched")))
     found["Last row"] = _moment(run.written)
     found["Optimizer steps"] = f"{run.step[-1]:,.0f}"
@@ -43,6 +48,8 @@ def facts_of(run: Run) -> dict[str, str]:
         if np.isfinite(curve.value).any():
             best = int(np.nanargmin(curve.value))
             found[label] = f"{_last(curve.value):.4f}, lowest {curve.value[best]:.4f} at step {curve.step[best]:,.0f}"
+    if run.alignment is not None:
+        found["Error of the layers"] = _errors_of_layers(run.alignment)
     found["Throughput, median"] = _figure(_median(columns["tokens_per_s"]), "{:,.0f} tokens/s")
     found["MFU, median"] = _figure(100 * _median(columns["mfu"]), "{:.1f}%")
     for field, label in {"teacher_wait_s": "Waiting for the teacher", "data_wait_s": "Waiting for data"}.items():
@@ -54,6 +61,31 @@ def facts_of(run: Run) -> dict[str, str]:
     if last := _last_evaluation(run):
         found["Last evaluation"] = last
     return {label: text for label, text in found.items() if text != NONE}
+
+
+def _errors_of_layers(alignment: Alignment) -> str:
+    first, last = (
+        {layer: error for layer, error in errors.items() if math.isfinite(error)}
+        for errors in (alignment.first, alignment.last)
+    )
+    if not last:
+        return NONE
+    means = f"{fmean(first.values()):.4f} in the first step, {fmean(last.values()):.4f} at the end"
+    worst = max(last, key=last.__getitem__)
+    return f"{means}; the largest there is {last[worst]:.4f}, of layer {worst}"
+
+
+def _stage_before(run: Run) -> str:
+    """Returns the checkpoint that the student of the run is, if it is one of another run; else nothing."""
+    student = run.options.get("student_model")
+    if not isinstance(student, str):
+        return ""
+    state = dict_or_empty(parse_json(content_of(Path(student) / "training_state.json")))
+    if not state:
+        return ""
+    stage, tokens = dict_or_empty(state.get("arguments")).get("stage"), finite_or_nan(state.get("tokens"))
+    how = "aligned" if stage == "align" else "distilled"
+    return f"{student}, {how}" + (f" with {tokens:,.0f} tokens" if math.isfinite(tokens) else "")
 
 
 def _last_evaluation(run: Run) -> str:
@@ -119,6 +151,19 @@ def measure_table(runs: Sequence[Run]) -> Table:
         for found in run.measures:
             step = _figure(math.nan if found.step is None else found.step, "{:,.0f}")
             table.append([run.name, found.model, found.name, f"{found.value:.4f}", step, found.file])
+    return _trimmed(runs, table)
+
+
+def alignment_table(runs: Sequence[Run]) -> Table:
+    """Returns what became of each aligned layer."""
+    end = f"at the end (median of {LAST_ROWS} rows)"
+    table = [["run", "layer", "error in the first step", end, "ratio"]]
+    for run in runs:
+        for layer, first in run.alignment.first.items() if run.alignment is not None else ():
+            assert run.alignment is not None
+            last = run.alignment.last[layer]
+            ratio = last / first if first > 0 else math.nan
+            table.append([run.name, str(layer), *(_figure(value, "{:.4f}") for value in (first, last, ratio))])
     return _trimmed(runs, table)
 
 

@@ -24,22 +24,28 @@ def check_links(run: PlannedRun) -> Iterator[Finding]:
         return
     gpus = [torch.device("cuda", index) for index in range(n_gpus)]
     rates = {(gpu, None): copy_rate(gpu, None) for gpu in gpus} | {(None, gpu): copy_rate(None, gpu) for gpu in gpus}
-    yield judge_links("links between GPUs and host", rates)
+    yield judge_links("links between GPUs and host", rates, send_less(run))
     pairs = list(itertools.permutations(gpus, 2))
     if pairs:
         n_direct = sum(torch.cuda.can_device_access_peer(one.index, other.index) for one, other in pairs)
         name = f"links between GPUs ({n_direct} of {len(pairs)} direct)"
-        yield judge_links(name, {pair: copy_rate(*pair) for pair in pairs})
+        yield judge_links(name, {pair: copy_rate(*pair) for pair in pairs}, send_less(run))
 
 
-def judge_links(name: str, rates: dict[tuple, float]) -> Finding:
-    """Returns the finding on some links. rates: (from, to) -> GB/s; None is the host."""
+def send_less(run: PlannedRun) -> str:
+    """Returns which options make ranks send less to each other."""
+    if run.args.stage == "align":  # gradients of mixers, and nothing of the teacher's
+        return "send less: a higher --grad_accumulation_steps"
+    return "send less: --teacher_signal hidden (the default), a higher --grad_accumulation_steps, --freeze_mlp"
+
+
+def judge_links(name: str, rates: dict[tuple, float], remedy: str) -> Finding:
+    """Returns the finding on some links. rates: (from, to) -> GB/s; None is the host. remedy: for slow ones."""
     slowest = min(rates, key=rates.__getitem__)
     way = " to ".join("host" if end is None else str(end) for end in slowest)
     found = f"{rates[slowest]:.1f} GB/s ({way}) to {max(rates.values()):.1f} GB/s"
     if rates[slowest] >= SLOW_COPY:
         return Finding(OK, name, found)
-    remedy = "send less: --teacher_signal hidden (the default), a higher --grad_accumulation_steps, --freeze_mlp"
     return Finding(WARNING, name, f"{found}; below {SLOW_COPY:g} GB/s is slow", remedy)
 
 
@@ -77,7 +83,6 @@ def check_collectives(run: PlannedRun) -> Iterator[Finding]:
     rate = all_reduce_rate(n_ranks, n_bytes, on_gpus)
     found = f"{n_bytes / 2**20:.0f} MiB at {rate:.2f} GB/s"
     if on_gpus and rate < SLOW_COPY / 2:
-        remedy = "send less: a higher --grad_accumulation_steps, --freeze_mlp"
-        yield Finding(WARNING, name, f"{found}, which is slow", remedy)
+        yield Finding(WARNING, name, f"{found}, which is slow", send_less(run))
     else:
         yield Finding(OK, name, found)

@@ -28,6 +28,8 @@ EQUAL = "student equal to its teacher ({})"
 
 def check_loss(run: PlannedRun) -> Iterator[Finding]:
     """Computes the loss with the same random hidden states and head as student and as teacher."""
+    if not needs_loss(run.args):
+        return
     device, dtype = run_device(), DTYPES[run.args.dtype]
     hidden, head = torch.randn(64, 256, device=device, dtype=dtype), torch.randn(4096, 256, device=device, dtype=dtype)
     head /= 8  # logits of deviation 2
@@ -35,6 +37,11 @@ def check_loss(run: PlannedRun) -> Iterator[Finding]:
     kl, ce = kl_and_ce(run.args, hidden, head, hidden, head, labels)
     plain_ce = F.cross_entropy(F.linear(hidden.float(), head.float()), labels).item()
     yield judge("loss alone", dtype, kl, abs(ce / plain_ce - 1), f"CE {ce:.4f}")
+
+
+def needs_loss(args: TrainArguments) -> bool:
+    """Returns whether the run computes the loss of distillation: an alignment does so in evaluations only."""
+    return args.stage == "distil" or args.eval_interval > 0
 
 
 def kl_and_ce(
@@ -68,7 +75,7 @@ def judge(name: str, dtype: torch.dtype, kl: float, difference: float, more: str
 def check_equal_models(run: PlannedRun) -> Iterator[Finding]:
     """Computes the loss of a student that consists of the teacher's layers, embedding, norm and head."""
     teacher_config, student_config = configs(run)
-    if run.args.kl_weight == 0:
+    if not needs_loss(run.args) or not run.args.has_teacher:
         return
     try:
         teacher = small_teacher(run)

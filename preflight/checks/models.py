@@ -17,6 +17,7 @@ from checkpointing.resume import Resume
 from distillation.losses import shared_vocab
 from distillation.pairing import SAME_TOKENIZER, own_tokenizer, tokenizer_difference
 from inputs.model_files import folder_of, read_config
+from inputs.option_values import command_that_makes
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
@@ -121,7 +122,7 @@ def model_files(run: PlannedRun) -> list[ModelFiles]:
     """Returns the teacher and the student of a run; the student of a resumed one is its checkpoint."""
     args = offline(run)
     resumes = args.student_model != run.args.student_model
-    teacher_needed = args.kl_weight > 0 or (bool(args.layers) and not resumes)
+    teacher_needed = args.has_teacher or (bool(args.layers) and not resumes)
     return [
         ModelFiles("--teacher_model", args.teacher_model, teacher_needed, read_config),
         ModelFiles("--resume" if resumes else "--student_model", args.student_model, True, read_llamba_config),
@@ -136,7 +137,8 @@ def check_model_files(run: PlannedRun) -> Iterator[Finding]:
             place = locate_model(flag, name, True, needs_weights)
             read(flag, name, place)
         except ValueError as error:
-            on_hub = HUB_PATTERN.fullmatch(name) is not None and not os.path.isdir(name)
+            may_be_on_hub = HUB_PATTERN.fullmatch(name) is not None and command_that_makes(name) is None
+            on_hub = may_be_on_hub and not os.path.isdir(name)
             if on_hub and not run.args.local_files_only:
                 found = f"not complete in the local cache; a run would download it{_download_size(run, flag)}"
                 yield Finding(WARNING, title, found, f"hf download {name}   (now, or where there is a network)")

@@ -14,6 +14,7 @@ from checkpointing.files import checkpoint_bytes, find_checkpoints, quick_check,
 from checkpointing.run_folder import check_file_limit, check_space, check_utf8, check_writable, disk_room
 from checkpointing.small_files import check_places
 from monitoring import trackers
+from preflight.alignment_footprint import not_shared
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, file_problem
 from preflight.checks.machine import GB, default_nproc, run_device
 from preflight.checks.models import first_step, resumed, skeletons
@@ -129,7 +130,9 @@ def check_host_memory(run: PlannedRun) -> Iterator[Finding]:
     on_cpu = run_device().type == "cpu"
     held = n_ranks * (n_bytes(student.parameters()) + gradient_bytes(student)) if on_cpu else 0
     held += checkpoint_bytes(student) - n_bytes(student.parameters()) if on_cpu else 0  # master weights and moments
-    if args.teacher_device == "cpu" or (args.kl_weight > 0 and on_cpu) or (args.kl_weight == 0 and args.layers):
+    if args.stage == "align":
+        held += n_ranks * not_shared(teacher, student) if on_cpu else 0
+    elif args.teacher_device == "cpu" or (args.kl_weight > 0 and on_cpu) or (args.kl_weight == 0 and args.layers):
         n_teachers = n_ranks if on_cpu and args.kl_weight > 0 and args.teacher_placement == "colocated" else 1
         held += n_teachers * n_bytes(teacher.parameters())
     available = available_memory()

@@ -136,7 +136,7 @@ def small_teacher(run: PlannedRun) -> PreTrainedModel | None:
     """Loads the teacher, in the run's dtype; None if it is not small or does not run. Raises CheckSkipped if it is not
     there, and ValueError if it cannot be loaded.
     """
-    if run.args.kl_weight == 0:
+    if not run.args.has_teacher:
         return None
     skeleton, _ = skeletons(run)
     if sum(p.numel() for p in skeleton.parameters()) > SMALL_MODEL:

@@ -1,6 +1,7 @@
 """Students made of tiny Llamas, against computations on whole models; and how a conversion that was stopped resumes."""
 
 import contextlib
+import copy
 import json
 import weakref
 from pathlib import Path
@@ -18,6 +19,7 @@ from conversion.teacher_weights import TeacherWeights
 from llamba import LlambaForCausalLM
 from model_utils import apply_replacements
 from monitoring.layer_map import layer_map
+from tests.llamba.test_llamba import GOLDEN
 from tests.tiny import tiny_teacher
 
 TOKENIZER = Path(__file__).parents[2] / "presets" / "tiny" / "teacher"
@@ -106,8 +108,7 @@ def test_the_figures_are_those_of_whole_models(make, recipe):
     models = {"all_recurrent": student, "no_mixers": without_mixers(student)}
     if recipe.layers:
         for name in list(models):
-            hybrid = LlambaForCausalLM(models[name].config).eval()
-            hybrid.load_state_dict(models[name].state_dict())
+            hybrid = copy.deepcopy(models[name])
             apply_replacements(hybrid, teacher, list(recipe.layers))
             models[name.replace("all_recurrent", "hybrid").replace("no_mixers", "hybrid_no_mixers")] = hybrid
     assert set(figures["held_out"]) == {"teacher", *models}
@@ -122,12 +123,11 @@ def test_the_figures_are_those_of_whole_models(make, recipe):
 
 
 def without_mixers(student):
-    copy = LlambaForCausalLM(student.config).eval()
-    copy.load_state_dict(student.state_dict())
-    for layer in copy.backbone.layers:
+    emptied = copy.deepcopy(student)
+    for layer in emptied.backbone.layers:
         for parameter in layer.mixer.out_proj.parameters():
             parameter.zero_()
-    return copy
+    return emptied
 
 
 def test_the_closed_form_is_better_than_the_projections_and_the_random_start(make):
@@ -151,6 +151,7 @@ def test_it_loads_as_any_student_and_says_what_it_is(make, tmp_path):
 
 
 def test_without_biases_the_names_are_those_of_the_published_layout(make, tmp_path):
+    """Against the names of the official model whose outputs are in shared/golden, if that is there."""
     _, student, _ = make(Recipe(ssm_bias=False))
     with safe_open(tmp_path / "student" / "model-00002-of-00006.safetensors", "pt") as shard:
         names = {name.removeprefix("backbone.layers.0.") for name in shard.keys()}  # noqa: SIM118
@@ -158,6 +159,14 @@ def test_without_biases_the_names_are_those_of_the_published_layout(make, tmp_pa
     parts = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert names == {*(f"mixer.{name}" for name in mixer), *(f"{part}.weight" for part in parts)}
     assert student.config.ssm_cfg["bias"] is False
+    if not GOLDEN.is_dir():
+        pytest.skip(f"golden vectors are not at {GOLDEN}")
+    with safe_open(GOLDEN / "untied" / "model.safetensors", "pt") as official:
+        official_names = set(official.keys())
+    n_layer = json.loads((GOLDEN / "untied" / "config.json").read_text())["n_layer"]
+    own = {name for name in student.state_dict() if ".layers." not in name}
+    own |= {f"backbone.layers.{index}.{name}" for index in range(n_layer) for name in names}
+    assert own == official_names
 
 
 # --- one layer at a time, and again --------------------------------------------------------------------------

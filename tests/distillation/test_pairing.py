@@ -58,6 +58,35 @@ def test_a_hybrid_has_the_context_of_its_own_layers():
         pair(llama(64), hybrid, layers="1 3", seq_length=33)
 
 
+# --- alignment -----------------------------------------------------------------------------------------------
+
+
+def aligned(teacher, student=None, **options):
+    pair(teacher, student, stage="align", **{"layers": -1, "seq_length": 32, **options})
+
+
+def test_a_student_of_its_teachers_shape_can_be_aligned():
+    aligned(llama(64))
+    aligned(llama(64), layers="0 2")
+    aligned(llama(64), tiny_hybrid().config, layers="1 3")
+
+
+@pytest.mark.parametrize(
+    "teacher,student,options,message",
+    [
+        (GPT2Config(n_positions=64, n_embd=32, n_layer=4), None, {}, "model_type 'gpt2'"),
+        (llama(64, num_hidden_layers=3), None, {}, "student has 4 layers of width 32, the teacher 3 of 32"),
+        (llama(64, hidden_size=40), None, {}, "student has 4 layers of width 32, the teacher 4 of 40"),
+        (llama(64), None, {"layers": "0 1 2 3"}, "all 4 layers are the teacher's"),
+        (llama(64), None, {"seq_length": 65, "kl_weight": 0}, "the teacher can read 64 tokens"),
+    ],
+)
+def test_what_cannot_be_aligned_is_one_line(teacher, student, options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        aligned(teacher, student, **options)
+    assert "\n" not in str(raised.value)
+
+
 # --- tokenizers ----------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.small_runs import read_metrics
 
-FIGURES = ("step", "micro_step", "loss", "kl", "ce", "lr", "grad_norm", "tokens", "skipped_updates")
+FIGURES = ("step", "micro_step", "loss", "kl", "ce", "alignment", "lr", "grad_norm", "tokens", "skipped_updates")
 
 
 def rows(output_dir: Path) -> list[dict]:
@@ -19,7 +19,7 @@ def rows(output_dir: Path) -> list[dict]:
 def _figures(row: dict) -> dict:
     evaluated = {f"eval/{name}": value for name, value in row.get("eval", {}).items() if name != "seconds"}
     layer_map = {"layer_map": row["layer_map"]} if "layer_map" in row else {}
-    return {name: row[name] for name in FIGURES} | evaluated | layer_map
+    return {name: row.get(name) for name in FIGURES} | evaluated | layer_map
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:

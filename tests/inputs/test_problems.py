@@ -70,6 +70,19 @@ def test_an_empty_loss():
     assert "--ce_weight 0 --kl_weight 0: the loss is empty" in train_error("--ce_weight 0 --kl_weight 0")
 
 
+def test_the_weights_of_the_loss_are_not_looked_at_where_mixers_are_aligned():
+    args = train_options(
+        "--stage align --ce_weight 0 --kl_weight 0 --layer_map_interval 3 --teacher_placement dedicated"
+    )
+    assert (args.has_teacher, args.teacher_placement, args.teacher_device) == (True, "colocated", None)
+    assert not train_options("--kl_weight 0").has_teacher
+
+
+def test_what_to_align_with_is_for_that_stage():
+    assert train_options("--stage align --align block").align == "block"
+    assert "--align block: is for --stage align" in train_error("--align block")
+
+
 @pytest.mark.parametrize("name", ["save_interval", "resume_step"])
 def test_checkpoints_hold_whole_optimizer_steps(name):
     message = train_error(f"--grad_accumulation_steps 4 --save_interval 4 --{name} 6")
@@ -132,9 +145,9 @@ def test_where_held_out_text_comes_from(line, text):
     assert train_options(f"{line} --eval_interval 5").held_out_text() == text
 
 
-OF_A_RUN = {"seed", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights", "seq_length"}
+OF_A_RUN = {"seed", "stage", "align", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
 OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
-OF_A_RUN |= {"dataset_streaming", "document_separator"}
+OF_A_RUN |= {"dataset_streaming", "seq_length", "document_separator"}
 
 
 def test_what_a_resumed_run_must_keep():

@@ -6,15 +6,17 @@ import torch
 
 from preflight.checks import all_reduce, links
 from preflight.checks.basics import OK, WARNING
-from tests.preflight.cases import found, statuses, the_bad_one
+from tests.preflight.cases import found, planned, statuses, the_bad_one
 
 
 def test_slow_links_are_reported():
     one, other = torch.device("cuda:0"), torch.device("cuda:1")
-    assert links.judge_links("links", {(one, other): 20.0, (other, one): 30.0}).status == OK
-    slow = links.judge_links("links", {(one, other): 20.0, (other, None): 3.0})
+    assert links.judge_links("links", {(one, other): 20.0, (other, one): 30.0}, "").status == OK
+    less = links.send_less(planned())
+    slow = links.judge_links("links", {(one, other): 20.0, (other, None): 3.0}, less)
     assert slow.status == WARNING and "3.0 GB/s (cuda:1 to host) to 20.0 GB/s" in slow.found
-    assert "--teacher_signal hidden" in slow.remedy
+    assert slow.remedy == less and "--teacher_signal hidden" in less
+    assert links.send_less(planned("--stage", "align")) == "send less: a higher --grad_accumulation_steps"
     assert statuses(found(links.check_links)) == [OK]
 
 

@@ -19,12 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import training_utils
 from arguments import parse_train_args
 from benchmarks.bare_run import train_steps
-from distillation.models import Models, load_models
-from distillation.objective import DistillationModel
+from distillation.models import Models
 from llamba import LlambaConfig, LlambaForCausalLM
 from preflight import plan
 from preflight.footprint import (
-    LiveMemory,
     build_models,
     gradient_bytes,
     measure_footprint,
@@ -32,6 +30,7 @@ from preflight.footprint import (
     shards,
     weights_by_fate,
 )
+from preflight.live_memory import LiveMemory
 from preflight.plan import largest_moment, student_moments
 from processes.devices import choose_devices
 from processes.ranks import process_groups
@@ -39,7 +38,7 @@ from tests import fresh
 from text.batch import Batch
 from training_utils import build_optimizer, parameter_groups
 
-VOCAB = {"wide": 8192, "narrow": 16384}
+VOCAB = {"wide": 8192, "narrow": 16384, "made": 8192}  # made: its student has the teacher's MLPs, norms and so on
 STEPS = 3  # the first makes the optimizer's state, and DDP's final buckets are first written in the second
 
 FLOAT32 = "--dtype float32 --batch_size 2 --seq_length 160"
@@ -56,11 +55,17 @@ CASES = {
             ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
             ("narrow", f"{BFLOAT16} --kl_weight 0"),
             ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
+            ("made", f"{FLOAT32} --stage align"),
+            ("made", f"{FLOAT32} --stage align --layers -1 --grad_accumulation_steps 2"),
         ],
     ),
     "two ranks": (
         2,
-        [("wide", f"{FLOAT32} --teacher_placement colocated"), ("narrow", f"{BFLOAT16} --gradient_checkpointing")],
+        [
+            ("wide", f"{FLOAT32} --teacher_placement colocated"),
+            ("narrow", f"{BFLOAT16} --gradient_checkpointing"),
+            ("made", f"{FLOAT32} --stage align"),
+        ],
     ),
     "two ranks, float32": (2, [("wide", FLOAT32)]),
 }
@@ -77,9 +82,8 @@ def options(folder, size, text):
 def save_teacher_and_student(folder, size, d_model, n_heads):
     torch.manual_seed(0)
     shape = dict(vocab_size=VOCAB[size], num_hidden_layers=4, hidden_size=d_model, intermediate_size=2 * d_model)
-    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2)).save_pretrained(
-        folder / size / "teacher"
-    )
+    teacher = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=2))
+    teacher.save_pretrained(folder / size / "teacher")
     config = LlambaConfig(
         vocab_size=VOCAB[size],
         n_layer=4,
@@ -87,7 +91,22 @@ def save_teacher_and_student(folder, size, d_model, n_heads):
         mlp_cfg={"intermediate_size": 2 * d_model},
         ssm_cfg={"d_state": 16, "n_v_heads": n_heads, "n_qk_heads": 4, "chunk_size": 128},
     )
-    LlambaForCausalLM(config).save_pretrained(folder / size / "student")
+    student = LlambaForCausalLM(config)
+    if size == "made":
+        take_what_both_have(student, teacher)
+    student.save_pretrained(folder / size / "student")
+
+
+@torch.no_grad()
+def take_what_both_have(student, teacher):
+    """Copies all but the attention, as make_student.py does."""
+    own = dict(student.named_parameters())
+    names = {"model.embed_tokens.weight": "backbone.embedding.weight"}
+    names["model.norm.weight"] = "backbone.final_layernorm.weight"
+    for name, given in teacher.named_parameters():
+        name = names.get(name, name.replace("model.", "backbone."))
+        if name in own:
+            own[name].copy_(given)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +114,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_teacher_and_student(folder, "wide", d_model=256, n_heads=16)
     save_teacher_and_student(folder, "narrow", d_model=128, n_heads=16)
+    save_teacher_and_student(folder, "made", d_model=256, n_heads=16)
     return folder
 
 
@@ -152,9 +172,8 @@ def measured_run(argv, vocab, ranks):
             yield Batch(*torch.randint(0, vocab, (2, *shape)), torch.ones(shape, dtype=torch.bool))
 
     models = Models(args.teacher_model, args.student_model, vocab, tokenizer=None)
-    student, head, lane = load_models(args, models, ranks, ranks.device)
-    model = DistillationModel(student, head, vocab, args)
-    train_steps(args, batches(), STEPS, model, lane, ranks, NoLog())
+    objective, lane = training_utils.load_objective(args, models, ranks, ranks.device)
+    train_steps(args, batches(), STEPS, objective, lane, ranks, NoLog())
     lane.close()
     return measured.found
 
@@ -169,7 +188,7 @@ def child():
     device, _ = choose_devices(None, "dedicated", runs_teacher=True)
     with process_groups(device) as ranks:
         for size in VOCAB:  # what the libraries take when they are first used is not the run's
-            dtype = "float32" if size == "wide" else "bfloat16"
+            dtype = "bfloat16" if size == "narrow" else "float32"
             measured_run(options(folder, size, f"--batch_size 1 --seq_length 8 --dtype {dtype}"), VOCAB[size], ranks)
         _, cases = CASES[sys.argv[2]]
         found = [measured_run(options(folder, *case), VOCAB[case[0]], ranks) for case in cases]
@@ -300,7 +319,7 @@ def test_activations_grow_with_layers_by_the_same_amount(folder, tmp_path):
         config.n_layer = n_layer
         config.save_pretrained(tmp_path)
         argv = [*options(folder, "wide", "--layers -1 --seq_length 40"), "--student_model", str(tmp_path)]
-        peaks.append(measure_footprint(parse_train_args(argv)).backward["activations"])
+        peaks.append(measure_footprint(parse_train_args(argv)).passes["backward"]["activations"])
     assert peaks[1] - peaks[0] == peaks[2] - peaks[1] > 0
 
 
@@ -323,4 +342,4 @@ def test_a_hybrid_checkpoint_is_planned_as_the_run_that_made_it(folder, tmp_path
             [*options(folder, "wide", "--seq_length 40"), "--freeze_replaced_layers", "--student_model", str(tmp_path)]
         )
     )
-    assert (again.weights, again.backward, again.operations) == (made.weights, made.backward, made.operations)
+    assert (again.weights, again.passes, again.operations) == (made.weights, made.passes, made.operations)

@@ -19,6 +19,13 @@ def row_of(step: int, **more) -> dict:
     return row | {"data_wait_s": 0.1, "skipped_updates": 0, "ignored_labels": 0.0} | more
 
 
+def aligned_row(step: int, errors: dict[int, float | None], **more) -> dict:
+    """Returns a row of the stage `align`, with the errors of its layers: no text and no teacher is in its loss."""
+    row = {name: value for name, value in row_of(step).items() if name not in ("ce", "kl", "ignored_labels")}
+    row |= {"teacher_wait_s": 0.0, "loss": sum((error or 0) ** 2 for error in errors.values()) / len(errors)}
+    return row | {"alignment": {"layers": list(errors), "errors": list(errors.values())}} | more
+
+
 def build(folder: Path, rows: list[dict], after: str = "", **files) -> Path:
     """Makes a run directory. after: what follows the last whole line. files: contents of JSON files, by their stem."""
     folder.mkdir(parents=True)

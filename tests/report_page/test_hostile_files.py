@@ -31,7 +31,7 @@ def test_a_figure_that_no_chart_can_show_is_left_out_and_counted(tmp_path, value
     rows = [row_of(step) for step in range(1, 5)]
     rows[2] |= dict.fromkeys(FIGURES, value) | {"eval": {"ce": value, "perplexity": 9.0}, "layer_map": {"own": [value]}}
     run = build(tmp_path / "run", rows)
-    assert "run: 11 numbers are left out: they are beyond 1e+100, and no chart can show them." in page_of(run)
+    assert "run: 12 numbers are left out: they are beyond 1e+100, and no chart can show them." in page_of(run)
     assert np.isnan(read_run(run, "run").columns["loss"]).tolist() == [False, False, True, False]
 
 

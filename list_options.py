@@ -1,0 +1,25 @@
+"""Prints the page docs/options.md, made from the options of every entry:
+
+python list_options.py > docs/options.md
+"""
+
+import sys
+
+from arguments import EvalArguments, TrainArguments, free_options
+from conversion.options import MakeArguments
+from inputs.options_page import options_page
+from processes.exits import run_entry
+
+ENTRIES = {
+    "train_gpus.py": (TrainArguments, "train"),
+    "eval_mmlu_hybrid.py": (EvalArguments, "eval"),
+    "make_student.py": (MakeArguments, "common"),
+}
+
+
+def main() -> None:
+    print(options_page(ENTRIES, free_options()), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))

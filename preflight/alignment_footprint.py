@@ -1,0 +1,100 @@
+"""Measures what a micro step of `--stage align` takes, on the meta device, by the stage's own code."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from arguments import TrainArguments
+from conversion.alignment import Alignment
+from conversion.teacher_stream import TeacherStream
+from conversion.teacher_weights import TeacherWeights
+from distillation.losses import shared_vocab
+from distillation.objective import DistillationModel
+from distillation.teacher import PendingSignal
+from distillation.wait_clock import WaitClock
+from llamba import LlambaForCausalLM
+from preflight.live_memory import Items, LiveMemory
+from text.batch import Batch
+
+TEACHER, MIXER, BACKWARD = "teacher's work", "activations", "backward's own"
+
+
+class TracedAlignment(NamedTuple):
+    """Holds one rank's micro step: bytes of the teacher's weights that the student has not, bytes beside weights and
+    gradients at the peak and after it, and operations.
+    """
+
+    held: int
+    peak: Items
+    left: Items
+    operations: Items
+    teacher_operations: int
+
+
+class Shapes(TeacherWeights):
+    """Gives the parts of a teacher on the meta device, as `TeacherWeights` those of one on the disk."""
+
+    def __init__(self, teacher: PreTrainedModel) -> None:
+        self.config, self.teacher = teacher.config, teacher
+
+    def embedding(self, *_: Any) -> Tensor:
+        return self.teacher.get_input_embeddings().weight
+
+    def layer(self, index: int, *_: Any) -> Any:
+        return self.teacher.base_model.layers[index]
+
+    def norm(self, *_: Any) -> Any:
+        return self.teacher.base_model.norm
+
+    def head(self, *_: Any) -> Tensor:
+        return self.teacher.get_output_embeddings().weight
+
+    def rotary(self, *_: Any) -> Any:
+        return self.teacher.base_model.rotary_emb
+
+
+class StreamOfShapes(TeacherStream):
+    """Takes tensors of one name and shape for equal, as in a student that was made from this teacher."""
+
+    @staticmethod
+    def are_equal(given: Tensor, twin: Tensor) -> bool:
+        return True
+
+
+def not_shared(teacher: PreTrainedModel, student: LlambaForCausalLM) -> int:
+    """Returns the bytes of the teacher's weights that a rank holds beside its student."""
+    return stream_of(teacher, student).bytes_held
+
+
+def stream_of(teacher: PreTrainedModel, student: LlambaForCausalLM) -> TeacherStream:
+    vocab = shared_vocab(student.config.vocab_size, teacher.config.vocab_size)
+    return StreamOfShapes(Shapes(teacher), student, vocab)
+
+
+def trace_alignment(
+    args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM, batch: Batch
+) -> TracedAlignment:
+    """Computes a micro step. Its gradients, which are kept from step to step, do not count."""
+    stream = stream_of(teacher, student)
+    model = DistillationModel(student, stream.head, len(stream.head), args, chunk_tokens=1)
+    alignment = Alignment(model, stream, args.align)
+    alignment.begin((args.batch_size, args.seq_length))
+    of_stream = [parameter for layer in stream.layers for parameter in layer.parameters()]
+    kept = [gradients.flat for gradients in alignment.gradients]
+    given = [*model.parameters(), *model.buffers(), *of_stream, *kept, stream.embedding, stream.head, batch.input_ids]
+    memory = LiveMemory([*given, *stream.norm.parameters(), *stream.rotary.buffers()])
+    for layer in stream.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: memory.enter(TEACHER))
+    for block in alignment.blocks.values():
+        block.mixer.register_forward_pre_hook(lambda *_: memory.enter(MIXER))
+        block.mixer.register_forward_hook(lambda *_: memory.enter(BACKWARD))
+    memory.enter(TEACHER)
+    with memory:
+        nothing = PendingSignal(None, WaitClock(torch.device("cpu")))
+        alignment.backward(batch, nothing, 1.0, is_last=False)
+        left = dict(memory.live)
+    operations = dict(memory.operations)
+    of_teacher = operations.pop(TEACHER)
+    return TracedAlignment(stream.bytes_held, memory.at_peak, left, operations, of_teacher)
