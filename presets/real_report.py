@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from evaluation.report import as_markdown, format_value
 from model_utils import get_student_model, get_teacher_model, get_tokenizer
 from paths import expanded_path
-from utils import write_whole
+from utils import setup_logging, write_whole
 
 CPU = torch.device("cpu")
 STARTS = {
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("folder", type=expanded_path, help="the demo's")
     parser.add_argument("--teacher", type=expanded_path, required=True)
     args = parser.parse_args()
+    setup_logging(None, is_main=True)
     report = {
         "start": json.loads((args.folder / "start.json").read_text()),
         "stages": {stage: read_rows(args.folder / stage) for stage in STAGES},

@@ -21,7 +21,7 @@ from llamba import LlambaForCausalLM
 from model_utils import apply_replacements, get_student_model, get_teacher_model, get_tokenizer
 from paths import expanded_path
 from text.sources import TextSource
-from utils import write_whole
+from utils import setup_logging, write_whole
 
 CPU = torch.device("cpu")
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seq_length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
+    setup_logging(None, is_main=True)
     teacher = get_teacher_model(str(args.teacher), torch.float32, CPU)
     source = TextSource(str(args.held_out), local_files_only=True)
     windows = read_windows(source, get_tokenizer("--teacher", str(args.teacher)), args.windows, args.seq_length)
