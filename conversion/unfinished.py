@@ -37,7 +37,7 @@ class UnfinishedStudent:
         """
         check_output(self.output, self.made_with)
         with lock_dir("--output", self.folder):
-            if not (self.folder / FIGURES).exists():
+            if not any((self.folder / name).exists() for name in (MADE_WITH, FIGURES)):
                 self.write_json(MADE_WITH, self.made_with)
             yield
 
