@@ -236,10 +236,10 @@ class TrainArguments(CommonArguments):
     nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, least=1, most=100_000)
     plan_json: str | None = path_option(None, "also write the plan's figures to this file", PLAN)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stage == "align":  # each rank's teacher shares its student's tensors
-            self.teacher_placement, self.teacher_device = "colocated", None
+    @property
+    def placement(self) -> str:
+        """Returns where the teacher is: in an alignment beside each student, whose tensors it shares."""
+        return "colocated" if self.stage == "align" else self.teacher_placement
 
     @property
     def has_teacher(self) -> bool:

@@ -1,4 +1,5 @@
-"""Distils a teacher into a hybrid student: N student ranks under DDP, the teacher on the last visible GPU.
+"""Distils a teacher into a hybrid student: N student ranks under DDP, the teacher on the last visible GPU. With
+`--stage align` it aligns the student's mixers with the teacher's attention first, and no teacher has a GPU of its own.
 
     torchrun --standalone --nproc_per_node=4 train_gpus.py --layers 14 16 17 30 --output_dir runs/mine
 
@@ -87,7 +88,7 @@ def main(args: TrainArguments | None = None) -> int:
 
 def check(args: TrainArguments) -> Checked:
     """Finds what a user can get wrong before a weight is read or a rank waits for another. Raises ValueError."""
-    device, teacher_device = choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.has_teacher)
+    device, teacher_device = choose_devices(args.teacher_device, args.placement, runs_teacher=args.has_teacher)
     if args.compile:
         check_compiler(device.type)
     if is_main_rank():
@@ -275,7 +276,9 @@ def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stoppe
     if bad:
         text += f"; the last {bad} update(s) were skipped, look at the windows named above"
     elif args.stage == "align":
-        text += f"; the mixers are aligned, distil the student with --student_model {args.output_dir}/latest"
+        layers = " ".join(map(str, args.layers)) or "-1"
+        text += f"; the mixers are aligned, distil the student with --preset {args.preset} --teacher_model "
+        text += f"{args.teacher_model} --student_model {args.output_dir}/latest --layers {layers}"
     return Ending("complete", 0, text)
 
 

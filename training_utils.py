@@ -3,6 +3,7 @@ figures over micro steps and ranks.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ from distillation.losses import (
 from distillation.models import Models, load_models
 from distillation.objective import Distillation, DistillationModel
 from distillation.teacher import Lane, PendingSignal
+from inputs.option_checks import room_for_warmup
 from llamba import LlambaForCausalLM
 from llamba.parts import mixer_parameters
 from model_utils import DTYPES
 from processes.exits import StopRequest
 from processes.ranks import Ranks
 from text.batch import Batch
+
+logger = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total
         group["initial_lr"] = args.max_lr * group.get("lr_factor", 1.0)
     return get_wsd_schedule(
         optimizer,
-        num_warmup_steps=round(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps,
+        num_warmup_steps=warmup_steps(args, total_steps),
         num_decay_steps=round(args.decay_ratio * total_steps),
         num_training_steps=total_steps,
         decay_type="linear",
@@ -117,11 +121,22 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total
     )
 
 
+def warmup_steps(args: TrainArguments, total_steps: int) -> int:
+    """Returns the optimizer steps of the warm-up. A preset's are cut to what the decay leaves of a short run."""
+    if args.warmup_steps is None:
+        return round(args.warmup_ratio * total_steps)
+    room = room_for_warmup(args, total_steps)
+    if args.warmup_steps > room:
+        text = "--warmup_steps %d of --preset %s: cut to %d, the run has %d optimizer steps"
+        logger.info(text, args.warmup_steps, args.preset, room, total_steps)
+    return min(args.warmup_steps, room)
+
+
 class Update(NamedTuple):
     """Says what became of one optimizer step, the same on all ranks."""
 
     means: dict[str, Any]  # of a Meter
-    lr: float  # of the mixers
+    lr: float  # of the mixers; of all else in a student that has none, since no option freezes them
     grad_norm: float  # before clipping
     outcome: Outcome
     loss_scale: dict[str, Any]  # after the update

@@ -26,7 +26,8 @@ from training_utils import Learner
 
 logger = logging.getLogger("train")
 
-OF_EARLIER_VERSIONS = {"stage": "distil"}  # what their runs did that had no such option
+# What their runs did that had no such option.
+OF_EARLIER_VERSIONS = {"stage": "distil", "copied_lr_factor": 1.0, "warmup_steps": None}
 
 
 class Resume:
@@ -71,7 +72,7 @@ class Resume:
         if self.checkpoint is None:
             return given
         before = self._states[self.checkpoint]["arguments"].get("document_separator", eos)
-        if not _is_same(before, given):
+        if given != AUTO and not _is_same(before, given):
             raise ValueError(_other_run(self.args, [_changed("document_separator", given, self.checkpoint, before)]))
         return before
 
@@ -187,11 +188,9 @@ def _deep_check(checkpoint: Path, ranks: Ranks) -> str | None:
 
 
 def _is_same(before: Any, now: Any) -> bool:
-    """Returns whether a checkpoint has this value of an option, or `now` leaves it to the checkpoint; earlier versions
-    kept `~` in it as it was written.
-    """
+    """Returns whether a checkpoint has this value of an option; earlier versions kept `~` in it as it was written."""
     expanded = os.path.expanduser(before) if isinstance(before, str) else before
-    return now in (before, expanded, AUTO)
+    return now in (before, expanded)
 
 
 def _changed(name: str, value: Any, checkpoint: Path, before: Any) -> str:
@@ -219,6 +218,8 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     """
     before: dict[str, Any] = {**OF_EARLIER_VERSIONS, **state["arguments"]}
     kept = kept_options(args)
+    if args.document_separator == AUTO:  # which leaves it to the checkpoint
+        before.pop("document_separator", None)
     changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
     problems = [_changed(name, value, checkpoint, before[name]) for name, value in changed.items() if name in kept]
     if args.dataset_streaming and state["world_size"] != world_size:

@@ -3,6 +3,7 @@ from the teacher's own hidden states. A layer does not see the errors of those b
 so that the activations of one layer exist at a time.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -27,26 +28,40 @@ from text.batch import Batch
 logger = logging.getLogger("train")
 
 # Options of distillation that have nothing to do here.
-IDLE = ("freeze_mlp", "freeze_replaced_layers", "gradient_checkpointing", "teacher_signal", "teacher_prefetch")
+IDLE = (
+    *("freeze_mlp", "freeze_replaced_layers", "copied_lr_factor", "gradient_checkpointing", "checkpoint_blocks"),
+    *("teacher_signal", "teacher_placement", "teacher_prefetch"),
+)
 IN_EVALUATIONS = ("ce_weight", "kl_weight", "temperature", "loss_chunk_tokens")
 
 
 # --- the losses ----------------------------------------------------------------------------------------------
 
 
-def relative_error(output: Tensor, target: Tensor, size: Tensor) -> Tensor:
+SMALLEST = 1e-6  # of |hidden|^2
+
+
+def relative_error(output: Tensor, target: Tensor, size: Tensor, hidden: Tensor) -> Tensor:
     """Returns |output - target|^2 / |size|^2 of tensors (B, S, D), the mean over windows: a scalar, float32 inside.
     Such a mean does not depend on how the windows are shared out over ranks and micro steps.
+
+    Of a layer that gives zeros, as one put in to make a Llama deeper, `size` is 0: at least `SMALLEST` of |hidden|^2 of
+    the window, `hidden` (B, S, D) being the layer's input, is divided by.
     """
-    error = (output.float() - target.float()).square().sum(dim=(1, 2))  # (B,)
-    return (error / size.float().square().sum(dim=(1, 2))).mean()
+    error, size, least = (squares_of(x) for x in (output.float() - target.float(), size, hidden))  # (B,) each
+    return (error / torch.maximum(size, SMALLEST * least)).mean()
+
+
+def squares_of(x: Tensor) -> Tensor:
+    """Returns the sum of squares of each window of x (B, S, D): (B,), float32."""
+    return x.float().square().sum(dim=(1, 2))
 
 
 def attention_error(block: LlambaBlock, traced: Traced) -> Tensor:
     """Returns the squared relative error of a block's mixer: 0 equals the teacher's attention, 1 gives zeros."""
     with torch.no_grad():
         u = block.input_layernorm(traced.hidden)  # (B, S, D)
-    return relative_error(block.mixer(u), traced.attention, traced.attention)
+    return relative_error(block.mixer(u), traced.attention, traced.attention, traced.hidden)
 
 
 def block_error(block: LlambaBlock, traced: Traced) -> Tensor:
@@ -57,7 +72,7 @@ def block_error(block: LlambaBlock, traced: Traced) -> Tensor:
         u = block.input_layernorm(traced.hidden)  # (B, S, D)
     between = traced.hidden + block.mixer(u)
     output = between + block.mlp(block.post_attention_layernorm(between))  # (B, S, D)
-    return relative_error(output, traced.output, traced.output - traced.hidden)
+    return relative_error(output, traced.output, traced.output - traced.hidden, traced.hidden)
 
 
 ERRORS: dict[str, Callable[[LlambaBlock, Traced], Tensor]] = {"attention": attention_error, "block": block_error}
@@ -126,6 +141,8 @@ class Alignment:
             if is_last:
                 self.gradients[len(errors)].begin_average()
             errors.append(error.detach())
+            if len(errors) == len(self.blocks):  # nothing needs the teacher's layers above
+                break
         for gradients in self.gradients if is_last else []:
             gradients.wait()
         squares = torch.stack(errors)  # (layers,)
@@ -152,6 +169,7 @@ def load_alignment(
     student = get_student_model(models.student, dtype, device, models.student_flag)
     if args.layers and not student.config.attention_layers:
         take_layers(student, weights.config, args.layers, lambda index: weights.layer(index, dtype))
+    take_weights_of_rank_0(student)
     mixers = freeze_all_but_mixers(student)
     if args.compile:
         compile_modules(student, mixers)
@@ -160,6 +178,13 @@ def load_alignment(
     logger.info(text, f"{stream.bytes_held / 1e6:,.1f}", f"{stream.bytes_shared / 1e6:,.1f}")
     model = DistillationModel(student, stream.head, models.vocab, args, chunk_tokens)
     return Alignment(model, stream, args.align, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
+
+
+@torch.no_grad()
+def take_weights_of_rank_0(student: LlambaForCausalLM) -> None:
+    """Makes all ranks begin with rank 0's student, as DDP does in the other stage. Called by all ranks."""
+    for tensor in itertools.chain(student.parameters(), student.buffers()):
+        dist.broadcast(tensor, src=0)
 
 
 def freeze_all_but_mixers(student: LlambaForCausalLM) -> list[nn.Module]:
@@ -172,7 +197,8 @@ def freeze_all_but_mixers(student: LlambaForCausalLM) -> list[nn.Module]:
 
 
 def log_idle_options(args: TrainArguments) -> None:
-    """Logs which of the options given change nothing in this stage."""
+    """Logs which options have another value than their default, given or by the preset, and change nothing here."""
     defaults, names = default_values(type(args)), [*IDLE, *(() if args.eval_interval else IN_EVALUATIONS)]
     if idle := [f"--{name}" for name in names if getattr(args, name) != defaults[name]]:
-        logger.info("--stage align trains only the mixers, each for itself, and does not use %s", ", ".join(idle))
+        text = "--stage align trains only the mixers, each for itself; given or by the preset, it does not use %s"
+        logger.info(text, ", ".join(idle))

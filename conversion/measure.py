@@ -17,6 +17,7 @@ from evaluation.held_out import HeldOutSums, held_out_sums
 from llamba import LlambaBlock
 
 TOKENS_AT_ONCE = 2048  # in a layer: its MLP's activations take the most memory
+SMALLEST = 1e-6  # of a hidden state's norm
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -59,7 +60,10 @@ class HeldOutStreams:
                 self.states[name] = in_parts(lambda x: add_mlp(block, x), state)
             else:
                 self.states[name] = in_parts(block, state)
-        return {"own": _relative(own, after, after - before), "mixer": _relative(mixed, attention, attention)}
+        return {
+            "own": relative_to(after - before, own - after, before),
+            "mixer": relative_to(attention, mixed - attention, before),
+        }
 
     @torch.no_grad()
     def figures(self, norms: tuple[Layer, Layer], heads: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, Any]:
@@ -90,8 +94,12 @@ def in_parts(function: Layer, x: Tensor) -> Tensor:
     return torch.cat([function(part) for part in x.split(max(1, TOKENS_AT_ONCE // x.shape[1]))])
 
 
-def _relative(found: Tensor, expected: Tensor, scale: Tensor) -> float:
-    return ((found - expected).norm(dim=-1) / scale.norm(dim=-1)).mean().item()
+def relative_to(scale: Tensor, error: Tensor, hidden: Tensor) -> float:
+    """Returns ||error|| / ||scale||, the mean over tokens of (B, S, D). Of a layer that gives zeros, `scale` is 0: at
+    least `SMALLEST` of ||hidden||, the layer's input, is divided by.
+    """
+    least = SMALLEST * hidden.norm(dim=-1)  # (B, S)
+    return (error.norm(dim=-1) / torch.maximum(scale.norm(dim=-1), least)).mean().item()
 
 
 def _sums(

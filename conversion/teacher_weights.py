@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from inputs.loaded_models import check_all_used, not_finite
-from inputs.model_files import one_line, read_config, weight_files
+from inputs.model_files import downloaded, one_line, read_config, weight_files
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -38,8 +37,7 @@ class TeacherWeights:
         self.flag, self.name = flag, path if name is None else name
         self.folder = Path(path)
         if not self.folder.is_dir():
-            with one_line(f"{flag} {self.name}: cannot be downloaded", "give a folder, or the name of a model"):
-                self.folder = Path(snapshot_download(path))
+            self.folder = downloaded(flag, path)
         config = read_config(flag, self.name, str(self.folder))
         if not isinstance(config, LlamaConfig):
             raise ValueError(

@@ -1,5 +1,6 @@
 """Locates the two models of a run, checks that they go together, and loads them onto each rank."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from arguments import TrainArguments
 from distillation.losses import shared_vocab
 from distillation.pairing import check_pair, warn_of_another_tokenizer
 from distillation.teacher import Lane, NoTeacher, open_lane, share_layers
+from inputs.model_files import downloaded
 from llamba import LlambaForCausalLM
 from model_utils import (
     DTYPES,
@@ -58,6 +60,8 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     if not runs_teacher:
         return Models(teacher, student, student_config.vocab_size, tokenizer)
     check_tokenizer(tokenizer, "--teacher_model", teacher_config.vocab_size)
+    if args.stage == "align" and not os.path.isdir(teacher):  # whose files are read piece by piece
+        teacher = str(downloaded("--teacher_model", teacher))
     return Models(teacher, student, shared_vocab(student_config.vocab_size, teacher_config.vocab_size), tokenizer)
 
 

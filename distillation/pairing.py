@@ -10,7 +10,7 @@ from inputs.model_files import folder_of
 from llamba import LlambaConfig
 from model_utils import check_replacements, get_tokenizer
 from processes.ranks import is_main_rank
-from text.encoding import Encoder
+from text.encoding import ids_of
 
 logger = logging.getLogger("train")
 
@@ -109,7 +109,7 @@ def tokenizer_difference(own: PreTrainedTokenizerBase, teachers: PreTrainedToken
         token, i = moved[0]
         ids = f"{i}, not {vocab[token]}"
         return f"{len(moved)} of its tokens, such as {token!r}, have other ids than the teacher's ({ids})"
-    if Encoder(own)([PROBE]).tolist() != Encoder(teachers)([PROBE]).tolist():
+    if ids_of(PROBE, own) != ids_of(PROBE, teachers):
         return "it splits a text in several scripts into other tokens than the teacher's does"
     return None
 

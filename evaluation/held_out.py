@@ -104,7 +104,13 @@ def separator_of_text(option: str, tokenizer: PreTrainedTokenizerBase, checkpoin
     """
     of_run = None if checkpoint is None else _separator_of_run(checkpoint, tokenizer.eos_token)
     if of_run is not None and option in (AUTO, of_run):
-        separator = choose_separator(of_run, tokenizer)._replace(why=f"as in the run of --ckpt {checkpoint}")
+        try:
+            separator = choose_separator(of_run, tokenizer)._replace(why=f"as in the run of --ckpt {checkpoint}")
+        except ValueError as error:
+            raise ValueError(
+                f"--ckpt {checkpoint}: its run ended each document with {of_run!r:.80}, which is no special token of "
+                f"the tokenizer {tokenizer.name_or_path!r}; give the teacher of that run, or --document_separator TOKEN"
+            ) from error
     else:
         separator = choose_separator(option, tokenizer)
     if of_run not in (None, separator.token):

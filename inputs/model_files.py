@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -19,6 +19,8 @@ from llamba.configuration import MOST_LAYERS
 from llamba.quantised import SUPPORTED, dtype_name, quantisation, quantised_weight
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# Of a model on the Hub: all that is read but the weights.
+SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 def folder_of(name: str) -> Path | None:
@@ -31,6 +33,21 @@ def folder_of(name: str) -> Path | None:
         return None
     config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def downloaded(flag: str, name: str) -> Path:
+    """Downloads a model on the Hub: its config, its tokenizer, and its weights in one format. Returns the directory of
+    its files. What is on this disk already is not downloaded again, and processes that ask at the same time wait for
+    the first. Raises ValueError.
+    """
+    for file in WEIGHT_FILES:
+        stem, _, suffix = file.partition(".")
+        patterns = [*SMALL_FILES, f"{stem}*.{suffix}"]
+        with one_line(f"{flag} {name}: cannot be downloaded", "give a folder, or the name of a model"):
+            folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*"))
+        if any(part.is_file() for part in weight_files(flag, name, folder)):
+            break
+    return folder
 
 
 def dead_links(folder: Path) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from inputs.option_values import preset_values
+
+WARMUP = "warmup_steps"
 FEWEST_TOKENS = 16  # of an MMLU prompt: about what the letters of its choices and "Answer:" take
 
 
@@ -49,7 +52,12 @@ def _teacher_problems(args: Any) -> Iterator[str]:
             f"--layer_map_interval {args.layer_map_interval} --kl_weight 0: a map compares with the teacher, and "
             "none runs; leave one of them out"
         )
-    if args.teacher_placement == "colocated" and args.teacher_device is not None:
+    if args.stage == "align" and args.teacher_device is not None:
+        yield (
+            f"--teacher_device {args.teacher_device}: with --stage align the teacher is on each student's own device; "
+            "leave it out"
+        )
+    elif args.teacher_placement == "colocated" and args.teacher_device is not None:
         yield (
             f"--teacher_device {args.teacher_device}: a colocated teacher is on each student's own device; "
             "leave it out, or use --teacher_placement dedicated"
@@ -86,15 +94,22 @@ def _training_problems(args: Any) -> Iterator[str]:
 
 
 def warmup_problems(args: Any, total_steps: int) -> Iterator[str]:
-    """Yields whether --warmup_steps leave no room for the decay in a run of so many optimizer steps."""
+    """Yields whether --warmup_steps leave no room for the decay in a run of so many optimizer steps. Those of a preset
+    may: a short run cuts them (`training_utils.warmup_steps`).
+    """
     if args.warmup_steps is None or not 0 <= args.decay_ratio <= 1:
         return
-    room = total_steps - round(args.decay_ratio * total_steps)
-    if args.warmup_steps > room:
+    room = room_for_warmup(args, total_steps)
+    if args.warmup_steps > room and args.warmup_steps != preset_values(args.preset, type(args), "train").get(WARMUP):
         yield (
             f"--warmup_steps {args.warmup_steps}: the run has {total_steps} optimizer steps, of which the last "
             f"{total_steps - room} are the decay's (--decay_ratio {args.decay_ratio}); expected at most {room}"
         )
+
+
+def room_for_warmup(args: Any, total_steps: int) -> int:
+    """Returns how many of a run's optimizer steps are not the decay's."""
+    return total_steps - round(args.decay_ratio * total_steps)
 
 
 def _evaluation_problems(args: Any) -> Iterator[str]:

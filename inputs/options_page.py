@@ -28,7 +28,7 @@ default.
   and held-out text are not taken from the preset or the file: they belong to the data set named there. Another
   `--eval_dataset_name` replaces the held-out text's subset and split. `--eval_interval 0` drops the held-out text.
 - **Warm-up.** Where one place gives both, `--warmup_steps` counts and `--warmup_ratio` does not. A ratio on the command
-  line replaces the steps of a file or a preset.
+  line replaces the steps of a file or a preset. A preset's steps are cut to what the decay leaves of a shorter run.
 
 **Paths** are relative to the folder in which the command runs, in files too. In every path, and in every name that may
 be a path, `~` at the start is the home directory, `$NAME` and `${NAME}` are environment variables, and `$$` is a dollar

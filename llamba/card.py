@@ -46,10 +46,21 @@ where they come from. They need PyTorch and transformers 5.17 or newer (tried wi
 `mamba-ssm` or `flash-linear-attention`, and `causal-conv1d`, are used where they are installed, and are not required.
 """
 
+DISTILLED = """\
+Distilled from a Llama teacher: the student learns from text and from the teacher's distribution over the next token.\
+"""
+ALIGNED = """\
+Aligned with a Llama teacher, and not distilled: given the teacher's hidden states, each mixer learns
+{target}. Nothing else was trained.\
+"""
+TARGETS = {
+    "attention": "the output of the attention in whose place it is",
+    "block": "what makes its layer give the output of the teacher's",
+}
 RUN = """
 ## How it was made
 
-Distilled from a Llama teacher: the student learns from text and from the teacher's distribution over the next token.
+{what}
 This is the state after optimizer step {step} (micro step {micro_step}), when {tokens:,} tokens had been seen.
 
 | | |
@@ -91,7 +102,8 @@ def model_card(
     )
     if state is not None:
         counters = {name: state[name] for name in ("step", "micro_step", "tokens")}
-        card += RUN.format(options=_rows(_options(state["arguments"], near)), **counters)
+        options = _rows({**_start(state["arguments"], near), **_options(state["arguments"])})
+        card += RUN.format(what=_what(state["arguments"]), options=options, **counters)
     return card
 
 
@@ -118,7 +130,16 @@ def _front_matter(run: dict[str, Any] | None, near: Path) -> str:
     return "\n".join(lines)
 
 
-def _options(run: dict[str, Any], near: Path) -> dict[str, Any]:
+def _what(run: dict[str, Any]) -> str:
+    return ALIGNED.format(target=TARGETS[run["align"]]) if _is_alignment(run) else DISTILLED
+
+
+def _is_alignment(run: dict[str, Any]) -> bool:
+    return run.get("stage") == "align"  # earlier versions had no stages
+
+
+def _start(run: dict[str, Any], near: Path) -> dict[str, Any]:
+    """Returns what a run began with."""
     teacher, student, data = (
         run[name] if _is_hub_name(run[name], near) else "local"
         for name in ("teacher_model", "student_model", "dataset_name")
@@ -131,6 +152,14 @@ def _options(run: dict[str, Any], near: Path) -> dict[str, Any]:
         "layers from the teacher": " ".join(map(str, run["layers"])) or "none",
         "data": data,
         "sequence length": run["seq_length"],
+    }
+
+
+def _options(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run trained, and how."""
+    if _is_alignment(run):
+        return {"learning rate": run["max_lr"], "frozen": "all but the mixers"}
+    return {
         "cross entropy weight": run["ce_weight"],
         "KL weight": run["kl_weight"],
         "temperature": run["temperature"],

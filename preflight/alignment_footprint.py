@@ -1,5 +1,6 @@
 """Measures what a micro step of `--stage align` takes, on the meta device, by the stage's own code."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -7,13 +8,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from arguments import TrainArguments
+from checkpointing.files import STATE_FILE, read_state
 from conversion.alignment import Alignment
 from conversion.teacher_stream import TeacherStream
 from conversion.teacher_weights import TeacherWeights
+from conversion.unfinished import FIGURES
 from distillation.losses import shared_vocab
 from distillation.objective import DistillationModel
 from distillation.teacher import PendingSignal
 from distillation.wait_clock import WaitClock
+from inputs.option_values import command_that_makes
 from llamba import LlambaForCausalLM
 from preflight.live_memory import Items, LiveMemory
 from text.batch import Batch
@@ -55,7 +59,7 @@ class Shapes(TeacherWeights):
         return self.teacher.base_model.rotary_emb
 
 
-class StreamOfShapes(TeacherStream):
+class SharedShapes(TeacherStream):
     """Takes tensors of one name and shape for equal, as in a student that was made from this teacher."""
 
     @staticmethod
@@ -63,21 +67,45 @@ class StreamOfShapes(TeacherStream):
         return True
 
 
-def not_shared(teacher: PreTrainedModel, student: LlambaForCausalLM) -> int:
+class OwnShapes(TeacherStream):
+    """Takes no tensors for equal, as in a student that was trained, or not made from this teacher."""
+
+    @staticmethod
+    def are_equal(given: Tensor, twin: Tensor) -> bool:
+        return False
+
+
+def has_teachers_tensors(student_model: str, after: frozenset[str] = frozenset()) -> bool:
+    """Returns whether a student has its teacher's tensors but for the mixers, as far as its files say: it was made by
+    make_student.py, or is yet to be, and no run but alignments has trained it since. after: students that came after
+    it, which a folder may name that was written anew.
+    """
+    folder = Path(student_model)
+    if not folder.is_dir():
+        return command_that_makes(student_model) is not None
+    if (folder / STATE_FILE).is_file():
+        run = read_state(folder).get("arguments", {})
+        before, after = str(run.get("student_model")), after | {student_model}
+        return run.get("stage") == "align" and before not in after and has_teachers_tensors(before, after)
+    return (folder / FIGURES).is_file()
+
+
+def not_shared(args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM) -> int:
     """Returns the bytes of the teacher's weights that a rank holds beside its student."""
-    return stream_of(teacher, student).bytes_held
+    return stream_of(args, teacher, student).bytes_held
 
 
-def stream_of(teacher: PreTrainedModel, student: LlambaForCausalLM) -> TeacherStream:
+def stream_of(args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM) -> TeacherStream:
+    kind = SharedShapes if has_teachers_tensors(args.student_model) else OwnShapes
     vocab = shared_vocab(student.config.vocab_size, teacher.config.vocab_size)
-    return StreamOfShapes(Shapes(teacher), student, vocab)
+    return kind(Shapes(teacher), student, vocab)
 
 
 def trace_alignment(
     args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM, batch: Batch
 ) -> TracedAlignment:
     """Computes a micro step. Its gradients, which are kept from step to step, do not count."""
-    stream = stream_of(teacher, student)
+    stream = stream_of(args, teacher, student)
     model = DistillationModel(student, stream.head, len(stream.head), args, chunk_tokens=1)
     alignment = Alignment(model, stream, args.align)
     alignment.begin((args.batch_size, args.seq_length))

@@ -23,7 +23,7 @@ REACHED_SHARE = 0.8  # of a GPU's peak that large matrix products reach
 # Estimated, not computed: the CUDA context, kernels, buffers of NCCL and cuBLAS, and fragmentation.
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
-NOT_SHARED = "teacher's attention, not shared"
+NOT_SHARED = "teacher's weights, not shared"
 RECOMPUTE = "--gradient_checkpointing"
 
 Moments = dict[str, Items]  # bytes of a GPU at the peak of each phase of a step
@@ -94,7 +94,7 @@ def find_machine(args: TrainArguments) -> Machine:
 
 def gpus_needed(args: TrainArguments, n_students: int) -> int:
     """Returns the GPUs that a node needs for its students and their teacher."""
-    if not args.has_teacher or args.teacher_placement == "colocated" or args.teacher_device == "cpu":
+    if not args.has_teacher or args.placement == "colocated" or args.teacher_device == "cpu":
         return n_students
     if args.teacher_device is None:
         return n_students + 1
@@ -116,7 +116,7 @@ def asked_placement(args: TrainArguments, machine: Machine) -> str:
     if args.teacher_device is not None:
         n_students = machine.n_students or max(machine.n_gpus - 1, 1)
         return "shared" if teacher_index(args, machine) < n_students else "dedicated"
-    return args.teacher_placement
+    return args.placement
 
 
 def teacher_index(args: TrainArguments, machine: Machine) -> int:

@@ -27,7 +27,7 @@ class LayerErrors(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """Holds the errors of the aligned layers of a run: those of their outputs, relative to the attention's."""
+    """Holds the errors of the aligned layers of a run: those of what --align names, relative to its target."""
 
     errors: LayerErrors  # means over up to COLUMNS stretches of rows
     mean: NDArray  # (rows,), over the layers of a row; NaN where a row has none

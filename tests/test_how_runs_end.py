@@ -47,8 +47,10 @@ def test_a_run_is_complete_if_an_update_was_applied(tmp_path, step, skipped, in_
 
 def test_an_alignment_says_what_comes_after_it(tmp_path):
     state = RunState(micro_step=12, step=12)
-    for stage, found in (("align", f"distil the student with --student_model {tmp_path}/latest"), ("distil", "")):
-        ending = how_it_ended(options_in(tmp_path, "--stage", stage), state, 12, 0)
+    models = ("--preset", "llama-1b", "--teacher_model", "mine", "--layers", "0", "5")
+    models_of_run = f"--preset llama-1b --teacher_model mine --student_model {tmp_path}/latest --layers 0 5"
+    for stage, found in (("align", f"distil the student with {models_of_run}"), ("distil", "")):
+        ending = how_it_ended(options_in(tmp_path, "--stage", stage, *models), state, 12, 0)
         assert ending.text.startswith("complete: 12 of 12 optimizer steps") and ending.text.endswith(found or "steps")
 
 

@@ -2,6 +2,8 @@
 and on two.
 """
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from processes.ranks import process_groups
 from tests.parsing import train_options
 from tests.tiny import MixedParameters, give_gradients, tiny_hybrid, tiny_student, weights
 from tests.two_ranks import on_two_ranks
-from training_utils import build_optimizer, build_schedule, parameter_groups
+from training_utils import build_optimizer, build_schedule, parameter_groups, warmup_steps
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,15 @@ def test_one_rate_for_all_gives_the_groups_of_earlier_versions():
 TWENTY = "--max_lr 1e-3 --min_lr 1e-4 --warmup_ratio 0.2 --decay_ratio 0.25"
 # Warm-up over 4 steps from min_lr, stable for 11, linear decay over 5; min_lr from there on.
 TWENTY_LRS = [1e-4, 3.25e-4, 5.5e-4, 7.75e-4, *[1e-3] * 11, 1e-3, 8.2e-4, 6.4e-4, 4.6e-4, 2.8e-4, 1e-4, 1e-4]
+
+
+def test_a_warm_up_of_a_preset_is_cut_in_a_short_run(caplog):
+    """One that is given leaves room for the decay: others are refused."""
+    caplog.set_level(logging.INFO, logger="train")
+    short, long = train_options("--preset llama-8b --max_steps 50"), train_options("--preset llama-8b")
+    assert warmup_steps(long, long.max_steps) == 100 and not caplog.records
+    assert warmup_steps(short, 50) == 50 - round(short.decay_ratio * 50)
+    assert "--warmup_steps 100 of --preset llama-8b: cut to" in caplog.text
 
 
 def learning_rates(line, total_steps, done, n):

@@ -33,7 +33,7 @@ class Encoder:
         self.separator_id = choose_separator(separator, tokenizer).id
         largest_id = max(self.separator_id, *tokenizer.get_vocab().values())
         self.dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
-        self._token_lists, backend, content = _fast_path(tokenizer) if tokenizer.is_fast else _slow_path(tokenizer)
+        self._token_lists, backend, content = _path(tokenizer)
         self._long_texts = LongTexts(self._token_lists, backend)
         self.digest = hashlib.sha256(f"{self.separator_id} {content}".encode()).hexdigest()
 
@@ -44,6 +44,17 @@ class Encoder:
                 flat += array("I", ids)
                 flat.append(self.separator_id)
         return np.asarray(flat).astype(self.dtype)  # (tokens,)
+
+
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids of one text as an `Encoder` has them, without a separator, which the tokenizer need not have."""
+    token_lists, _, _ = _path(tokenizer)
+    (ids,) = token_lists([text])
+    return list(ids)
+
+
+def _path(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenLists, tokenizers.Tokenizer | None, str]:
+    return _fast_path(tokenizer) if tokenizer.is_fast else _slow_path(tokenizer)
 
 
 def _fast_path(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenLists, tokenizers.Tokenizer | None, str]:

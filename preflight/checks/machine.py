@@ -47,7 +47,7 @@ ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 def default_nproc(run: PlannedRun) -> int:
     """Returns the ranks of the run on this machine: --nproc_per_node, or as many as there are GPUs for."""
     n_gpus = torch.cuda.device_count()
-    has_its_own = run.args.has_teacher and run.args.teacher_placement == "dedicated"
+    has_its_own = run.args.has_teacher and run.args.placement == "dedicated"
     return run.nproc or max(1, n_gpus - (has_its_own and run.args.teacher_device is None))
 
 
@@ -68,7 +68,7 @@ def devices(run: PlannedRun) -> tuple[torch.device, torch.device]:
     """Returns the devices of rank 0's student and teacher. Raises ValueError, as a run does, if GPUs are too few."""
     args = run.args
     with launched_as(default_nproc(run)):
-        return choose_devices(args.teacher_device, args.teacher_placement, runs_teacher=args.has_teacher)
+        return choose_devices(args.teacher_device, args.placement, runs_teacher=args.has_teacher)
 
 
 def run_device() -> torch.device:
@@ -184,7 +184,7 @@ def check_ranks(run: PlannedRun) -> Iterator[Finding]:
     student, teacher = devices(run)
     where = "students on the CPU" if student.type == "cpu" else f"students on cuda:0 to cuda:{n_ranks - 1}"
     if args.has_teacher:
-        where += f", teacher {'beside each' if args.teacher_placement == 'colocated' else f'on {teacher}'}"
+        where += f", teacher {'beside each' if args.placement == 'colocated' else f'on {teacher}'}"
     yield Finding(OK, f"--nproc_per_node {n_ranks}", where)
 
 

@@ -33,7 +33,7 @@ def check_document_separator(run: PlannedRun) -> Iterator[Finding]:
     yield Finding(OK, title, f"{used}: {used.why}")
     others = candidates(used, tokenizer)
     measured = f"{title}, measured"
-    if run.args.kl_weight == 0:
+    if not run.args.has_teacher:
         return
     if reason := _why_not_measured(run, len(others)):
         yield Finding(OK, measured, f"not measured: {reason}")
@@ -44,7 +44,7 @@ def check_document_separator(run: PlannedRun) -> Iterator[Finding]:
         return
     teacher, bos = _teacher(run), tokenizer.bos_token_id
     variants = {name: [i] for name, i in others.items()}
-    if bos is not None:
+    if bos is not None:  # as company, since a teacher may know it at the start of a text only
         variants |= {f"{name} and bos": [i, bos] for name, i in others.items() if i != bos}
     found = start_losses(teacher, documents, variants)
     del teacher
@@ -53,9 +53,9 @@ def check_document_separator(run: PlannedRun) -> Iterator[Finding]:
 
 
 def candidates(used: Separator, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Returns the tokens, with their ids, that could end a document: the one in use, those of pretraining, eos, bos."""
+    """Returns the tokens, with their ids, that could end a document: the one in use, those of pretraining, eos."""
     known = [(used.token, used.id), *pretraining_separators(tokenizer)]
-    known += [(tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.bos_token, tokenizer.bos_token_id)]
+    known.append((tokenizer.eos_token, tokenizer.eos_token_id))
     return {token: i for token, i in known if token is not None}
 
 

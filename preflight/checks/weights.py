@@ -21,7 +21,7 @@ from llamba.quantised import is_parameter
 from model_utils import DTYPES, get_teacher_model, locate_model
 from preflight.checks.basics import FAILURE, OK, Finding, PlannedRun
 from preflight.checks.machine import GB, run_device
-from preflight.checks.models import model_files, skeletons, teacher_place, teacher_tokenizer
+from preflight.checks.models import model_files, separator_of, skeletons, teacher_place, teacher_tokenizer
 from text.encoding import Encoder
 
 SMALL_MODEL = 200_000_000  # parameters; they take seconds to read
@@ -127,7 +127,7 @@ def check_logits(run: PlannedRun) -> Iterator[Finding]:
 
 def probe_ids(run: PlannedRun, device: torch.device) -> Tensor:
     """Returns the ids of a text in several scripts, (1, N)."""
-    ids = Encoder(teacher_tokenizer(run))([PROBE])
+    ids = Encoder(teacher_tokenizer(run), separator_of(run).token)([PROBE])
     return torch.from_numpy(ids.astype("int64")).to(device)[None]
 
 

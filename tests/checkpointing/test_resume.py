@@ -115,6 +115,24 @@ def test_what_may_change_is_logged_and_how_a_run_is_watched_is_not(checkpoint, c
     assert "log_interval" not in caplog.text and "time_limit" not in caplog.text
 
 
+def test_an_earlier_version_had_neither_of_these_rates(checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(resume.logger, "propagate", True)
+    folder, state = checkpoint()
+    for name in ("stage", "copied_lr_factor", "warmup_steps"):
+        state["arguments"].pop(name)
+    check_same_run(folder, state, args(), 2)
+    assert not caplog.records
+    check_same_run(folder, state, args("--copied_lr_factor", "0.1", "--warmup_steps", "3"), 2)
+    assert "--copied_lr_factor 0.1 where the run had 1.0" in caplog.text
+    assert "--warmup_steps 3 where the run had None" in caplog.text
+
+
+def test_only_a_separator_is_left_to_the_checkpoint(checkpoint):
+    """A run may be given a column, or a name, that is called so."""
+    with pytest.raises(ValueError, match="--dataset_text_field auto: the run of .* has text"):
+        check_same_run(*checkpoint(), args("--dataset_text_field", "auto", "--document_separator", "auto"), 2)
+
+
 def separator_of_resumed(folder, recorded, given):
     """Returns what ends a document in a run that resumes with option `given` from a checkpoint that has recorded
     `recorded`; None: it is of an earlier version, and <eos> ended them.

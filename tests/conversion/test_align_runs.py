@@ -137,7 +137,7 @@ def test_only_mixers_learn_and_rows_have_their_errors(run, layers, aligned):
         assert not {"kl", "ce", "ignored_labels"} & row.keys()
         assert row["teacher_wait_s"] == 0
     state = json.loads((folder / "checkpoint-3" / "training_state.json").read_text())
-    assert (state["arguments"]["stage"], state["arguments"]["teacher_placement"]) == ("align", "colocated")
+    assert (state["arguments"]["stage"], state["arguments"]["teacher_placement"]) == ("align", "dedicated")
 
 
 def test_options_of_distillation_are_named_and_change_nothing(run):

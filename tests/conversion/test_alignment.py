@@ -3,18 +3,23 @@ memory, and steps of Adam from starts whose weights are balanced and are not.
 """
 
 import copy
+import itertools
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from conversion import closed_form
-from conversion.alignment import ERRORS, LayerGradients, relative_error
+from conversion.alignment import ERRORS, LayerGradients, load_alignment, relative_error
 from distillation.adamw import LossScale, MasterWeightAdamW, step_or_skip
+from distillation.models import Models
 from distillation.teacher import PendingSignal
 from preflight.footprint import LiveMemory
 from processes.ranks import process_groups
 from tests.conversion.pairs import alignment_of, save_teacher, student_of
+from tests.parsing import train_options
 from tests.tiny import tiny_student, tokens
 from text.batch import Batch
 
@@ -43,22 +48,41 @@ def batch_of(n_windows, length):
 
 def test_the_error_of_zeros_is_one_and_that_of_the_target_is_zero():
     target = torch.randn(3, 5, 8)
-    assert relative_error(torch.zeros_like(target), target, target) == 1
-    assert relative_error(target, target, target) == 0
+    assert relative_error(torch.zeros_like(target), target, target, target) == 1
+    assert relative_error(target, target, target, target) == 0
     size = 2 * target
-    torch.testing.assert_close(relative_error(torch.zeros_like(target), target, size), torch.tensor(0.25))
+    torch.testing.assert_close(relative_error(torch.zeros_like(target), target, size, target), torch.tensor(0.25))
 
 
 def test_the_error_of_windows_is_the_mean_of_theirs():
     """However large their targets are: ranks and micro steps can share them out."""
     output, target = torch.randn(4, 5, 8), torch.randn(4, 5, 8) * torch.tensor([1.0, 10, 100, 0.1])[:, None, None]
-    alone = [relative_error(output[i : i + 1], target[i : i + 1], target[i : i + 1]) for i in range(4)]
-    torch.testing.assert_close(relative_error(output, target, target), torch.stack(alone).mean())
+    windows = zip(output.split(1), target.split(1), strict=True)
+    alone = [relative_error(o, t, t, t) for o, t in windows]
+    torch.testing.assert_close(relative_error(output, target, target, target), torch.stack(alone).mean())
 
 
 def test_errors_are_computed_in_float32():
     output, target = (torch.full((1, 2, 64), value, dtype=torch.float16) for value in (300.0, 100.0))
-    assert relative_error(output, target, target) == 4  # squares of 200 and 100, summed, are beyond float16
+    assert relative_error(output, target, target, target) == 4  # squares of 200 and 100, summed, are beyond float16
+
+
+@pytest.mark.parametrize("target", sorted(ERRORS))
+def test_a_layer_that_gives_zeros_is_compared_with_its_input(tmp_path, one_rank, target):
+    """As those have that are put in to make a Llama deeper; a mixer of zeros is right there, any other one wrong."""
+    teacher = save_teacher(tmp_path / "before").requires_grad_(False)
+    nn.init.zeros_(teacher.model.layers[1].self_attn.o_proj.weight)
+    nn.init.zeros_(teacher.model.layers[1].mlp.down_proj.weight)
+    teacher.save_pretrained(tmp_path)
+    student = student_of(teacher)
+    alignment = alignment_of(tmp_path, student, target)
+    for is_right in (False, True):
+        if is_right:
+            for parameter in student.backbone.layers[1].mixer.parameters():
+                nn.init.zeros_(parameter)
+        _, *errors = alignment.backward(batch_of(2, 13), UNASKED, factor=1.0, is_last=True).tolist()
+        assert all(map(math.isfinite, errors)) and errors[1] == 0 if is_right else errors[1] > 10
+        assert all(gradients.flat.isfinite().all() for gradients in alignment.gradients)
 
 
 def plain_errors(teacher, student, ids, target):
@@ -107,6 +131,14 @@ def test_errors_and_gradients_are_those_of_plain_autograd(tmp_path, one_rank, ta
             assert own[name].grad is None, name
 
 
+def test_the_teacher_runs_up_to_the_last_mixer(tmp_path, one_rank):
+    alignment, ran = alignment_of(tmp_path, student_of(save_teacher(tmp_path), layers=(0, 2, 3))), []
+    for i, layer in enumerate(alignment.stream.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, i=i: ran.append(i))
+    alignment.backward(batch_of(2, 13), UNASKED, 1.0, is_last=True)
+    assert ran == [0, 1]
+
+
 def test_accumulated_micro_steps_equal_one_batch(tmp_path, one_rank):
     teacher, batch = save_teacher(tmp_path), batch_of(4, 13)
     found = []
@@ -139,10 +171,31 @@ def test_gradients_of_a_layer_stay_in_one_tensor(one_rank):
         gradients.begin_average()
         gradients.wait()
         assert gradients.flat.any()
-        assert all(p.grad.untyped_storage() is not None for p in module.parameters())
+        ends = itertools.accumulate((p.nbytes for p in module.parameters()), initial=gradients.flat.data_ptr())
+        assert [p.grad.data_ptr() for p in module.parameters()] == list(ends)[:-1]
         torch.testing.assert_close(gradients.flat, torch.cat([p.grad.flatten() for p in module.parameters()]))
         step_or_skip(module, optimizer, LossScale(False, 1.0), 1.0, loss=1.0)
         assert not gradients.flat.any()
+
+
+def test_a_rank_begins_with_the_student_of_rank_0(tmp_path, one_rank, monkeypatch):
+    """Before it compares the teacher's tensors with its own."""
+    first = student_of(save_teacher(tmp_path / "teacher"))
+    other = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    sent = itertools.chain(first.parameters(), first.buffers())
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.copy_(next(sent)))
+    args = train_options("--dtype float32 --layers -1 --stage align")
+    models = Models(str(tmp_path / "teacher"), str(tmp_path / "other"), vocab=50, tokenizer=None)
+    alignment, _ = load_alignment(args, models, CPU)
+    for name, tensor in alignment.model.student.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+    assert alignment.stream.bytes_held == sum(
+        p.nbytes for x in alignment.stream.layers for p in x.self_attn.parameters()
+    )
 
 
 # --- memory --------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """A Llama read piece by piece: every way that its files may be, one layer in memory, and what is wrong with files."""
 
 import gc
+import shutil
 import weakref
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from conversion.teacher_weights import TeacherWeights
+from inputs import model_files
 from tests.model_files import change_json, change_weight
 from tests.tiny import tiny_student, tiny_teacher, tokens
 
@@ -67,6 +70,34 @@ def test_nothing_that_was_read_stays(tmp_path, kind):
     del layer, parameter
     gc.collect()
     assert [reference() for reference in gone] == [None] * len(gone)
+
+
+# --- a name on the Hub -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bin"])
+def test_only_what_is_read_is_downloaded(tmp_path, monkeypatch, kind):
+    """Of a repository that has the weights in two formats and the original ones in a folder."""
+    remote, here = saved(tiny_teacher(), tmp_path / "remote", kind), tmp_path / "here"
+    wanted = {file.name for file in remote.iterdir()} | {"tokenizer.json"}
+    others = ["original/consolidated.00.pth", "original/params.json", "README.md", "model.onnx"]
+    others += [] if kind == "bin" else ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    for name in ["tokenizer.json", *others]:
+        (remote / name).parent.mkdir(exist_ok=True)
+        (remote / name).write_text("{}")
+
+    def download(name, allow_patterns, ignore_patterns):
+        assert name == "owner/llama"
+        names = [str(file.relative_to(remote)) for file in remote.rglob("*") if file.is_file()]
+        here.mkdir(exist_ok=True)
+        for found in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (here / found).parent.mkdir(exist_ok=True)
+            shutil.copy(remote / found, here / found)
+        return str(here)
+
+    monkeypatch.setattr(model_files, "snapshot_download", download)
+    assert TeacherWeights("owner/llama").folder == here
+    assert {str(file.relative_to(here)) for file in here.rglob("*") if file.is_file()} == wanted
 
 
 # --- what is wrong with the files ----------------------------------------------------------------------------

@@ -135,6 +135,14 @@ def test_a_name_in_the_cache_of_the_hub_is_compared(student, tokenizer, tmp_path
     assert "2 of its tokens" in tokenizer_difference(own, tokenizer)
 
 
+def test_tokenizers_are_compared_without_a_token_that_ends_documents(tokenizer):
+    """The run names one, and a student's own tokenizer need not have it."""
+    for eos in (None, "<|other|>"):
+        own = AutoTokenizer.from_pretrained(TINY / "teacher")
+        own.eos_token = eos
+        assert tokenizer_difference(own, tokenizer) is None
+
+
 def test_a_damaged_tokenizer_of_a_student_does_not_stop_a_run(student, tokenizer, caplog):
     (student / "tokenizer.json").write_text("{")
     warn_of_another_tokenizer(str(student), tokenizer)

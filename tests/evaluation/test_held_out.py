@@ -165,6 +165,15 @@ def test_documents_end_as_in_the_run_of_the_checkpoint(tmp_path, caplog, recorde
         assert f"--document_separator <|endoftext|>: the run of --ckpt {tmp_path} had <|im_end|>" in caplog.text
 
 
+def test_a_separator_of_the_checkpoints_run_that_the_tokenizer_lacks_is_named_as_that(tmp_path):
+    (tmp_path / "training_state.json").write_text(json.dumps({"arguments": STATE | {"document_separator": "<sep>"}}))
+    tokenizer = tokenizer_of(CHATML, eos_token="<|im_end|>")
+    with pytest.raises(ValueError, match=f"^--ckpt {tmp_path}: its run ended each document with '<sep>'"):
+        held_out.separator_of_text("auto", tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="^--document_separator '<other>'"):
+        held_out.separator_of_text("<other>", tokenizer, tmp_path)
+
+
 def test_windows_have_the_separator(tokenizer):
     chat = tokenizer_of(CHATML, eos_token="<|im_end|>")
     found = [set(read_windows(source(), chat, 40, 64, *option).flatten().tolist()) for option in ((), ("<|im_end|>",))]

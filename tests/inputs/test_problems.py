@@ -66,16 +66,24 @@ def test_steps_of_warm_up_leave_room_for_the_decay():
     assert message.endswith("expected at most 90")
 
 
+def test_a_warm_up_of_a_preset_refuses_no_short_run():
+    assert train_options("--preset llama-8b --max_steps 50").warmup_steps == 100
+    assert "--warmup_steps 101: the run has 50" in train_error("--preset llama-8b --max_steps 50 --warmup_steps 101")
+
+
 def test_an_empty_loss():
     assert "--ce_weight 0 --kl_weight 0: the loss is empty" in train_error("--ce_weight 0 --kl_weight 0")
 
 
 def test_the_weights_of_the_loss_are_not_looked_at_where_mixers_are_aligned():
-    args = train_options(
-        "--stage align --ce_weight 0 --kl_weight 0 --layer_map_interval 3 --teacher_placement dedicated"
-    )
-    assert (args.has_teacher, args.teacher_placement, args.teacher_device) == (True, "colocated", None)
+    args = train_options("--stage align --ce_weight 0 --kl_weight 0 --layer_map_interval 3")
+    assert (args.has_teacher, args.placement, args.teacher_placement) == (True, "colocated", "dedicated")
     assert not train_options("--kl_weight 0").has_teacher
+
+
+def test_an_aligned_student_has_its_teacher_beside_it():
+    message = train_error("--stage align --teacher_placement colocated --teacher_device cuda:0")
+    assert "--teacher_device cuda:0: with --stage align" in message and message.count("--teacher_device") == 1
 
 
 def test_what_to_align_with_is_for_that_stage():

@@ -243,6 +243,18 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(exported, hybrid):
     assert "optimizer step 12 (micro step 24), when 4,096 tokens" in body
 
 
+@pytest.mark.parametrize(("target", "words"), [("attention", "output of the attention"), ("block", "its layer")])
+def test_the_card_of_an_alignment_says_what_was_trained(hybrid, tmp_path, target, words):
+    folder = save_checkpoint(tmp_path / "run", hybrid)
+    state = json.loads((folder / "training_state.json").read_text())
+    state["arguments"] |= {"stage": "align", "align": target, "max_lr": 1e-3, "copied_lr_factor": 0.1}
+    body = card.model_card(hybrid.config, 1, {"float32"}, True, state, tmp_path)
+    assert "Aligned with a Llama teacher, and not distilled" in body and words in body
+    assert "| learning rate | 0.001 |" in body and "| frozen | all but the mixers |" in body
+    assert "Distilled from" not in body and "weight |" not in body and "temperature" not in body
+    assert "| layers from the teacher | 1 3 |" in body
+
+
 def test_the_card_knows_nothing_of_a_run_that_left_no_state(tmp_path):
     tiny_student().save_pretrained(tmp_path / "plain")
     assert main([str(tmp_path / "plain"), str(tmp_path / "out")]) == 0

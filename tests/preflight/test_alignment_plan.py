@@ -1,7 +1,10 @@
 """The plan and the doctor of `--stage align`. That the plan's bytes are those of real runs is in test_footprint.py."""
 
 import dataclasses
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from preflight.checks import alignment, loss, machine, storage, weights
 from preflight.checks.basics import FAILURE, OK
 from preflight.footprint import build_models, gradient_bytes, measure_footprint
 from preflight.plan import Machine, alternatives, asked_placement, gpus_needed, make_plan, wire_bytes
-from preflight.plan_report import print_plan
+from preflight.plan_report import assumptions, print_plan
 from tests.parsing import train_error
 from tests.preflight.cases import found, planned, statuses, the_bad_one
 from tests.preflight.test_footprint import folder, options
@@ -67,6 +70,26 @@ def test_activations_are_those_of_one_layer(folder, tmp_path, target):
     assert peaks[0] <= peaks[1] <= peaks[2] <= peaks[0] + 64 * 16  # an error of each layer, four bytes
 
 
+@pytest.mark.parametrize(("stages", "shares"), [(["align"], True), (["align", "distil"], False), (None, False)])
+def test_a_student_that_was_trained_shares_nothing(folder, tmp_path, stages, shares):
+    """Nor does one that was not made from a teacher: it is counted whole beside it."""
+    args, student_model = aligned(folder), str(folder / "made" / "student")
+    for stage in stages or []:
+        checkpoint = Path(shutil.copytree(folder / "made" / "student", tmp_path / stage))
+        run = {"student_model": student_model, "stage": stage}
+        (checkpoint / "training_state.json").write_text(json.dumps({"arguments": run}))
+        student_model = str(checkpoint)
+    if stages is None:
+        student_model = str(folder / "wide" / "student")
+    args = dataclasses.replace(args, student_model=student_model)
+    footprint = measure_footprint(args)
+    teacher, _ = build_models(args)
+    attention = sum(p.nbytes for layer in teacher.model.layers[:2] for p in layer.self_attn.parameters())
+    everything = sum(p.nbytes for p in teacher.parameters())
+    assert footprint.teacher.weights == (attention if shares else everything)
+    assert ("is counted beside it" in assumptions(args, MACHINE)) != shares
+
+
 @pytest.mark.parametrize("target", ["attention", "block"])
 @pytest.mark.parametrize("layers", ["-1", "2 3"])
 def test_mfu_counts_what_a_step_multiplies(folder, layers, target):
@@ -76,7 +99,7 @@ def test_mfu_counts_what_a_step_multiplies(folder, layers, target):
     footprint = measure_footprint(args)
     teacher, student = build_models(args)
     freeze_all_but_mixers(student)
-    stream = stream_of(teacher, student)
+    stream = stream_of(args, teacher, student)
     made = Alignment(DistillationModel(student, stream.head, len(stream.head), args, 1), stream, target)
     again = sum(_mixing_operations(module, 256) for block in made.blocks.values() for module in block.mixer.modules())
     step = sum(footprint.operations.values()) + footprint.teacher.operations
@@ -89,7 +112,7 @@ def test_the_printed_plan(folder, capsys, no_torchrun, monkeypatch):
     assert print_plan(aligned(folder, f"{ALIGN} --dry_run --gpus 1")) == 0
     text = capsys.readouterr().out
     assert re.search(r"rank 0 +cuda:0 +a teacher that shares its student's weights", text)
-    assert "\nFits." in text and "teacher's attention, not shared" in text and "dedicated" not in text
+    assert "\nFits." in text and "teacher's weights, not shared" in text and "dedicated" not in text
     assert "The student is taken to be made from this teacher" in text
     print_plan(aligned(folder, f"{ALIGN} --dry_run --gpus 2 --gpu_gb 0.1"))
     text = capsys.readouterr().out

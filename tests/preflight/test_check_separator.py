@@ -25,7 +25,7 @@ def chat_teacher(tmp_path_factory):
 def losses(monkeypatch):
     """Returns what was asked for by name; the losses are made up: best after <|endoftext|>, unless they are changed."""
     asked = {}
-    by_name = {"<|endoftext|>": (8.0, 3.9), "<|im_end|>": (22.0, 5.0), "<|im_start|>": (11.0, 4.5)}
+    by_name = {"<|endoftext|>": (8.0, 3.9), "<|im_end|>": (22.0, 5.0)}
 
     def made_up(teacher, documents, variants):
         asked.update(variants, documents=documents, by_name=by_name)
@@ -46,9 +46,9 @@ def test_the_one_in_use_is_the_best(chat_teacher, tmp_path, own_cache, losses):
     chosen, measured = findings(chat_teacher, tmp_path)
     assert chosen.status == measured.status == OK
     assert chosen.found.startswith("'<|endoftext|>' (256): it ended documents in pretraining")
-    assert "<|endoftext|> 8.00 / 3.90, <|im_end|> 22.00 / 5.00, <|im_start|> 11.00 / 4.50" in measured.found
-    assert "<|endoftext|> and bos 9.00 / 3.70" in measured.found and measured.found.endswith("best is <|endoftext|>")
-    assert losses["<|im_end|> and bos"] == [258, 257] and "<|im_start|> and bos" not in losses
+    assert "<|endoftext|> 8.00 / 3.90, <|im_end|> 22.00 / 5.00, <|endoftext|> and bos 9.00 / 3.70" in measured.found
+    assert measured.found.endswith("best is <|endoftext|>")
+    assert losses["<|im_end|> and bos"] == [258, 257] and "<|im_start|>" not in losses
     documents = losses["documents"]
     assert 2 <= len(documents) <= separator.MOST and all(max(ids) < 256 for ids in documents)
 
@@ -91,6 +91,19 @@ def test_where_it_is_not_measured(chat_teacher, tmp_path, own_cache, losses, mon
 def test_a_tokenizer_with_one_token_for_it_needs_no_teacher(own_cache, losses):
     both = found(separator.check_document_separator)
     assert statuses(both) == [OK, OK] and "no other token" in both[1].found and not losses
+
+
+def test_bos_is_no_candidate_by_itself(chat_teacher, tmp_path, own_cache, losses):
+    """A base model with eos and bos, as Llama's, has one token to end a document with."""
+    folder = shutil.copytree(chat_teacher, tmp_path / "base")
+    tokenizer_of(["<|bos|>", "<|im_end|>"], bos_token="<|bos|>", eos_token="<|im_end|>").save_pretrained(folder)
+    _, measured = findings(folder, tmp_path)
+    assert "no other token" in measured.found and "best" not in losses
+
+
+@pytest.mark.parametrize(("options", "n"), [(["--kl_weight", "0"], 1), (["--stage", "align", "--kl_weight", "0"], 2)])
+def test_it_is_measured_where_a_teacher_runs(chat_teacher, tmp_path, own_cache, losses, options, n):
+    assert len(findings(chat_teacher, tmp_path, *options)) == n
 
 
 def test_losses_are_those_of_the_teacher_after_another_document(monkeypatch):

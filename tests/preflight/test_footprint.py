@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import training_utils
 from arguments import parse_train_args
 from benchmarks.bare_run import train_steps
+from conversion.unfinished import FIGURES
 from distillation.models import Models
 from llamba import LlambaConfig, LlambaForCausalLM
 from preflight import plan
@@ -94,6 +95,8 @@ def save_teacher_and_student(folder, size, d_model, n_heads):
     student = LlambaForCausalLM(config)
     if size == "made":
         take_what_both_have(student, teacher)
+        (folder / size / "student").mkdir()
+        (folder / size / "student" / FIGURES).write_text("{}")
     student.save_pretrained(folder / size / "student")
 
 

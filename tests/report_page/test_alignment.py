@@ -40,6 +40,19 @@ def test_the_charts_of_an_alignment(tmp_path):
     assert np.isnan(heat_map.layers.error[[0, 1, 3, 4]]).all() and heat_map.marked == [0, 1, 3]
 
 
+def test_the_unit_is_that_of_what_was_aligned(tmp_path):
+    """By the run's options, which anyone may have written."""
+    runs = [aligned_run(tmp_path / name) for name in "ab"]
+    for target, unit in (("block", "relative to what the layer adds"), (["?"], "relative to the attention's output")):
+        options(runs[0], stage="align", align=target)
+        alone = {chart.key: chart.unit for chart in charts_of(read_runs(runs[:1]))}
+        assert alone["align-mean"] == alone["align-worst"] == alone["align-layers"] == unit
+    options(runs[0], stage="align", align="block")
+    both = {chart.key: chart.unit for chart in charts_of(read_runs(runs))}
+    assert both["align-mean"] == "relative to the attention's output or relative to what the layer adds"
+    assert both["align-layers-0"] == "relative to what the layer adds"
+
+
 def test_beside_a_distillation_each_has_its_own_loss(tmp_path):
     runs = [aligned_run(tmp_path / "a"), build(tmp_path / "b", [row_of(1), row_of(2)])]
     charts = {chart.key: chart for chart in charts_of(read_runs(runs))}
