@@ -26,7 +26,9 @@ TEACHER = ROOT / "teachers" / "smollm2-135m"
 STEPS = 8
 EPOCH = 2  # steps; the same few windows come again and again, so that the first and the last steps can be compared
 TRAIN = f"--max_steps {STEPS} --epochs {STEPS} --batch_size 1 --warmup_steps 2 --decay_ratio 0.5"
-TRAIN += f" --save_interval 2 --save_total_limit 2 --eval_interval {STEPS} --eval_windows 2 --layer_map_interval {STEPS}"
+TRAIN += (
+    f" --save_interval 2 --save_total_limit 2 --eval_interval {STEPS} --eval_windows 2 --layer_map_interval {STEPS}"
+)
 SETTINGS = {
     "REAL_MAKE": "--calibration_tokens 1024 --held_out_tokens 256",
     "REAL_START": "--windows 2",
