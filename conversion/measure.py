@@ -4,6 +4,7 @@ through the models layer by layer, so that no model is ever whole in memory.
 Shapes: B windows, S tokens, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -91,7 +92,13 @@ def in_parts(function: Layer, x: Tensor) -> Tensor:
 
 
 def _relative(found: Tensor, expected: Tensor, scale: Tensor) -> float:
-    return ((found - expected).norm(dim=-1) / scale.norm(dim=-1)).mean().item()
+    """Returns the mean over tokens of ||found - expected|| / ||scale||: of nothing but zeros 0, infinity where only
+    what it is measured by is zero, NaN where something found is not finite.
+    """
+    if not found.isfinite().all():
+        return math.nan
+    errors, sizes = (found - expected).norm(dim=-1), scale.norm(dim=-1)  # (B, S)
+    return torch.where((errors == 0) & (sizes == 0), 0.0, errors / sizes).mean().item()
 
 
 def _sums(

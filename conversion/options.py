@@ -12,6 +12,7 @@ from inputs.options import BY_PRESET, option, out_of_bounds, path_option
 
 STUDENT = "the student"
 CALIBRATION = "calibration"
+LEAST_TOKENS = 512  # for --init closed_form
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,11 @@ class MakeArguments(CommonArguments):
         for name in ("calibration_tokens", "held_out_tokens"):
             if getattr(self, name) < self.seq_length:
                 yield f"--{name} {getattr(self, name)}: fills no window of --seq_length {self.seq_length}; raise it"
+        if self.init == "closed_form" and self.calibration_tokens < LEAST_TOKENS:
+            yield (
+                f"--calibration_tokens {self.calibration_tokens}: is too little text for --init closed_form; expected "
+                f"at least {LEAST_TOKENS}"
+            )
 
 
 def parse_make_args(argv: list[str] | None = None) -> MakeArguments:
