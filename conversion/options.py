@@ -69,7 +69,7 @@ class MakeArguments(CommonArguments):
         if self.output is None:
             yield (
                 f"--output: has no default with --teacher_model {self.teacher_model} and --preset {self.preset}, which "
-                "is not to build a student of it; give --output, a new folder"
+                "builds no student of it; give --output, a new folder"
             )
         if len(set(self.layers)) != len(self.layers) or any(index < 0 for index in self.layers):
             yield f"--layers {' '.join(map(str, self.layers))}: expected each index once, or -1 alone for none"

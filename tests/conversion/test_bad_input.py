@@ -208,7 +208,7 @@ def test_a_plan_grows_with_what_is_asked_for(tmp_path, teacher):
     usual = plan()
     assert plan("--calibration_tokens", 10**6)["a layer"] > usual["a layer"] + 4 * 64 * 10**6
     assert plan("--init", "random")["a layer"] < usual["a layer"]
-    long = ("--calibration_tokens", 8192, "--seq_length")
+    long = ("--calibration_tokens", 8192, "--held_out_tokens", 8192, "--seq_length")
     change_json(teacher / "config.json", max_position_embeddings=8192)
     assert plan(*long, 8192)["a layer"] > plan(*long, 64)["a layer"]  # a window is never split
     args = options(tmp_path, "--dry_run", "--no_ssm_bias", "--d_state", 8)

@@ -15,7 +15,7 @@ from inputs.option_values import PRESETS
 TEACHER = str(PRESETS / "tiny" / "teacher")
 CPU = torch.device("cpu")
 MADE = {"teacher": {"name": TEACHER, "config": "c", "files": []}, **Recipe().made_with(CPU), "text": "t"}
-LINE = f"--preset tiny --teacher_model {TEACHER} --dtype bfloat16 --device cpu"
+LINE = f"--preset tiny --teacher_model {TEACHER} --dtype bfloat16 --device cpu --seed 0"
 
 
 def save(folder, name, made_with, **more):

@@ -75,4 +75,5 @@ def test_wrong_options_are_reported_together():
         "  --d_state 1: expected at least 2, at most 4_096",
         "  --layers 1 1: expected each index once, or -1 alone for none",
         "  --calibration_tokens 100: fills no window of --seq_length 256; raise it",
+        "  --calibration_tokens 100: is too little text for --init closed_form; expected at least 512",
     ]
