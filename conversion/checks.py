@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from conversion.gguf import GGUFModel, is_gguf
+from conversion.gguf import GGUFModel, is_gguf, partial_folder
 from conversion.options import MakeArguments
 from conversion.student_config import problems_of_teacher, student_config
 from conversion.unfinished import FIGURES, unfinished_folder
@@ -100,7 +100,8 @@ def _problems_of_output(args: MakeArguments, student: LlambaConfig) -> list[str]
         if (output / FIGURES).is_file():
             return []  # finished, or another one, which `check_output` says
         place = next(folder for folder in output.absolute().parents if folder.is_dir())
-        done = sum(file.stat().st_size for file in unfinished_folder(output).glob("*.safetensors"))
+        begun = (unfinished_folder(output), partial_folder(converted_folder(args)))  # what is there is overwritten
+        done = sum(file.stat().st_size for folder in begun for file in folder.glob("*.safetensors"))
         needed, free = disk_bytes(args, student) - done, shutil.disk_usage(place).free
     if free < needed:
         return [

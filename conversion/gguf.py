@@ -76,12 +76,12 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
             return folder
     model = GGUFModel.open(flag, file)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(flag, file, folder, model.n_bytes)
-    logger.info("Converting %s to %s (%.1f GB)", file, folder, model.n_bytes / 1e9)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_folder(folder)
     with lock_dir(flag, partial):
-        _empty(partial)  # of an earlier call that was killed
         try:
+            _empty(partial)  # of an earlier call that was killed
+            _check_room(flag, file, folder, model.n_bytes)
+            logger.info("Converting %s to %s (%.1f GB)", file, folder, model.n_bytes / 1e9)
             model.save(partial)
             record = {"file": file.name, "sha256": _sha256(file)}
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -94,6 +94,11 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return folder
+
+
+def partial_folder(folder: Path) -> Path:
+    """Returns where a conversion to `folder` writes until it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _empty(folder: Path) -> None:

@@ -182,6 +182,11 @@ def test_a_conversion_that_was_killed_leaves_no_copy_for_good(tmp_path, llama, m
             convert(tmp_path, llama)
     (left,) = (tmp_path / "made").iterdir()
     (left / "of_the_first").touch()
+    assert left == door.partial_folder(tmp_path / "made" / "tiny")
+    in_the_way = SimpleNamespace(free=1000)  # until it is removed
+    room = door.shutil.disk_usage
+    usage = lambda path: in_the_way if (left / "of_the_first").exists() else room(path)  # noqa: E731
+    monkeypatch.setattr(door.shutil, "disk_usage", usage)
     flushed = []
     monkeypatch.setattr(door, "flush_to_disk", lambda path: flushed.append(path.name))
     folder = convert(tmp_path, llama)
