@@ -20,11 +20,12 @@ from pathlib import Path
 
 from conversion.build import Recipe, build_student
 from conversion.calibration import read_windows
-from conversion.checks import check_conversion, converted_folder
+from conversion.checks import check_conversion, converted_folder, warn_of_few_tokens
 from conversion.gguf import convert_gguf, is_gguf
 from conversion.plan import format_plan
 from conversion.report import format_figures
 from conversion.teacher_weights import TeacherWeights
+from conversion.unfinished import check_output
 from model_utils import get_tokenizer, locate_model
 from processes.devices import checked_device
 from text.encoding import check_tokenizer
@@ -44,6 +45,11 @@ def main(args: MakeArguments | None = None) -> int:
     if args.dry_run:
         print(format_plan(args, *configs))
         return 0
+    assert args.output is not None
+    recipe = Recipe(args.init, args.d_state, args.ssm_bias, args.dtype, tuple(sorted(args.layers)), args.seed)
+    known = {"teacher": {"name": args.teacher_model}, **recipe.made_with(device)}
+    check_output(Path(args.output), known)  # before a file is converted, or a text downloaded
+    warn_of_few_tokens(args, configs[1])
     teacher = TeacherWeights(teacher_folder(args), "--teacher_model", args.teacher_model)
     tokenizer = get_tokenizer("--teacher_model", str(teacher.folder))
     check_tokenizer(tokenizer, "--teacher_model", teacher.config.vocab_size)
@@ -51,8 +57,6 @@ def main(args: MakeArguments | None = None) -> int:
     separator = choose_separator(args.document_separator, tokenizer)
     logger.info("each document ends with %s: %s", separator, separator.why)
     windows = read_windows(text_of(args), tokenizer, tokens, args.seq_length, args.seed, separator.token)
-    assert args.output is not None
-    recipe = Recipe(args.init, args.d_state, args.ssm_bias, args.dtype, tuple(sorted(args.layers)), args.seed)
     figures = build_student(teacher, Path(args.output), tokenizer, windows, recipe, device)
     print(format_figures(figures))
     return 0
@@ -73,6 +77,7 @@ def text_of(args: MakeArguments) -> TextSource:
         args.calibration,
         args.calibration_subset,
         args.calibration_split,
+        args.calibration_revision,
         text_field=args.calibration_text_field,
         streaming=not is_part(args.calibration_split),
         local_files_only=args.local_files_only,
@@ -80,6 +85,7 @@ def text_of(args: MakeArguments) -> TextSource:
             name="--calibration",
             subset="--calibration_subset",
             split="--calibration_split",
+            revision="--calibration_revision",
             text_field="--calibration_text_field",
             skip_bad_rows=None,
         ),

@@ -63,7 +63,8 @@ def prepare(text: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def one_window(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yields the beginning of the texts that fills WINDOW tokens, a separator behind each text included. One more
-    separator, behind the last, is the label of the last token.
+    separator, behind the last, is the label of the last token. A text that would fill them with its separator is one
+    token shorter, which the next begins with: the label has to be behind a text.
     """
     left = WINDOW
     for text in texts:
@@ -73,8 +74,13 @@ def one_window(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
             assert tokenizer(beginning, add_special_tokens=False).input_ids == found.input_ids[:left]
             yield beginning
             return
-        yield text
-        left -= len(found.input_ids) + 1
+        n_tokens = len(found.input_ids)
+        if n_tokens + 1 == left:
+            n_tokens -= 1
+            text = text[: found.offset_mapping[n_tokens][0]]
+        if n_tokens:
+            yield text
+            left -= n_tokens + 1
 
 
 def compare(output: Path) -> Iterator[list[str]]:

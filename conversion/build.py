@@ -25,7 +25,7 @@ from conversion.teacher_weights import TeacherWeights
 from conversion.unfinished import FIGURES, UnfinishedStudent, finished_figures
 from llamba import DiscreteMamba2, LlambaBlock, LlambaConfig, LlambaModel
 from model_utils import DTYPES
-from utils import format_duration
+from utils import finite, format_duration
 
 logger = logging.getLogger("train")
 
@@ -43,6 +43,10 @@ class Recipe:
     layers: tuple[int, ...] = ()  # the hybrid with these of the teacher's is measured too
     seed: int = 0  # of random mixers
 
+    def made_with(self, device: torch.device) -> dict[str, Any]:
+        """Returns all that decides what the student becomes, but for teacher and text, as JSON has it."""
+        return {**asdict(self), "layers": list(self.layers), "device": device.type}
+
 
 def build_student(
     teacher: TeacherWeights,
@@ -56,17 +60,19 @@ def build_student(
     made there before with all of the same is left as it is. Raises ValueError.
     """
     config = student_config(teacher.config, recipe.d_state, recipe.ssm_bias)
-    made_with = {"teacher": _identity(teacher), **asdict(recipe), "text": _digest(windows)}
-    made_with["layers"] = list(recipe.layers)  # as JSON has it
+    device = torch.device(device)
+    made_with = {"teacher": _identity(teacher), **recipe.made_with(device), "text": _digest(windows)}
     if (figures := finished_figures(output, made_with)) is not None and output.is_dir():
         logger.info("%s is finished already", output)
         return figures
     work = UnfinishedStudent(output, made_with, config.n_layer + 2)
     with work.locked():
         if figures is None:
-            figures = _Building(teacher, config, recipe, torch.device(device), work).build(windows)
+            figures = _Building(teacher, config, recipe, device, work, windows.calibration.shape[1]).build(windows)
             _write_rest(work, config, tokenizer)
-            figures = {"made_with": made_with, "rope_parameters": teacher.config.rope_parameters, **figures}
+            if (some := finite(figures)) != figures:
+                logger.warning("some figures are not finite: they are null in %s", FIGURES)
+            figures = {"made_with": made_with, "rope_parameters": teacher.config.rope_parameters, **some}
             work.write_json(FIGURES, figures)
         work.publish()
     return figures
@@ -89,17 +95,17 @@ class _Building:
         recipe: Recipe,
         device: torch.device,
         work: UnfinishedStudent,
+        seq_length: int,
     ) -> None:
         self.teacher, self.config, self.recipe, self.device, self.work = teacher, config, recipe, device, work
         self.dtype = DTYPES[recipe.dtype]
-        self.angles: tuple[Tensor, Tensor]
+        positions = torch.arange(seq_length, device=device)[None]  # (1, S)
+        self.angles = teacher.rotary(device)(torch.zeros((), device=device), positions)  # (1, S, P) each
 
     @torch.no_grad()
     def build(self, windows: Windows) -> dict[str, Any]:
         """Writes all shards, and returns the figures."""
         labels = windows.held_out[:, 1:].to(self.device)  # (m, S)
-        positions = torch.arange(labels.shape[1], device=self.device)[None]  # (1, S)
-        self.angles = self.teacher.rotary(self.device)(torch.zeros((), device=self.device), positions)
         calibration, streams, errors = self._start(windows)
         begun, n_before, n_layer = time.monotonic(), len(errors), self.config.n_layer
         for index in range(n_before, n_layer):
@@ -116,8 +122,8 @@ class _Building:
             self.work.save_progress({**of_calibration, **streams.states}, {"errors": errors})
             left = (time.monotonic() - begun) / (index + 1 - n_before) * (n_layer - index - 1)
             logger.info(
-                "layer %d of %d | error %.3f, of the mixer alone %.3f | about %s left",
-                index + 1, n_layer, errors[-1]["own"], errors[-1]["mixer"], format_duration(left),
+                "layer %d done, %d of %d | error %.3f, of the mixer alone %.3f | about %s left",
+                index, index + 1, n_layer, errors[-1]["own"], errors[-1]["mixer"], format_duration(left),
             )  # fmt: skip
             del layer, block, attended  # before the next is read
         return {"layers": errors, "held_out": self._finish(streams, labels)}
@@ -132,7 +138,7 @@ class _Building:
             calibration = Calibration(*(tensors.pop(f"calibration.{name}") for name in Calibration._fields))
             streams = HeldOutStreams(tensors["teacher"], tensors["teacher"], self.recipe.layers)
             streams.states = {name: tensors[name] for name in streams.states}
-            logger.info("resuming behind layer %d", len(figures["errors"]))
+            logger.info("resuming behind layer %d", len(figures["errors"]) - 1)
             return calibration, streams, figures["errors"]
         embedding = self.teacher.embedding(FLOAT32)  # (V, D)
         written = embedding.to(self.dtype)
@@ -173,10 +179,12 @@ class _Building:
             raise ValueError(
                 f"{name}: its hidden states behind layer {index} are not finite; take another teacher, or other text"
             )
-        if not all(map(math.isfinite, error.values())):
+        if any(map(math.isnan, error.values())):  # not infinite ones: of an attention that gives zeros, say
+            remedies = ["--dtype float32"] * (self.recipe.dtype != "float32")
+            remedies += ["--init random"] * (self.recipe.init != "random")
             raise ValueError(
-                f"{name}: the mixer of layer {index} gives values that are not finite in --dtype {self.recipe.dtype}; "
-                "use --dtype float32, or --init random"
+                f"{name}: layer {index} of the student gives values that are not finite, by --init "
+                f"{self.recipe.init} in --dtype {self.recipe.dtype}; use {' or '.join(remedies) or 'another teacher'}"
             )
 
     def _finish(self, streams: HeldOutStreams, labels: Tensor) -> dict[str, Any]:
@@ -218,4 +226,5 @@ def _identity(teacher: TeacherWeights) -> dict[str, Any]:
 
 
 def _digest(windows: Windows) -> str:
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in windows)).hexdigest()
+    parts = [b"%d %d " % part.shape + part.numpy().tobytes() for part in windows]
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -2,13 +2,14 @@
 of the student, and the room on its disk.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from conversion.gguf import GGUFModel, is_gguf
+from conversion.gguf import GGUFModel, is_gguf, partial_folder
 from conversion.options import MakeArguments
 from conversion.student_config import problems_of_teacher, student_config
 from conversion.unfinished import FIGURES, unfinished_folder
@@ -18,6 +19,8 @@ from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import DTYPES, locate_model
 from paths import readable
+
+logger = logging.getLogger("train")
 
 GB = 1e9
 TEACHER = "--teacher_model"
@@ -38,6 +41,15 @@ def check_conversion(args: MakeArguments) -> tuple[LlamaConfig, LlambaConfig]:
     if problems:
         raise ValueError("\n".join(problems))
     return teacher, student
+
+
+def warn_of_few_tokens(args: MakeArguments, student: LlambaConfig) -> None:
+    """Warns where a fit has more unknowns than tokens."""
+    if args.init == "closed_form" and args.calibration_tokens < student.d_inner:
+        logger.warning(
+            "--calibration_tokens %d: are fewer than the %d inputs of out_proj that are fitted; use %d or more",
+            args.calibration_tokens, student.d_inner, 2 * student.d_inner,
+        )  # fmt: skip
 
 
 def teacher_config(args: MakeArguments) -> LlamaConfig:
@@ -86,9 +98,10 @@ def _problems_of_output(args: MakeArguments, student: LlambaConfig) -> list[str]
         if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / FIGURES).is_file():
             return [f"--output {output}: is there already and holds something else; give the name of a new folder"]
         if (output / FIGURES).is_file():
-            return []  # finished, or another one, which `build_student` says
+            return []  # finished, or another one, which `check_output` says
         place = next(folder for folder in output.absolute().parents if folder.is_dir())
-        done = sum(file.stat().st_size for file in unfinished_folder(output).glob("*.safetensors"))
+        begun = (unfinished_folder(output), partial_folder(converted_folder(args)))  # what is there is overwritten
+        done = sum(file.stat().st_size for folder in begun for file in folder.glob("*.safetensors"))
         needed, free = disk_bytes(args, student) - done, shutil.disk_usage(place).free
     if free < needed:
         return [
@@ -104,10 +117,10 @@ def n_parameters(student: LlambaConfig) -> int:
 
 
 def disk_bytes(args: MakeArguments, student: LlambaConfig) -> int:
-    """Returns the most that a conversion writes: the student, hidden states between two layers, and the folder that a
-    GGUF file is converted to.
+    """Returns the most that a conversion writes: the student, hidden states between two layers, beside those before,
+    and the folder that a GGUF file is converted to.
     """
-    total = n_parameters(student) * DTYPES[args.dtype].itemsize + states_bytes(args, student)
+    total = n_parameters(student) * DTYPES[args.dtype].itemsize + 2 * states_bytes(args, student)
     if is_gguf(args.teacher_model) and not converted_folder(args).exists():
         total += GGUFModel.open(TEACHER, Path(args.teacher_model)).n_bytes
     return total
@@ -119,8 +132,8 @@ def converted_folder(args: MakeArguments) -> Path:
 
 
 def states_bytes(args: MakeArguments, student: LlambaConfig) -> int:
-    """Returns the bytes of the hidden states that travel from layer to layer, in float32: those of calibration, and
-    those of the held-out text in the teacher and in each student that is measured.
+    """Returns the bytes of the hidden states that travel from layer to layer, in float32: those of calibration in
+    teacher and student, and those of the held-out text in the teacher and in each student that is measured.
     """
     n_streams = 5 if args.layers else 3
-    return 4 * student.d_model * (args.calibration_tokens + n_streams * args.held_out_tokens)
+    return 4 * student.d_model * (2 * args.calibration_tokens + n_streams * args.held_out_tokens)

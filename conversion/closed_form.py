@@ -96,9 +96,13 @@ def fit_decay(mixer: DiscreteMamba2, horizon: Tensor, inputs: Tensor) -> None:
     """Sets the rows of A_log so that they come closest to the decays of `horizon` (H,) on inputs (T, D), for a mixer
     whose in_proj has no bias: ridge regression of a constant 1 on the inputs, times each head's A_log.
     """
-    u = inputs.double()
-    gram = u.T @ u  # (D, D)
-    row = torch.linalg.solve(_with_ridge(gram, DECAY_RIDGE), u.sum(0))  # (D,)
+    D = inputs.shape[1]
+    gram, total = (torch.zeros(size, dtype=torch.float64, device=inputs.device) for size in ((D, D), (D,)))
+    for part in inputs.split(TOKENS_AT_ONCE):
+        u = part.double()
+        gram += u.T @ u
+        total += u.sum(0)
+    row = torch.linalg.solve(_with_ridge(gram, DECAY_RIDGE), total)  # (D,)
     mixer.in_proj.weight[-mixer.n_v_heads :] = (_decay_logits(horizon).to(row.device)[:, None] * row).float()
 
 

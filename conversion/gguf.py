@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,13 @@ from conversion.gguf_config import PLAIN, ROPE_FACTORS, config_of, shape_of, sto
 from conversion.gguf_tokenizer import make_tokenizer
 from inputs.model_files import one_line
 from paths import expanded_path, readable
+from utils import flush_to_disk, lock_dir
 
 logger = logging.getLogger("train")
 
 PACKAGE = "gguf==0.19.0"
 RECORD = "converted_from.json"
+LOCK = ".lock"  # of lock_dir
 BLOCK_BYTES = 2**26  # of float32 values in memory at a time
 
 # The name of a tensor in the file, without "blk.N." and ".weight" or ".bias", and in a LlamaForCausalLM.
@@ -75,19 +76,38 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
             return folder
     model = GGUFModel.open(flag, file)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(flag, file, folder, model.n_bytes)
-    logger.info("Converting %s to %s (%.1f GB)", file, folder, model.n_bytes / 1e9)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        model.save(partial)
-        record = {"file": file.name, "sha256": _sha256(file)}
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o777 & ~_umask())
-        os.replace(partial, folder)  # also over an empty folder
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial = partial_folder(folder)
+    with lock_dir(flag, partial):
+        try:
+            _empty(partial)  # of an earlier call that was killed
+            _check_room(flag, file, folder, model.n_bytes)
+            logger.info("Converting %s to %s (%.1f GB)", file, folder, model.n_bytes / 1e9)
+            model.save(partial)
+            record = {"file": file.name, "sha256": _sha256(file)}
+            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            for written in [*partial.iterdir(), partial]:
+                flush_to_disk(written)
+            (partial / LOCK).unlink()
+            os.replace(partial, folder)  # also over an empty folder
+            flush_to_disk(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return folder
+
+
+def partial_folder(folder: Path) -> Path:
+    """Returns where a conversion to `folder` writes until it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _empty(folder: Path) -> None:
+    """Removes all but the lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _is_made_of(folder: Path, file: Path) -> bool:
@@ -113,12 +133,6 @@ def _check_room(flag: str, file: Path, folder: Path, needed: int) -> None:
             f"{flag} {file}: converted it takes {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB "
             "free; make room, or choose a folder on another disk"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _package(flag: str, file: Path) -> ModuleType:

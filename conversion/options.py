@@ -7,11 +7,12 @@ from typing import Literal
 from arguments import CommonArguments, TrainArguments
 from inputs.bounds import LONGEST_CONTEXT
 from inputs.groups import MODELS, PLAN
-from inputs.option_values import option_values, preset_values
+from inputs.option_values import command_that_makes, option_values, preset_values
 from inputs.options import BY_PRESET, option, out_of_bounds, path_option
 
 STUDENT = "the student"
 CALIBRATION = "calibration"
+LEAST_TOKENS = 512  # for --init closed_form
 
 
 @dataclass(kw_only=True)
@@ -23,13 +24,15 @@ class MakeArguments(CommonArguments):
     )
     layers: list[int] = option(
         BY_PRESET,
-        "layers whose hybrid is measured too, by index; -1 for none. The student has none of the teacher's: "
-        "train_gpus.py puts them in",
+        "layers whose hybrid is measured too, by index; -1 for none, the default for a --teacher_model without "
+        "--preset. The student has none of the teacher's: train_gpus.py puts them in",
         MODELS,
         nargs="*",
     )
     student_model: str = path_option(BY_PRESET, "default of --output, by a preset of a student that is built", STUDENT)
-    output: str | None = path_option(None, "new folder for the student (default: --student_model)", STUDENT)
+    output: str | None = path_option(
+        None, "new folder for the student (default: that of a preset whose student is built of this teacher)", STUDENT
+    )
     init: Literal["closed_form", "projections", "random"] = option(
         "closed_form",
         "mixers: fitted to attention on a text; with its projections alone, or at random, for comparison",
@@ -47,6 +50,7 @@ class MakeArguments(CommonArguments):
         None, "text to fit the mixers on, named as --dataset_name (default: the preset's data set)", CALIBRATION
     )
     calibration_subset: str | None = option(None, "configuration of that data set", CALIBRATION)
+    calibration_revision: str | None = option(None, "branch, tag or commit of that data set", CALIBRATION)
     calibration_split: str = option("train", "split of that data set", CALIBRATION)
     calibration_text_field: str = option("text", "column that holds the text", CALIBRATION)
     calibration_tokens: int = option(8192, "tokens to fit the mixers on", CALIBRATION, least=1, most=10**7)
@@ -62,25 +66,44 @@ class MakeArguments(CommonArguments):
         return [*out_of_bounds(self), *self._pairs()]
 
     def _pairs(self) -> Iterator[str]:
+        if self.output is None:
+            yield (
+                f"--output: has no default with --teacher_model {self.teacher_model} and --preset {self.preset}, which "
+                "builds no student of it; give --output, a new folder"
+            )
         if len(set(self.layers)) != len(self.layers) or any(index < 0 for index in self.layers):
             yield f"--layers {' '.join(map(str, self.layers))}: expected each index once, or -1 alone for none"
         for name in ("calibration_tokens", "held_out_tokens"):
             if getattr(self, name) < self.seq_length:
                 yield f"--{name} {getattr(self, name)}: fills no window of --seq_length {self.seq_length}; raise it"
+        if self.init == "closed_form" and self.calibration_tokens < LEAST_TOKENS:
+            yield (
+                f"--calibration_tokens {self.calibration_tokens}: is too little text for --init closed_form; expected "
+                f"at least {LEAST_TOKENS}"
+            )
 
 
 def parse_make_args(argv: list[str] | None = None) -> MakeArguments:
     """Returns the options of a conversion. Raises ValueError that lists every problem found."""
     description = "Make a student of a Llama: its layers, with recurrent mixers in place of attention."
-    values, _ = option_values(MakeArguments, "common", description, argv)
+    values, given = option_values(MakeArguments, "common", description, argv)
     args = MakeArguments(**values)
+    is_presets = args.teacher_model == preset_values(args.preset, MakeArguments, "common")["teacher_model"]
+    if not (is_presets or {"layers", "preset"} & given):
+        args.layers = []  # those of the default preset are of another model
+    if args.output is None and ("student_model" in given or is_presets and command_that_makes(args.student_model)):
+        args.output = args.student_model
     if args.calibration is None:
-        of_training = preset_values(args.preset, TrainArguments, "train")
-        for part in ("subset", "split", "text_field"):
-            name = f"calibration_{part}"
-            setattr(args, name, of_training.get(f"dataset_{part}", getattr(args, name)))
-        args.calibration = of_training["dataset_name"]
-    args.output = args.output or args.student_model
+        _take_text_of_preset(args, given)
     if problems := args.problems():
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
     return args
+
+
+def _take_text_of_preset(args: MakeArguments, given: set[str]) -> None:
+    """Names the text that the preset trains on, but for the options of it that are given."""
+    of_training = preset_values(args.preset, TrainArguments, "train")
+    for part in ("subset", "revision", "split", "text_field"):
+        if (name := f"calibration_{part}") not in given:
+            setattr(args, name, of_training.get(f"dataset_{part}", getattr(args, name)))
+    args.calibration = of_training["dataset_name"]

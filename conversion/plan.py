@@ -52,9 +52,11 @@ def _words(layers: list[int]) -> str:
 def memory(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig) -> dict[str, int]:
     """Returns the bytes that are held at the same time in each part of a conversion; the largest counts."""
     states, vocab = states_bytes(args, student), 4 * teacher.vocab_size * teacher.hidden_size
+    # Beside the states: their copy that is written, or inputs of both models, outputs, and one of these in parts.
+    passing = 4 * student.d_model * 4 * max(args.calibration_tokens, args.held_out_tokens)
     return {
         "embedding": 2 * vocab + states,
-        "a layer": 2 * states + layer_bytes(args, student) + fit_bytes(args, student),
+        "a layer": states + max(states, passing) + layer_bytes(args, student) + fit_bytes(args, student),
         "head": 3 * vocab + states,
     }
 
@@ -63,7 +65,7 @@ def layer_bytes(args: MakeArguments, student: LlambaConfig) -> int:
     """Returns the bytes of a teacher's layer and the student's, in float32, and of the latter as it is written."""
     D, inner, mlp = student.d_model, student.d_inner, student.mlp_cfg["intermediate_size"]
     mixer = D * (student.d_xBC + inner + student.ssm_cfg["n_v_heads"]) + inner * D
-    activations = TOKENS_AT_ONCE * (4 * mlp + 4 * student.d_xBC)
+    activations = max(TOKENS_AT_ONCE, args.seq_length) * (4 * mlp + 4 * student.d_xBC)
     return 4 * (2 * 3 * D * mlp + 4 * D * D + mixer + activations) + DTYPES[args.dtype].itemsize * (3 * D * mlp + mixer)
 
 

@@ -28,7 +28,6 @@ class UnfinishedStudent:
     def __init__(self, output: Path, made_with: dict[str, Any], n_shards: int) -> None:
         self.output, self.made_with, self.n_shards = output, made_with, n_shards
         self.folder = unfinished_folder(output)
-        self.weight_map: dict[str, str] = {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,29 +115,54 @@ def finished_figures(output: Path, made_with: dict[str, Any]) -> dict[str, Any] 
 
 
 def check_output(output: Path, made_with: dict[str, Any]) -> None:
-    """Raises ValueError if a folder of that name holds anything, or if an unfinished student there is another one."""
+    """Raises ValueError unless that folder is free, and any student there, finished or not, is made with the same.
+
+    made_with: all of it, or what is known before teacher and text are read.
+    """
+    folder = unfinished_folder(output)
     try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if is_finished := (output / FIGURES).is_file():
+            folder = output
+        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ValueError(
                 f"--output {output}: is there already and holds something else; give the name of a new folder"
             )
-        folder = unfinished_folder(output)
-        if not folder.exists() or all(map(_is_passing, folder.iterdir())):
+        elif not folder.exists() or all(map(_is_passing, folder.iterdir())):
             return
-        earlier = _made_with(folder)
-        differences = [
-            f"{name} {earlier.get(name)!r} (now {value!r})"
-            for name, value in made_with.items()
-            if earlier.get(name) != value
-        ]
+        different = differences(_made_with(folder), made_with)
     except (FileNotFoundError, AttributeError, LookupError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"--output {output}: {folder} is no unfinished student; move it away, or give another name"
+            f"--output {output}: {folder} is no student of make_student.py; move it away, or give another name"
         ) from error
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be read ({error.strerror}); give another folder") from error
-    if differences:
-        raise ValueError(
-            f"--output {output}: {folder} was begun with {', '.join(differences)}; give the same to resume it, delete "
-            "it, or give another name"
-        )
+    if different:
+        words = f"--output {output}: {folder} was {'made' if is_finished else 'begun'} with {', '.join(different)}"
+        if is_finished and list(different) == ["layers"]:
+            raise ValueError(
+                f"{words}; only what was measured differs, and train_gpus.py can put any --layers into this student; "
+                "to measure these, give another name"
+            )
+        remedy = "give the same to use it" if is_finished else "give the same to resume it, delete it"
+        raise ValueError(f"{words}; {remedy}, or give another name")
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Returns name -> words for each part of `now` that was other earlier. A teacher may have its name alone."""
+    found = {
+        name: f"--{name} {_words(earlier.get(name))} (now {_words(value)})"
+        for name, value in now.items()
+        if name not in ("teacher", "text") and earlier.get(name) != value
+    }
+    before, teacher = earlier["teacher"], now["teacher"]
+    if before["name"] != teacher["name"]:
+        found["teacher"] = f"--teacher_model {before['name']} (now {teacher['name']})"
+    elif any(before.get(name) != value for name, value in teacher.items()):
+        found["teacher"] = f"other files of --teacher_model {teacher['name']}"
+    if earlier.get("text") != now.get("text", earlier.get("text")):
+        found["text"] = "other text (--calibration and its options)"
+    return found
+
+
+def _words(value: Any) -> str:
+    return (" ".join(map(str, value)) or "-1") if isinstance(value, list) else str(value)

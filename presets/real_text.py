@@ -50,7 +50,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     training, held_out = split([list(chapters()), list(docstrings()), list(speeches())])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, documents in (("train.jsonl", training), ("heldout.jsonl", held_out)):
+    # train.jsonl last: where it is, make takes both for done.
+    for name, documents in (("heldout.jsonl", held_out), ("train.jsonl", training)):
         rows = [json.dumps({"text": document.text, "source": document.source}) for document in documents]
         write_whole(folder / name, "\n".join([*rows, ""]).encode())
         print(

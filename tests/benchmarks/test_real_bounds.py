@@ -29,6 +29,15 @@ def test_a_window_is_the_first_tokens_of_a_source(tokenizer, texts):
     assert stream_of(parts, tokenizer)[:WINDOW] == stream_of(texts, tokenizer)[:WINDOW]
 
 
+def test_a_text_that_fills_a_window_but_for_its_separator(tokenizer):
+    ids = tokenizer("The name is bound. " * 100).input_ids[: WINDOW - 1]
+    text = tokenizer.decode(ids)
+    assert len(tokenizer(text).input_ids) == WINDOW - 1
+    found = stream_of(one_window([text, "No, it is not."], tokenizer), tokenizer)
+    assert len(found) == WINDOW + 1 and found[: WINDOW - 2] == ids[: WINDOW - 2]
+    assert found[WINDOW - 2 :] == [SEPARATOR, tokenizer("No").input_ids[0], SEPARATOR]
+
+
 def test_every_source_has_a_window(tokenizer, tmp_path):
     rows = [{"text": f"{word} " * 400, "source": word} for word in ("this", "that", "this")]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,7 @@ from tests.conversion.gguf_files import tensors_of, tiny_llama, values_of, write
 from tests.model_files import change_json, change_weight
 
 TINY = Path(__file__).parents[2] / "presets" / "tiny"
-SHORT = ("--calibration_tokens", "128", "--held_out_tokens", "64", "--seq_length", "64")
+SHORT = ("--calibration_tokens", "512", "--held_out_tokens", "64", "--seq_length", "64")
 
 
 @pytest.fixture
@@ -91,6 +91,15 @@ def test_a_folder_that_holds_something(tmp_path, teacher, place):
     assert (tmp_path / place).read_text() == "mine"
 
 
+def test_states_are_on_the_disk_twice_while_they_are_written(tmp_path, teacher):
+    """Those of calibration in both models, and of held-out text in three."""
+    few, more = (options(tmp_path, "--layers", -1, "--calibration_tokens", n) for n in (512, 1024))
+    _, student = check_conversion(few)
+    of_a_token = 4 * student.d_model
+    assert checks.disk_bytes(more, student) - checks.disk_bytes(few, student) == 2 * 2 * 512 * of_a_token
+    assert checks.states_bytes(few, student) == (2 * 512 + 3 * 64) * of_a_token
+
+
 def test_a_disk_without_room(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     message = error_of(tmp_path)
@@ -108,6 +117,7 @@ def test_options_are_refused_together(tmp_path, teacher):
         (("--init", "magic"), "--init: invalid choice: 'magic'"),
         (("--d_state", "1"), "--d_state 1: expected at least 2"),
         (("--calibration_tokens", "32"), "--calibration_tokens 32: fills no window of --seq_length 64"),
+        (("--calibration_tokens", "511"), "--calibration_tokens 511: is too little text for --init closed_form"),
         (("--layers", "1", "1"), "--layers 1 1: expected each index once"),
     ],
 )
@@ -127,7 +137,16 @@ def test_a_text_that_cannot_be_read(tmp_path, teacher):
 def test_a_text_with_too_few_tokens(tmp_path, teacher):
     (tmp_path / "short.jsonl").write_text('{"text": "two words"}\n' * 50)
     message = error_of(tmp_path, "--calibration", tmp_path / "short.jsonl")
-    assert message.startswith("--calibration ") and "expected 2 for --calibration_tokens; use more text" in message
+    assert message.startswith("--calibration ") and "expected 8 for --calibration_tokens; use more text" in message
+
+
+def test_fewer_tokens_than_are_enough_are_named(tmp_path, caplog):
+    for more, n_warnings in (((), 0), (("--calibration_tokens", 512), 1), (("--init", "random"), 1)):
+        args = options(tmp_path, *more)
+        args.calibration_tokens = args.calibration_tokens if more else 8192
+        checks.warn_of_few_tokens(args, SimpleNamespace(d_inner=576))
+        assert len(caplog.messages) == n_warnings
+    assert caplog.messages[0].startswith("--calibration_tokens 512: are fewer than the 576 inputs of out_proj")
 
 
 def test_weights_that_are_no_numbers(tmp_path, teacher):
@@ -189,6 +208,9 @@ def test_a_plan_grows_with_what_is_asked_for(tmp_path, teacher):
     usual = plan()
     assert plan("--calibration_tokens", 10**6)["a layer"] > usual["a layer"] + 4 * 64 * 10**6
     assert plan("--init", "random")["a layer"] < usual["a layer"]
+    long = ("--calibration_tokens", 8192, "--held_out_tokens", 8192, "--seq_length")
+    change_json(teacher / "config.json", max_position_embeddings=8192)
+    assert plan(*long, 8192)["a layer"] > plan(*long, 64)["a layer"]  # a window is never split
     args = options(tmp_path, "--dry_run", "--no_ssm_bias", "--d_state", 8)
     text = format_plan(args, *check_conversion(args))
     assert "state 8, without biases, by --init closed_form" in text

@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from conversion.calibration import read_windows
-from conversion.options import parse_make_args
 from tests.launch import ROOT
 from text.sources import SourceFlags, TextSource
 
@@ -43,33 +42,3 @@ def test_no_document_is_in_both_parts(tmp_path, tokenizer):
 def test_too_little_text_is_one_line(tmp_path, tokenizer, tokens, part):
     with pytest.raises(ValueError, match=rf"--calibration '.*text.jsonl'.* expected 1563 for {part}.*use more text"):
         read_windows(source_of(tmp_path, ["A text of some words."] * 3 + ["B " * 300]), tokenizer, tokens, 64, seed=0)
-
-
-# --- options -------------------------------------------------------------------------------------------------
-
-
-def make_options(line):
-    return parse_make_args(line.split())
-
-
-def test_the_text_is_the_presets_where_none_is_given():
-    args = make_options("--preset llamba-1b --output DIR")
-    assert (args.calibration, args.calibration_subset) == ("HuggingFaceFW/fineweb-edu", "CC-MAIN-2014-49")
-    args = make_options("--preset llamba-1b --output DIR --calibration mine.jsonl")
-    assert (args.calibration, args.calibration_subset) == ("mine.jsonl", None)
-
-
-def test_the_folder_is_the_presets_student_where_none_is_given():
-    assert make_options("--preset tiny --output DIR").output == "DIR"
-    args = make_options("--preset tiny")
-    assert args.output == args.student_model and args.output.endswith("tiny/student")
-
-
-def test_wrong_options_are_reported_together():
-    with pytest.raises(ValueError) as error:
-        make_options("--output DIR --layers 1 1 --calibration_tokens 100 --d_state 1")
-    assert str(error.value).splitlines()[1:] == [
-        "  --d_state 1: expected at least 2, at most 4_096",
-        "  --layers 1 1: expected each index once, or -1 alone for none",
-        "  --calibration_tokens 100: fills no window of --seq_length 256; raise it",
-    ]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
 
 from conversion import closed_form
@@ -264,6 +265,27 @@ def test_the_decay_of_the_published_layout_is_fitted():
     _, decay, _, _ = scan_inputs(mixer, other[None])
     found = (-1 / decay.log()).median(1).values[0]  # horizons (H,)
     assert (found / horizon).log().abs().max() < 0.2
+
+
+def test_the_decay_takes_the_tokens_in_parts(monkeypatch):
+    class Largest(TorchDispatchMode):
+        n_rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float64 and out.dim() == 2:
+                Largest.n_rows = max(Largest.n_rows, len(out))
+            return out
+
+    attention, u = attention_of(2, attention_bias=False), torch.randn(400, 32) + 1
+    mixers = [mixer_for(attention, ssm_bias=False) for _ in range(2)]
+    closed_form.fit_decay(mixers[0], plain_heads(4).horizon, u)
+    monkeypatch.setattr(closed_form, "TOKENS_AT_ONCE", 60)
+    with Largest():
+        closed_form.fit_decay(mixers[1], plain_heads(4).horizon, u)
+    assert Largest.n_rows == 60
+    rows = [mixer.in_proj.weight[-4:] for mixer in mixers]
+    torch.testing.assert_close(*rows)
 
 
 def test_an_attention_that_gives_nothing_is_fitted_too():

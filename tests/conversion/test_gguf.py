@@ -169,6 +169,32 @@ def test_a_conversion_that_ends_early_leaves_nothing(tmp_path, llama, monkeypatc
     assert list((tmp_path / "made").iterdir()) == []
 
 
+def test_a_conversion_that_was_killed_leaves_no_copy_for_good(tmp_path, llama, monkeypatch):
+    """Killed, it removes nothing; the next call finds what it left, and flushes all of it before the name."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(door.shutil, "rmtree", lambda *a, **k: None)
+        patches.setattr(door.GGUFModel, "blocks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path, llama)
+    (left,) = (tmp_path / "made").iterdir()
+    (left / "of_the_first").touch()
+    assert left == door.partial_folder(tmp_path / "made" / "tiny")
+    in_the_way = SimpleNamespace(free=1000)  # until it is removed
+    room = door.shutil.disk_usage
+    usage = lambda path: in_the_way if (left / "of_the_first").exists() else room(path)  # noqa: E731
+    monkeypatch.setattr(door.shutil, "disk_usage", usage)
+    flushed = []
+    monkeypatch.setattr(door, "flush_to_disk", lambda path: flushed.append(path.name))
+    folder = convert(tmp_path, llama)
+    assert list((tmp_path / "made").iterdir()) == [folder]
+    names = {file.name for file in folder.iterdir()}
+    assert names.isdisjoint({"of_the_first", ".lock"}) and names <= set(flushed)
+
+
 BAD_VALUES = [
     ({"tokenizer.ggml.tokens": None}, "the file has no tokenizer"),
     ({"tokenizer.ggml.model": "no_vocab"}, "the file has no tokenizer"),

@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+from presets import real_text
 from presets.real_report import write_page
 from presets.real_text import LENGTH, SHAKESPEARE, Document, speeches, split
 
@@ -103,3 +104,16 @@ def test_make_skips_what_is_done(tmp_path):
         "eval_mmlu_hybrid.py",
         "report.py",
     ]
+
+
+def test_a_text_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
+    """make looks for train.jsonl alone."""
+    written = []
+    document = Document("documentation", "name", "text")
+    monkeypatch.setattr(real_text, "split", lambda _: ([document], [document]))
+    monkeypatch.setattr(real_text, "chapters", list)
+    monkeypatch.setattr(real_text, "docstrings", list)
+    monkeypatch.setattr(real_text, "write_whole", lambda path, _: written.append(path.name))
+    monkeypatch.setattr("sys.argv", ["real_text", str(tmp_path)])
+    real_text.main()
+    assert written == ["heldout.jsonl", "train.jsonl"]
