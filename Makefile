@@ -94,8 +94,8 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Runs every benchmark but bench_gpu.py, in hours, on a machine that should do nothing else. Each prints a table and
-# writes its rows to runs/bench/.
+# Runs every benchmark but bench_gpu.py and bench_conversion.py (docs/conversion.md), in hours, on a machine that should
+# do nothing else. Each prints a table and writes its rows to runs/bench/.
 bench: .venv/installed-bench
 	for name in loss step wire overlap data save mmlu; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
+from conversion.options import MakeArguments, parse_make_args
 from inputs.option_values import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 SCRIPTS: dict[str, tuple[type, Callable, str]] = {
     "train_gpus.py": (TrainArguments, parse_train_args, "train"),
     "eval_mmlu_hybrid.py": (EvalArguments, parse_eval_args, "eval"),
+    "make_student.py": (MakeArguments, parse_make_args, "common"),
 }
 LAUNCHER = {"--standalone", "--nproc_per_node", "--master_port", "--master_addr", "--nnodes", "--node_rank"}
 LAUNCHER |= {"--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
@@ -27,7 +29,8 @@ DOCKER = {"--ipc"}
 WRITTEN_BY_A_RUN = str(ROOT / "configs" / "production.yaml")  # stands in for the args.yaml of a run
 ROOMS = sorted(folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").is_file())
 FOLDERS = [*ROOMS, "presets", "tests", "benchmarks", "docs", "configs", ".github", ".ci"]
-NO_MEMBERS = {"layer_map.own", "layer_map.stream", "data.tar", "__init__.py"}  # fields of metrics.jsonl, files
+FIELDS = {"layer_map.own", "layer_map.stream", "alignment.layers", "alignment.errors"}  # of metrics.jsonl
+NO_MEMBERS = FIELDS | {"data.tar", "__init__.py"}
 OURS = re.compile(rf"[a-z][\w-]*\.(py|toml)|requirements[\w-]*\.txt|({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*")
 
 
