@@ -245,7 +245,7 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(exported, hybrid):
 
 @pytest.mark.parametrize(("target", "words"), [("attention", "output of the attention"), ("block", "its layer")])
 def test_the_card_of_an_alignment_says_what_was_trained(hybrid, tmp_path, target, words):
-    folder = save_checkpoint(tmp_path / "run", hybrid)
+    folder = save_checkpoint(tmp_path / "run", hybrid, world_size=1)
     state = json.loads((folder / "training_state.json").read_text())
     state["arguments"] |= {"stage": "align", "align": target, "max_lr": 1e-3, "copied_lr_factor": 0.1}
     body = card.model_card(hybrid.config, 1, {"float32"}, True, state, tmp_path)
