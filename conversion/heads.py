@@ -62,7 +62,7 @@ class HeadTraces(NamedTuple):
     def beginning(self, n_tokens: int) -> "HeadTraces":
         """Returns the traces of the first windows, of at most so many tokens, or of the first window alone."""
         few = max(1, n_tokens // self.q.shape[2])
-        return HeadTraces(*(part[:few] for part in self[:4]), *self[4:])
+        return HeadTraces._make([*(part[:few] for part in self[:4]), *self[4:]])
 
 
 def projections(attention: LlamaAttention) -> tuple[Projection, Projection, Projection]:
