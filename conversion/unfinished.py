@@ -137,7 +137,8 @@ def check_output(output: Path, made_with: dict[str, Any]) -> None:
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be read ({error.strerror}); give another folder") from error
     if different:
-        words = f"--output {output}: {folder} was {'made' if is_finished else 'begun'} with {', '.join(different)}"
+        what = f"{'made' if is_finished else 'begun'} with {', '.join(different.values())}"
+        words = f"--output {output}: {folder} was {what}"
         if is_finished and list(different) == ["layers"]:
             raise ValueError(
                 f"{words}; only what was measured differs, and train_gpus.py can put any --layers into this student; "

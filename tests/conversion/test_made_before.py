@@ -18,9 +18,9 @@ MADE = {"teacher": {"name": TEACHER, "config": "c", "files": []}, **Recipe().mad
 LINE = f"--preset tiny --teacher_model {TEACHER} --dtype bfloat16 --device cpu --seed 0"
 
 
-def save(folder, name, made_with, **more):
+def save(folder, name, content):
     folder.mkdir()
-    (folder / name).write_text(json.dumps({**made_with, **more}))
+    (folder / name).write_text(json.dumps(content))
 
 
 def error_of(tmp_path, monkeypatch, more):
@@ -53,7 +53,7 @@ def test_one_that_was_begun_with_others(tmp_path, monkeypatch, more, expected):
 
 
 def test_a_finished_one(tmp_path, monkeypatch):
-    save(tmp_path / "made", FIGURES, {}, made_with=MADE)
+    save(tmp_path / "made", FIGURES, {"made_with": MADE})
     message = error_of(tmp_path, monkeypatch, "--layers 1 --seed 3")
     assert message.endswith(
         "was made with --layers -1 (now 1), --seed 0 (now 3); give the same to use it, or give another name"
