@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import weakref
 from pathlib import Path
 
@@ -167,8 +168,8 @@ def test_a_layer_whose_attention_gives_nothing(tmp_path, tokenizer, caplog, init
     caplog.set_level("INFO")
     weights = TeacherWeights(str(tmp_path / "teacher"))
     figures = build_student(weights, tmp_path / "student", tokenizer, TEXT, Recipe(init, dtype="float32"))
-    expected = None if init == "random" else 0
-    assert figures["layers"][2] == {"own": expected, "mixer": expected}
+    for error in figures["layers"][2].values():  # of random mixers relative to the layer's input, and large
+        assert 1 < error < math.inf if init == "random" else error == 0
     assert all(error["mixer"] > 0 for i, error in enumerate(figures["layers"]) if i != 2)
     numbers = [message.split(" |")[0] for message in caplog.messages if message.startswith("layer ")]
     assert numbers == [f"layer {i} done, {i + 1} of 4" for i in range(4)]
