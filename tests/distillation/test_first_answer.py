@@ -91,7 +91,8 @@ def test_a_run_of_two_ranks_ends_before_it_saves(tmp_path):
     models = small_runs.make_models(tmp_path)
     change_json(models / "teacher" / "config.json", rms_norm_eps=-1e9)
     codes, text = run_ranks(small_runs.options(models, tmp_path / "out"), 2)
-    assert codes[0] == 2 and all(codes), text[-3000:]
+    # The first to end with 2 has the others ended by a signal, as under torchrun, whichever it is.
+    assert 2 in codes and all(codes), text[-3000:]
     assert text.count("its logits for the first batch are not finite") == 1 and "Traceback" not in text
     assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "metrics.jsonl").exists()
 
