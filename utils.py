@@ -1,6 +1,7 @@
 """The logger, files, threads and clocks that everything else uses. Imports torch only where it is needed."""
 
 import fcntl
+import hashlib
 import itertools
 import logging
 import math
@@ -158,6 +159,15 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """Returns the hash of a file, of which a block is in memory at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def format_duration(seconds: float) -> str:

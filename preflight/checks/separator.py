@@ -68,7 +68,7 @@ def start_losses(
     after `seconds`, but for the first `FEWEST`.
     """
     began, sums, n = time.monotonic(), {name: torch.zeros(START) for name in variants}, 0
-    for before, document in zip([documents[-1], *documents], documents, strict=False):
+    for before, document in zip([documents[-1], *documents[:-1]], documents, strict=True):
         if n >= FEWEST and time.monotonic() - began > seconds:
             break
         for name, between in variants.items():
