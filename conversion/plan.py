@@ -41,7 +41,7 @@ def format_plan(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig
             work / speed_of_products(dtype)
             for dtype, work in zip((torch.float32, torch.float64), operations(args, teacher, student), strict=True)
         )
-        lines.append(f"{'time, by the speed of its products':<32} about {format_duration(seconds)}, or some times that")
+        lines.append(f"{'time, of matrix products alone':<32} at least {format_duration(seconds)}")
     return "\n".join(lines)
 
 
