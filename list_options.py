@@ -1,6 +1,6 @@
 """Prints the page docs/options.md, made from the options of every entry:
 
-    python list_options.py > docs/options.md
+python list_options.py > docs/options.md
 """
 
 import sys
