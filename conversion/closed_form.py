@@ -4,9 +4,10 @@ outputs on some text. Pure functions of two modules and tensors; docs/conversion
     attention:   out_i = o_proj( sum_{j <= i} softmax_j(q_i . k_j / sqrt(P)) v_j )
     mixer:       out_i = out_proj( gate * (sum_{j <= i} a^(i - j) (C_i . B_j) x_j + D x_i) )
 
-Of each query head x = v, B = sqrt(w) k and C = sqrt(w) q / sqrt(P), without rotary embedding and with the keys' mean
-taken off; a constant in B and C stands for the 1 in softmax(s) ~ 1 + s. The horizon of a, and the weights of constant,
-scores (w) and skip (D) are chosen for each head (`choose_heads` in heads.py). Then `fit_output` fits out_proj.
+Of each query head B = k without its mean, and C = q / sqrt(P), without rotary embedding; each rotary pair has a weight
+and an angle by which C is turned, and a constant in B and C stands for the 1 in softmax(s) ~ 1 + s. x is v of the last
+few tokens, by the convolution. The horizon of a, and all weights, are chosen for each head (`choose_heads`). Then
+`fit_output` fits out_proj.
 
 Glossary: D width, H query heads, P width of an attention head, N state of a mixer's head, T tokens, E = d_inner.
 """
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from conversion.heads import HeadFit, choose_heads, decays, projections
+from conversion.heads import HeadFit, decays, head_traces, projections, rotated
+from conversion.horizons import choose_horizons
+from conversion.pairs import fit_pairs
+from conversion.taps import fit_taps
 from llamba import DiscreteMamba2
 
 DECAY_RIDGE = 1e-3  # of the decay's row, in units of the mean diagonal
@@ -25,38 +29,28 @@ HEAD_RIDGE = 1e-3  # of one scale for each head, likewise
 RIDGE = 0.3  # of out_proj, likewise
 OPEN_GATE = 1.2785  # silu(OPEN_GATE) = 1
 TOKENS_AT_ONCE = 2048  # whose scan is in memory
-TOKENS_FOR_HEADS = 1024  # to choose three numbers and a horizon for each head; more are no better
+TOKENS_FOR_HORIZONS = 1024  # to choose three numbers and a horizon for each head; more are no better
+TOKENS_FOR_HEADS = 2048  # to fit the taps, and the weights of each pair
+LONGEST_WINDOW = 1024  # whose scores are in memory
 
 
 @torch.no_grad()
 def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, fit: HeadFit) -> None:
     """Gives a mixer the projections of an attention layer by what was chosen for each head, and out_proj = o_proj. The
-    convolution passes each token through, and the gate is open.
+    gate is open.
 
     With a constant the state's last entry holds it. The decays are set in in_proj's bias; without one they have to be
     fitted (`fit_decay`).
     """
-    q, k, v = projections(attention)
     width = attention.head_dim
-    kept = rows_for_state(width, mixer.d_state - (fit.constant is not None))
-    root = fit.score.abs().sqrt()  # (H,), the share of B; that of C has the sign
-    factor = root * fit.score.sign() / math.sqrt(width)  # (H,)
     for parameter in mixer.parameters():
         parameter.zero_()
-    x, B, C = _rows_of(mixer, mixer.in_proj.weight)  # (H, P, D), (H, N, D), (H, N, D)
-    x[:, :width], B[:, : len(kept)] = v.weight, k.weight[:, kept] * root[:, None, None]
-    C[:, : len(kept)] = q.weight[:, kept] * factor[:, None, None]
-    x, B, C = _rows_of(mixer, mixer.conv1d.bias)  # (H, P), (H, N), (H, N)
-    if q.bias is not None and k.bias is not None and v.bias is not None:
-        x[:, :width], B[:, : len(kept)] = v.bias, k.bias[:, kept] * root[:, None]
-        C[:, : len(kept)] = q.bias[:, kept] * factor[:, None]
-    if fit.key_mean is not None:
-        B[:, : len(kept)] -= fit.key_mean[:, kept] * root[:, None]
-    if fit.constant is not None:
-        B[:, -1] = fit.constant.abs().sqrt()
-        C[:, -1] = B[:, -1] * fit.constant.sign()
+    _copy_heads(mixer, attention, fit)
     mixer.D.copy_(fit.skip)
     mixer.conv1d.weight[:, 0, -1] = 1.0
+    if fit.taps is not None:
+        x, _, _ = _rows_of(mixer, mixer.conv1d.weight[:, 0])  # (H, P, K)
+        x.copy_(fit.taps.flip(1)[:, None])  # the convolution has the token itself last
     gate = mixer.in_proj.bias[mixer.d_xBC : -mixer.n_v_heads] if mixer.z_bias is None else mixer.z_bias
     gate.fill_(OPEN_GATE)
     if mixer.in_proj.bias is not None:
@@ -64,6 +58,33 @@ def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, fit: Head
     _heads_of_output(mixer)[:, :, :width] = attention.o_proj.weight.unflatten(1, (-1, width))
     if attention.o_proj.bias is not None:
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
+
+
+def _copy_heads(mixer: DiscreteMamba2, attention: LlamaAttention, fit: HeadFit) -> None:
+    """Writes the rows of x, B and C, and their biases. B and C have the root of each pair's weight, C has its angle."""
+    q, k, v = projections(attention)
+    width = attention.head_dim
+    kept = rows_for_state(width, mixer.d_state - (fit.constant is not None))
+    cos, sin = (part.expand(-1, width // 2).repeat(1, 2)[..., None] for part in (fit.cos, fit.sin))  # (H, P, 1)
+    size = cos.hypot(sin)
+    root = size.sqrt()  # the share of B
+    size = size.clamp(min=torch.finfo(size.dtype).tiny)
+    cos, sin = (root * (part / size) / math.sqrt(width) for part in (cos, sin))
+
+    def turned(rows: Tensor) -> Tensor:  # (H, P, n)
+        return (rows * cos + rotated(rows) * sin)[:, kept]
+
+    x, B, C = _rows_of(mixer, mixer.in_proj.weight)  # (H, P, D), (H, N, D), (H, N, D)
+    x[:, :width], B[:, : len(kept)], C[:, : len(kept)] = v.weight, (k.weight * root)[:, kept], turned(q.weight)
+    x, B, C = (rows[..., None] for rows in _rows_of(mixer, mixer.conv1d.bias))  # (H, P, 1), (H, N, 1), (H, N, 1)
+    if q.bias is not None and k.bias is not None and v.bias is not None:
+        x[:, :width, 0] = v.bias if fit.taps is None else v.bias * fit.taps.sum(1, keepdim=True)
+        B[:, : len(kept)], C[:, : len(kept)] = (k.bias[..., None] * root)[:, kept], turned(q.bias[..., None])
+    if fit.key_mean is not None:
+        B[:, : len(kept)] -= (fit.key_mean[..., None] * root)[:, kept]
+    if fit.constant is not None:
+        B[:, -1, 0] = fit.constant.abs().sqrt()
+        C[:, -1, 0] = B[:, -1, 0] * fit.constant.sign()
 
 
 def rows_for_state(width: int, n_state: int) -> Tensor:
@@ -181,24 +202,36 @@ def spread_decay(mixer: DiscreteMamba2, horizon: Tensor) -> None:
 
 
 @torch.no_grad()
+def choose_heads(attention: LlamaAttention, inputs: Tensor, kept: Tensor, n_taps: int) -> HeadFit:
+    """Returns what brings each head closest to its outputs on the first tokens of inputs (B, S, D), by least squares in
+    the metric of its columns of o_proj: first the horizon, then the taps, then the weights of the pairs.
+
+    kept: the channels of q and k that the state has room for.
+    """
+    some = inputs[:, :LONGEST_WINDOW]
+    traces = head_traces(attention, some[: max(1, TOKENS_FOR_HEADS // some.shape[1])], kept)
+    horizon, _ = choose_horizons(traces.beginning(TOKENS_FOR_HORIZONS))
+    return fit_pairs(traces, horizon, *fit_taps(traces, horizon, n_taps))
+
+
+@torch.no_grad()
 def fit_mixer(
     mixer: DiscreteMamba2, attention: LlamaAttention, inputs: Tensor, own_inputs: Tensor, outputs: Tensor
 ) -> None:
     """Makes a mixer come as close to an attention layer as it can without a gradient step.
 
     inputs, outputs: of the attention on some windows, (n, S, D) float32. own_inputs: what the mixer has in place of
-    inputs in a student whose layers before are recurrent too. out_proj is fitted on these, so that it takes back a part
-    of the others' errors.
+    inputs in a student whose layers before are recurrent too. out_proj is fitted on both, so that it takes back a part
+    of the others' errors, and stays right where the layers before are the teacher's.
     """
-    few = max(1, TOKENS_FOR_HEADS // inputs.shape[1])  # windows
-    some = inputs[:few, :TOKENS_FOR_HEADS]
-    fit = choose_heads(attention, some, rows_for_state(attention.head_dim, mixer.d_state - 1))
+    fit = choose_heads(attention, inputs, rows_for_state(attention.head_dim, mixer.d_state - 1), mixer.d_conv)
     copy_projections(mixer, attention, fit)
     if mixer.in_proj.bias is None:
         fit_decay(mixer, fit.horizon, inputs.flatten(0, 1))
     moments = Moments(mixer)
     at_once = max(1, TOKENS_AT_ONCE // inputs.shape[1])  # windows
-    for own, expected in zip(own_inputs.split(at_once), outputs.split(at_once), strict=True):
-        moments.add(mixer, own, expected)
+    for some in (inputs, own_inputs):
+        for part, expected in zip(some.split(at_once), outputs.split(at_once), strict=True):
+            moments.add(mixer, part, expected)
     fit_output(mixer, moments)
     spread_decay(mixer, fit.horizon)

@@ -1,5 +1,5 @@
-"""What a mixer's heads are: the projections of attention by query head, and of each head the horizon and the weights
-with which a decaying sum comes closest to its softmax.
+"""What a mixer's heads are: the projections of attention by query head, and what is chosen for each head so that a
+decaying sum comes as close to its softmax as it can.
 
 Shapes: B windows, S tokens, H query heads, P their width, D width of the model.
 """
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-RIDGE = 1e-3  # of the three weights, in units of each one's own square
 METRIC_RIDGE = 1e-6  # of what o_proj does not see, in units of the mean diagonal
 SHORTEST, LONGEST = 2.0, 256.0  # horizons of the first and the last head where none are chosen, in tokens
 
@@ -33,13 +32,38 @@ class Projection(NamedTuple):
 
 
 class HeadFit(NamedTuple):
-    """Holds what was chosen for each head; all (H,) but for the mean."""
+    """Holds what was chosen for each head.
 
-    horizon: Tensor  # tokens until a state has shrunk to 1/e
-    score: Tensor  # weight of q . k / sqrt(P)
-    skip: Tensor  # weight of the head's own value
-    constant: Tensor | None = None  # weight of 1; None: the state has no entry for it
+    Channels p and p + P / 2 of q and k are pair p of the rotary embedding. `cos` weighs what both give together,
+    q_p k_p + q_p' k_p', and `sin` what they give crosswise, q_p k_p' - q_p' k_p, with p' = p + P / 2.
+    """
+
+    horizon: Tensor  # tokens until a state has shrunk to 1/e: (H,)
+    cos: Tensor  # weights of q . k / sqrt(P) for each pair: (H, P / 2), or (H, 1) for one that all pairs share
+    sin: Tensor  # of the same shape
+    skip: Tensor  # weight of the head's own x: (H,)
+    constant: Tensor | None = None  # weight of 1: (H,); None: the state has no entry for it
     key_mean: Tensor | None = None  # taken from the keys: (H, P)
+    taps: Tensor | None = None  # weights of the last values in x, the token's own first: (H, K); None: its own alone
+
+
+class HeadTraces(NamedTuple):
+    """Holds what the heads of an attention have on some text: (B, H, S, P) each, but for the last two. Values and
+    targets are in a metric in which lengths are those behind o_proj.
+    """
+
+    q: Tensor  # without rotary embedding, over sqrt(P)
+    k: Tensor  # likewise, without its mean; zeros in channels for which the state has no room
+    v: Tensor
+    target: Tensor  # the softmax outputs
+    v_bias: Tensor  # what v has for an input of zeros: (H, P)
+    key_mean: Tensor  # (H, P)
+
+    def beginning(self, n_tokens: int) -> "HeadTraces":
+        """Returns the traces of the first windows, of at most so many tokens, or of the first window alone."""
+        few = max(1, n_tokens // self.q.shape[2])
+        q, k, v, target = (part[:few] for part in self[:4])
+        return self._replace(q=q, k=k, v=v, target=target)
 
 
 def projections(attention: LlamaAttention) -> tuple[Projection, Projection, Projection]:
@@ -62,49 +86,45 @@ def decays(horizon: Tensor) -> Tensor:
     return torch.exp(-1 / horizon)
 
 
+def decay_table(horizon: float, length: int, device: torch.device) -> Tensor:
+    """Returns how much of token j a state still holds at token i, for i, j < length; zero for j > i: (S, S)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)  # (S, S)
+    return torch.exp(-distance.clamp(min=0) / horizon).tril()
+
+
 def plain_heads(n_heads: int, device: torch.device | str = "cpu") -> HeadFit:
     """Returns heads that are not fitted: horizons in geometric steps, and the scores of attention as they are, divided
     by how many tokens a head sums over.
     """
     steps = torch.arange(n_heads, dtype=torch.float64, device=device) / max(n_heads - 1, 1)
     horizon = SHORTEST * (LONGEST / SHORTEST) ** steps
-    return HeadFit(horizon, (1 - decays(horizon)).float(), torch.zeros(n_heads, device=device))
+    cos = (1 - decays(horizon)).float()[:, None]
+    return HeadFit(horizon, cos, torch.zeros_like(cos), torch.zeros(n_heads, device=device))
+
+
+def rotated(rows: Tensor) -> Tensor:
+    """Returns rows of q or k (H, P, ...) with each pair turned by a right angle: -p' in place of p, p in that of p'."""
+    first, second = rows.chunk(2, 1)
+    return torch.cat([-second, first], 1)
 
 
 @torch.no_grad()
-def choose_heads(attention: LlamaAttention, inputs: Tensor, kept: Tensor) -> HeadFit:
-    """Returns for each head the horizon, out of 1, 2, 4, ... up to the window's length, with which a sum of a constant,
-    the scores and the token itself comes closest to the head's output on inputs (B, S, D), by least squares in the
-    metric of its columns of o_proj.
-
-    kept: the rows of q and k that the state has room for.
-    """
-    q, k, v = (projection.of(inputs) for projection in projections(attention))  # (B, H, S, P)
-    width, length = q.shape[-1], q.shape[2]
-    metric = _metric(attention)  # (H, P, P)
-    target = head_outputs(attention, inputs) @ metric  # (B, H, S, P)
+def head_traces(attention: LlamaAttention, inputs: Tensor, kept: Tensor) -> HeadTraces:
+    """Returns what the heads have on inputs (B, S, D). kept: the channels of k that the state has room for."""
+    of_q, of_k, of_v = projections(attention)
+    k = of_k.of(inputs)  # (B, H, S, P)
     key_mean = k.mean((0, 2))  # (H, P)
-    centred = k[..., kept] - key_mean[:, None, kept]
-    scores = q[..., kept] @ centred.transpose(-1, -2) / math.sqrt(width)  # (B, H, S, S)
-    v = v @ metric
-    distance = torch.arange(length, device=v.device)[:, None] - torch.arange(length, device=v.device)  # (S, S)
-    best: list[Tensor] = []
-    for horizon in grid(length):
-        decay = torch.exp(-distance.clamp(min=0) / horizon).tril()  # (S, S)
-        parts = (decay @ v, (scores * decay) @ v, v)  # (B, H, S, P) each
-        found = [*_least_squares(parts, target), torch.full_like(target[0, :, 0, 0], horizon)]
-        if best:
-            better = found[0] < best[0]  # (H,)
-            found = [torch.where(better.view(-1, *[1] * (b.dim() - 1)), f, b) for f, b in zip(found, best, strict=True)]
-        best = found
-    _, weights, horizons = best
-    constant, score, skip = weights.float().unbind(1)  # (H,) each
-    return HeadFit(horizons, score, skip, constant, key_mean)
-
-
-def grid(length: int) -> list[float]:
-    """Returns the horizons that are tried for windows of so many tokens."""
-    return [float(2**i) for i in range(length.bit_length()) if 2**i <= length]
+    room = torch.zeros(k.shape[-1]).index_fill(0, kept, 1.0).to(k)  # (P,)
+    metric = _metric(attention)  # (H, P, P)
+    v_bias = of_v.weight.new_zeros(key_mean.shape) if of_v.bias is None else of_v.bias  # (H, P)
+    return HeadTraces(
+        of_q.of(inputs) / math.sqrt(k.shape[-1]),
+        (k - key_mean[:, None]) * room,
+        of_v.of(inputs) @ metric,
+        head_outputs(attention, inputs) @ metric,
+        (v_bias[:, None] @ metric)[:, 0],
+        key_mean,
+    )
 
 
 def head_outputs(attention: LlamaAttention, inputs: Tensor) -> Tensor:
@@ -130,15 +150,10 @@ def _metric(attention: LlamaAttention) -> Tensor:
     return torch.linalg.cholesky(gram + METRIC_RIDGE * mean[:, None, None] * identity).float()
 
 
-def _least_squares(parts: tuple[Tensor, ...], target: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the squared error (H,) and the weights (H, n) of the sum of n parts that comes closest to target, for
-    each head of these (B, H, S, P), in float64.
+def ridge_solution(gram: Tensor, along: Tensor, ridge: float | Tensor) -> Tensor:
+    """Returns the weights (..., n) that solve (gram + ridge * its diagonal) weights = along, for inner products
+    (..., n, n) and a ridge that is a number or (n,). A feature of nothing but zeros has the weight 0.
     """
-    X = torch.stack(parts).permute(2, 0, 1, 3, 4).flatten(2).double()  # (H, n, T * P)
-    y = target.transpose(0, 1).flatten(1).double()  # (H, T * P)
-    gram, along = X @ X.transpose(1, 2), (X @ y[..., None])[..., 0]  # (H, n, n), (H, n)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    penalty = RIDGE * diagonal + (diagonal == 0)  # of nothing but zeros, zero is the solution
-    weights = torch.linalg.solve(gram + torch.diag_embed(penalty), along)  # (H, n)
-    explained = 2 * (weights * along).sum(1) - torch.einsum("hm,hmn,hn->h", weights, gram, weights)
-    return y.square().sum(1) - explained, weights
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    penalty = ridge * diagonal + (diagonal == 0)
+    return torch.linalg.solve(gram + torch.diag_embed(penalty), along)
