@@ -113,8 +113,8 @@ def trace_alignment(
     kept = [gradients.flat for gradients in alignment.gradients]
     given = [*model.parameters(), *model.buffers(), *of_stream, *kept, stream.embedding, stream.head, batch.input_ids]
     memory = LiveMemory([*given, *stream.norm.parameters(), *stream.rotary.buffers()])
-    for layer in stream.layers:
-        layer.input_layernorm.register_forward_pre_hook(lambda *_: memory.enter(TEACHER))
+    for norm in (norm for layer in stream.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+        norm.register_forward_pre_hook(lambda *_: memory.enter(TEACHER))
     for block in alignment.blocks.values():
         block.mixer.register_forward_pre_hook(lambda *_: memory.enter(MIXER))
         block.mixer.register_forward_hook(lambda *_: memory.enter(BACKWARD))
