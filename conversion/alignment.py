@@ -68,11 +68,12 @@ def block_error(block: LlambaBlock, traced: Traced) -> Tensor:
     """Returns the squared relative error of a whole block: 0 equals the teacher's layer, 1 does nothing to its input.
     Computes the hidden-state alignment of MOHAWK (arXiv 2408.10189), relative to what the layer adds.
     """
+    wanted = traced.output  # (B, S, D); the teacher's MLP runs before there are activations of the student
     with torch.no_grad():
         u = block.input_layernorm(traced.hidden)  # (B, S, D)
     between = traced.hidden + block.mixer(u)
     output = between + block.mlp(block.post_attention_layernorm(between))  # (B, S, D)
-    return relative_error(output, traced.output, traced.output - traced.hidden, traced.hidden)
+    return relative_error(output, wanted, wanted - traced.hidden, traced.hidden)
 
 
 ERRORS: dict[str, Callable[[LlambaBlock, Traced], Tensor]] = {"attention": attention_error, "block": block_error}
@@ -141,7 +142,7 @@ class Alignment:
             if is_last:
                 self.gradients[len(errors)].begin_average()
             errors.append(error.detach())
-            if len(errors) == len(self.blocks):  # nothing needs the teacher's layers above
+            if len(errors) == len(self.blocks):  # nothing needs what the teacher computes above
                 break
         for gradients in self.gradients if is_last else []:
             gradients.wait()

@@ -61,8 +61,8 @@ class HeldOutStreams:
             else:
                 self.states[name] = in_parts(block, state)
         return {
-            "own": relative_to(after - before, own - after, before),
-            "mixer": relative_to(attention, mixed - attention, before),
+            "own": relative_to(after - before, own - after, before).item(),
+            "mixer": relative_to(attention, mixed - attention, before).item(),
         }
 
     @torch.no_grad()
@@ -94,12 +94,14 @@ def in_parts(function: Layer, x: Tensor) -> Tensor:
     return torch.cat([function(part) for part in x.split(max(1, TOKENS_AT_ONCE // x.shape[1]))])
 
 
-def relative_to(scale: Tensor, error: Tensor, hidden: Tensor) -> float:
-    """Returns ||error|| / ||scale||, the mean over tokens of (B, S, D). Of a layer that gives zeros, `scale` is 0: at
-    least `SMALLEST` of ||hidden||, the layer's input, is divided by.
+def relative_to(scale: Tensor, error: Tensor, hidden: Tensor) -> Tensor:
+    """Returns ||error|| / ||scale||, the mean over tokens of (B, S, D): a float32 scalar. Of a layer that gives zeros,
+    `scale` is 0: at least `SMALLEST` of ||hidden||, the layer's input, is divided by. No error is 0, whatever it is
+    divided by; an error where all else is zero, as of a token whose embedding is, is infinite.
     """
-    least = SMALLEST * hidden.norm(dim=-1)  # (B, S)
-    return (error.norm(dim=-1) / torch.maximum(scale.norm(dim=-1), least)).mean().item()
+    error, scale, least = (x.float().norm(dim=-1) for x in (error, scale, hidden))  # (B, S) each
+    relative = error / torch.maximum(scale, SMALLEST * least)
+    return relative.where(error != 0, 0.0).mean()
 
 
 def _sums(

@@ -2,8 +2,9 @@
 have is held once.
 """
 
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,20 @@ from conversion.teacher_weights import TeacherWeights
 from llamba import LlambaForCausalLM
 
 
-class Traced(NamedTuple):
+class Traced:
     """Holds what a layer of the teacher read and computed, each (B, S, D)."""
 
-    hidden: Tensor  # its input, before the norm
-    attention: Tensor  # what its attention adds to that
-    output: Tensor  # of the whole layer
+    def __init__(self, layer: LlamaDecoderLayer, hidden: Tensor, attention: Tensor) -> None:
+        self.layer = layer
+        self.hidden = hidden  # its input, before the norm
+        self.attention = attention  # what its attention adds to that
+
+    @functools.cached_property
+    def output(self) -> Tensor:
+        """Returns the output of the whole layer, whose MLP runs when this is first asked for."""
+        with torch.no_grad():
+            between = self.hidden + self.attention
+            return between + self.layer.mlp(self.layer.post_attention_layernorm(between))
 
 
 class TeacherStream:
@@ -69,17 +78,18 @@ class TeacherStream:
         return nn.Parameter(given.detach(), requires_grad=False)
 
     def walk(self, input_ids: Tensor) -> Iterator[Traced]:
-        """Yields what each layer does to input_ids (B, S); of a layer only its output is kept for the next."""
+        """Yields what each layer does to input_ids (B, S); of a layer only its output is kept for the next. Who stops
+        after a layer has not run its MLP, unless its output was read.
+        """
         with torch.no_grad():
             hidden = nn.functional.embedding(input_ids.to(self.device), self.embedding)  # (B, S, D)
             rotary = self.rotary(hidden, torch.arange(hidden.shape[1], device=self.device)[None])
         for layer in self.layers:
             with torch.no_grad():
                 attention, _ = layer.self_attn(layer.input_layernorm(hidden), rotary)  # causal without a mask
-                between = hidden + attention
-                output = between + layer.mlp(layer.post_attention_layernorm(between))  # (B, S, D)
-            yield Traced(hidden, attention, output)
-            hidden = output
+            traced = Traced(layer, hidden, attention)
+            yield traced
+            hidden = traced.output
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:

@@ -193,6 +193,11 @@ def held_out_sums(inputs: LossInputs, temperature: float, chunk_tokens: int) -> 
     """Returns the sums over the unmasked tokens. Works in chunks of `chunk_tokens`, so that no more logits exist at a
     time. Softmax runs over the first `inputs.vocab` entries; labels outside them are left out.
     """
+    return HeldOutSums(sums_on_device(inputs, temperature, chunk_tokens).cpu(), inputs.teacher is not None)
+
+
+def sums_on_device(inputs: LossInputs, temperature: float, chunk_tokens: int) -> Tensor:
+    """Returns the `values` of a HeldOutSums on the device of the inputs, (4,) float64; on the meta device, too."""
     vocab, teacher, teacher_head = inputs.vocab, inputs.teacher, inputs.teacher_head
     hidden, labels = inputs.student_hidden.flatten(0, -2), inputs.labels.flatten()  # (N, D), (N,)
     mask, _ = mask_unknown_labels(labels, inputs.loss_mask.flatten().bool(), vocab)  # (N,)
@@ -208,12 +213,12 @@ def held_out_sums(inputs: LossInputs, temperature: float, chunk_tokens: int) -> 
             teacher_logits = signal[chunk] if teacher_head is None else _logits(signal[chunk], teacher_head, None)
         columns = _token_figures(logits, teacher_logits, labels[chunk], temperature)  # (4, n)
         sums += torch.where(mask[chunk], columns, 0.0).sum(dim=1, dtype=torch.float64)
-    return HeldOutSums(sums.cpu(), teacher is not None)
+    return sums
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     """Returns logits (n, vocab) in float32 or better: rounded to 16 bits the two largest would often be equal."""
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+    if hidden.device.type in ("cuda", "meta") and hidden.dtype in (torch.bfloat16, torch.float16):
         logits = torch.mm(hidden, head.T, out_dtype=torch.float32)  # a widened head would take twice its memory
         return logits if bias is None else logits.add_(bias)
     dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conversion.measure import relative_to
 from distillation.teacher import Lane, NoTeacher
 from llamba import LlambaForCausalLM
 from monitoring.layer_errors import worst_layers
@@ -54,7 +55,8 @@ def layer_map(student: LlambaForCausalLM, input_ids: Tensor, states: list[Tensor
 
     stream: ||h_s - h_t|| / ||h_t|| after each layer, h_s and h_t being the hidden states of student and teacher.
     own: of each layer alone, given the teacher's h_t before it: ||f_s(h_t) - f_t(h_t)|| / ||f_t(h_t) - h_t||. 0 is a
-    layer that equals the teacher's, 1 one with the error of a layer that does nothing.
+    layer that equals the teacher's, 1 one with the error of a layer that does nothing. Where the teacher's layer does
+    nothing, a millionth of ||h_t|| is divided by: 0 is right there too, and any error is large (`relative_to`).
     """
     inputs, outputs = states[:-1], states[1:]
     updates = [after - before for before, after in zip(inputs, outputs, strict=True)]
@@ -71,13 +73,13 @@ def _errors(
     scales: list[Tensor],
     inputs: list[Tensor] | None = None,
 ) -> list[float]:
-    """Returns each layer's error, divided by the norm of `scales`. inputs: replace the layers' own, if given."""
+    """Returns each layer's error, relative to `scales`. inputs: replace the layers' own, if given."""
     errors: list[Tensor] = []
+    least = scales if inputs is None else inputs
 
     def compare(i: int) -> Callable:
         def hook(_module, _args, output: Tensor) -> None:
-            wrong = (output.float() - expected[i].float()).norm(dim=-1)  # (B, S)
-            errors.append((wrong / scales[i].float().norm(dim=-1)).mean())
+            errors.append(relative_to(scales[i], output.float() - expected[i].float(), least[i]))
 
         return hook
 

@@ -60,11 +60,14 @@ def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> fl
 
 
 def alignment_operations_per_token(alignment: Alignment, seq_len: int) -> float:
-    """Returns likewise those of `--stage align`: the teacher's layers up to the last mixer, forward only, and the
-    mixers. Of what a mixer reads no gradient is needed; with whole blocks as target, gradients go back through frozen
-    MLPs.
+    """Returns likewise those of `--stage align`: the teacher's layers up to the last mixer, forward only and without
+    the last one's MLP, and the mixers. Of what a mixer reads no gradient is needed; with whole blocks as target, the
+    last MLP is needed too, and gradients go back through frozen ones.
     """
-    total = sum(_forward_operations(layer, seq_len) for layer in alignment.stream.layers[: max(alignment.blocks) + 1])
+    layers = alignment.stream.layers[: max(alignment.blocks) + 1]
+    total = sum(_forward_operations(layer, seq_len) for layer in layers)
+    if alignment.error_of is not block_error:
+        total -= _forward_operations(layers[-1].mlp, seq_len)
     for block in alignment.blocks.values():
         total += 3 * _forward_operations(block.mixer, seq_len) - 2 * block.mixer.in_proj.weight.numel()
         if alignment.error_of is block_error:

@@ -17,22 +17,26 @@ from distillation.losses import shared_vocab
 from distillation.objective import DistillationModel
 from distillation.teacher import PendingSignal
 from distillation.wait_clock import WaitClock
+from evaluation.held_out import sums_on_device
 from inputs.option_values import command_that_makes
 from llamba import LlambaForCausalLM
+from monitoring.undisturbed import undisturbed
 from preflight.live_memory import Items, LiveMemory
 from text.batch import Batch
 
 TEACHER, MIXER, BACKWARD = "teacher's work", "activations", "backward's own"
+EVALUATION = "both models and their logits"
 
 
 class TracedAlignment(NamedTuple):
     """Holds one rank's micro step: bytes of the teacher's weights that the student has not, bytes beside weights and
-    gradients at the peak and after it, and operations.
+    gradients at the peak and after it, likewise those at the peak of an evaluation, and operations.
     """
 
     held: int
     peak: Items
     left: Items
+    evaluation: Items | None  # None: the run has no evaluations
     operations: Items
     teacher_operations: int
 
@@ -102,19 +106,23 @@ def stream_of(args: TrainArguments, teacher: PreTrainedModel, student: LlambaFor
 
 
 def trace_alignment(
-    args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM, batch: Batch
+    args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM, batch: Batch, chunk_tokens: int
 ) -> TracedAlignment:
-    """Computes a micro step. Its gradients, which are kept from step to step, do not count."""
+    """Computes a micro step, and an evaluation if the run has any. The gradients, which are kept from step to step, do
+    not count. chunk_tokens: that an evaluation takes at a time where the options do not say.
+    """
     stream = stream_of(args, teacher, student)
-    model = DistillationModel(student, stream.head, len(stream.head), args, chunk_tokens=1)
+    model = DistillationModel(student, stream.head, len(stream.head), args, chunk_tokens)
     alignment = Alignment(model, stream, args.align)
     alignment.begin((args.batch_size, args.seq_length))
     of_stream = [parameter for layer in stream.layers for parameter in layer.parameters()]
     kept = [gradients.flat for gradients in alignment.gradients]
     given = [*model.parameters(), *model.buffers(), *of_stream, *kept, stream.embedding, stream.head, batch.input_ids]
-    memory = LiveMemory([*given, *stream.norm.parameters(), *stream.rotary.buffers()])
-    for layer in stream.layers:
-        layer.input_layernorm.register_forward_pre_hook(lambda *_: memory.enter(TEACHER))
+    given += [*stream.norm.parameters(), *stream.rotary.buffers(), batch.labels, batch.loss_mask]
+    evaluation = trace_evaluation(args, model, stream, batch, LiveMemory(given)) if args.eval_interval else None
+    memory = LiveMemory(given)
+    for norm in (norm for layer in stream.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+        norm.register_forward_pre_hook(lambda *_: memory.enter(TEACHER))
     for block in alignment.blocks.values():
         block.mixer.register_forward_pre_hook(lambda *_: memory.enter(MIXER))
         block.mixer.register_forward_hook(lambda *_: memory.enter(BACKWARD))
@@ -125,4 +133,17 @@ def trace_alignment(
         left = dict(memory.live)
     operations = dict(memory.operations)
     of_teacher = operations.pop(TEACHER)
-    return TracedAlignment(stream.bytes_held, memory.at_peak, left, operations, of_teacher)
+    return TracedAlignment(stream.bytes_held, memory.at_peak, left, evaluation, operations, of_teacher)
+
+
+def trace_evaluation(
+    args: TrainArguments, model: DistillationModel, stream: TeacherStream, batch: Batch, memory: LiveMemory
+) -> Items:
+    """Returns the bytes at the peak of an evaluation: the whole teacher's answer, the student's hidden states, and some
+    tokens' logits of both.
+    """
+    memory.enter(EVALUATION)
+    with undisturbed(model.student, compiled=False), memory:
+        signal = stream(batch.input_ids)  # (B, S, D)
+        sums_on_device(model.loss_inputs(batch, signal), args.temperature, model.chosen_chunk_tokens())
+    return memory.at_peak

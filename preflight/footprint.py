@@ -57,7 +57,8 @@ class Footprint:
     student: on the meta device, frozen by the run's options.
     weights: bytes of the student's weights: trained, frozen, or of replaced layers.
     passes: bytes beside weights, gradients and optimizer state at the peak of each pass: of forward and backward. In an
-        alignment both alternate, and the teacher's work is among them: it is one pass.
+        alignment both alternate, and the teacher's work is among them: it is one pass. An evaluation may take more than
+        that, and is another; in a distillation it takes less than a step.
     left: those of them that are still alive when the optimizer steps.
     operations: of the student, recomputation included.
     """
@@ -80,9 +81,10 @@ def measure_footprint(args: TrainArguments) -> Footprint:
         batch = Batch(tokens, tokens.clone(), torch.ones(shape, dtype=torch.bool))
     weights = weights_by_fate(student, args.layers)
     if args.stage == "align":
-        traced = trace_alignment(args, teacher, student, batch)
+        traced = trace_alignment(args, teacher, student, batch, gpu_chunk_tokens(args.dtype, vocab))
         beside = TeacherFootprint(traced.held, 0, traced.teacher_operations, 0, 0)
-        return Footprint(student, weights, {"micro step": traced.peak}, traced.left, traced.operations, beside)
+        passes = {"micro step": traced.peak} | ({"evaluate": traced.evaluation} if traced.evaluation else {})
+        return Footprint(student, weights, passes, traced.left, traced.operations, beside)
     answer = head = teacher_footprint = None
     if args.kl_weight > 0:
         if args.teacher_signal == "hidden":

@@ -227,6 +227,8 @@ def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
         yield "--freeze_replaced_layers", dataclasses.replace(args, freeze_replaced_layers=True)
     if is_distilled and not args.freeze_mlp:
         yield "--freeze_mlp", dataclasses.replace(args, freeze_mlp=True)
+    if not is_distilled and args.eval_interval:
+        yield "--eval_interval 0", dataclasses.replace(args, eval_interval=0)
     if args.dtype == "float32":
         yield "--dtype bfloat16", dataclasses.replace(args, dtype="bfloat16")
 

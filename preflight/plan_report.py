@@ -214,7 +214,6 @@ def assumptions(args: TrainArguments, machine: Machine) -> str:
             else "The student's files do not say that it was made from this teacher and not trained since: the teacher "
             "is counted beside it. A run holds once what both have."
         )
-        notes.append("What an evaluation takes is not included.")
     if args.teacher_device == "cpu":
         notes.append("The teacher's time on the CPU is not included.")
     if args.tflops is None and not knows_peak(args):

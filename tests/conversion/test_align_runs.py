@@ -4,9 +4,11 @@ be used, and what it does in trouble.
 
 import functools
 import json
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval_mmlu_hybrid
@@ -14,8 +16,10 @@ from conversion import alignment
 from llamba import LlambaForCausalLM
 from tests import fresh, small_runs
 from tests.conversion.pairs import save_pair
-from tests.faults.compare import tensors
+from tests.faults.compare import differences, tensors
 from tests.faults.kills import run_campaign
+from tests.faults.scenarios import signal_self
+from tests.faults.traps import trap
 from tests.launch import ROOT
 from tests.small_runs import compile_with, keep_final_weights, make_models, read_metrics
 
@@ -94,6 +98,27 @@ def test_two_ranks_equal_one_with_twice_the_batch_and_one_that_accumulates(run):
     assert_same_run(two, run(1, grad_accumulation_steps=2, save_interval=6))
     for name, weight in final_weights(two, 0).items():
         assert torch.equal(weight, final_weights(two, 1)[name]), name
+
+
+def first_moments(checkpoint):
+    """Returns what Adam has summed up of the clipped gradients of each mixer, of the shards of all ranks."""
+    shards = [load_file(file) for file in sorted(checkpoint.glob("optimizer-*"))]
+    found = {name: tensor for shard in shards for name, tensor in shard.items() if name.startswith("exp_avg/")}
+    assert len(found) == sum(name.startswith("exp_avg/") for shard in shards for name in shard)  # each on one rank
+    return found
+
+
+def test_what_is_clipped_is_the_norm_over_all_mixers_of_all_ranks(run):
+    """It is logged as it was before, and neither depends on how many ranks there are."""
+    two, alone = (run(2), run(1, batch_size=4))
+    norms = [[row["grad_norm"] for row in read_metrics(folder)] for folder in (two, alone)]
+    assert min(norms[0]) > 2 and norms[0] == pytest.approx(norms[1], rel=1e-4)  # --grad_clip is 1
+    found, expected = first_moments(two / "checkpoint-6"), first_moments(alone / "checkpoint-6")
+    assert found.keys() == expected.keys() and all(".mixer." in name for name in found)
+    for name, moment in found.items():
+        torch.testing.assert_close(moment, expected[name], rtol=1e-2, atol=1e-5)
+    whole = torch.cat([moment.flatten() for moment in found.values()]).norm()
+    assert 0.1 < whole < 1 - 0.9**6  # a mean of six gradients of norm 1, weighted by (1 - 0.9) 0.9^k
 
 
 def test_every_layer_gets_closer(run):
@@ -194,6 +219,28 @@ def test_a_run_that_was_killed_equals_one_that_was_left_alone(tmp_path):
     result = fresh.call(run_campaign, tmp_path, "aligned", 2, 1, 0, 6)
     assert (result["kills"], result["differences"]) == (1, [])
     assert result["runs"] >= 1
+
+
+def signal_in_a_micro_step(n, number, to, rank):
+    """Has rank `to` send itself a signal at the beginning of its n-th micro step."""
+    if rank == to:
+        trap(alignment.Alignment, "backward", n, signal_self(number))
+
+
+def test_signals_and_the_time_limit_stop_all_ranks_and_the_run_resumes_exactly(models, tmp_path):
+    """Within an accumulation, too, whose first micro steps are then computed again."""
+    changes = dict(grad_accumulation_steps=2, save_interval=0)
+    align(2, options(models, tmp_path / "straight", **changes))
+    argv = options(models, tmp_path / "out", **changes, resume="auto")
+    stops = [(signal.SIGTERM, 3, 1), (signal.SIGINT, 2, 0), (signal.SIGUSR1, 1, 1)]
+    for number, n, to in stops:
+        codes, log = fresh.ranks(argv, 2, arm=functools.partial(signal_in_a_micro_step, n, number, to))
+        assert codes == [75, 75] and f"stopped by {number.name} at step" in log, log[-2000:]
+    codes, log = fresh.ranks([*argv, "--time_limit", "1e-6"], 2)
+    assert codes == [75, 75] and "stopped by --time_limit at step" in log, log[-2000:]
+    assert 0 < len(read_metrics(tmp_path / "out")) < 6
+    align(2, argv)
+    assert differences(tmp_path / "straight", tmp_path / "out", 12) == []
 
 
 def spoil_one_layer(first, last, rank):

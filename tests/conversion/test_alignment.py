@@ -131,12 +131,17 @@ def test_errors_and_gradients_are_those_of_plain_autograd(tmp_path, one_rank, ta
             assert own[name].grad is None, name
 
 
-def test_the_teacher_runs_up_to_the_last_mixer(tmp_path, one_rank):
-    alignment, ran = alignment_of(tmp_path, student_of(save_teacher(tmp_path), layers=(0, 2, 3))), []
+@pytest.mark.parametrize("target,mlps", [("attention", [0]), ("block", [0, 1])])
+@pytest.mark.parametrize("layers", [(0, 2, 3), (2, 3)])
+def test_the_teacher_runs_up_to_the_last_mixer(tmp_path, one_rank, layers, target, mlps):
+    """Behind its attention nothing is needed, with blocks as target behind its MLP."""
+    alignment = alignment_of(tmp_path, student_of(save_teacher(tmp_path), layers=layers), target)
+    ran = {"self_attn": [], "mlp": []}
     for i, layer in enumerate(alignment.stream.layers):
-        layer.input_layernorm.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for part, seen in ran.items():
+            getattr(layer, part).register_forward_hook(lambda *_, i=i, seen=seen: seen.append(i))
     alignment.backward(batch_of(2, 13), UNASKED, 1.0, is_last=True)
-    assert ran == [0, 1]
+    assert ran == {"self_attn": [0, 1], "mlp": mlps}
 
 
 def test_accumulated_micro_steps_equal_one_batch(tmp_path, one_rank):

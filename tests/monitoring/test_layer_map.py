@@ -2,6 +2,8 @@
 alone. That a run with maps is bit for bit the run without is in tests/monitoring/test_evaluator.py.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -67,6 +69,42 @@ def test_a_layer_that_does_nothing_errs_by_one(models):
     layer.mixer.out_proj.weight.zero_()
     layer.mlp.down_proj.weight.zero_()
     assert layer_map(student, tokens(), teacher.hidden_states(tokens()))["own"][2] == pytest.approx(1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16])
+def test_where_the_teachers_layer_does_nothing_only_nothing_is_right(width):
+    """As the layers do that are put in to make a Llama deeper. Any error is then a large one, and none is NaN."""
+    teacher = tiny_teacher()
+    for i in (0, 2, 3):
+        teacher.model.layers[i].self_attn.o_proj.weight.zero_()
+        teacher.model.layers[i].mlp.down_proj.weight.zero_()
+    student = tiny_hybrid(teacher=teacher).to(width)  # layers 1 and 3 are the teacher's
+    right = student.backbone.layers[0]
+    right.mixer.out_proj.weight.zero_()
+    right.mlp.down_proj.weight.zero_()
+    states = Teacher(teacher.to(width), "hidden", vocab=50).hidden_states(tokens())
+    found = layer_map(student, tokens(), states)
+    assert all(map(math.isfinite, found["own"] + found["stream"]))
+    assert found["own"][0] == found["own"][1] == found["own"][3] == 0 and found["own"][2] > 100
+
+
+@torch.no_grad()
+def test_a_token_whose_embedding_is_zero_is_no_error_of_a_layer_that_leaves_it_so():
+    """As that of a padding token often is. A layer that adds something to it has an error without bounds."""
+    teacher = tiny_teacher()
+    teacher.model.embed_tokens.weight[7].zero_()
+    student, ids = tiny_hybrid(teacher=teacher), tokens()
+    ids[:, 0] = 7
+    states = Teacher(teacher, "hidden", vocab=50).hidden_states(ids)
+    mixers = [student.backbone.layers[i].mixer for i in (0, 2)]
+    for mixer in mixers:
+        mixer.conv1d.bias.zero_()
+    assert all(map(math.isfinite, layer_map(student, ids, states)["own"]))
+    mixers[0].conv1d.bias.fill_(1.0)
+    row = {"step": 5, "layer_map": layer_map(student, ids, states)}
+    assert row["layer_map"]["own"][0] == math.inf and math.isfinite(row["layer_map"]["own"][2])
+    assert "largest errors: layers 0 (inf)" in format_map(row)
 
 
 def test_a_student_that_is_the_teacher_strays_nowhere(models):

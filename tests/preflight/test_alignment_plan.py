@@ -117,7 +117,11 @@ def test_the_printed_plan(folder, capsys, no_torchrun, monkeypatch):
     print_plan(aligned(folder, f"{ALIGN} --dry_run --gpus 2 --gpu_gb 0.1"))
     text = capsys.readouterr().out
     assert "Does not fit." in text and "To make the alignment fit:" in text and "saves" in text
-    assert not re.search("gradient_checkpointing|freeze|teacher_signal|teacher_placement", text)
+    assert not re.search("gradient_checkpointing|freeze|teacher_signal|teacher_placement|eval_interval", text)
+    print_plan(aligned(folder, f"{ALIGN} --eval_interval 5 --dry_run --gpus 2 --gpu_gb 0.1"))
+    text = capsys.readouterr().out
+    assert re.search(r"every GPU, GB +micro step +evaluate +update\n", text) and "--eval_interval 0 " in text
+    assert "not included" not in text
 
 
 def test_every_gpu_has_a_student(folder):
@@ -125,6 +129,16 @@ def test_every_gpu_has_a_student(folder):
     assert gpus_needed(args, 4) == 4 and asked_placement(args, MACHINE) == "colocated"
     changes = [change for change, _ in alternatives(dataclasses.replace(args, batch_size=4))]
     assert changes == ["--batch_size 2 --grad_accumulation_steps 2", "--dtype bfloat16"]
+    changes = [change for change, _ in alternatives(dataclasses.replace(args, batch_size=1, eval_interval=5))]
+    assert changes == ["--eval_interval 0", "--dtype bfloat16"]
+
+
+def test_sixteen_bit_logits_of_an_evaluation_take_no_wider_head(folder):
+    """A GPU multiplies 16-bit matrices into float32; only a CPU has to widen them."""
+    text = "--stage align --batch_size 1 --seq_length 64 --eval_interval 5 --loss_chunk_tokens 1"
+    found = [measure_footprint(aligned(folder, f"{text} --dtype {dtype}")) for dtype in ("bfloat16", "float32")]
+    bfloat16, float32 = (sum(footprint.passes["evaluate"].values()) for footprint in found)
+    assert bfloat16 < float32 < 4 * 256 * 8192  # bytes of a head in float32
 
 
 # --- the doctor ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from benchmarks.bare_run import train_steps
 from conversion.unfinished import FIGURES
 from distillation.models import Models
 from llamba import LlambaConfig, LlambaForCausalLM
+from monitoring.evaluator import Evaluator, Material
 from preflight import plan
 from preflight.footprint import (
     build_models,
@@ -34,6 +35,7 @@ from preflight.footprint import (
 from preflight.live_memory import LiveMemory
 from preflight.plan import largest_moment, student_moments
 from processes.devices import choose_devices
+from processes.exits import StopRequest
 from processes.ranks import process_groups
 from tests import fresh
 from text.batch import Batch
@@ -58,6 +60,7 @@ CASES = {
             ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
             ("made", f"{FLOAT32} --stage align"),
             ("made", f"{FLOAT32} --stage align --layers -1 --grad_accumulation_steps 2"),
+            ("made", f"{FLOAT32} --stage align --layers -1 --eval_interval 1 --loss_chunk_tokens 320"),
         ],
     ),
     "two ranks": (
@@ -154,6 +157,17 @@ class NoLog:
         pass
 
 
+class Evaluations:
+    """Evaluates after each step, on two batches of windows of its own."""
+
+    def __init__(self, args, vocab, model, lane, ranks):
+        windows = torch.randint(0, vocab, (2 * args.batch_size * ranks.world_size, args.seq_length + 1))
+        self.evaluator = Evaluator(args, Material(windows, []), None, ranks, model, lane, StopRequest(None))
+
+    def write(self, row):
+        assert self.evaluator.evaluate()["tokens"] > 0
+
+
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
@@ -176,7 +190,8 @@ def measured_run(argv, vocab, ranks):
 
     models = Models(args.teacher_model, args.student_model, vocab, tokenizer=None)
     objective, lane = training_utils.load_objective(args, models, ranks, ranks.device)
-    train_steps(args, batches(), STEPS, objective, lane, ranks, NoLog())
+    log = Evaluations(args, vocab, objective.model, lane, ranks) if args.eval_interval else NoLog()
+    train_steps(args, batches(), STEPS, objective, lane, ranks, log)
     lane.close()
     return measured.found
 
@@ -219,7 +234,7 @@ def test_peaks_are_within_15_percent(measured, folder):
     for i, case in enumerate(cases):
         args = parse_train_args(options(folder, *case))
         footprint = measure_footprint(args)
-        placement = args.teacher_placement if footprint.teacher else "none"
+        placement = args.placement if footprint.teacher else "none"
         moments = student_moments(args, footprint, n_ranks, placement)
         planned = largest_moment(moments)[1] - sum(plan.ALLOWANCE.values())
         for rank in range(n_ranks):
@@ -238,6 +253,17 @@ def test_what_stays_is_exact(measured, folder):
         assert sum(weights_by_fate(student, args.layers).values()) == found[0][i]["weights"]
         assert gradient_bytes(student) == found[0][i]["gradients"]
         assert optimizer_bytes(student, args, n_ranks)[0] == max(found[rank][i]["state"] for rank in range(n_ranks))
+
+
+def test_an_evaluation_that_takes_more_than_a_step_is_planned(folder):
+    """That its bytes are right is above."""
+    without, with_one = (
+        measure_footprint(parse_train_args(options(folder, "made", f"{FLOAT32} --stage align {text}")))
+        for text in ("", "--eval_interval 1 --loss_chunk_tokens 320")
+    )
+    assert without.passes.keys() == {"micro step"} and without.passes.items() <= with_one.passes.items()
+    logits = 4 * 320 * VOCAB["made"]  # bytes
+    assert sum(with_one.passes["evaluate"].values()) > 3 * logits > sum(without.passes["micro step"].values())
 
 
 def test_summing_up_micro_steps_takes_no_more_memory(measured):
