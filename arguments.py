@@ -112,7 +112,6 @@ class TrainArguments(CommonArguments):
     batch_size: int = option(BY_PRESET, "windows per rank and micro step", DATA, least=1, kept="streams", most=10_000)
 
     stage: Literal["distil", "align"] = option("distil", "train the student, or align its mixers", LOSS, kept=True)
-    align: Literal["attention", "block"] = option("attention", "what mixers are aligned with", LOSS, kept=True)
     ce_weight: float = option(1.0, "weight of the cross entropy with the text", LOSS, least=0, most=10**6)
     kl_weight: float = option(0.1, "weight of KL(teacher || student); 0 runs no teacher", LOSS, least=0, most=10**6)
     temperature: float = option(1.0, "temperature of the KL", LOSS, least=0.001, most=1000)

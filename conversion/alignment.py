@@ -6,7 +6,6 @@ so that the activations of one layer exist at a time.
 import itertools
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,21 +63,6 @@ def attention_error(block: LlambaBlock, traced: Traced) -> Tensor:
     return relative_error(block.mixer(u), traced.attention, traced.attention, traced.hidden)
 
 
-def block_error(block: LlambaBlock, traced: Traced) -> Tensor:
-    """Returns the squared relative error of a whole block: 0 equals the teacher's layer, 1 does nothing to its input.
-    Computes the hidden-state alignment of MOHAWK (arXiv 2408.10189), relative to what the layer adds.
-    """
-    wanted = traced.output  # (B, S, D); the teacher's MLP runs before there are activations of the student
-    with torch.no_grad():
-        u = block.input_layernorm(traced.hidden)  # (B, S, D)
-    between = traced.hidden + block.mixer(u)
-    output = between + block.mlp(block.post_attention_layernorm(between))  # (B, S, D)
-    return relative_error(output, wanted, wanted - traced.hidden, traced.hidden)
-
-
-ERRORS: dict[str, Callable[[LlambaBlock, Traced], Tensor]] = {"attention": attention_error, "block": block_error}
-
-
 # --- gradients of ranks --------------------------------------------------------------------------------------
 
 
@@ -113,11 +97,11 @@ class Alignment:
     """Is what a `Learner` descends in `--stage align`: the mean over recurrent layers of their squared relative errors.
 
     model: the student with the loss of distillation, by which it is evaluated. stream: of its teacher.
-    target: a key of ERRORS. evaluates: whether the run does.
+    evaluates: whether the run does.
     """
 
-    def __init__(self, model: DistillationModel, stream: TeacherStream, target: str, evaluates: bool = False) -> None:
-        self.model, self.stream, self.error_of, self.evaluates = model, stream, ERRORS[target], evaluates
+    def __init__(self, model: DistillationModel, stream: TeacherStream, evaluates: bool = False) -> None:
+        self.model, self.stream, self.evaluates = model, stream, evaluates
         layers = model.student.backbone.layers
         self.blocks = {i: layer for i, layer in enumerate(layers) if isinstance(layer, LlambaBlock)}
         self.gradients = [LayerGradients(list(block.mixer.parameters())) for block in self.blocks.values()]
@@ -137,7 +121,7 @@ class Alignment:
         for i, traced in enumerate(self.stream.walk(batch.input_ids)):
             if i not in self.blocks:
                 continue
-            error = self.error_of(self.blocks[i], traced)
+            error = attention_error(self.blocks[i], traced)
             (error * (factor / len(self.blocks))).backward()
             if is_last:
                 self.gradients[len(errors)].begin_average()
@@ -178,7 +162,7 @@ def load_alignment(
     text = "of the teacher's weights %s MB are held beside the student, %s MB are the student's own"
     logger.info(text, f"{stream.bytes_held / 1e6:,.1f}", f"{stream.bytes_shared / 1e6:,.1f}")
     model = DistillationModel(student, stream.head, models.vocab, args, chunk_tokens)
-    return Alignment(model, stream, args.align, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
+    return Alignment(model, stream, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from conversion.checks import GB, disk_bytes, n_parameters, states_bytes
-from conversion.closed_form import TOKENS_AT_ONCE
+from conversion.closed_form import LONGEST_WINDOW, TOKENS_AT_ONCE, TOKENS_FOR_HEADS
 from conversion.options import MakeArguments
 from llamba import LlambaConfig
 from model_utils import DTYPES
@@ -71,11 +71,13 @@ def layer_bytes(args: MakeArguments, student: LlambaConfig) -> int:
 
 def fit_bytes(args: MakeArguments, student: LlambaConfig) -> int:
     """Returns the bytes of the least squares of out_proj, in float64: products of the features, the matrix that is
-    solved, and its factors.
+    solved, and its factors; or those of what the heads have on their tokens, if it is more.
     """
     if args.init != "closed_form":
         return 0
-    return 8 * student.d_inner * (4 * student.d_inner + 4 * student.d_model)
+    output = 8 * student.d_inner * (4 * student.d_inner + 4 * student.d_model)
+    scores = student.ssm_cfg["n_v_heads"] * min(args.seq_length, LONGEST_WINDOW)  # of a token
+    return max(output, TOKENS_FOR_HEADS * (8 * scores + 72 * student.d_inner))
 
 
 def operations(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig) -> tuple[int, int]:
@@ -87,9 +89,10 @@ def operations(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig)
     calibration = args.calibration_tokens * (attention + 6 * D * mlp)
     held_out = args.held_out_tokens * (attention + mixer + (n_streams + 1) * (6 * D * mlp + mixer))
     fits = args.init == "closed_form"
-    single = student.n_layer * (calibration + held_out + fits * args.calibration_tokens * mixer)
+    fit = args.calibration_tokens * (3 * mixer + 6 * D * mlp)  # on both inputs, and the student's way to the next layer
+    single = student.n_layer * (calibration + held_out + fits * fit)
     single += n_streams * args.held_out_tokens * 2 * D * teacher.vocab_size
-    double = args.calibration_tokens * 2 * inner * (inner + D) + 2 * inner * inner * (inner // 3 + 3 * D)
+    double = 2 * args.calibration_tokens * 2 * inner * (inner + D) + 2 * inner * inner * (inner // 3 + 3 * D)
     return single, fits * student.n_layer * double
 
 

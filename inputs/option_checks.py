@@ -62,8 +62,6 @@ def _teacher_problems(args: Any) -> Iterator[str]:
             f"--teacher_device {args.teacher_device}: a colocated teacher is on each student's own device; "
             "leave it out, or use --teacher_placement dedicated"
         )
-    if args.stage == "distil" and args.align != "attention":
-        yield f"--align {args.align}: is for --stage align; add that, or leave it out"
     if args.stage == "distil" and args.ce_weight == args.kl_weight == 0:
         yield "--ce_weight 0 --kl_weight 0: the loss is empty; give one of them a weight"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from conversion.alignment import Alignment, block_error
+from conversion.alignment import Alignment
 from llamba import DiscreteMamba2, LlambaForCausalLM
 
 # 10^12 dense operations per second in bfloat16 and float16 with sums in float32, by words of the name that
@@ -61,17 +61,13 @@ def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> fl
 
 def alignment_operations_per_token(alignment: Alignment, seq_len: int) -> float:
     """Returns likewise those of `--stage align`: the teacher's layers up to the last mixer, forward only and without
-    the last one's MLP, and the mixers. Of what a mixer reads no gradient is needed; with whole blocks as target, the
-    last MLP is needed too, and gradients go back through frozen ones.
+    the last one's MLP, and the mixers. Of what a mixer reads no gradient is needed.
     """
     layers = alignment.stream.layers[: max(alignment.blocks) + 1]
     total = sum(_forward_operations(layer, seq_len) for layer in layers)
-    if alignment.error_of is not block_error:
-        total -= _forward_operations(layers[-1].mlp, seq_len)
+    total -= _forward_operations(layers[-1].mlp, seq_len)
     for block in alignment.blocks.values():
         total += 3 * _forward_operations(block.mixer, seq_len) - 2 * block.mixer.in_proj.weight.numel()
-        if alignment.error_of is block_error:
-            total += 2 * _forward_operations(block.mlp, seq_len)
     return total
 
 

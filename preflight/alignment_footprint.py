@@ -1,5 +1,7 @@
 """Measures what a micro step of `--stage align` takes, on the meta device, by the stage's own code."""
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,10 +81,17 @@ class OwnShapes(TeacherStream):
         return False
 
 
-def has_teachers_tensors(student_model: str, after: frozenset[str] = frozenset()) -> bool:
-    """Returns whether a student has its teacher's tensors but for the mixers, as far as its files say: it was made by
-    make_student.py, or is yet to be, and no run but alignments has trained it since. after: students that came after
-    it, which a folder may name that was written anew.
+def shares_tensors(args: TrainArguments) -> bool:
+    """Returns whether the student has its teacher's tensors but for the mixers, bit for bit in --dtype, as far as its
+    files say: it was made by make_student.py, or is yet to be, and no run but alignments has trained it since.
+    """
+    return has_teachers_tensors(args.student_model, args.dtype)
+
+
+def has_teachers_tensors(student_model: str, dtype: str, after: frozenset[str] = frozenset()) -> bool:
+    """Returns likewise for a folder. after: students that came after it, which a folder may name that was written anew.
+
+    Of weights that were written in fewer bits than `dtype` has, rounding may have changed any.
     """
     folder = Path(student_model)
     if not folder.is_dir():
@@ -90,8 +99,10 @@ def has_teachers_tensors(student_model: str, after: frozenset[str] = frozenset()
     if (folder / STATE_FILE).is_file():
         run = read_state(folder).get("arguments", {})
         before, after = str(run.get("student_model")), after | {student_model}
-        return run.get("stage") == "align" and before not in after and has_teachers_tensors(before, after)
-    return (folder / FIGURES).is_file()
+        return run.get("stage") == "align" and before not in after and has_teachers_tensors(before, dtype, after)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not made by make_student.py
+        return json.loads((folder / FIGURES).read_text())["made_with"]["dtype"] in (dtype, "float32")
+    return False
 
 
 def not_shared(args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM) -> int:
@@ -100,7 +111,7 @@ def not_shared(args: TrainArguments, teacher: PreTrainedModel, student: LlambaFo
 
 
 def stream_of(args: TrainArguments, teacher: PreTrainedModel, student: LlambaForCausalLM) -> TeacherStream:
-    kind = SharedShapes if has_teachers_tensors(args.student_model) else OwnShapes
+    kind = SharedShapes if shares_tensors(args) else OwnShapes
     vocab = shared_vocab(student.config.vocab_size, teacher.config.vocab_size)
     return kind(Shapes(teacher), student, vocab)
 
@@ -113,7 +124,7 @@ def trace_alignment(
     """
     stream = stream_of(args, teacher, student)
     model = DistillationModel(student, stream.head, len(stream.head), args, chunk_tokens)
-    alignment = Alignment(model, stream, args.align)
+    alignment = Alignment(model, stream)
     alignment.begin((args.batch_size, args.seq_length))
     of_stream = [parameter for layer in stream.layers for parameter in layer.parameters()]
     kept = [gradients.flat for gradients in alignment.gradients]

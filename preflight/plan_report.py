@@ -22,7 +22,7 @@ from llamba.parts import parameter_table
 from model_utils import DTYPES
 from monitoring.speed import peak_operations
 from paths import readable
-from preflight.alignment_footprint import has_teachers_tensors
+from preflight.alignment_footprint import shares_tensors
 from preflight.footprint import Footprint, gradient_bytes, measure_footprint
 from preflight.plan import (
     GB,
@@ -63,7 +63,7 @@ def seats(plan: Plan, args: TrainArguments, machine: Machine) -> str:
     """Returns a table of which process of a node has which GPU."""
     teacher = ""
     if plan.placement == "colocated":
-        shares = args.stage == "align" and has_teachers_tensors(args.student_model)
+        shares = args.stage == "align" and shares_tensors(args)
         teacher = "a teacher that shares its student's weights" if shares else "a teacher beside its student"
     elif args.has_teacher:
         place = "the CPU" if plan.placement == "none" else f"cuda:{teacher_index(args, machine)}"
@@ -210,7 +210,7 @@ def assumptions(args: TrainArguments, machine: Machine) -> str:
     if args.stage == "align":
         notes.append(
             "The student is taken to be made from this teacher, by make_student.py: what both have is held once."
-            if has_teachers_tensors(args.student_model)
+            if shares_tensors(args)
             else "The student's files do not say that it was made from this teacher and not trained since: the teacher "
             "is counted beside it. A run holds once what both have."
         )

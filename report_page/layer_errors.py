@@ -27,7 +27,7 @@ class LayerErrors(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """Holds the errors of the aligned layers of a run: those of what --align names, relative to its target."""
+    """Holds the errors of the aligned layers of a run, relative to the attention's output."""
 
     errors: LayerErrors  # means over up to COLUMNS stretches of rows
     mean: NDArray  # (rows,), over the layers of a row; NaN where a row has none

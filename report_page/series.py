@@ -53,7 +53,7 @@ class HeatMap:
 
 Drawing = Chart | HeatMap
 ALIGNMENT = "Alignment"  # a section
-RELATIVE = {"attention": "relative to the attention's output", "block": "relative to what the layer adds"}
+RELATIVE = "relative to the attention's output"
 
 
 def charts_of(runs: Sequence[Run]) -> list[Drawing]:
@@ -76,9 +76,8 @@ def _alignment_charts(runs: Sequence[Run]) -> Iterator[Chart]:
         series = {i: Series(runs[i].step, value) for i, value in values.items()}
         return Chart(ALIGNMENT, key, title, unit, series, dense=True, smooth=True)
 
-    relative = " or ".join(sorted({_unit_of_errors(runs[i]) for i in found}))
-    yield chart("align-mean", "Error, mean of the layers", relative, {i: of.mean for i, of in found.items()})
-    yield chart("align-worst", "Error, worst layer", relative, {i: of.worst for i, of in found.items()})
+    yield chart("align-mean", "Error, mean of the layers", RELATIVE, {i: of.mean for i, of in found.items()})
+    yield chart("align-worst", "Error, worst layer", RELATIVE, {i: of.worst for i, of in found.items()})
     squared = "squared errors, mean of the layers"
     yield chart("align-loss", "Loss", squared, {i: runs[i].columns["loss"] for i in found})
 
@@ -170,13 +169,7 @@ def _alignment_maps(runs: Sequence[Run]) -> Iterator[HeatMap]:
         if len(runs) > 1:
             key, title = f"{key}-{i}", f"{title}: {runs[i].name}"
         note = TRIANGLES if marked else ""
-        yield HeatMap(ALIGNMENT, key, title, _unit_of_errors(runs[i]), errors, marked, scale, note)
-
-
-def _unit_of_errors(run: Run) -> str:
-    """Returns what the errors of an alignment are relative to, by the run's --align."""
-    target = run.options.get("align")
-    return RELATIVE["block" if target == "block" else "attention"]
+        yield HeatMap(ALIGNMENT, key, title, RELATIVE, errors, marked, scale, note)
 
 
 def _scale_of(maps: Sequence[LayerErrors]) -> tuple[float, float] | None:

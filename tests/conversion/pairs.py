@@ -51,9 +51,9 @@ def stream_of(folder, student):
     return TeacherStream(TeacherWeights(str(folder)), freeze_all_but_mixers(student), vocab=50)
 
 
-def alignment_of(folder, student, target="attention"):
+def alignment_of(folder, student):
     stream = stream_of(folder, student)
-    return Alignment(DistillationModel(student, stream.head, 50, train_options("--dtype float32")), stream, target)
+    return Alignment(DistillationModel(student, stream.head, 50, train_options("--dtype float32")), stream)
 
 
 def save_pair(folder, **changes):

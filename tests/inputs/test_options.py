@@ -53,7 +53,6 @@ PRODUCTION_OPTIONS = {
     "batch_size": 2,
     "ce_weight": 1.0,
     "stage": "distil",
-    "align": "attention",
     "kl_weight": 0.1,
     "temperature": 1.0,
     "loss_chunk_tokens": None,

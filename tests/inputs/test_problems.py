@@ -86,11 +86,6 @@ def test_an_aligned_student_has_its_teacher_beside_it():
     assert "--teacher_device cuda:0: with --stage align" in message and message.count("--teacher_device") == 1
 
 
-def test_what_to_align_with_is_for_that_stage():
-    assert train_options("--stage align --align block").align == "block"
-    assert "--align block: is for --stage align" in train_error("--align block")
-
-
 @pytest.mark.parametrize("name", ["save_interval", "resume_step"])
 def test_checkpoints_hold_whole_optimizer_steps(name):
     message = train_error(f"--grad_accumulation_steps 4 --save_interval 4 --{name} 6")

@@ -16,13 +16,12 @@ from conversion.teacher_stream import TeacherStream
 from distillation.objective import DistillationModel
 from llamba import LlambaConfig
 from monitoring.speed import _mixing_operations, alignment_operations_per_token
-from preflight.alignment_footprint import stream_of
+from preflight.alignment_footprint import shares_tensors, stream_of
 from preflight.checks import alignment, loss, machine, storage, weights
 from preflight.checks.basics import FAILURE, OK
 from preflight.footprint import build_models, gradient_bytes, measure_footprint
 from preflight.plan import Machine, alternatives, asked_placement, gpus_needed, make_plan, wire_bytes
 from preflight.plan_report import assumptions, print_plan
-from tests.parsing import train_error
 from tests.preflight.cases import found, planned, statuses, the_bad_one
 from tests.preflight.test_footprint import folder, options
 
@@ -54,8 +53,7 @@ def test_what_is_held_and_what_travels(folder):
     assert plan.seconds == pytest.approx((sum(both[0].values()) + both[1]) / MACHINE.speed)
 
 
-@pytest.mark.parametrize("target", ["attention", "block"])
-def test_activations_are_those_of_one_layer(folder, tmp_path, target):
+def test_activations_are_those_of_one_layer(folder, tmp_path):
     peaks, gradients = [], []
     for n_layer in (2, 4, 16):
         for role, depth in (("teacher", "num_hidden_layers"), ("student", "n_layer")):
@@ -63,7 +61,7 @@ def test_activations_are_those_of_one_layer(folder, tmp_path, target):
             config = LlambaConfig.from_pretrained(source) if role == "student" else AutoConfig.from_pretrained(source)
             setattr(config, depth, n_layer)
             config.save_pretrained(tmp_path / "made" / role)
-        footprint = measure_footprint(aligned(tmp_path, f"{ALIGN} --layers -1 --align {target}"))
+        footprint = measure_footprint(aligned(tmp_path, f"{ALIGN} --layers -1"))
         peaks.append(sum(footprint.passes["micro step"].values()))
         gradients.append(gradient_bytes(footprint.student))
     assert gradients[2] == 8 * gradients[0]
@@ -90,17 +88,29 @@ def test_a_student_that_was_trained_shares_nothing(folder, tmp_path, stages, sha
     assert ("is counted beside it" in assumptions(args, MACHINE)) != shares
 
 
-@pytest.mark.parametrize("target", ["attention", "block"])
+@pytest.mark.parametrize(
+    ("written", "dtype", "shares"),
+    [("float32", "float32", True), ("float32", "bfloat16", True), ("bfloat16", "bfloat16", True)]
+    + [("bfloat16", "float32", False), ("bfloat16", "float16", False)],
+)
+def test_a_student_that_was_rounded_may_share_nothing(folder, tmp_path, written, dtype, shares):
+    """Of a teacher in more bits; its own dtype is not asked for."""
+    student = Path(shutil.copytree(folder / "made" / "student", tmp_path / "student"))
+    (student / "conversion.json").write_text(json.dumps({"made_with": {"dtype": written}}))
+    args = dataclasses.replace(aligned(folder), student_model=str(student), dtype=dtype)
+    assert shares_tensors(args) == shares
+
+
 @pytest.mark.parametrize("layers", ["-1", "2 3"])
-def test_mfu_counts_what_a_step_multiplies(folder, layers, target):
+def test_mfu_counts_what_a_step_multiplies(folder, layers):
     """But for the scan, which is computed once more in backward, and for rotations."""
     shape = "--stage align --dtype float32 --batch_size 1 --seq_length 256"
-    args = aligned(folder, f"{shape} --layers {layers} --align {target}")
+    args = aligned(folder, f"{shape} --layers {layers}")
     footprint = measure_footprint(args)
     teacher, student = build_models(args)
     freeze_all_but_mixers(student)
     stream = stream_of(args, teacher, student)
-    made = Alignment(DistillationModel(student, stream.head, len(stream.head), args, 1), stream, target)
+    made = Alignment(DistillationModel(student, stream.head, len(stream.head), args, 1), stream)
     again = sum(_mixing_operations(module, 256) for block in made.blocks.values() for module in block.mixer.modules())
     step = sum(footprint.operations.values()) + footprint.teacher.operations
     assert alignment_operations_per_token(made, 256) == pytest.approx(step / 256 - again, rel=0.02)
@@ -184,7 +194,3 @@ def test_host_memory_has_the_teacher_once(monkeypatch):
         (finding,) = found(storage.check_host_memory, "--stage", stage, nproc=2)
         taken[stage] = float(re.search(r"takes ([\d.]+) GB", finding.found)[1])
     assert taken["align"] < taken["distil"]
-
-
-def test_an_option_that_is_for_alignments_alone():
-    assert "--align block: is for --stage align" in train_error("--align block")

@@ -33,24 +33,13 @@ def test_the_charts_of_an_alignment(tmp_path):
         *("align-mean", "align-worst", "align-loss", "grad-norm", "lr", "tokens-per-s", "data-wait", "align-layers")
     ]
     charts = {chart.key: chart for chart in charts_of(read_runs([run]))}
+    units = {charts[key].unit for key in ("align-mean", "align-worst", "align-layers")}
+    assert units == {"relative to the attention's output"}
     assert charts["align-mean"].series[0].value[[0, -1]] == pytest.approx([0.65, 0.325])
     assert charts["align-worst"].series[0].value[[0, -1]] == pytest.approx([0.8, 0.4])
     heat_map = charts["align-layers"]
     assert heat_map.layers.error[[2, 5]][:, [0, -1]] == pytest.approx(np.array([[0.8, 0.4], [0.5, 0.25]]))
     assert np.isnan(heat_map.layers.error[[0, 1, 3, 4]]).all() and heat_map.marked == [0, 1, 3]
-
-
-def test_the_unit_is_that_of_what_was_aligned(tmp_path):
-    """By the run's options, which anyone may have written."""
-    runs = [aligned_run(tmp_path / name) for name in "ab"]
-    for target, unit in (("block", "relative to what the layer adds"), (["?"], "relative to the attention's output")):
-        options(runs[0], stage="align", align=target)
-        alone = {chart.key: chart.unit for chart in charts_of(read_runs(runs[:1]))}
-        assert alone["align-mean"] == alone["align-worst"] == alone["align-layers"] == unit
-    options(runs[0], stage="align", align="block")
-    both = {chart.key: chart.unit for chart in charts_of(read_runs(runs))}
-    assert both["align-mean"] == "relative to the attention's output or relative to what the layer adds"
-    assert both["align-layers-0"] == "relative to what the layer adds"
 
 
 def test_beside_a_distillation_each_has_its_own_loss(tmp_path):
