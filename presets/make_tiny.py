@@ -1,5 +1,5 @@
 """Makes presets/tiny: text, tokenizer, a small Llama that answers questions from their own text, and the Llamba made
-from it. On a CPU core the teacher takes about a quarter of an hour, the rest a minute. The same
+from it. How long the teacher takes is in presets/tiny/README.md, the rest takes a minute. The same
 command resumes a teacher that was stopped, behind its last finished stage:
 
     python -m presets.make_tiny --out presets/tiny
