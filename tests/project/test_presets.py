@@ -147,7 +147,6 @@ def test_a_teacher_is_kept_only_if_it_answers(tmp_path, monkeypatch, teacher, an
     shutil.copytree(TINY / "teacher", tmp_path / "teacher")
     weights = tmp_path / "teacher" / "model.safetensors"
     weights.unlink()
-    (tmp_path / "teacher.seed-0").mkdir()
     made = teacher if answers else LlamaForCausalLM(teacher.config)
     monkeypatch.setattr(make_tiny, "make_teacher", lambda *_: copy.deepcopy(made))
     if answers:

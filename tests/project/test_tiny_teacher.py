@@ -11,7 +11,7 @@ from evaluation import mmlu_files
 from inputs.option_values import PRESETS
 from presets import tiny_lessons, tiny_teacher, tiny_text
 from presets.tiny_lessons import Lessons, looks
-from presets.tiny_teacher import attention_alone, learn_stage, lesson_loss, make_teacher, new_model, orthogonal, stages
+from presets.tiny_teacher import attention_alone, learn_stage, lesson_loss, new_model, orthogonal, stages
 
 TINY = PRESETS / "tiny"
 
@@ -101,8 +101,11 @@ def test_orthogonal_brings_singular_values_near_one():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Lets each step shrink the weights, without a model's work, and the probe give the next of these values."""
+    """Lets each step of a model of one layer shrink its weights, and the probe give the next of these values."""
     values = []
+    config = tiny_teacher.teacher_config()
+    config.num_hidden_layers = 1
+    monkeypatch.setattr(tiny_teacher, "teacher_config", lambda: config)
     monkeypatch.setattr(tiny_teacher, "right_letters", lambda *_: values.pop(0))
     monkeypatch.setattr(
         tiny_teacher, "lesson_loss", lambda model, *_: sum(p.square().sum() for p in model.parameters())
@@ -117,7 +120,7 @@ def stage(**changes):
 
 
 def test_a_stage_ends_when_its_probe_passes_but_not_before_its_least_steps(tokenizer, quick):
-    quick += [0.99, 0.5, 0.96, 0.99]
+    quick += [0.99, 0.5, 0.91, 0.99]
     learn_stage(new_model(0), stage(), tokenizer, 0)
     assert quick == [0.99]
 
@@ -126,7 +129,7 @@ def test_a_stage_that_is_not_learned_begins_again_from_its_start_and_stops_at_la
     model = new_model(0)
     start = model.lm_head.weight.detach().clone()
     quick += [0.1] * 12
-    with pytest.raises(SystemExit, match="'look' has to reach 0.95 .* 3 attempts of 4 steps"):
+    with pytest.raises(SystemExit, match="'look' has to reach 0.9 .* 3 attempts of 4 steps"):
         learn_stage(model, stage(), tokenizer, 0)
     assert not quick and torch.equal(model.lm_head.weight, start)
     assert [line for line in capsys.readouterr().out.splitlines() if "not learned" in line] == [
@@ -141,17 +144,3 @@ def test_an_attempt_draws_other_documents(tokenizer, quick, monkeypatch):
     monkeypatch.setattr(Lessons, "draw", lambda self, rng: drawn.append(draw(self, rng)) or drawn[-1])
     learn_stage(new_model(0), stage(), tokenizer, 0)
     assert len(drawn) == 6 and not torch.equal(drawn[0].inputs, drawn[4].inputs)
-
-
-def test_a_killed_run_resumes_behind_its_last_stage(tmp_path, tokenizer, quick, monkeypatch):
-    both = (stage(most=2), stage(name="read", most=2))
-    monkeypatch.setattr(tiny_teacher, "stages", lambda: both)
-    quick += [1.0] * 4
-    whole = make_teacher(tokenizer, 0, tmp_path / "whole").state_dict()
-    quick += [1.0] * 2  # and then the run is killed
-    with pytest.raises(IndexError):
-        make_teacher(tokenizer, 0, tmp_path / "killed")
-    assert [file.name for file in (tmp_path / "killed").iterdir()] == ["0-look.pt"]
-    quick += [1.0] * 2
-    resumed = make_teacher(tokenizer, 0, tmp_path / "killed").state_dict()
-    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
