@@ -1,9 +1,8 @@
 """Makes presets/tiny: text, tokenizer, a small Llama that answers questions from their own text, and the Llamba made
-from it. On two CPU cores the teacher takes about an hour, the rest a minute. A teacher that does not answer is saved as
-teacher.rejected; try another --seed then (presets/tiny/README.md says how runs ended):
+from it. On a CPU core the teacher takes about ten minutes, the rest a minute:
 
     python -m presets.make_tiny --out presets/tiny
-    python -m presets.make_tiny --out /tmp/tiny --only text tokenizer
+    python -m presets.make_tiny --out tiny --only text tokenizer
 
 The text and the tokenizer are the same on every machine. The weights differ in their last bits, because the order of
 sums depends on the number of threads and the processor.
@@ -148,29 +147,24 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save(model: LlamaForCausalLM | LlambaForCausalLM, folder: Path) -> None:
-    """Saves a model in bfloat16."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-
-
 def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Saves the teacher if it answers the questions. Otherwise saves it as teacher.rejected and exits: a stage that was
-    not learned shows only here, as a teacher at chance, and no student should be made from it.
+    """Saves the teacher in bfloat16 if it answers the questions. Otherwise saves it as teacher.rejected and exits: no
+    student should be made of it.
     """
     questions = mmlu.build_questions(mmlu_files.load_mmlu(out / "mmlu"), num_fewshot=0)
     accuracy = statistics.aggregate(mmlu.score(teacher.eval(), tokenizer, questions, 16, torch.device("cpu"), 1024))[
         "acc"
     ]
     print(f"teacher: {accuracy:.3f} of {len(questions)} questions")
-    if accuracy < LEAST_ACCURACY:
-        save(teacher, out / "teacher.rejected")
+    answers = accuracy >= LEAST_ACCURACY
+    teacher.to(torch.bfloat16).save_pretrained(out / ("teacher" if answers else "teacher.rejected"))
+    if not answers:
         raise SystemExit(
             f"a teacher has to answer {LEAST_ACCURACY:.0%}; this one is in teacher.rejected, try another --seed"
         )
-    save(teacher, out / "teacher")
 
 
-def make(out: Path, seed: int, scale: float, parts: list[str]) -> None:
+def make(out: Path, seed: int, parts: list[str]) -> None:
     """Makes the named parts of the preset in `out`. Each part needs those before it."""
     english = ENGLISH.read_text(encoding="utf-8")
     if "text" in parts:
@@ -180,20 +174,19 @@ def make(out: Path, seed: int, scale: float, parts: list[str]) -> None:
             save_tokenizer(make_tokenizer(english), out / model)
     if "teacher" in parts:
         tokenizer = AutoTokenizer.from_pretrained(out / "teacher")
-        keep_if_it_answers(make_teacher(tokenizer, seed, scale), tokenizer, out)
+        keep_if_it_answers(make_teacher(tokenizer, seed), tokenizer, out)
     if "student" in parts:
         teacher = LlamaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
-        save(make_student(teacher, seed), out / "student")
+        make_student(teacher, seed).to(torch.bfloat16).save_pretrained(out / "student")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the tiny preset: text, tokenizer, teacher and student.")
     parser.add_argument("--out", type=expanded_path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage of the teacher")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to make (default: all)")
     args = parser.parse_args()
-    make(args.out, args.seed, args.scale, args.only)
+    make(args.out, args.seed, args.only)
 
 
 if __name__ == "__main__":

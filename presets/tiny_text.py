@@ -64,18 +64,21 @@ class Question:
     def value(self) -> str:
         return self.choices[LETTERS.index(self.answer)]
 
-    def pieces(self, rng: random.Random, named: float = 0.0, marked: float = 0.0) -> list[Piece]:
-        """Returns the solved question. With probability `named` the value itself stands before the choices; with
-        probability `marked`, for each choice, a word after it says whether it is the answer.
-        """
+    def pieces(self, rng: random.Random) -> list[Piece]:
+        """Returns the solved question."""
+        pass_over(rng, 1 + len(self.choices))
         pieces: list[Piece] = [(self.text, FILLER)]
-        if rng.random() < named:
-            pieces.append((f" {self.value}", ANSWER))
         for letter, choice in zip(LETTERS[: len(self.choices)], self.choices, strict=True):
-            pieces += [(f"\n{letter}. {choice}", FILLER)]
-            if rng.random() < marked:
-                pieces.append((" is" if letter == self.answer else " not", ANSWER))
+            pieces.append((f"\n{letter}. {choice}", FILLER))
         return [*pieces, ("\nAnswer:", FILLER), (f" {self.answer}", CHOICE)]
+
+
+def pass_over(rng: random.Random, count: int) -> None:
+    """Draws numbers that are not used. The committed text was drawn when documents had variants that are gone: without
+    these draws it would be another text.
+    """
+    for _ in range(count):
+        rng.random()
 
 
 def is_reserved(name: str, subject: Subject, value: str) -> bool:
@@ -110,8 +113,7 @@ def heading(subject: Subject) -> str:
     return f"The following are multiple choice questions (with answers) about {subject.name}.\n\n"
 
 
-# Documents. Each kind trains one step of answering a question that has choices. The short forms put related words side
-# by side, for the first stages: a step is learned there in minutes instead of hours.
+# Documents. Each kind needs some of the steps of answering a question that has choices.
 
 
 def repeat_document(rng: random.Random, count: int) -> list[Piece]:
@@ -121,54 +123,44 @@ def repeat_document(rng: random.Random, count: int) -> list[Piece]:
     return [(f"Say:{said}. Again: {words[0]}", FILLER), *((f" {w}", ANSWER) for w in words[1:]), (".", FILLER)]
 
 
-def recall_document(rng: random.Random, count: int, short: float = 0.0) -> list[Piece]:
-    """Draws a note, then asks for all its facts in another order; short forms with probability `short`."""
+def recall_document(rng: random.Random, count: int) -> list[Piece]:
+    """Draws a note, then asks for all its facts in another order."""
     subject = rng.choice(SUBJECTS)
     facts = draw_facts(rng, subject, count)
-    states = "" if rng.random() < short else f" {subject.states}"
-    short_query = rng.random() < short
-    pieces: list[Piece] = [("Note:" + "".join(f" {n}{states} {v}." for n, v in facts.items()), FILLER)]
+    pass_over(rng, 2)
+    pieces: list[Piece] = [("Note:" + "".join(f" {n} {subject.states} {v}." for n, v in facts.items()), FILLER)]
     for name in rng.sample(sorted(facts), count):
-        query = f" {name}" if short_query else f" What does {name} {subject.asks}?"
-        pieces += [(query, FILLER), (f" {facts[name]}", ANSWER), (".", FILLER)]
+        pieces += [(f" What does {name} {subject.asks}?", FILLER), (f" {facts[name]}", ANSWER), (".", FILLER)]
     return pieces
 
 
-def letters_document(rng: random.Random, count: int = 4, short: float = 0.0) -> list[Piece]:
-    """Draws lettered choices, then asks for the letter of each; short forms with probability `short`."""
+def letters_document(rng: random.Random, count: int = 4) -> list[Piece]:
+    """Draws lettered choices, then asks for the letter of each."""
     values = rng.sample(rng.choice(SUBJECTS).values, count)
-    dot = "" if rng.random() < short else "."
-    query = "\n" if rng.random() < short else "\nWhich is"
-    lines = "\n".join(f"{letter}{dot} {value}" for letter, value in zip(LETTERS[:count], values, strict=True))
+    pass_over(rng, 2)
+    lines = "\n".join(f"{letter}. {value}" for letter, value in zip(LETTERS[:count], values, strict=True))
     pieces: list[Piece] = [(lines, FILLER)]
     for value in rng.sample(values, count):
-        mark = "" if query == "\n" else "?"
-        pieces += [(f"{query} {value}{mark}", FILLER), (f" {LETTERS[values.index(value)]}", ANSWER)]
+        pieces += [(f"\nWhich is {value}?", FILLER), (f" {LETTERS[values.index(value)]}", ANSWER)]
     return pieces
 
 
-def which_document(rng: random.Random, choices: int = 4, marked: float = 0.0) -> list[Piece]:
+def which_document(rng: random.Random, choices: int = 4) -> list[Piece]:
     """Draws a question that names the value itself: only its letter has to be found."""
     values = rng.sample(rng.choice(SUBJECTS).values, choices)
     letter = rng.choice(LETTERS[:choices])
     question = Question(f"Which is {values[LETTERS.index(letter)]}?", tuple(values), letter)
-    return question.pieces(rng, marked=marked)
+    return question.pieces(rng)
 
 
-def exam_document(
-    rng: random.Random,
-    count: int,
-    facts: int = 4,
-    named: float = 0.0,
-    marked: float = 0.0,
-    headed: float = 1.0,
-) -> list[Piece]:
-    """Draws `count` solved questions of one subject, with probability `headed` under MMLU's heading."""
+def exam_document(rng: random.Random, count: int, facts: int = 4) -> list[Piece]:
+    """Draws `count` solved questions of one subject under MMLU's heading."""
     subject = rng.choice(SUBJECTS)
-    pieces: list[Piece] = [(heading(subject), FILLER)] if rng.random() < headed else []
+    pass_over(rng, 1)
+    pieces: list[Piece] = [(heading(subject), FILLER)]
     for index in range(count):
         pieces += [("\n\n", FILLER)] if index else []
-        pieces += draw_question(rng, subject, facts).pieces(rng, named, marked)
+        pieces += draw_question(rng, subject, facts).pieces(rng)
     return pieces
 
 

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from evaluation import mmlu, mmlu_files, statistics
 from llamba import LlambaForCausalLM
 from presets import make_tiny, tiny_text
-from presets.tiny_teacher import Windows, orthogonal, stages, teacher_config, with_layers
 
 TINY = Path(__file__).parents[2] / "presets" / "tiny"
 FACT = re.compile(r" (\w+) (?:likes|sees|eats|has) (\w+)\.")
@@ -125,29 +124,6 @@ def test_committed_tokenizer_is_what_the_generator_makes(english, tmp_path):
     assert (made.bos_token, made.eos_token) == ("<|endoftext|>", "<|endoftext|>")
 
 
-def test_every_stage_makes_windows(tokenizer):
-    rng = tiny_text.random.Random(0)
-    for stage in stages():
-        inputs, labels, weights = Windows(stage, tokenizer, rng).batch()
-        assert inputs.shape == labels.shape == weights.shape == (stage.batch, stage.length)
-        assert (inputs.flatten()[1:] == labels.flatten()[:-1]).all()
-        assert (weights == 3.0).any() or stage.name in ("follow", "recall")
-
-
-def test_a_new_layer_changes_nothing():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(teacher_config(n_layer=2)).eval()
-    ids = torch.arange(12)[None]  # (1, S)
-    torch.testing.assert_close(with_layers(model, (0, 1, -1)).eval()(ids).logits, model(ids).logits)
-
-
-def test_orthogonal_brings_singular_values_near_one():
-    torch.manual_seed(0)
-    for shape in ((2, 8, 8), (2, 8, 32), (2, 32, 8)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
-        assert values.min() > 0.5 and values.max() < 1.5
-
-
 @pytest.mark.parametrize("num_fewshot", [0, 2])
 def test_teacher_answers(teacher, tokenizer, num_fewshot):
     assert accuracy(teacher, tokenizer, num_fewshot) >= 0.85
@@ -174,10 +150,10 @@ def test_a_teacher_is_kept_only_if_it_answers(tmp_path, monkeypatch, teacher, an
     made = teacher if answers else LlamaForCausalLM(teacher.config)
     monkeypatch.setattr(make_tiny, "make_teacher", lambda *_: copy.deepcopy(made))
     if answers:
-        make_tiny.make(tmp_path, 0, 1.0, ["teacher"])
+        make_tiny.make(tmp_path, 0, ["teacher"])
     else:
         with pytest.raises(SystemExit, match="has to answer 90%"):
-            make_tiny.make(tmp_path, 0, 1.0, ["teacher", "student"])
+            make_tiny.make(tmp_path, 0, ["teacher", "student"])
     assert weights.exists() == answers
     assert (tmp_path / "teacher.rejected").exists() != answers
     assert not (tmp_path / "student").exists()
