@@ -37,7 +37,11 @@ COSTLY = (
     ("NCCL_LAUNCH_BLOCKING", "1", "ranks wait for every collective; nothing overlaps with it"),
     ("TORCH_NCCL_BLOCKING_WAIT", "1", "ranks wait for every collective; nothing overlaps with it"),
     ("CUDA_LAUNCH_BLOCKING", "1", "ranks wait for every kernel: a step takes up to several times as long"),
-    ("TORCH_DISTRIBUTED_DEBUG", "DETAIL", "ranks check each other's arguments before every collective"),
+    (
+        "TORCH_DISTRIBUTED_DEBUG",
+        "DETAIL",
+        "taken as INFO; with KEEP_DISTRIBUTED_DEBUG=1 ranks check each other's arguments before every collective",
+    ),
     ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "every tensor waits for the driver; a step takes many times as long"),
     ("TOKENIZERS_PARALLELISM", "0 false no off", "the tokenizer uses one core only"),
 )
