@@ -1,7 +1,7 @@
 """The one place where optional CUDA packages are imported: fast forms of the scan and of the causal convolution,
 chosen per device at run time, each with the plain form's arguments and results.
 
-Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla, else `plain_scan`.
+Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla (fla-core), else `plain_scan`.
 Convolution: causal-conv1d, else PyTorch's own.
 """
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -57,7 +58,7 @@ def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
         # mamba-ssm takes x / dt, which can leave float16's range; its kernels compute in 16 or 32 bits.
         if dtype in (torch.bfloat16, torch.float32) and (module := _mamba_ssm_triton()):
             scan_name, scan = "mamba-ssm", functools.partial(mamba_ssm_scan, module.mamba_chunk_scan_combined)
-        elif dtype != torch.float64 and (module := _optional("fla.ops.simple_gla")):
+        elif dtype != torch.float64 and (module := _fla_simple_gla()):
             scan_name, scan = "flash-linear-attention", functools.partial(fla_scan, module.chunk_simple_gla)
         if dtype != torch.float64 and (module := _optional("causal_conv1d")):
             conv_name, conv = "causal-conv1d", functools.partial(causal_conv1d_conv, module.causal_conv1d_fn)
@@ -169,11 +170,32 @@ def _optional(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.split(".")[0]:
+        if error.name == "fla.ops":
+            logger.warning("flash-linear-attention is installed without its kernels: pip install --no-deps fla-core")
+        elif error.name != name.split(".")[0]:
             logger.warning("%s is installed but does not import: %s", name, error)
     except BROKEN as error:
         logger.warning("%s is installed but does not import: %s", name, error)
     return None
+
+
+def _fla_simple_gla() -> ModuleType | None:
+    """Returns the module of flash-linear-attention's scan, or None where it is missing or its backward pass is wrong:
+    Triton from 3.4 to before 3.7.1 compiles it wrongly for Hopper (fla's issue 640). From 0.5.0 on it raises there.
+    """
+    module = _optional("fla.ops.simple_gla")
+    if module is None:
+        return None
+    capability, triton = torch.cuda.get_device_capability(), importlib.import_module("triton").__version__
+    if capability[0] == 9 and Version("3.4") <= Version(triton) < Version("3.7.1"):
+        logger.warning(
+            "flash-linear-attention is not used: its backward pass is wrong on compute capability %d.%d with Triton %s "
+            "(from 3.4 to before 3.7.1)",
+            *capability,
+            triton,
+        )
+        return None
+    return module
 
 
 def _mamba_ssm_triton() -> ModuleType | None:
