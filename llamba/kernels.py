@@ -96,12 +96,15 @@ def causal_conv1d_conv(
     activation: str,
     past: Tensor | None,
 ) -> Tensor:
-    """Computes `causal_conv` by causal-conv1d. The past is concatenated in front, because the kernel's own initial
-    states need a channel-last layout.
+    """Computes `causal_conv` by causal-conv1d, which has widths of 2 to 4; others take the plain form. The past is
+    concatenated in front, because the kernel's own initial states need a channel-last layout.
     """
+    width = weight.shape[1]
+    if not 2 <= width <= 4:
+        return causal_conv(x, weight, bias, activation, past)
     n_past = 0
     if past is not None:
-        n_past = weight.shape[1] - 1
+        n_past = width - 1
         x = torch.cat([past[..., past.shape[-1] - n_past :].to(x.dtype), x], dim=-1)
     y = causal_conv1d_fn(x.contiguous(), weight, bias, activation=None if activation == "identity" else "silu")
     return y[..., n_past:]

@@ -232,6 +232,22 @@ def test_convolution_is_causal_and_continues_from_its_past(activation, with_past
     torch.testing.assert_close(fast, y)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8])
+def test_widths_that_the_kernel_has_not_take_the_plain_form(width):
+    """As causal-conv1d's C++ checks its arguments: `width >= 2 && width <= 4`."""
+    widths = []
+
+    def kernel(x, weight, bias, activation):
+        widths.append(weight.shape[1])
+        return causal_conv(x, weight, bias, activation or "identity", None)
+
+    x, past, weight, bias = torch.randn(2, 8, 9), torch.randn(2, 8, width), torch.randn(8, width), torch.randn(8)
+    for before in (None, past):
+        y = causal_conv1d_conv(kernel, x, weight, bias, "silu", before)
+        torch.testing.assert_close(y, causal_conv(x, weight, bias, "silu", before))
+    assert widths == [width] * (2 if 2 <= width <= 4 else 0)
+
+
 def test_the_cpu_takes_the_plain_forms():
     kernels = kernels_for("cpu", torch.float32)
     assert kernels.scan is plain_scan and kernels.conv is causal_conv
