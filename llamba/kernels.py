@@ -97,7 +97,7 @@ def causal_conv1d_conv(
     past: Tensor | None,
 ) -> Tensor:
     """Computes `causal_conv` by causal-conv1d, which has widths of 2 to 4; others take the plain form. The past is
-    concatenated in front, because the kernel's own initial states need a channel-last layout.
+    concatenated in front, because the kernel's own initial states need a channel-last layout. y has the layout of x.
     """
     width = weight.shape[1]
     if not 2 <= width <= 4:
@@ -106,8 +106,18 @@ def causal_conv1d_conv(
     if past is not None:
         n_past = width - 1
         x = torch.cat([past[..., past.shape[-1] - n_past :].to(x.dtype), x], dim=-1)
-    y = causal_conv1d_fn(x.contiguous(), weight, bias, activation=None if activation == "identity" else "silu")
+    if not _is_channel_last(x):
+        x = x.contiguous()
+    y = causal_conv1d_fn(x, weight, bias, activation=None if activation == "identity" else "silu")
     return y[..., n_past:]
+
+
+def _is_channel_last(x: Tensor) -> bool:
+    """Returns whether causal-conv1d takes x (B, channels, L) as a view of (B, L, channels), as the mixer has it: its
+    loads are of 8 channels each (the checks of csrc/causal_conv1d.cpp, 1.6.1).
+    """
+    batch, channel, token = x.stride()
+    return channel == 1 and all(n % 8 == 0 for n in (x.shape[1], batch, token, x.storage_offset()))
 
 
 def mamba_ssm_scan(
