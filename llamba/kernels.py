@@ -20,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .mamba_scan import NEEDED, mamba_scan
 from .ssd import ssd_chunked
 
 logger = logging.getLogger("llamba")
@@ -55,9 +56,9 @@ def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
     scan_name, scan = "plain PyTorch", plain_scan
     conv_name, conv = "plain PyTorch", causal_conv
     if device_type == "cuda":
-        # mamba-ssm takes x / dt, which can leave float16's range; its kernels compute in 16 or 32 bits.
+        # mamba-ssm keeps states and their gradients in the dtype of x, and they can leave float16's range.
         if dtype in (torch.bfloat16, torch.float32) and (module := _mamba_ssm_triton()):
-            scan_name, scan = "mamba-ssm", functools.partial(mamba_ssm_scan, module.mamba_chunk_scan_combined)
+            scan_name, scan = "mamba-ssm", mamba_scan(module)
         elif dtype != torch.float64 and (module := _fla_simple_gla()):
             scan_name, scan = "flash-linear-attention", functools.partial(fla_scan, module.chunk_simple_gla)
         if dtype != torch.float64 and (module := _optional("causal_conv1d")):
@@ -118,35 +119,6 @@ def _is_channel_last(x: Tensor) -> bool:
     """
     batch, channel, token = x.stride()
     return channel == 1 and all(n % 8 == 0 for n in (x.shape[1], batch, token, x.storage_offset()))
-
-
-def mamba_ssm_scan(
-    mamba_chunk_scan_combined: Callable,
-    x: Tensor,
-    log_decay: Tensor,
-    B_: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Computes `ssd_chunked` by mamba-ssm, whose recurrence is h_t = exp(dt A) h_{t-1} + dt x B^T: with A = -1 and
-    dt = -log_decay, x is divided by the dt that the kernel multiplies by.
-    """
-    dt = (-log_decay.float()).clamp_min(1e-9)  # (B, L, H); x is divided by it
-    A = torch.full((x.shape[2],), -1.0, device=x.device)  # (H,)
-    y, state = mamba_chunk_scan_combined(
-        (x / dt[..., None]).to(x.dtype),
-        dt,
-        A,
-        B_,
-        C,
-        chunk_size=chunk_size,
-        initial_states=initial_state,
-        seq_idx=None if seq_idx is None else seq_idx.int(),
-        return_final_states=True,
-    )
-    return y, state.float()
 
 
 def fla_scan(
@@ -224,4 +196,8 @@ def _mamba_ssm_triton() -> ModuleType | None:
     except BROKEN as error:
         logger.info("import mamba_ssm fails (%s); using its Triton scan alone", error)
         sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
-    return _optional("mamba_ssm.ops.triton.ssd_combined")
+    module = _optional("mamba_ssm.ops.triton.ssd_combined")
+    if module is not None and (missing := sorted(NEEDED - vars(module).keys())):
+        logger.warning("mamba-ssm is not used: this version of its scan has no %s", ", ".join(missing))
+        return None
+    return module
