@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from distillation.wait_clock import WaitClock
 from llamba import LlambaForCausalLM
@@ -56,8 +56,12 @@ class Teacher:
     def __call__(self, input_ids: Tensor) -> Tensor:
         inputs = input_ids.to(self.model.device, non_blocking=True)  # (B, S)
         if self.signal == "hidden":
-            return self.model.base_model(inputs, use_cache=False).last_hidden_state  # (B, S, D_t)
-        return self.model(inputs, use_cache=False).logits[..., : self.vocab].contiguous()  # (B, S, vocab)
+            return last_hidden_states(self.model, inputs)  # (B, S, D_t)
+        if runs_by_layers(self.model):
+            logits = self.model.get_output_embeddings()(last_hidden_states(self.model, inputs))
+        else:
+            logits = self.model(inputs, use_cache=False).logits
+        return logits[..., : self.vocab].contiguous()  # (B, S, vocab)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
@@ -69,11 +73,32 @@ class Teacher:
         hooks = [layers[0].register_forward_pre_hook(lambda _module, args: states.append(args[0]))]
         hooks += [layer.register_forward_hook(lambda _module, _args, output: states.append(output)) for layer in layers]
         try:
-            self.model.base_model(input_ids.to(self.model.device), use_cache=False)
+            last_hidden_states(self.model, input_ids.to(self.model.device))
         finally:
             for hook in hooks:
                 hook.remove()
         return states
+
+
+def runs_by_layers(model: PreTrainedModel) -> bool:
+    """Returns whether the model is a Llama whose attention is causal by itself, without a mask."""
+    return type(model) is LlamaForCausalLM and model.config._attn_implementation == "sdpa"
+
+
+def last_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Returns `model.base_model(input_ids).last_hidden_state`, (B, S, D), of whole windows. A Llama's layers are run
+    here one by one: transformers' forward pass reads from the device, at its start, whether positions are consecutive,
+    and the thread that runs the teacher would wait there for the answer before.
+    """
+    if not runs_by_layers(model):
+        return model.base_model(input_ids, use_cache=False).last_hidden_state
+    llama = model.base_model
+    x = llama.embed_tokens(input_ids)  # (B, S, D)
+    positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, S)
+    rotary = llama.rotary_emb(x, position_ids=positions)
+    for layer in llama.layers:
+        x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary, use_cache=False)
+    return llama.norm(x)
 
 
 # --- the three lanes -----------------------------------------------------------------------------

@@ -57,6 +57,35 @@ def test_both_signals_tell_the_teachers_logits(ranks, placement):
     torch.testing.assert_close(hidden @ head.T, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}])
+@torch.no_grad()
+def test_a_llama_is_run_without_asking_the_device(monkeypatch, dtype, rope):
+    """Bit for bit as transformers runs it, which reads from the device whether positions are consecutive."""
+    if rope:
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = tiny_teacher(**({"rope_parameters": rope} if rope else {})).to(dtype)
+    whole, logits = model.base_model(tokens()).last_hidden_state, model(tokens()).logits[..., :50]
+    hidden, full = Teacher(model, "hidden", 50), Teacher(model, "logits", 50)
+
+    def ask(*args, **kwargs):
+        raise AssertionError("a mask is made")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", ask)
+    assert torch.equal(hidden(tokens()), whole) and torch.equal(full(tokens()), logits)
+    states = hidden.hidden_states(tokens())
+    assert torch.equal(model.base_model.norm(states[-1]), whole) and len(states) == 5
+
+
+@pytest.mark.parametrize("signal", ["hidden", "logits"])
+@torch.no_grad()
+def test_attention_that_needs_a_mask_gets_one(signal):
+    model = tiny_teacher()
+    expected = Teacher(model, signal, 50)(tokens())
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(Teacher(model, signal, 50)(tokens()), expected)
+
+
 def test_a_teacher_whose_hidden_states_do_not_tell_its_logits_is_refused():
     """Granite divides its logits by a constant after the head."""
     config = GraniteConfig(
