@@ -139,7 +139,7 @@ def all_checks() -> dict[str, Check]:
         "loss": loss.check_loss,
         "loss of equal models": loss.check_equal_models,
         "alignment": alignment.check_alignment,
-        "kernels": machine.check_kernels,
+        "kernels": kernels.check_kernels,
         "links": links.check_links,
         "collectives": links.check_collectives,
     }
