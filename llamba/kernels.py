@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class Kernels(NamedTuple):
     conv: Conv
 
 
+PLAIN = "plain PyTorch"
 _chosen: dict[tuple[str, torch.dtype], Kernels] = {}
 
 
@@ -52,9 +54,23 @@ def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
     return _chosen[key]
 
 
+@contextmanager
+def using_kernels(kernels: Kernels, device_type: str, dtype: torch.dtype) -> Iterator[None]:
+    """Runs mixers of a device and dtype by `kernels` within the block, to compare them with what would be chosen."""
+    before = kernels_for(device_type, dtype)
+    _chosen[device_type, dtype] = kernels
+    try:
+        yield
+    finally:
+        _chosen[device_type, dtype] = before
+
+
+def plain_kernels() -> Kernels:
+    return Kernels(PLAIN, plain_scan, PLAIN, causal_conv)
+
+
 def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
-    scan_name, scan = "plain PyTorch", plain_scan
-    conv_name, conv = "plain PyTorch", causal_conv
+    scan_name, scan, conv_name, conv = plain_kernels()
     if device_type == "cuda":
         # mamba-ssm keeps states and their gradients in the dtype of x, and they can leave float16's range.
         if dtype in (torch.bfloat16, torch.float32) and (module := _mamba_ssm_triton()):
