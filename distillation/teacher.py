@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from distillation.teacher_forward import last_hidden_states, runs_by_layers
 from distillation.wait_clock import WaitClock
 from llamba import LlambaForCausalLM
 from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
@@ -80,27 +81,6 @@ class Teacher:
         return states
 
 
-def runs_by_layers(model: PreTrainedModel) -> bool:
-    """Returns whether the model is a Llama whose attention is causal by itself, without a mask."""
-    return type(model) is LlamaForCausalLM and model.config._attn_implementation == "sdpa"
-
-
-def last_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Returns `model.base_model(input_ids).last_hidden_state`, (B, S, D), of whole windows. A Llama's layers are run
-    here one by one: transformers' forward pass reads from the device, at its start, whether positions are consecutive,
-    and the thread that runs the teacher would wait there for the answer before.
-    """
-    if not runs_by_layers(model):
-        return model.base_model(input_ids, use_cache=False).last_hidden_state
-    llama = model.base_model
-    x = llama.embed_tokens(input_ids)  # (B, S, D)
-    positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, S)
-    rotary = llama.rotary_emb(x, position_ids=positions)
-    for layer in llama.layers:
-        x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary, use_cache=False)
-    return llama.norm(x)
-
-
 # --- the three lanes -----------------------------------------------------------------------------
 
 
@@ -119,6 +99,10 @@ class TeacherLane:
         self.teacher, self.ranks, self.prefetch = teacher, ranks, prefetch
         self.waits = WaitClock(ranks.device)
         self.worker = BackgroundThread("teacher-lane")
+        if ranks.device.type == "cuda":
+            # A thread's device is GPU 0 at first. When it leaves a stream, torch sets that device again, and on a rank
+            # of another GPU CUDA then makes a context of 0.5 GB on GPU 0.
+            self.worker.submit(lambda: torch.cuda.set_device(ranks.device)).result()
         devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
         self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
 

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,20 @@ def test_every_rank_gets_its_own_answers_while_other_collectives_run():
     slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL", "KEEP_DISTRIBUTED_DEBUG": "1"}
     codes, text = fresh.ranks(["1", "20", "0"], 3, lane_ranks.main, **slow)
     assert codes == [0, 0, 0], text[-3000:]
+
+
+def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypatch):
+    """Or leaving a stream would set GPU 0, and every rank would hold a context there."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: calls.append((threading.current_thread().name, str(device)))
+    )
+    ranks = SimpleNamespace(device=torch.device("cuda:2"), owns_teacher=False)
+    lane = TeacherLane(StandIn(fails_at=0), ranks)
+    lane.worker.submit(lambda: calls.append("a job")).result()
+    lane.close()
+    assert calls == [("teacher-lane", "cuda:2"), "a job"]
 
 
 def test_a_teacher_that_fails_ends_all_ranks_with_its_error():
