@@ -4,6 +4,7 @@ rank of each node; colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -112,9 +113,8 @@ class TeacherLane:
 
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
         """Returns `Teacher.hidden_states` on the student's device. Only for a rank that runs the teacher."""
-        device = self.ranks.device
         return self.worker.submit(
-            lambda: [state.to(device) for state in self.teacher.hidden_states(input_ids)]
+            lambda: [_to_student(state, self.ranks.device) for state in self.teacher.hidden_states(input_ids)]
         ).result()
 
     def close(self) -> None:
@@ -127,8 +127,7 @@ class TeacherLane:
             for stream in reversed(self.streams.values()):  # the last one's device, the student's, becomes current
                 stack.enter_context(torch.cuda.stream(stream))
             answer = self._answer_all(input_ids) if self.ranks.owns_teacher else self._ask(input_ids)
-            answer = answer.to(device, non_blocking=True)
-            return answer, _event_after_current_work(device)
+            return _to_student(answer, device), _event_after_current_work(device)
 
     def _answer_all(self, input_ids: Tensor) -> Tensor:
         """Sends all other ranks of the node their answers, and returns this rank's own."""
@@ -225,6 +224,21 @@ class PendingSignal:
                 stream.wait_event(ready)
                 signal.record_stream(stream)
         return signal
+
+
+def _to_student(answer: Tensor, device: torch.device) -> Tensor:
+    """Starts the copy of an answer to the student's device: through the host between GPUs that must not copy to each
+    other. torch does not read NCCL's setting, and where it is needed such a copy can arrive changed.
+    """
+    if {answer.device.type, device.type} == {"cuda"} and answer.device != device and not gpus_may_copy():
+        answer, copied = _start_copy_to_host(answer)
+        assert copied is not None  # as for every tensor on a GPU
+        copied.synchronize()
+    return answer.to(device, non_blocking=True)
+
+
+def gpus_may_copy() -> bool:
+    return os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
 
 
 def _start_copy_to_host(answer: Tensor) -> Answer:

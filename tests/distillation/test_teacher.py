@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
+from distillation import teacher
 from distillation.teacher import (
     ColocatedTeacher,
     NoTeacher,
@@ -185,6 +186,42 @@ def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypat
     lane.worker.submit(lambda: calls.append("a job")).result()
     lane.close()
     assert calls == [("teacher-lane", "cuda:2"), "a job"]
+
+
+class OnGpu:
+    """Plays a tensor on a GPU and records its copies."""
+
+    def __init__(self, device, copies):
+        self.device, self.copies = torch.device(device), copies
+
+    def to(self, device, non_blocking):
+        self.copies.append(f"{self.device} to {device}")
+        return self
+
+
+@pytest.mark.parametrize(
+    "disabled,source,copies",
+    [
+        ("1", "cuda:4", ["cuda:4 to pinned", "waited", "cpu to cuda:0"]),
+        ("0", "cuda:4", ["cuda:4 to cuda:0"]),
+        (None, "cuda:4", ["cuda:4 to cuda:0"]),
+        ("1", "cuda:0", ["cuda:0 to cuda:0"]),
+        ("1", "cpu", ["cpu to cuda:0"]),
+    ],
+)
+def test_where_gpus_must_not_copy_answers_go_through_the_host(monkeypatch, disabled, source, copies):
+    made = []
+
+    def to_host(answer):
+        made.append(f"{answer.device} to pinned")
+        return OnGpu("cpu", made), SimpleNamespace(synchronize=lambda: made.append("waited"))
+
+    monkeypatch.setattr(teacher, "_start_copy_to_host", to_host)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    if disabled is not None:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    teacher._to_student(OnGpu(source, made), torch.device("cuda:0"))
+    assert made == copies
 
 
 def test_a_teacher_that_fails_ends_all_ranks_with_its_error():
