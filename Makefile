@@ -27,7 +27,7 @@ setup-bench: .venv/installed-bench
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(PIP_INSTALL) -r requirements-dev.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
-		$(PIP_INSTALL) --no-deps --no-build-isolation mamba-ssm==2.2.4
+		$(PIP_INSTALL) --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt

@@ -110,7 +110,7 @@ def all_findings(run: PlannedRun) -> Iterator[Finding]:
 
 def all_checks() -> dict[str, Check]:
     """Returns the checks by name, the cheap ones first. They are imported only here, after their packages."""
-    from preflight.checks import alignment, links, loss, machine, models, separator, storage, text, weights
+    from preflight.checks import alignment, kernels, links, loss, machine, models, separator, storage, text, weights
 
     return {
         "optional packages": check_optional_packages,
@@ -139,7 +139,7 @@ def all_checks() -> dict[str, Check]:
         "loss": loss.check_loss,
         "loss of equal models": loss.check_equal_models,
         "alignment": alignment.check_alignment,
-        "kernels": machine.check_kernels,
+        "kernels": kernels.check_kernels,
         "links": links.check_links,
         "collectives": links.check_collectives,
     }

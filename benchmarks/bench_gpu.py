@@ -53,7 +53,7 @@ class Part(NamedTuple):
 # The most important come first, but the scan before all steps, since Triton keeps on disk what it compiles for it.
 PARTS = [
     Part("card", "gpu_kernels", 60),
-    Part("scan", "gpu_kernels", 110),
+    Part("scan", "gpu_scan", 180),
     Part("step", "gpu_step", 110, "batch 2", "--batch_size 2"),
     Part("loss", "gpu_kernels", 150),
     Part("profile", "gpu_step", 90, "batch 2, colocated", "--batch_size 2 --teacher_placement colocated"),

@@ -1,7 +1,6 @@
-"""The sections of bench_gpu.py that need no model: the card itself, the loss, and the scan with its convolution."""
+"""The sections of bench_gpu.py that need no model: the card itself, and the loss."""
 
 import functools
-import itertools
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -17,15 +16,8 @@ from torch import Tensor
 from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights, compute_distill_loss
 from distillation.objective import compiles_loss
-from llamba import LlambaConfig
-from llamba.kernels import Conv, Scan, causal_conv, kernels_for
-from llamba.ssd import ssd_chunked
-from processes.devices import can_compile
 
 CE_WEIGHT, KL_WEIGHT, TEMPERATURE = 1.0, 0.1, 1.0  # the defaults of training
-PLAIN = "plain PyTorch"  # what llamba.kernels calls it
-Form = Callable[..., tuple[Tensor, ...]]
-INPUT_SETS = 4  # used in turn, so that the inputs are not in the card's cache
 
 
 # --- the card ------------------------------------------------------------------------------------------------
@@ -210,87 +202,6 @@ def exact_loss(p: LossTensors) -> tuple[Tensor, Tensor, Tensor]:
         total += part_loss.detach()
     assert hidden.grad is not None and head.grad is not None
     return total, hidden.grad.float(), head.grad.float()
-
-
-# --- the scan ------------------------------------------------------------------------------------------------
-
-
-def scan(run: PartRun) -> None:
-    """Compares the plain forms with those that llamba.kernels finds, on the shapes of one mixer of an 8B student."""
-    batch, length, config = 2, 1024, LlambaConfig()
-    if run.quick:
-        ssm = {"d_state": 4, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 8}
-        batch, length, config = 1, 20, LlambaConfig(d_model=32, ssm_cfg=ssm)
-    chunk_size, activation = config.ssm_cfg["chunk_size"], config.ssm_cfg["activation"]
-    kernels = kernels_for(run.device.type, torch.bfloat16)
-
-    def scan_by(form: Scan) -> Form:
-        return lambda x, log_decay, B_, C: form(x, log_decay, B_, C, chunk_size)
-
-    def conv_by(form: Conv) -> Form:
-        return lambda x, weight, bias: (form(x, weight, bias, activation, None),)
-
-    convs = {PLAIN: conv_by(causal_conv), kernels.conv_name: conv_by(kernels.conv)}
-    scans = {PLAIN: scan_by(ssd_chunked), kernels.scan_name: scan_by(kernels.scan)}
-    for name, forms in (("convolution", convs), ("scan", scans)):
-        if len(forms) == 1:
-            run.emit(name, "kernel", note="plain only: no kernel for it is installed")
-    if run.device.type == "cuda" and can_compile(run.device.type):
-        scans["compiled by torch"] = scan_by(torch.compile(ssd_chunked))
-    compare_forms(run, "convolution", [draw_conv(config, batch, length, run.device) for _ in range(INPUT_SETS)], convs)
-    compare_forms(run, "scan", [draw_scan(config, batch, length, run.device) for _ in range(INPUT_SETS)], scans)
-
-
-def draw_scan(config: LlambaConfig, batch: int, length: int, device: torch.device) -> list[Tensor]:
-    ssm = config.ssm_cfg
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, length, *shape, device=device, dtype=torch.bfloat16)
-
-    x, log_decay = normal(ssm["n_v_heads"], config.headdim), -F.softplus(normal(ssm["n_v_heads"]).float())
-    B_, C = (normal(ssm["n_qk_heads"], ssm["d_state"]) for _ in range(2))
-    return [m.requires_grad_() for m in (x, log_decay, B_, C)]  # (B, L, H, P), (B, L, H), (B, L, G, N) twice
-
-
-def draw_conv(config: LlambaConfig, batch: int, length: int, device: torch.device) -> list[Tensor]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    x = normal(batch, length, config.d_xBC).transpose(1, 2)  # (B, channels, L), laid out as the mixer has it
-    weight, bias = normal(config.d_xBC, config.ssm_cfg["d_conv"]), normal(config.d_xBC)
-    return [m.requires_grad_() for m in (x, weight, bias)]
-
-
-def compare_forms(run: PartRun, name: str, input_sets: list[list[Tensor]], forms: dict[str, Form]) -> None:
-    """Compares forms of an operation. The first is the plain one; in float64 it also gives the truth."""
-    plain = next(iter(forms.values()))
-    d_y = torch.randn_like(plain(*input_sets[0])[0])
-
-    def forward(form: Form, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return form(*inputs)
-
-    def forward_and_backward(form: Form, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        y = form(*inputs)[0]
-        return torch.autograd.grad(y, inputs, d_y.to(y.dtype))
-
-    exact_inputs = [m.detach().double().requires_grad_() for m in input_sets[0]]
-    for title, call in (("forward", forward), ("forward and backward", forward_and_backward)):
-        candidates = {
-            form_name: functools.partial(in_turn, call, form, input_sets) for form_name, form in forms.items()
-        }
-        truth = call(plain, exact_inputs)
-        compare(run, f"{name}, {title}", candidates, functools.partial(errors_of_all, truth=truth))
-
-
-def in_turn(call: Callable, form: Form, input_sets: list[list[Tensor]]) -> Work:
-    """Returns work that takes the next set of inputs at each call."""
-    sets = itertools.cycle(input_sets)
-    return lambda: call(form, next(sets))
-
-
-def errors_of_all(out: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
-    return {"relative_error": largest_error(out, truth)}
 
 
 def largest_error(out: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:

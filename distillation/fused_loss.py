@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.function import once_differentiable
 
 from distillation.losses import LossInputs, LossWeights, mask_unknown_labels
@@ -207,20 +206,30 @@ def _rows_in_cache(
 
 
 class _CompiledChunkLosses:
-    """Runs `_chunk_losses` under torch.compile. If the compiler fails, which it does before anything has run, the plain
+    """Runs `_chunk_losses` under torch.compile. If the compiler fails, or the first launch of what it made, the plain
     form takes over: a run of days must not end at its first step for lack of some speed.
     """
 
     def __init__(self) -> None:
         self.losses_of: ChunkLosses = torch.compile(_chunk_losses)
+        self.tried: set[tuple[int, ...]] = set()  # shapes of logits
 
-    def __call__(self, *args) -> Tensor:
+    def __call__(self, logits: Tensor, teacher_logits: Tensor | None, *rest) -> Tensor:
+        if self.losses_of is not _chunk_losses and tuple(logits.shape) not in self.tried:
+            self._try(logits.clone(), None if teacher_logits is None else teacher_logits.clone(), *rest)
+            self.tried.add(tuple(logits.shape))
+        return self.losses_of(logits, teacher_logits, *rest)
+
+    def _try(self, *args) -> None:
+        """Runs the compiled form on copies: a launch that fails may leave behind logits that are half overwritten."""
         try:
-            return self.losses_of(*args)
-        except TorchDynamoException as error:
-            logger.warning("the loss cannot be compiled and runs slower: %s", str(error).strip().splitlines()[0])
+            self.losses_of(*args)
+        except torch.OutOfMemoryError:
+            raise  # the plain form takes more
+        except Exception as error:  # of the compiler or of Triton's launch, whose errors have no common class
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            logger.warning("the loss cannot be compiled and runs slower: %s", reason)
             self.losses_of = _chunk_losses
-            return self.losses_of(*args)
 
 
 _compiled_chunk_losses = functools.cache(_CompiledChunkLosses)

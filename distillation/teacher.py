@@ -4,6 +4,7 @@ rank of each node; colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distillation.teacher_forward import last_hidden_states, runs_by_layers
 from distillation.wait_clock import WaitClock
 from llamba import LlambaForCausalLM
 from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
@@ -56,8 +58,12 @@ class Teacher:
     def __call__(self, input_ids: Tensor) -> Tensor:
         inputs = input_ids.to(self.model.device, non_blocking=True)  # (B, S)
         if self.signal == "hidden":
-            return self.model.base_model(inputs, use_cache=False).last_hidden_state  # (B, S, D_t)
-        return self.model(inputs, use_cache=False).logits[..., : self.vocab].contiguous()  # (B, S, vocab)
+            return last_hidden_states(self.model, inputs)  # (B, S, D_t)
+        if runs_by_layers(self.model):
+            logits = self.model.get_output_embeddings()(last_hidden_states(self.model, inputs))
+        else:
+            logits = self.model(inputs, use_cache=False).logits
+        return logits[..., : self.vocab].contiguous()  # (B, S, vocab)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
@@ -69,7 +75,7 @@ class Teacher:
         hooks = [layers[0].register_forward_pre_hook(lambda _module, args: states.append(args[0]))]
         hooks += [layer.register_forward_hook(lambda _module, _args, output: states.append(output)) for layer in layers]
         try:
-            self.model.base_model(input_ids.to(self.model.device), use_cache=False)
+            last_hidden_states(self.model, input_ids.to(self.model.device))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,6 +100,10 @@ class TeacherLane:
         self.teacher, self.ranks, self.prefetch = teacher, ranks, prefetch
         self.waits = WaitClock(ranks.device)
         self.worker = BackgroundThread("teacher-lane")
+        if ranks.device.type == "cuda":
+            # A thread's device is GPU 0 at first. When it leaves a stream, torch sets that device again, and on a rank
+            # of another GPU CUDA then makes a context of 0.5 GB on GPU 0.
+            self.worker.submit(lambda: torch.cuda.set_device(ranks.device)).result()
         devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
         self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
 
@@ -103,9 +113,8 @@ class TeacherLane:
 
     def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
         """Returns `Teacher.hidden_states` on the student's device. Only for a rank that runs the teacher."""
-        device = self.ranks.device
         return self.worker.submit(
-            lambda: [state.to(device) for state in self.teacher.hidden_states(input_ids)]
+            lambda: [_to_student(state, self.ranks.device) for state in self.teacher.hidden_states(input_ids)]
         ).result()
 
     def close(self) -> None:
@@ -118,8 +127,7 @@ class TeacherLane:
             for stream in reversed(self.streams.values()):  # the last one's device, the student's, becomes current
                 stack.enter_context(torch.cuda.stream(stream))
             answer = self._answer_all(input_ids) if self.ranks.owns_teacher else self._ask(input_ids)
-            answer = answer.to(device, non_blocking=True)
-            return answer, _event_after_current_work(device)
+            return _to_student(answer, device), _event_after_current_work(device)
 
     def _answer_all(self, input_ids: Tensor) -> Tensor:
         """Sends all other ranks of the node their answers, and returns this rank's own."""
@@ -216,6 +224,21 @@ class PendingSignal:
                 stream.wait_event(ready)
                 signal.record_stream(stream)
         return signal
+
+
+def _to_student(answer: Tensor, device: torch.device) -> Tensor:
+    """Starts the copy of an answer to the student's device: through the host between GPUs that must not copy to each
+    other. torch does not read NCCL's setting, and where it is needed such a copy can arrive changed.
+    """
+    if {answer.device.type, device.type} == {"cuda"} and answer.device != device and not gpus_may_copy():
+        answer, copied = _start_copy_to_host(answer)
+        assert copied is not None  # as for every tensor on a GPU
+        copied.synchronize()
+    return answer.to(device, non_blocking=True)
+
+
+def gpus_may_copy() -> bool:
+    return os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
 
 
 def _start_copy_to_host(answer: Tensor) -> Answer:

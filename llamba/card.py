@@ -43,7 +43,7 @@ Put the name of this repository, or of the directory that holds it, for `PATH`:
 
 `trust_remote_code=True` lets transformers run the Python files beside the weights; read them first if you do not know
 where they come from. They need PyTorch and transformers 5.17 or newer (tried with {tested}). On a GPU,
-`mamba-ssm` or `flash-linear-attention`, and `causal-conv1d`, are used where they are installed, and are not required.
+`mamba-ssm` or `fla-core`, and `causal-conv1d`, are used where they are installed, and are not required.
 """
 
 DISTILLED = """\

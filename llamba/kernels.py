@@ -1,7 +1,7 @@
 """The one place where optional CUDA packages are imported: fast forms of the scan and of the causal convolution,
 chosen per device at run time, each with the plain form's arguments and results.
 
-Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla, else `plain_scan`.
+Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla (fla-core), else `plain_scan`.
 Convolution: causal-conv1d, else PyTorch's own.
 """
 
@@ -10,15 +10,18 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .mamba_scan import NEEDED, mamba_scan
 from .ssd import ssd_chunked
 
 logger = logging.getLogger("llamba")
@@ -39,6 +42,7 @@ class Kernels(NamedTuple):
     conv: Conv
 
 
+PLAIN = "plain PyTorch"
 _chosen: dict[tuple[str, torch.dtype], Kernels] = {}
 
 
@@ -50,14 +54,28 @@ def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
     return _chosen[key]
 
 
+@contextmanager
+def using_kernels(kernels: Kernels, device_type: str, dtype: torch.dtype) -> Iterator[None]:
+    """Runs mixers of a device and dtype by `kernels` within the block, to compare them with what would be chosen."""
+    before = kernels_for(device_type, dtype)
+    _chosen[device_type, dtype] = kernels
+    try:
+        yield
+    finally:
+        _chosen[device_type, dtype] = before
+
+
+def plain_kernels() -> Kernels:
+    return Kernels(PLAIN, plain_scan, PLAIN, causal_conv)
+
+
 def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
-    scan_name, scan = "plain PyTorch", plain_scan
-    conv_name, conv = "plain PyTorch", causal_conv
+    scan_name, scan, conv_name, conv = plain_kernels()
     if device_type == "cuda":
-        # mamba-ssm takes x / dt, which can leave float16's range; its kernels compute in 16 or 32 bits.
+        # mamba-ssm keeps states and their gradients in the dtype of x, and they can leave float16's range.
         if dtype in (torch.bfloat16, torch.float32) and (module := _mamba_ssm_triton()):
-            scan_name, scan = "mamba-ssm", functools.partial(mamba_ssm_scan, module.mamba_chunk_scan_combined)
-        elif dtype != torch.float64 and (module := _optional("fla.ops.simple_gla")):
+            scan_name, scan = "mamba-ssm", mamba_scan(module)
+        elif dtype != torch.float64 and (module := _fla_simple_gla()):
             scan_name, scan = "flash-linear-attention", functools.partial(fla_scan, module.chunk_simple_gla)
         if dtype != torch.float64 and (module := _optional("causal_conv1d")):
             conv_name, conv = "causal-conv1d", functools.partial(causal_conv1d_conv, module.causal_conv1d_fn)
@@ -95,44 +113,28 @@ def causal_conv1d_conv(
     activation: str,
     past: Tensor | None,
 ) -> Tensor:
-    """Computes `causal_conv` by causal-conv1d. The past is concatenated in front, because the kernel's own initial
-    states need a channel-last layout.
+    """Computes `causal_conv` by causal-conv1d, which has widths of 2 to 4; others take the plain form. The past is
+    concatenated in front, because the kernel's own initial states need a channel-last layout. y has the layout of x.
     """
+    width = weight.shape[1]
+    if not 2 <= width <= 4:
+        return causal_conv(x, weight, bias, activation, past)
     n_past = 0
     if past is not None:
-        n_past = weight.shape[1] - 1
+        n_past = width - 1
         x = torch.cat([past[..., past.shape[-1] - n_past :].to(x.dtype), x], dim=-1)
-    y = causal_conv1d_fn(x.contiguous(), weight, bias, activation=None if activation == "identity" else "silu")
+    if not _is_channel_last(x):
+        x = x.contiguous()
+    y = causal_conv1d_fn(x, weight, bias, activation=None if activation == "identity" else "silu")
     return y[..., n_past:]
 
 
-def mamba_ssm_scan(
-    mamba_chunk_scan_combined: Callable,
-    x: Tensor,
-    log_decay: Tensor,
-    B_: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Computes `ssd_chunked` by mamba-ssm, whose recurrence is h_t = exp(dt A) h_{t-1} + dt x B^T: with A = -1 and
-    dt = -log_decay, x is divided by the dt that the kernel multiplies by.
+def _is_channel_last(x: Tensor) -> bool:
+    """Returns whether causal-conv1d takes x (B, channels, L) as a view of (B, L, channels), as the mixer has it: its
+    loads are of 8 channels each (the checks of csrc/causal_conv1d.cpp, 1.6.1).
     """
-    dt = (-log_decay.float()).clamp_min(1e-9)  # (B, L, H); x is divided by it
-    A = torch.full((x.shape[2],), -1.0, device=x.device)  # (H,)
-    y, state = mamba_chunk_scan_combined(
-        (x / dt[..., None]).to(x.dtype),
-        dt,
-        A,
-        B_,
-        C,
-        chunk_size=chunk_size,
-        initial_states=initial_state,
-        seq_idx=None if seq_idx is None else seq_idx.int(),
-        return_final_states=True,
-    )
-    return y, state.float()
+    batch, channel, token = x.stride()
+    return channel == 1 and all(n % 8 == 0 for n in (x.shape[1], batch, token, x.storage_offset()))
 
 
 def fla_scan(
@@ -169,11 +171,32 @@ def _optional(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.split(".")[0]:
+        if error.name == "fla.ops":
+            logger.warning("flash-linear-attention is installed without its kernels: pip install --no-deps fla-core")
+        elif error.name != name.split(".")[0]:
             logger.warning("%s is installed but does not import: %s", name, error)
     except BROKEN as error:
         logger.warning("%s is installed but does not import: %s", name, error)
     return None
+
+
+def _fla_simple_gla() -> ModuleType | None:
+    """Returns the module of flash-linear-attention's scan, or None where it is missing or its backward pass is wrong:
+    Triton from 3.4 to before 3.7.1 compiles it wrongly for Hopper (fla's issue 640). From 0.5.0 on it raises there.
+    """
+    module = _optional("fla.ops.simple_gla")
+    if module is None:
+        return None
+    capability, triton = torch.cuda.get_device_capability(), importlib.import_module("triton").__version__
+    if capability[0] == 9 and Version("3.4") <= Version(triton) < Version("3.7.1"):
+        logger.warning(
+            "flash-linear-attention is not used: its backward pass is wrong on compute capability %d.%d with Triton %s "
+            "(from 3.4 to before 3.7.1)",
+            *capability,
+            triton,
+        )
+        return None
+    return module
 
 
 def _mamba_ssm_triton() -> ModuleType | None:
@@ -189,4 +212,8 @@ def _mamba_ssm_triton() -> ModuleType | None:
     except BROKEN as error:
         logger.info("import mamba_ssm fails (%s); using its Triton scan alone", error)
         sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
-    return _optional("mamba_ssm.ops.triton.ssd_combined")
+    module = _optional("mamba_ssm.ops.triton.ssd_combined")
+    if module is not None and (missing := sorted(NEEDED - vars(module).keys())):
+        logger.warning("mamba-ssm is not used: this version of its scan has no %s", ", ".join(missing))
+        return None
+    return module

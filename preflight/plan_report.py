@@ -204,7 +204,7 @@ def knows_peak(args: TrainArguments) -> bool:
 def assumptions(args: TrainArguments, machine: Machine) -> str:
     notes = [
         f"Times are on paper: matrix products and attention at {machine.speed / 1e12:.0f} TFLOP/s, {REACHED_SHARE:.0%} "
-        "of the peak, and nothing else that takes time.",
+        "of the peak, and nothing else that takes time. Until they are measured on a GPU, expect about twice as long.",
         "The scan is the plain one. Others may keep more or less for the backward pass.",
     ]
     if args.stage == "align":

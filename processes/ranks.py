@@ -24,6 +24,7 @@ logger = logging.getLogger("train")
 # Reading an 8B model from a slow disk on one rank must not time out the others.
 TIMEOUT = timedelta(hours=2)
 LAUNCHER = "start with torchrun, which sets it, or unset RANK and WORLD_SIZE for a run of one rank"
+KEEP_DETAIL = "KEEP_DISTRIBUTED_DEBUG"
 
 # Measured on CPUs, with 1 to 4 ranks: 37 and 5 for each.
 FILES, FILES_PER_RANK = 40, 6
@@ -184,9 +185,7 @@ def process_groups(
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif dist.get_debug_level() == dist.DebugLevel.DETAIL:
-        logger.warning("TORCH_DISTRIBUTED_DEBUG=DETAIL taken as INFO: with it torch's DDP crashes on gloo groups")
-        dist.set_debug_level(dist.DebugLevel.INFO)
+    _lower_debug_level()
     if was_launched():
         store, own_rank, n_ranks = _meet()
         # torchrun keeps one store over its restarts, with the addresses of ranks that no longer exist.
@@ -213,6 +212,19 @@ def process_groups(
         raise SystemExit(code) from error  # the first cause has been reported
     lifeline.close()
     dist.destroy_process_group()
+
+
+def _lower_debug_level() -> None:
+    """Takes TORCH_DISTRIBUTED_DEBUG=DETAIL as INFO. Under it torch wraps every group: before each collective all ranks
+    first compare what they are about to do, and a small one takes ten times as long. An optimizer step of the 8B models
+    has some 300 of them.
+    """
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL and os.environ.get(KEEP_DETAIL) != "1":
+        dist.set_debug_level(dist.DebugLevel.INFO)
+        logger.warning(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL taken as INFO: under it all ranks compare their arguments before every "
+            f"collective, and torch's DDP crashes on a CPU; {KEEP_DETAIL}=1 keeps it"
+        )
 
 
 def _meet() -> tuple[dist.Store, int, int]:

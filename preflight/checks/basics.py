@@ -32,7 +32,7 @@ OLDEST = {"torch": "2.11", "transformers": "5.17"}  # the README promises that t
 NEEDED_FOR = {"wandb": "--wandb", "matplotlib": "eval_mmlu_hybrid.py and report.py"}
 OPTIONAL = {
     "mamba-ssm": "fast scan on GPUs",
-    "flash-linear-attention": "fast scan on GPUs, where there is no mamba-ssm",
+    "fla-core": "fast scan on GPUs, where there is no mamba-ssm",
     "causal-conv1d": "fast convolution on GPUs",
     "lm-eval": "--tasks of the evaluation",
     "tensorboard": "--tensorboard",

@@ -3,17 +3,19 @@ processes.
 """
 
 import itertools
+import os
 import statistics
 from collections.abc import Iterator
 
 import torch
 
 from preflight.checks.all_reduce import all_reduce_rate
-from preflight.checks.basics import OK, WARNING, Finding, PlannedRun
+from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
 from preflight.checks.machine import GB, default_nproc
 
 SLOW_COPY = 8.0  # GB/s; PCIe 4.0 with all its lanes reaches 25
 LINK_BYTES, LINK_COPIES = 256 * 2**20, 5
+PATTERN_NUMBERS = 2**22  # 16 MiB, as much as an answer of the 8B models
 
 
 def check_links(run: PlannedRun) -> Iterator[Finding]:
@@ -30,6 +32,7 @@ def check_links(run: PlannedRun) -> Iterator[Finding]:
         n_direct = sum(torch.cuda.can_device_access_peer(one.index, other.index) for one, other in pairs)
         name = f"links between GPUs ({n_direct} of {len(pairs)} direct)"
         yield judge_links(name, {pair: copy_rate(*pair) for pair in pairs}, send_less(run))
+        yield judge_content([pair for pair in pairs if not copy_is_right(*pair)])
 
 
 def send_less(run: PlannedRun) -> str:
@@ -47,6 +50,24 @@ def judge_links(name: str, rates: dict[tuple, float], remedy: str) -> Finding:
     if rates[slowest] >= SLOW_COPY:
         return Finding(OK, name, found)
     return Finding(WARNING, name, f"{found}; below {SLOW_COPY:g} GB/s is slow", remedy)
+
+
+def judge_content(wrong: list[tuple[torch.device, torch.device]]) -> Finding:
+    """Returns the finding on pairs of GPUs between which a copy arrives changed."""
+    name = "copies between GPUs"
+    if not wrong:
+        return Finding(OK, name, "arrive as they were sent")
+    ways = ", ".join(f"{source} to {target}" for source, target in wrong)
+    remedy = "export NCCL_P2P_DISABLE=1   (NCCL and the teacher's answers then go through the host)"
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":  # a run makes no such copies
+        return Finding(WARNING, name, f"arrive changed ({ways}); a run makes none under NCCL_P2P_DISABLE=1", "")
+    return Finding(FAILURE, name, f"arrive changed: {ways}", remedy)
+
+
+def copy_is_right(source: torch.device, target: torch.device) -> bool:
+    """Returns whether a copy between two GPUs has the content that was sent."""
+    pattern = torch.randint(2**31 - 1, (PATTERN_NUMBERS,), dtype=torch.int32)
+    return torch.equal(pattern.to(source).to(target).cpu(), pattern)
 
 
 def copy_rate(source: torch.device | None, target: torch.device | None) -> float:

@@ -1,28 +1,20 @@
-"""The checks of doctor.py for the machine: environment variables, GPUs and the kernels for them. The other checks learn
-here how many ranks a run has on this machine, and on which devices.
+"""The checks of doctor.py for the machine: environment variables and GPUs. The other checks learn here how many ranks a
+run has on this machine, and on which devices.
 """
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from llamba import LlambaConfig
-from llamba.kernels import Kernels, causal_conv, kernels_for
-from llamba.ssd import ssd_chunked
-from model_utils import DTYPES
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
 from processes.devices import check_compiler, choose_devices
 from processes.ranks import check_launch
 
 GB = 1e9
-PLAIN = "plain PyTorch"  # as llamba.kernels names it
 
 # Environment variables, the values that cost speed, and what happens.
 COSTLY = (
@@ -37,7 +29,11 @@ COSTLY = (
     ("NCCL_LAUNCH_BLOCKING", "1", "ranks wait for every collective; nothing overlaps with it"),
     ("TORCH_NCCL_BLOCKING_WAIT", "1", "ranks wait for every collective; nothing overlaps with it"),
     ("CUDA_LAUNCH_BLOCKING", "1", "ranks wait for every kernel: a step takes up to several times as long"),
-    ("TORCH_DISTRIBUTED_DEBUG", "DETAIL", "ranks check each other's arguments before every collective"),
+    (
+        "TORCH_DISTRIBUTED_DEBUG",
+        "DETAIL",
+        "taken as INFO; with KEEP_DISTRIBUTED_DEBUG=1 ranks check each other's arguments before every collective",
+    ),
     ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "every tensor waits for the driver; a step takes many times as long"),
     ("TOKENIZERS_PARALLELISM", "0 false no off", "the tokenizer uses one core only"),
 )
@@ -192,100 +188,3 @@ def check_compile(run: PlannedRun) -> Iterator[Finding]:
     if run.args.compile:
         check_compiler(run_device().type)
         yield Finding(OK, "--compile", "its compiler is installed")
-
-
-# --- kernels -------------------------------------------------------------------------------------------------
-
-# How far a kernel may be from the plain form in float32, ||out - truth|| / ||truth||. Rounding to bfloat16 changes a
-# number by up to 0.4%; a scan rounds inputs, scores, states and results, and the gradient of a decay sums differences
-# of such numbers: 1% is usual. In float32 Triton multiplies in TF32, which rounds by up to 0.05%. A kernel that mixes
-# up heads, chunks or tokens is off by about 100%.
-TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.01}
-
-
-def check_kernels(run: PlannedRun) -> Iterator[Finding]:
-    device = run_device()
-    if device.type == "cpu":
-        yield Finding(OK, "kernels", "plain PyTorch, as always on a CPU")
-        return
-    own = DTYPES[run.args.dtype]
-    for dtype in dict.fromkeys((own, torch.bfloat16, torch.float32)):
-        for finding in compare_kernels(kernels_for(device.type, dtype), device, dtype, LlambaConfig()):
-            if dtype == own or finding.status != WARNING:  # a kernel that is not installed is reported once
-                yield finding
-
-
-def compare_kernels(
-    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig
-) -> Iterator[Finding]:
-    """Compares the chosen kernels with the plain forms, on random inputs of one mixer of such a model."""
-    scan, chunk_size = draw_scan(config, device, dtype), config.ssm_cfg["chunk_size"]
-    conv, activation = draw_conv(config, device, dtype), config.ssm_cfg["activation"]
-    trials: tuple[tuple[str, str, str, list[Tensor], Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-        (
-            "scan",
-            kernels.scan_name,
-            "mamba-ssm",
-            scan,
-            lambda x, decay, B_, C: kernels.scan(x, decay, B_, C, chunk_size)[0],
-            lambda x, decay, B_, C: ssd_chunked(x, decay, B_, C, chunk_size)[0],
-        ),
-        (
-            "convolution",
-            kernels.conv_name,
-            "causal-conv1d",
-            conv,
-            lambda x, weight, bias: kernels.conv(x, weight, bias, activation, None),
-            lambda x, weight, bias: causal_conv(x, weight, bias, activation, None),
-        ),
-    )
-    for name, chosen, package, inputs, fast, plain in trials:
-        title = f"{name}, {str(dtype).removeprefix('torch.')}"
-        if chosen == PLAIN:
-            remedy = f"make setup-cuda   (installs {package}; requirements-cuda.txt lists what it needs)"
-            yield Finding(WARNING, title, "plain PyTorch: correct, but slower than a kernel", remedy)
-            continue
-        error = largest_error(fast, plain, inputs)
-        found = f"{chosen} differs by {error:.2g} from the plain form in float32, {TOLERANCE[dtype]:g} is allowed"
-        if error <= TOLERANCE[dtype]:
-            yield Finding(OK, title, found)
-        else:
-            remedy = f"python -m pip uninstall {chosen}   (the plain form replaces it), or install another version"
-            yield Finding(FAILURE, title, found, remedy)
-
-
-def largest_error(fast: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """Returns the largest relative error of the result and of the gradients of all inputs; infinity if one is not
-    finite.
-    """
-    exact = [m.detach().float().requires_grad_() for m in inputs]
-    truth = plain(*exact)
-    d_y = torch.randn_like(truth)
-    truths = [truth, *torch.autograd.grad(truth, exact, d_y)]
-    result = fast(*inputs)
-    results = [result, *torch.autograd.grad(result, inputs, d_y.to(result.dtype))]
-    errors = [(one.float() - other).norm() / other.norm() for one, other in zip(results, truths, strict=True)]
-    worst = torch.stack(errors).max().item()  # NaN if one of them is
-    return worst if math.isfinite(worst) else math.inf
-
-
-def draw_scan(config: LlambaConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Draws x (B, L, H, P), log_decay (B, L, H) in float32, B_ and C (B, L, G, N). The last chunk is not full."""
-    ssm, length = config.ssm_cfg, 2 * config.ssm_cfg["chunk_size"] + 44
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(2, length, *shape, device=device)
-
-    x, log_decay = normal(ssm["n_v_heads"], config.headdim).to(dtype), -F.softplus(normal(ssm["n_v_heads"]))
-    B_, C = (normal(ssm["n_qk_heads"], ssm["d_state"]).to(dtype) for _ in range(2))
-    return [m.requires_grad_() for m in (x, log_decay, B_, C)]
-
-
-def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Draws x (B, channels, L), laid out as the mixer has it, weight (channels, width) and bias (channels,)."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
-
-    x = normal(2, 300, config.d_xBC).transpose(1, 2)
-    return [m.requires_grad_() for m in (x, normal(config.d_xBC, config.ssm_cfg["d_conv"]), normal(config.d_xBC))]

@@ -41,7 +41,6 @@ def expected(input_ids):
 def main():
     prefetch, n_batches, fails_at = (int(word) for word in sys.argv[1:])
     dist.set_debug_level_from_env()  # as torch does when it is imported
-    dist.set_debug_level = lambda level: None  # without DDP, the groups can be checked as TORCH_DISTRIBUTED_DEBUG says
     with process_groups(torch.device("cpu")) as ranks:
         batches = [Batch.from_windows(torch.full((2, 4), 10 * i + ranks.rank)) for i in range(n_batches)]
         lane = TeacherLane(StandIn(fails_at), ranks, prefetch)

@@ -223,14 +223,22 @@ def test_chunks_follow_the_vocabulary_and_what_is_free(monkeypatch):
     assert choose_chunk_tokens(128_256, torch.bfloat16, gpu) == 1024
 
 
-def test_a_compiler_that_fails_is_logged_once_and_the_plain_loss_takes_over(monkeypatch, caplog):
+class OutOfResources(Exception):
+    """Is raised by Triton where a kernel takes more shared memory than the card has; it is no RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [TorchDynamoException, OutOfResources])
+def test_a_compiler_that_fails_is_logged_once_and_the_plain_loss_takes_over(monkeypatch, caplog, error):
+    """Also where it fails at a launch, after another one has overwritten the logits."""
     calls = 0
 
     def broken(function):
-        def fail(*args):
+        def fail(logits, teacher_logits, *rest):
             nonlocal calls
             calls += 1
-            raise TorchDynamoException("no such compiler\nand a long story")
+            logits.zero_()
+            teacher_logits.zero_()
+            raise error("no such compiler\nand a long story")
 
         return fail
 
@@ -243,3 +251,15 @@ def test_a_compiler_that_fails_is_logged_once_and_the_plain_loss_takes_over(monk
         for _ in range(2):
             assert torch.equal(fused_loss(**p, **settings, compiled=True)[0], plain[0])
     assert calls == 1 and caplog.messages == ["the loss cannot be compiled and runs slower: no such compiler"]
+
+
+def test_memory_that_is_too_little_is_no_fault_of_the_compiler(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(torch, "compile", lambda function: full)
+    monkeypatch.setattr(
+        distillation.fused_loss, "_compiled_chunk_losses", functools.cache(distillation.fused_loss._CompiledChunkLosses)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        fused_loss(**problem(), ce_weight=1.0, kl_weight=1.0, temperature=1.0, chunk_tokens=5, compiled=True)

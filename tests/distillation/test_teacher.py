@@ -2,11 +2,13 @@
 
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
+from distillation import teacher
 from distillation.teacher import (
     ColocatedTeacher,
     NoTeacher,
@@ -55,6 +57,35 @@ def test_both_signals_tell_the_teachers_logits(ranks, placement):
     assert hidden.shape == (2, 21, 32) and head.shape == (50, 32)
     assert torch.equal(head, teacher_head(model, vocab))
     torch.testing.assert_close(hidden @ head.T, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}])
+@torch.no_grad()
+def test_a_llama_is_run_without_asking_the_device(monkeypatch, dtype, rope):
+    """Bit for bit as transformers runs it, which reads from the device whether positions are consecutive."""
+    if rope:
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = tiny_teacher(**({"rope_parameters": rope} if rope else {})).to(dtype)
+    whole, logits = model.base_model(tokens()).last_hidden_state, model(tokens()).logits[..., :50]
+    hidden, full = Teacher(model, "hidden", 50), Teacher(model, "logits", 50)
+
+    def ask(*args, **kwargs):
+        raise AssertionError("a mask is made")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", ask)
+    assert torch.equal(hidden(tokens()), whole) and torch.equal(full(tokens()), logits)
+    states = hidden.hidden_states(tokens())
+    assert torch.equal(model.base_model.norm(states[-1]), whole) and len(states) == 5
+
+
+@pytest.mark.parametrize("signal", ["hidden", "logits"])
+@torch.no_grad()
+def test_attention_that_needs_a_mask_gets_one(signal):
+    model = tiny_teacher()
+    expected = Teacher(model, signal, 50)(tokens())
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(Teacher(model, signal, 50)(tokens()), expected)
 
 
 def test_a_teacher_whose_hidden_states_do_not_tell_its_logits_is_refused():
@@ -134,11 +165,63 @@ def test_ask_ahead_takes_no_more_batches_than_it_must(ranks):
 
 
 def test_every_rank_gets_its_own_answers_while_other_collectives_run():
-    """Under what users with slow links set; of it gloo knows the blocking wait and the checks of DETAIL."""
+    """Under what users with slow links set; of it gloo knows the blocking wait and the checks of DETAIL, which are kept
+    here: only DDP crashes under them.
+    """
     slow = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_ALGO": "Ring", "NCCL_MAX_NCHANNELS": "1"}
-    slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    slow |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL", "KEEP_DISTRIBUTED_DEBUG": "1"}
     codes, text = fresh.ranks(["1", "20", "0"], 3, lane_ranks.main, **slow)
     assert codes == [0, 0, 0], text[-3000:]
+
+
+def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypatch):
+    """Or leaving a stream would set GPU 0, and every rank would hold a context there."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: calls.append((threading.current_thread().name, str(device)))
+    )
+    ranks = SimpleNamespace(device=torch.device("cuda:2"), owns_teacher=False)
+    lane = TeacherLane(StandIn(fails_at=0), ranks)
+    lane.worker.submit(lambda: calls.append("a job")).result()
+    lane.close()
+    assert calls == [("teacher-lane", "cuda:2"), "a job"]
+
+
+class OnGpu:
+    """Plays a tensor on a GPU and records its copies."""
+
+    def __init__(self, device, copies):
+        self.device, self.copies = torch.device(device), copies
+
+    def to(self, device, non_blocking):
+        self.copies.append(f"{self.device} to {device}")
+        return self
+
+
+@pytest.mark.parametrize(
+    "disabled,source,copies",
+    [
+        ("1", "cuda:4", ["cuda:4 to pinned", "waited", "cpu to cuda:0"]),
+        ("0", "cuda:4", ["cuda:4 to cuda:0"]),
+        (None, "cuda:4", ["cuda:4 to cuda:0"]),
+        ("1", "cuda:0", ["cuda:0 to cuda:0"]),
+        ("1", "cpu", ["cpu to cuda:0"]),
+    ],
+)
+def test_where_gpus_must_not_copy_answers_go_through_the_host(monkeypatch, disabled, source, copies):
+    made = []
+
+    def to_host(answer):
+        made.append(f"{answer.device} to pinned")
+        return OnGpu("cpu", made), SimpleNamespace(synchronize=lambda: made.append("waited"))
+
+    monkeypatch.setattr(teacher, "_start_copy_to_host", to_host)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    if disabled is not None:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    teacher._to_student(OnGpu(source, made), torch.device("cuda:0"))
+    assert made == copies
 
 
 def test_a_teacher_that_fails_ends_all_ranks_with_its_error():

@@ -1,5 +1,5 @@
 """The scan: chunked against the definition, the definition against mamba-ssm's own PyTorch reference, gradients by
-gradcheck, and the CUDA kernels' adapters against stand-ins that follow the kernels' documented recurrences.
+gradcheck, and adapters of CUDA kernels against stand-ins that follow the kernels' documented recurrences.
 """
 
 import importlib.util
@@ -17,7 +17,6 @@ from llamba.kernels import (
     causal_conv1d_conv,
     fla_scan,
     kernels_for,
-    mamba_ssm_scan,
     plain_scan,
 )
 from llamba.ssd import ssd_chunked, ssd_definition, ssd_step
@@ -173,12 +172,6 @@ def test_chunked_equals_mamba_ssm(mamba_reference, with_state):
 # --- adapters of the CUDA kernels ---------------------------------------------------------------------------
 
 
-def mamba_stand_in(x, dt, A, B, C, chunk_size, initial_states=None, seq_idx=None, return_final_states=False):
-    """Computes mamba_chunk_scan_combined by its recurrence: h_t = exp(dt A) h_{t-1} + dt x B^T, y_t = h_t C_t."""
-    assert return_final_states
-    return ssd_definition(x * dt[..., None], dt * A, B, C, initial_states, seq_idx)
-
-
 def fla_stand_in(q, k, v, g, scale, initial_state, output_final_state):
     """Runs chunk_simple_gla by its recurrence: S_t = exp(g) S_{t-1} + k v^T, o_t = S_t^T (scale q), S (B, H, K, V)."""
     assert output_final_state
@@ -192,21 +185,14 @@ def fla_stand_in(q, k, v, g, scale, initial_state, output_final_state):
 
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("adapter,kernel", [(mamba_ssm_scan, mamba_stand_in), (fla_scan, fla_stand_in)])
-def test_adapters_feed_the_kernels_what_they_mean(adapter, kernel, with_state, with_documents):
+def test_the_adapter_feeds_fla_what_it_means(with_state, with_documents):
     args = inputs(13, dtype=torch.float32)
     initial = state(dtype=torch.float32) if with_state else None
     seq_idx = documents(13) if with_documents else None
-    y, final = adapter(kernel, *args, 8, initial_state=initial, seq_idx=seq_idx)
+    y, final = fla_scan(fla_stand_in, *args, 8, initial_state=initial, seq_idx=seq_idx)
     expected_y, expected_final = ssd_chunked(*args, 8, initial, seq_idx)
     torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(final, expected_final, rtol=1e-4, atol=1e-4)
-
-
-def test_mamba_adapter_survives_a_decay_of_nothing():
-    x, _, B_, C = inputs(6, dtype=torch.float32)
-    y, _ = mamba_ssm_scan(mamba_stand_in, x, torch.zeros(2, 6, 4), B_, C, 4)
-    torch.testing.assert_close(y, ssd_definition(x, torch.zeros(2, 6, 4), B_, C)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
@@ -230,6 +216,22 @@ def test_convolution_is_causal_and_continues_from_its_past(activation, with_past
 
     fast = causal_conv1d_conv(stand_in, x, weight, bias, activation, past if with_past else None)
     torch.testing.assert_close(fast, y)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8])
+def test_widths_that_the_kernel_has_not_take_the_plain_form(width):
+    """As causal-conv1d's C++ checks its arguments: `width >= 2 && width <= 4`."""
+    widths = []
+
+    def kernel(x, weight, bias, activation):
+        widths.append(weight.shape[1])
+        return causal_conv(x, weight, bias, activation or "identity", None)
+
+    x, past, weight, bias = torch.randn(2, 8, 9), torch.randn(2, 8, width), torch.randn(8, width), torch.randn(8)
+    for before in (None, past):
+        y = causal_conv1d_conv(kernel, x, weight, bias, "silu", before)
+        torch.testing.assert_close(y, causal_conv(x, weight, bias, "silu", before))
+    assert widths == [width] * (2 if 2 <= width <= 4 else 0)
 
 
 def test_the_cpu_takes_the_plain_forms():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from preflight.checks import all_reduce, links
-from preflight.checks.basics import OK, WARNING
+from preflight.checks.basics import FAILURE, OK, WARNING
 from tests.preflight.cases import found, planned, statuses, the_bad_one
 
 
@@ -25,9 +25,29 @@ def test_every_pair_of_gpus_is_measured(gpus, monkeypatch):
     measured = []
     monkeypatch.setattr(links, "copy_rate", lambda *ends: measured.append(ends) or 30.0)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} == {0, 1})
-    host, pairs = found(links.check_links)
+    monkeypatch.setattr(links, "copy_is_right", lambda *ends: True)
+    host, pairs, content = found(links.check_links)
     assert len(set(measured)) == 6 + 6 and pairs.name == "links between GPUs (2 of 6 direct)"
-    assert statuses([host, pairs]) == [OK, OK]
+    assert statuses([host, pairs, content]) == [OK, OK, OK]
+
+
+@pytest.mark.parametrize("disabled,status", [("", FAILURE), ("1", WARNING)])
+def test_a_copy_that_arrives_changed_is_reported(gpus, monkeypatch, disabled, status):
+    gpus(2)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    monkeypatch.setattr(links, "copy_rate", lambda *ends: 30.0)
+    monkeypatch.setattr(links, "copy_is_right", lambda source, target: source.index == 0)
+    *_, content = found(links.check_links)
+    assert content.status == status and "cuda:1 to cuda:0" in content.found and "cuda:0 to" not in content.found
+    assert ("export NCCL_P2P_DISABLE=1" in content.remedy) == (status == FAILURE)
+
+
+def test_the_content_of_a_copy_is_compared(monkeypatch):
+    cpu = torch.device("cpu")
+    assert links.copy_is_right(cpu, cpu)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor + (tensor % 7 == 0))
+    assert not links.copy_is_right(cpu, cpu)
 
 
 def test_processes_that_do_not_finish_are_killed():

@@ -1,4 +1,4 @@
-"""What doctor.py finds about settings, GPUs and kernels. GPUs are mocked."""
+"""What doctor.py finds about settings and GPUs. GPUs are mocked."""
 
 import os
 import shutil
@@ -6,14 +6,9 @@ import shutil
 import pytest
 import torch
 
-from llamba import LlambaConfig
-from llamba.kernels import Kernels, causal_conv, plain_scan
 from preflight.checks import machine
 from preflight.checks.basics import FAILURE, OK, WARNING
 from tests.preflight.cases import found, statuses, the_bad_one
-from tests.tiny import tiny_config
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -98,65 +93,3 @@ def test_a_compiler_is_looked_for_only_if_asked(monkeypatch):
     assert found(machine.check_compile) == []
     monkeypatch.setattr("processes.devices.can_compile", lambda _: False)
     assert "C++ compiler" in the_bad_one(found(machine.check_compile, "--compile")).found
-
-
-def broken(form, spoil):
-    def wrong(*inputs, **rest):
-        return spoil(form, *inputs, **rest)
-
-    return wrong
-
-
-def mixed_heads(form, x, *rest):
-    y, state = form(x, *rest)
-    return y.roll(1, dims=2), state
-
-
-def slow_decay(form, x, log_decay, *rest):
-    return form(x, log_decay * 0.5, *rest)
-
-
-def no_gradient_of_B(form, x, log_decay, B_, C, chunk_size):
-    return form(x, log_decay, B_.detach() + 0 * B_, C, chunk_size)
-
-
-def no_number(form, x, *rest):
-    y, state = form(x, *rest)
-    return torch.where(torch.arange(y.shape[1])[:, None, None] == 7, torch.nan, y), state
-
-
-def late(form, x, *rest):
-    return form(x.roll(1, dims=-1), *rest)
-
-
-def same(form, *inputs):
-    return form(*inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scan", [same, mixed_heads, slow_decay, no_gradient_of_B, no_number])
-def test_a_broken_scan_is_a_failure(scan, dtype):
-    kernels = Kernels("mamba-ssm", broken(plain_scan, scan), "plain PyTorch", causal_conv)
-    finding, conv = machine.compare_kernels(kernels, CPU, dtype, tiny_config())
-    assert finding.name == f"scan, {str(dtype)[6:]}" and conv.status == WARNING and "causal-conv1d" in conv.remedy
-    assert finding.status == (OK if scan is same else FAILURE), finding
-    assert bool(finding.remedy) == (scan is not same)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("conv", [same, late])
-def test_a_broken_convolution_is_a_failure(conv, dtype):
-    kernels = Kernels("plain PyTorch", plain_scan, "causal-conv1d", broken(causal_conv, conv))
-    scan, finding = machine.compare_kernels(kernels, CPU, dtype, tiny_config())
-    assert finding.status == (OK if conv is same else FAILURE), finding
-    assert scan.status == WARNING and "mamba-ssm" in scan.remedy
-
-
-def test_a_kernel_of_a_real_size_is_within_its_tolerance():
-    kernels = Kernels("mamba-ssm", plain_scan, "causal-conv1d", causal_conv)
-    small = LlambaConfig(d_model=512, ssm_cfg={"n_v_heads": 4, "n_qk_heads": 4})  # with the published head's width
-    assert statuses(machine.compare_kernels(kernels, CPU, torch.bfloat16, small)) == [OK, OK]
-
-
-def test_kernels_of_a_cpu_are_plain():
-    assert [finding.found for finding in found(machine.check_kernels)] == ["plain PyTorch, as always on a CPU"]

@@ -200,6 +200,10 @@ def test_a_peak_that_is_not_known_is_asked_for(visible, text, asks):
     assert ("Give --tflops" in assumptions(train_options(text), MACHINE)) == ("--tflops" not in text)
 
 
+def test_times_that_count_products_alone_say_so():
+    assert "nothing else that takes time. Until they are" in assumptions(train_options(""), MACHINE)
+
+
 def test_what_is_not_known_is_asked_for(visible, capsys):
     text = machine_text(train_options("--dry_run --gpus 3"), MACHINE)
     assert text.endswith("describe yours with --gpu_gb, --tflops.")

@@ -148,6 +148,36 @@ def test_on_an_error_the_groups_are_not_waited_for(no_torchrun):
     assert dist.is_initialized()
 
 
+class GroupIsMade(Exception):
+    pass
+
+
+@pytest.fixture
+def under_detail():
+    """Sets torch's debug level as TORCH_DISTRIBUTED_DEBUG=DETAIL does at its import."""
+    before = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    yield
+    dist.set_debug_level(before)
+
+
+@pytest.mark.parametrize("kept", ["", "0", "1"])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_detail_is_lowered_before_a_group_is_made(no_torchrun, under_detail, monkeypatch, caplog, device, kept):
+    def make(*args, **kwargs):
+        raise GroupIsMade(dist.get_debug_level())
+
+    monkeypatch.setenv("KEEP_DISTRIBUTED_DEBUG", kept)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", make)
+    with pytest.raises(GroupIsMade) as made, process_groups(torch.device(device)):
+        pass
+    level = dist.DebugLevel.DETAIL if kept == "1" else dist.DebugLevel.INFO
+    assert made.value.args == (level,)
+    assert len(caplog.messages) == (kept != "1")
+    assert all("DETAIL taken as INFO" in line and "KEEP_DISTRIBUTED_DEBUG=1" in line for line in caplog.messages)
+
+
 @pytest.mark.parametrize("rank,local_rank,teacher_rank", [(0, 0, 0), (3, 3, 0), (4, 0, 4), (6, 2, 4)])
 def test_each_node_has_its_own_teacher(rank, local_rank, teacher_rank):
     ranks = Ranks(rank, 8, local_rank, 4, CPU, node=None, control=None)

@@ -1,0 +1,180 @@
+"""The check of doctor.py for the kernels that mixers use on a GPU: each alone and a whole mixer, forward and backward,
+in the layouts of training, against the plain forms in float32.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from llamba import LlambaConfig
+from llamba.kernels import PLAIN, Conv, Kernels, Scan, causal_conv, kernels_for, plain_kernels, using_kernels
+from llamba.mixer import DiscreteMamba2
+from llamba.ssd import ssd_chunked
+from model_utils import DTYPES
+from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
+from preflight.checks.machine import run_device
+
+BATCH, LENGTH = 2, 1024  # of training; Triton compiles other kernels for other strides and divisibilities
+
+# How far a kernel may be from the plain form in float32, ||out - truth|| / ||truth||. Rounding to bfloat16 changes a
+# number by up to 0.4%; a scan rounds inputs, scores, states and results, and the gradient of a decay sums differences
+# of such numbers: 1% is usual. In float32 Triton multiplies in TF32, which rounds by up to 0.05%. A kernel that mixes
+# up heads, chunks or tokens is off by about 100%.
+TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.01}
+
+Form = Callable[..., tuple[Tensor, ...]]
+
+
+def check_kernels(run: PlannedRun) -> Iterator[Finding]:
+    device = run_device()
+    if device.type == "cpu":
+        yield Finding(OK, "kernels", "plain PyTorch, as always on a CPU")
+        return
+    own = DTYPES[run.args.dtype]
+    for dtype in dict.fromkeys((own, torch.bfloat16, torch.float32)):
+        for finding in compare_kernels(kernels_for(device.type, dtype), device, dtype, LlambaConfig()):
+            if dtype == own or finding.status != WARNING:  # a kernel that is not installed is reported once
+                yield finding
+
+
+def compare_kernels(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int = LENGTH
+) -> Iterator[Finding]:
+    """Compares the chosen kernels with the plain forms, on random inputs of one mixer of such a model: first each
+    alone, then the mixer.
+    """
+    trials = (
+        ("scan", kernels.scan_name, "mamba-ssm", scan_errors),
+        ("convolution", kernels.conv_name, "causal-conv1d", conv_errors),
+    )
+    for name, chosen, package, errors in trials:
+        if chosen == PLAIN:
+            remedy = f"make setup-cuda   (installs {package}; requirements-cuda.txt lists what it needs)"
+            found = "plain PyTorch: correct, but slower than a kernel"
+            yield Finding(WARNING, titled(name, dtype), found, remedy)
+        else:
+            yield judge_errors(name, chosen, dtype, errors(kernels, device, dtype, config, length))
+    fast = [name for name in (kernels.scan_name, kernels.conv_name) if name != PLAIN]
+    if fast:
+        error = mixer_error(kernels, device, dtype, config, length)
+        yield judge_errors("mixer", " with ".join(fast), dtype, {f"{BATCH} x {length} tokens": error})
+
+
+def titled(name: str, dtype: torch.dtype) -> str:
+    return f"{name}, {str(dtype).removeprefix('torch.')}"
+
+
+def judge_errors(name: str, chosen: str, dtype: torch.dtype, errors: dict[str, float]) -> Finding:
+    """Returns the finding on the largest of some errors, each with its case."""
+    case = max(errors, key=errors.__getitem__)
+    found = f"{chosen} differs by {errors[case]:.2g} from the plain form in float32 ({case}), {TOLERANCE[dtype]:g} is"
+    if errors[case] <= TOLERANCE[dtype]:
+        return Finding(OK, titled(name, dtype), f"{found} allowed")
+    packages = chosen.replace("flash-linear-attention", "fla-core").replace(" with ", " ")
+    remedy = f"python -m pip uninstall {packages}   (the plain form replaces it), or install another version"
+    return Finding(FAILURE, titled(name, dtype), f"{found} allowed", remedy)
+
+
+# --- cases ---------------------------------------------------------------------------------------------------
+
+
+def scan_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns the scan's largest error for lengths that fill their chunks or not, for heads that forget fast or slowly
+    (A_log about 0, -4, -8), and with a first state.
+    """
+    chunk_size, errors = config.ssm_cfg["chunk_size"], {}
+
+    def run(form: Scan, x: Tensor, log_decay: Tensor, B_: Tensor, C: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        return form(x, log_decay, B_, C, chunk_size, *state)[: 1 + len(state)]  # with a first state the last one too
+
+    fast, plain = functools.partial(run, kernels.scan), functools.partial(run, ssd_chunked)
+
+    for tokens, bias in itertools.product((length, 2 * chunk_size + 44), (0.0, -4.0, -8.0)):
+        inputs = draw_scan(config, device, dtype, tokens, bias)
+        errors[f"{tokens} tokens, A_log about {bias:g}"] = largest_error(fast, plain, inputs)
+    ssm = config.ssm_cfg
+    state = torch.randn(BATCH, ssm["n_v_heads"], config.headdim, ssm["d_state"], device=device).requires_grad_()
+    inputs = [*draw_scan(config, device, dtype, length, -4.0), state]
+    errors["with a first state"] = largest_error(fast, plain, inputs)
+    return errors
+
+
+def draw_scan(config: LlambaConfig, device: torch.device, dtype: torch.dtype, length: int, bias: float) -> list[Tensor]:
+    """Draws x (B, L, H, P), log_decay (B, L, H) in float32, B_ and C (B, L, G, N). As in the mixer x, B_ and C lie in
+    one tensor.
+    """
+    ssm = config.ssm_cfg
+    log_decay = -F.softplus(torch.randn(BATCH, length, ssm["n_v_heads"], device=device) + bias)
+    convolved = torch.randn(BATCH, length, config.d_xBC, device=device).to(dtype)  # (B, L, d_xBC)
+    x, B_, C = convolved.split([config.d_inner, *[ssm["n_qk_heads"] * ssm["d_state"]] * 2], dim=-1)
+    B_, C = (m.unflatten(-1, (ssm["n_qk_heads"], ssm["d_state"])) for m in (B_, C))
+    inputs = x.unflatten(-1, (ssm["n_v_heads"], config.headdim)), log_decay, B_, C
+    return [m.detach().requires_grad_() for m in inputs]
+
+
+def conv_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns the convolution's largest error, without and with inputs before the first."""
+    width, activation = config.ssm_cfg["d_conv"], config.ssm_cfg["activation"]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x = normal(BATCH, length, config.d_xBC).transpose(1, 2)  # (B, channels, L), laid out as the mixer has it
+    inputs = [m.detach().requires_grad_() for m in (x, normal(config.d_xBC, width), normal(config.d_xBC))]
+    past = normal(BATCH, config.d_xBC, width)
+
+    def run(form: Conv, before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (form(x, weight, bias, activation, before),)
+
+    return {
+        case: largest_error(
+            functools.partial(run, kernels.conv, before), functools.partial(run, causal_conv, before), inputs
+        )
+        for case, before in ((f"{length} tokens", None), ("with a past", past))
+    }
+
+
+def mixer_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int) -> float:
+    """Returns the largest error of a mixer's output and of the gradients of its input and weights. The rows of the
+    projection that make A_log, few among many, count by themselves.
+    """
+    mixer = DiscreteMamba2(config).to(device, dtype)
+    weights = dict(mixer.named_parameters())
+    rows = weights.pop("in_proj.weight").split([config.d_xBC, config.d_inner, config.ssm_cfg["n_v_heads"]])
+    u = torch.randn(BATCH, length, config.d_model, device=device).to(dtype)  # (B, L, D)
+    inputs = [m.detach().requires_grad_() for m in (u, *rows, *weights.values())]
+
+    def run(form: Kernels, u: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        given = {"in_proj.weight": torch.cat(leaves[: len(rows)])} | dict(
+            zip(weights, leaves[len(rows) :], strict=True)
+        )
+        with using_kernels(form, device.type, u.dtype):
+            return (functional_call(mixer, given, (u,)),)
+
+    return largest_error(lambda *m: run(kernels, *m), lambda *m: run(plain_kernels(), *m), inputs)
+
+
+def largest_error(fast: Form, plain: Form, inputs: list[Tensor]) -> float:
+    """Returns the largest relative error of the results and of the gradients of all inputs; infinity if one is not
+    finite.
+    """
+    exact = [m.detach().float().requires_grad_() for m in inputs]
+    truths = plain(*exact)
+    d_results = [torch.randn_like(truth) for truth in truths]
+    truths += torch.autograd.grad(truths, exact, d_results)
+    results = fast(*inputs)
+    d_results = [d.to(result.dtype) for d, result in zip(d_results, results, strict=True)]
+    results += torch.autograd.grad(results, inputs, d_results)
+    errors = [(one.float() - other).norm() / other.norm() for one, other in zip(results, truths, strict=True)]
+    worst = torch.stack(errors).max().item()  # NaN if one of them is
+    return worst if math.isfinite(worst) else math.inf
