@@ -1,29 +1,29 @@
-"""Makes presets/tiny: text, tokenizer, a small Llama that answers questions from their own text, and the Llamba made
-from it. On a CPU core the teacher takes about ten minutes, the rest a minute:
+"""Makes presets/tiny: text, tokenizer, a small Llama that answers questions from their own text, and the student that
+make_student.py makes of it. On a CPU core the teacher takes about ten minutes, the rest a minute:
 
     python -m presets.make_tiny --out presets/tiny
     python -m presets.make_tiny --out tiny --only text tokenizer
 
 The text and the tokenizer are the same on every machine. The weights differ in their last bits, because the order of
 sums depends on the number of threads and the processor.
-
-Shapes: D width, H heads, P head width, N state.
 """
 
 import argparse
 import json
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import make_student
+from conversion.options import parse_make_args
 from evaluation import mmlu, mmlu_files, statistics
-from llamba import DiscreteMamba2, LlambaConfig, LlambaForCausalLM
+from llamba import LlambaForCausalLM
 from paths import expanded_path
 from presets import tiny_text as text
 from presets.tiny_teacher import ENGLISH, VOCABULARY, make_teacher
@@ -69,72 +69,7 @@ def make_tokenizer(english: str) -> PreTrainedTokenizerFast:
     )
 
 
-# Student
-
-
-def student_config(teacher: LlamaConfig) -> LlambaConfig:
-    """Returns the shapes of a student as wide and as deep as the teacher."""
-    return LlambaConfig(
-        vocab_size=teacher.vocab_size,
-        d_model=teacher.hidden_size,
-        n_layer=teacher.num_hidden_layers,
-        tie_embeddings=False,
-        norm_epsilon=teacher.rms_norm_eps,
-        mlp_cfg={"intermediate_size": teacher.intermediate_size, "bias": False, "act_fn": "silu"},
-        ssm_cfg={
-            "d_state": 16,
-            "n_v_heads": teacher.num_attention_heads,
-            "n_qk_heads": teacher.num_attention_heads,
-            "expand": 1,
-            "chunk_size": 64,
-            "activation": "identity",
-            "bias": False,
-        },
-        bos_token_id=teacher.bos_token_id,
-        eos_token_id=teacher.eos_token_id,
-    )
-
-
-def make_student(teacher: LlamaForCausalLM, seed: int) -> LlambaForCausalLM:
-    """Builds the teacher with Mamba-2 mixers in place of attention, initialised from its projections: x from V, B from
-    K, C from Q and the output from O ('The Mamba in the Llama', arXiv 2408.15237). Everything else is copied.
-    """
-    torch.manual_seed(seed)
-    student = LlambaForCausalLM(student_config(teacher.config))
-    backbone = student.backbone
-    backbone.embedding.load_state_dict(teacher.model.embed_tokens.state_dict())
-    backbone.final_layernorm.load_state_dict(teacher.model.norm.state_dict())
-    student.lm_head.load_state_dict(teacher.lm_head.state_dict())
-    for block, layer in zip(backbone.layers, teacher.model.layers, strict=True):
-        for part in ("input_layernorm", "post_attention_layernorm", "mlp"):
-            block.get_submodule(part).load_state_dict(layer.get_submodule(part).state_dict())
-        init_mixer(block.mixer, layer.self_attn)
-    return student
-
-
-@torch.no_grad()
-def init_mixer(mixer: DiscreteMamba2, attention: LlamaAttention) -> None:
-    """Initialises a mixer from the projections of an attention layer."""
-    n_heads, width, n_state = mixer.n_v_heads, attention.head_dim, mixer.d_state
-    d_model = attention.q_proj.in_features
-
-    def heads(projection: nn.Linear) -> Tensor:  # (H, P, D), each key or value head once per query head
-        weight = projection.weight.unflatten(0, (-1, width))
-        return weight.repeat_interleave(n_heads // weight.shape[0], dim=0)
-
-    # The last N/2 of the rotated pairs (i, i + P/2): they turn slowest, so they match content, not distance.
-    half = torch.arange(width // 2 - n_state // 2, width // 2)
-    kept = torch.cat([half, half + width // 2])  # (N,)
-    x = heads(attention.v_proj).reshape(-1, d_model)  # (H*P, D)
-    B = heads(attention.k_proj)[:, kept].reshape(-1, d_model)  # (H*N, D)
-    C = heads(attention.q_proj)[:, kept].reshape(-1, d_model) / width**0.5  # (H*N, D)
-    mixer.in_proj.weight[: mixer.d_xBC] = torch.cat([x, B, C])  # z and A_log stay random
-    mixer.conv1d.weight.zero_()
-    mixer.conv1d.weight[:, 0, -1] = 1.0  # at first the convolution passes each token through
-    mixer.conv1d.bias.zero_()
-    mixer.D.zero_()  # attention has no such path
-    mixer.z_bias.fill_(1.2785)  # silu(1.2785) = 1: the gate starts open
-    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+# Files
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -164,20 +99,31 @@ def keep_if_it_answers(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         )
 
 
+def make_student_of(out: Path) -> None:
+    """Makes the student of the teacher as make_student.py does by itself, and saves it in bfloat16 in one file."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "student"
+        options = {"preset": "tiny", "teacher_model": out / "teacher", "calibration": out / "text" / "train.jsonl"}
+        options |= {"output": built, "dtype": "bfloat16"}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        make_student.main(parse_make_args(words))
+        LlambaForCausalLM.from_pretrained(built, dtype=torch.bfloat16).save_pretrained(out / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(out / "teacher" / name, out / "student" / name)
+
+
 def make(out: Path, seed: int, parts: list[str]) -> None:
     """Makes the named parts of the preset in `out`. Each part needs those before it."""
     english = ENGLISH.read_text(encoding="utf-8")
     if "text" in parts:
         text.write_files(out, {"text/english.txt": english, **text.make_text(english, seed), **text.make_mmlu(seed)})
     if "tokenizer" in parts:
-        for model in ("teacher", "student"):
-            save_tokenizer(make_tokenizer(english), out / model)
+        save_tokenizer(make_tokenizer(english), out / "teacher")
     if "teacher" in parts:
         tokenizer = AutoTokenizer.from_pretrained(out / "teacher")
         keep_if_it_answers(make_teacher(tokenizer, seed), tokenizer, out)
     if "student" in parts:
-        teacher = LlamaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
-        make_student(teacher, seed).to(torch.bfloat16).save_pretrained(out / "student")
+        make_student_of(out)
 
 
 def main() -> None:

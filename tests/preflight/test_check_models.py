@@ -106,7 +106,7 @@ def test_a_resumed_run_with_the_same_options_is_the_same_run(tmp_path):
     (well,) = found(models.check_resume, *options)
     assert well.status == OK and "checkpoint-6" in well.found
     changed = the_bad_one(found(models.check_resume, *options, "--max_lr", 0.5), WARNING)
-    assert "resuming with --max_lr 0.5 where the run had 0.005" in changed.found
+    assert "resuming with --max_lr 0.5 where the run had 0.002" in changed.found
 
 
 def test_a_vocabulary_that_is_too_small(copy_of):
