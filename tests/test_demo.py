@@ -67,7 +67,6 @@ def test_the_demo_leaves_its_metrics_and_checkpoints(short_demo):
     folder, _ = short_demo
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, 17))
-    print("KLKL", [row["kl"] for row in rows])
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-16"}
 
 
