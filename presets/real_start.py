@@ -31,7 +31,7 @@ def main() -> None:
     for name in ("students", "teacher", "held_out", "output"):
         parser.add_argument(f"--{name}", type=expanded_path, required=True)
     parser.add_argument("--seq_length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     args = parser.parse_args()
     setup_logging(None, is_main=True)
     teacher = get_teacher_model(str(args.teacher), torch.float32, CPU)
