@@ -253,7 +253,7 @@ def spoil_one_layer(first, last, rank):
         calls += block.layer_idx == 2
         return error * float("nan") if rank == 1 and block.layer_idx == 2 and first <= calls <= last else error
 
-    alignment.ERRORS["attention"] = spoilt
+    alignment.attention_error = spoilt
 
 
 def test_all_ranks_skip_what_is_not_finite_on_one_and_stop_in_the_end(models, tmp_path):

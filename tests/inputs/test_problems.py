@@ -148,7 +148,7 @@ def test_where_held_out_text_comes_from(line, text):
     assert train_options(f"{line} --eval_interval 5").held_out_text() == text
 
 
-OF_A_RUN = {"seed", "stage", "align", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
+OF_A_RUN = {"seed", "stage", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
 OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
 OF_A_RUN |= {"dataset_streaming", "seq_length", "document_separator"}
 

@@ -51,7 +51,7 @@ def test_options_where_runs_differ_come_first(tmp_path):
     differing, changed, every = tables.values()
     assert list(tables)[0] == "Different between the runs"
     assert differing == [["option", "a", "b"], ["seed", "0", "1"]]
-    assert ["max_lr", "0.01", "0.01", "0.005"] in changed and ["seed", "0", "1", "0"] in changed
+    assert ["max_lr", "0.01", "0.01", "0.002"] in changed and ["seed", "0", "1", "0"] in changed
     assert "dtype" not in [row[0] for row in changed] and "output_dir" not in [row[0] for row in changed]
     assert len(every) == 7
 
