@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from gpu_kernels import largest_error
 from gpu_measure import PartRun, Work, compare
 from torch import Tensor
@@ -15,6 +14,7 @@ from llamba import LlambaConfig
 from llamba.kernels import PLAIN, Conv, Kernels, Scan, causal_conv, kernels_for, plain_kernels, using_kernels
 from llamba.mixer import DiscreteMamba2
 from llamba.ssd import ssd_chunked
+from preflight.checks.kernels import BATCH, LENGTH, draw_conv, draw_scan
 from processes.devices import can_compile
 
 Form = Callable[..., tuple[Tensor, ...]]
@@ -24,10 +24,10 @@ INPUT_SETS = 4  # used in turn, so that the inputs are not in the card's cache
 def scan(run: PartRun) -> None:
     """Compares the plain forms with those that llamba.kernels finds, on the shapes of one mixer of an 8B student."""
     torch.manual_seed(0)
-    batch, length, config = 2, 1024, LlambaConfig()
+    length, config = LENGTH, LlambaConfig()
     if run.quick:
         ssm = {"d_state": 4, "n_v_heads": 4, "n_qk_heads": 2, "chunk_size": 8}
-        batch, length, config = 1, 20, LlambaConfig(d_model=32, ssm_cfg=ssm)
+        length, config = 20, LlambaConfig(d_model=32, ssm_cfg=ssm)
     chunk_size, activation = config.ssm_cfg["chunk_size"], config.ssm_cfg["activation"]
     kernels = kernels_for(run.device.type, torch.bfloat16)
 
@@ -44,12 +44,13 @@ def scan(run: PartRun) -> None:
             run.emit(name, "kernel", note="plain only: no kernel for it is installed")
     if run.device.type == "cuda" and can_compile(run.device.type):
         scans["compiled by torch"] = scan_by(torch.compile(ssd_chunked))
-    compare_forms(run, "convolution", [draw_conv(config, batch, length, run.device) for _ in range(INPUT_SETS)], convs)
-    compare_forms(run, "scan", [draw_scan(config, batch, length, run.device) for _ in range(INPUT_SETS)], scans)
-    compare_mixers(run, config, batch, length, kernels)
+    sizes = config, run.device, torch.bfloat16, length
+    compare_forms(run, "convolution", [draw_conv(*sizes) for _ in range(INPUT_SETS)], convs)
+    compare_forms(run, "scan", [draw_scan(*sizes, bias=0.0) for _ in range(INPUT_SETS)], scans)
+    compare_mixers(run, config, length, kernels)
 
 
-def compare_mixers(run: PartRun, config: LlambaConfig, batch: int, length: int, kernels: Kernels) -> None:
+def compare_mixers(run: PartRun, config: LlambaConfig, length: int, kernels: Kernels) -> None:
     """Compares whole mixers, with the layouts and copies of training."""
     mixer = DiscreteMamba2(config).to(run.device, torch.bfloat16)
     names = [name for name, _ in mixer.named_parameters()]
@@ -62,36 +63,13 @@ def compare_mixers(run: PartRun, config: LlambaConfig, batch: int, length: int, 
         return mix
 
     def draw() -> list[Tensor]:
-        u = torch.randn(batch, length, config.d_model, device=run.device, dtype=torch.bfloat16)  # (B, L, D)
+        u = torch.randn(BATCH, length, config.d_model, device=run.device, dtype=torch.bfloat16)  # (B, L, D)
         return [m.detach().clone().requires_grad_() for m in (u, *mixer.parameters())]
 
     forms = {PLAIN: mixer_by(plain_kernels())}
     if kernels != plain_kernels():
         forms[f"{kernels.scan_name}, {kernels.conv_name}"] = mixer_by(kernels)
     compare_forms(run, "mixer", [draw() for _ in range(INPUT_SETS)], forms)
-
-
-def draw_scan(config: LlambaConfig, batch: int, length: int, device: torch.device) -> list[Tensor]:
-    """Draws x (B, L, H, P), log_decay (B, L, H), B_ and C (B, L, G, N). As in a mixer x, B_, C lie in one tensor."""
-    ssm = config.ssm_cfg
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(batch, length, width, device=device, dtype=torch.bfloat16)
-
-    widths = [config.d_inner, *[ssm["n_qk_heads"] * ssm["d_state"]] * 2]
-    x, B_, C = normal(config.d_xBC).split(widths, dim=-1)
-    B_, C = (m.unflatten(-1, (ssm["n_qk_heads"], ssm["d_state"])) for m in (B_, C))
-    inputs = x.unflatten(-1, (ssm["n_v_heads"], config.headdim)), -F.softplus(normal(ssm["n_v_heads"]).float()), B_, C
-    return [m.detach().requires_grad_() for m in inputs]
-
-
-def draw_conv(config: LlambaConfig, batch: int, length: int, device: torch.device) -> list[Tensor]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    x = normal(batch, length, config.d_xBC).transpose(1, 2)  # (B, channels, L), laid out as the mixer has it
-    weight, bias = normal(config.d_xBC, config.ssm_cfg["d_conv"]), normal(config.d_xBC)
-    return [m.requires_grad_() for m in (x, weight, bias)]
 
 
 def compare_forms(run: PartRun, name: str, input_sets: list[list[Tensor]], forms: dict[str, Form]) -> None:

@@ -40,14 +40,14 @@ IN_EVALUATIONS = ("ce_weight", "kl_weight", "temperature", "loss_chunk_tokens")
 SMALLEST = 1e-6  # of |hidden|^2
 
 
-def relative_error(output: Tensor, target: Tensor, size: Tensor, hidden: Tensor) -> Tensor:
-    """Returns |output - target|^2 / |size|^2 of tensors (B, S, D), the mean over windows: a scalar, float32 inside.
+def relative_error(output: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """Returns |output - target|^2 / |target|^2 of tensors (B, S, D), the mean over windows: a scalar, float32 inside.
     Such a mean does not depend on how the windows are shared out over ranks and micro steps.
 
-    Of a layer that gives zeros, as one put in to make a Llama deeper, `size` is 0: at least `SMALLEST` of |hidden|^2 of
-    the window, `hidden` (B, S, D) being the layer's input, is divided by.
+    Of a layer that gives zeros, as one put in to make a Llama deeper, the target is 0: at least `SMALLEST` of
+    |hidden|^2 of the window, `hidden` (B, S, D) being the layer's input, is divided by.
     """
-    error, size, least = (squares_of(x) for x in (output.float() - target.float(), size, hidden))  # (B,) each
+    error, size, least = (squares_of(x) for x in (output.float() - target.float(), target, hidden))  # (B,) each
     return (error / torch.maximum(size, SMALLEST * least)).mean()
 
 
@@ -60,7 +60,7 @@ def attention_error(block: LlambaBlock, traced: Traced) -> Tensor:
     """Returns the squared relative error of a block's mixer: 0 equals the teacher's attention, 1 gives zeros."""
     with torch.no_grad():
         u = block.input_layernorm(traced.hidden)  # (B, S, D)
-    return relative_error(block.mixer(u), traced.attention, traced.attention, traced.hidden)
+    return relative_error(block.mixer(u), traced.attention, traced.hidden)
 
 
 # --- gradients of ranks --------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def check_alignment(run: PlannedRun) -> Iterator[Finding]:
             raise CheckSkipped("the teacher's logits are not finite")
         student = teacher_as_student(teacher, student_config).requires_grad_(False)
         stream = TeacherStream(TeacherWeights(teacher_place(run), name=run.args.teacher_model), student, vocab=1)
-        difference = relative_error(stream(ids), whole, whole, whole).sqrt().item()
+        difference = relative_error(stream(ids), whole, whole).sqrt().item()
     found = f"relative difference {difference:.1g} from the whole teacher"
     if difference <= MOST_DIFFERENCE[dtype]:
         yield Finding(OK, TITLE, found)

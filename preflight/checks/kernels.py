@@ -125,13 +125,8 @@ def conv_errors(
 ) -> dict[str, float]:
     """Returns the convolution's largest error, without and with inputs before the first."""
     width, activation = config.ssm_cfg["d_conv"], config.ssm_cfg["activation"]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
-
-    x = normal(BATCH, length, config.d_xBC).transpose(1, 2)  # (B, channels, L), laid out as the mixer has it
-    inputs = [m.detach().requires_grad_() for m in (x, normal(config.d_xBC, width), normal(config.d_xBC))]
-    past = normal(BATCH, config.d_xBC, width)
+    inputs = draw_conv(config, device, dtype, length)
+    past = torch.randn(BATCH, config.d_xBC, width, device=device).to(dtype)
 
     def run(form: Conv, before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return (form(x, weight, bias, activation, before),)
@@ -142,6 +137,17 @@ def conv_errors(
         )
         for case, before in ((f"{length} tokens", None), ("with a past", past))
     }
+
+
+def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype, length: int) -> list[Tensor]:
+    """Draws x (B, channels, L), laid out as the mixer has it, weight (channels, K) and bias (channels,)."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x = normal(BATCH, length, config.d_xBC).transpose(1, 2)
+    inputs = x, normal(config.d_xBC, config.ssm_cfg["d_conv"]), normal(config.d_xBC)
+    return [m.detach().requires_grad_() for m in inputs]
 
 
 def mixer_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int) -> float:
