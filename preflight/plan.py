@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from arguments import TrainArguments
+from distillation.gradient_sums import needs_sums
+from distillation.teacher_forward import batches_at_once
 from model_utils import DTYPES
 from monitoring.speed import peak_operations
 from preflight.footprint import Footprint, gradient_bytes, measure_footprint, optimizer_bytes
@@ -25,6 +27,7 @@ ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
 NOT_SHARED = "teacher's weights, not shared"
 RECOMPUTE = "--gradient_checkpointing"
+SUM_LIKE_WEIGHTS = "--grad_accumulation_dtype weights"
 
 Moments = dict[str, Items]  # bytes of a GPU at the peak of each phase of a step
 Change = tuple[str, TrainArguments, Footprint]  # options to change, as text, and the run with them
@@ -140,7 +143,7 @@ def make_plan(args: TrainArguments, footprint: Footprint, machine: Machine, plac
         placement,
         n_students,
         n_ranks,
-        gpu_moments(args, footprint, n_ranks, placement),
+        gpu_moments(args, footprint, n_students, n_ranks, placement),
         student_s,
         teacher_s,
         seconds,
@@ -148,15 +151,19 @@ def make_plan(args: TrainArguments, footprint: Footprint, machine: Machine, plac
     )
 
 
-def gpu_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placement: str) -> dict[str, Moments]:
-    """Returns what each kind of GPU holds, in bytes."""
+def gpu_moments(
+    args: TrainArguments, footprint: Footprint, n_students: int, n_ranks: int, placement: str
+) -> dict[str, Moments]:
+    """Returns what each kind of GPU holds, in bytes, with `n_students` on each node."""
     student = student_moments(args, footprint, n_ranks, placement)
     if placement == "colocated":
         return {"every GPU": student}
     if placement == "none":
         return {"student GPU": student}
     assert footprint.teacher is not None
-    teacher = {"teacher's weights": footprint.teacher.weights, "teacher's work": footprint.teacher.work}
+    n_at_once = min(batches_at_once(args.teacher_signal, args.batch_size * args.seq_length), n_students)
+    work = n_at_once * footprint.teacher.work
+    teacher = {"teacher's weights": footprint.teacher.weights, "teacher's work": work}
     if placement == "dedicated":
         return {"student GPU": student, "teacher GPU": {"forward": {**teacher, **ALLOWANCE}}}
     # The teacher may work during any phase of the student, and its head is not copied to its own device.
@@ -171,6 +178,8 @@ def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, pl
     teacher, colocated = footprint.teacher, placement == "colocated"
     prefetch = int(placement == "dedicated") if args.teacher_prefetch is None else args.teacher_prefetch
     always = {**footprint.weights, "gradients": gradients, "masters and moments": state}
+    if needs_sums(args):
+        always["sums of gradients"] = gradients // DTYPES[args.dtype].itemsize * torch.float32.itemsize
     if teacher is not None:
         always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + prefetch)
         weights = "teacher's weights" if args.stage == "distil" else NOT_SHARED
@@ -214,6 +223,8 @@ def other_placements(args: TrainArguments, placement: str) -> list[str]:
 def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
     """Yields single changes that may save memory, the least costly first: as text, and the options with it."""
     is_distilled = args.stage == "distil"
+    if needs_sums(args):
+        yield SUM_LIKE_WEIGHTS, dataclasses.replace(args, grad_accumulation_dtype="weights")
     if is_distilled and args.teacher_signal == "logits":
         yield "--teacher_signal hidden", dataclasses.replace(args, teacher_signal="hidden")
     if is_distilled and (not args.gradient_checkpointing or args.checkpoint_blocks is not None):
@@ -222,7 +233,11 @@ def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
     if args.batch_size > 1:
         size, accumulate = args.batch_size // 2, args.grad_accumulation_steps * 2
         smaller = dataclasses.replace(args, batch_size=size, grad_accumulation_steps=accumulate)
-        yield f"--batch_size {size} --grad_accumulation_steps {accumulate}", smaller
+        text = f"--batch_size {size} --grad_accumulation_steps {accumulate}"
+        if needs_sums(smaller) and not needs_sums(args):  # which could take more than the smaller batch saves
+            text += f" {SUM_LIKE_WEIGHTS}"
+            smaller = dataclasses.replace(smaller, grad_accumulation_dtype="weights")
+        yield text, smaller
     if is_distilled and not args.freeze_replaced_layers and args.layers:
         yield "--freeze_replaced_layers", dataclasses.replace(args, freeze_replaced_layers=True)
     if is_distilled and not args.freeze_mlp:
