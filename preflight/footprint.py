@@ -23,7 +23,8 @@ from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_ch
 from distillation.losses import shared_vocab
 from distillation.objective import DistillationModel
 from distillation.pairing import check_pair
-from distillation.teacher import Teacher, teacher_head
+from distillation.teacher import teacher_head
+from distillation.teacher_forward import Teacher
 from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import (

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from distillation import teacher
+from distillation import teacher, teacher_forward
 from distillation.teacher import (
     ColocatedTeacher,
     NoTeacher,
-    Teacher,
     TeacherLane,
     ask_ahead,
     share_head,
     teacher_head,
 )
+from distillation.teacher_forward import Teacher
 from distillation.wait_clock import WaitClock
 from processes.ranks import process_groups
 from tests import fresh
@@ -104,6 +104,26 @@ def test_a_teacher_whose_hidden_states_do_not_tell_its_logits_is_refused():
         Teacher(model, "hidden", 50)
     with torch.no_grad():
         assert torch.equal(Teacher(model, "logits", 50)(tokens()), model(tokens()).logits[..., :50])
+
+
+@pytest.mark.parametrize("signal,passes", [("hidden", [4, 4, 2]), ("logits", [2, 2, 2, 2, 2])])
+@torch.no_grad()
+def test_hidden_states_for_several_ranks_come_from_one_forward_pass(monkeypatch, signal, passes):
+    monkeypatch.setattr(teacher_forward, "TOKENS_AT_ONCE", 4 * 21)
+    model, seen = tiny_teacher(), []
+    asked = [tokens(seed=seed) for seed in range(5)]
+    expected = [Teacher(model, signal, 50)(ids) for ids in asked]
+    asking = Teacher(model, signal, 50)
+    model.base_model.embed_tokens.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    answers = list(asking.answers(asked))
+    assert seen == passes
+    for answer, one in zip(answers, expected, strict=True):
+        torch.testing.assert_close(answer, one)
+
+
+@pytest.mark.parametrize("n_tokens,n", [(512, 16), (2048, 4), (8192, 1), (100_000, 1)])
+def test_a_forward_pass_for_several_ranks_has_a_bounded_size(n_tokens, n):
+    assert teacher_forward.batches_at_once("hidden", n_tokens) == n
 
 
 # --- who works while whom ------------------------------------------------------------------------------------
