@@ -60,6 +60,8 @@ class TeacherLane:
             self.worker.submit(lambda: torch.cuda.set_device(ranks.device)).result()
         devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
         self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+        for device, stream in self.streams.items():  # the teacher's weights are still being copied, perhaps
+            stream.wait_stream(torch.cuda.current_stream(device))
 
     def submit(self, input_ids: Tensor) -> "PendingSignal":
         """Requests the answer to input_ids (B, S), on the CPU and of the same shape on every rank."""

@@ -195,9 +195,13 @@ def test_every_rank_gets_its_own_answers_while_other_collectives_run():
 
 
 def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypatch):
-    """Or leaving a stream would set GPU 0, and every rank would hold a context there."""
-    calls = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    """Or leaving a stream would set GPU 0, and every rank would hold a context there. What the lane's streams run comes
+    after the teacher's weights.
+    """
+    calls, waited_for = [], []
+    stream = SimpleNamespace(wait_stream=lambda other: waited_for.append(other))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device} that models are read on")
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: calls.append((threading.current_thread().name, str(device)))
     )
@@ -206,6 +210,7 @@ def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypat
     lane.worker.submit(lambda: calls.append("a job")).result()
     lane.close()
     assert calls == [("teacher-lane", "cuda:2"), "a job"]
+    assert waited_for == ["the stream of cuda:2 that models are read on"]
 
 
 class OnGpu:
