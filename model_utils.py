@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from arguments import TrainArguments
 from inputs.loaded_models import check_all_used, check_weights
@@ -29,6 +29,7 @@ from inputs.model_files import check_weight_files, dead_links, one_line, read_co
 from inputs.option_values import command_that_makes
 from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
 from llamba.kernels import kernels_for
+from llamba.llama import attention_layer
 from paths import readable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -222,7 +223,7 @@ def take_layers(
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
     for index in config.attention_layers:
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(attention_config, index)
+            layer = attention_layer(attention_config, index)
         layer = layer.to(dtype).to_empty(device=device)
         with torch.no_grad():
             for own, given in zip(layer.parameters(), layer_of(index).parameters(), strict=True):
@@ -284,6 +285,8 @@ def compile_modules(student: LlambaForCausalLM, modules: Iterable[nn.Module]) ->
     """Compiles each of the student's `modules`, such as its blocks, by itself: those of one kind share their graph, and
     saved weights keep their names. The kernels are chosen first, because logging that choice would break the graph.
     """
+    # DDP's optimizer for whole compiled models would cut each block in pieces of the size of DDP's buckets.
+    torch._dynamo.config.optimize_ddp = False
     weight = student.backbone.embedding.weight
     kernels_for(weight.device.type, weight.dtype)
     for module in modules:

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conversion.teacher_weights import TeacherWeights
 from llamba import LlambaForCausalLM
+from llamba.llama import FrozenMLP, use_kernels
 
 
 class Traced:
@@ -55,6 +56,8 @@ class TeacherStream:
             head = self._shared(weights.head(dtype, self.device), student.lm_head.weight)
         self.head = head.detach()[:vocab]  # (vocab, D)
         self.rotary = weights.rotary(self.device)
+        for module in (*self.layers, self.norm):
+            use_kernels(module, FrozenMLP)
 
     def _share(self, module: nn.Module, twin: nn.Module) -> None:
         """Replaces the parameters of a module by those of the student's that have the same name and values."""

@@ -13,6 +13,7 @@ from distillation.pairing import check_pair, warn_of_another_tokenizer
 from distillation.teacher import Lane, NoTeacher, open_lane, share_layers
 from inputs.model_files import downloaded
 from llamba import LlambaForCausalLM
+from llamba.llama import FrozenMLP, use_kernels
 from model_utils import (
     DTYPES,
     apply_replacements,
@@ -81,6 +82,7 @@ def load_models(
     elif takes_layers and ranks.is_main:
         place = torch.device("cpu")
     teacher = get_teacher_model(models.teacher, dtype, place, with_head=runs_teacher)
+    use_kernels(teacher, FrozenMLP)
     if takes_layers:
         apply_replacements(student, teacher, args.layers)
         share_layers(student, args.layers)

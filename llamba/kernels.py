@@ -1,8 +1,9 @@
-"""The one place where optional CUDA packages are imported: fast forms of the scan and of the causal convolution,
-chosen per device at run time, each with the plain form's arguments and results.
+"""The one place where optional CUDA packages are imported: fast forms of the scan, of the causal convolution and of
+elementwise work, chosen per device at run time, each with the plain form's arguments and results.
 
 Scan: mamba-ssm's Triton kernels, else flash-linear-attention's simple_gla (fla-core), else `plain_scan`.
 Convolution: causal-conv1d, else PyTorch's own.
+Norms, SwiGLU and the mixers' gate: see elementwise.py.
 """
 
 import functools
@@ -22,6 +23,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .elementwise import FUSED_ELEMENTWISE, PLAIN, PLAIN_ELEMENTWISE, Elementwise
 from .mamba_scan import NEEDED, mamba_scan
 from .ssd import ssd_chunked
 
@@ -35,15 +37,15 @@ Conv = Callable[..., Tensor]
 
 
 class Kernels(NamedTuple):
-    """Holds the scan and the convolution for a device, with their names for the log."""
+    """Holds the scan, the convolution and elementwise work for a device, with their names for the log."""
 
     scan_name: str
     scan: Scan
     conv_name: str
     conv: Conv
+    elementwise: Elementwise = PLAIN_ELEMENTWISE
 
 
-PLAIN = "plain PyTorch"
 _chosen: dict[tuple[str, torch.dtype], Kernels] = {}
 
 
@@ -57,7 +59,7 @@ def kernels_for(device_type: str, dtype: torch.dtype) -> Kernels:
 
 @contextmanager
 def using_kernels(kernels: Kernels, device_type: str, dtype: torch.dtype) -> Iterator[None]:
-    """Runs mixers of a device and dtype by `kernels` within the block, to compare them with what would be chosen."""
+    """Runs models of a device and dtype by `kernels` within the block, to compare them with what would be chosen."""
     before = kernels_for(device_type, dtype)
     _chosen[device_type, dtype] = kernels
     try:
@@ -71,7 +73,7 @@ def plain_kernels() -> Kernels:
 
 
 def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
-    scan_name, scan, conv_name, conv = plain_kernels()
+    scan_name, scan, conv_name, conv, elementwise = plain_kernels()
     if device_type == "cuda":
         # mamba-ssm keeps states and their gradients in the dtype of x, and they can leave float16's range.
         if dtype in (torch.bfloat16, torch.float32) and (module := _mamba_ssm_triton()):
@@ -80,8 +82,11 @@ def _choose(device_type: str, dtype: torch.dtype) -> Kernels:
             scan_name, scan = "flash-linear-attention", functools.partial(fla_scan, module.chunk_simple_gla)
         if dtype != torch.float64 and (module := _optional("causal_conv1d")):
             conv_name, conv = "causal-conv1d", functools.partial(causal_conv1d_conv, module.causal_conv1d_fn)
-    logger.info("%s %s: scan by %s, convolution by %s", device_type, dtype, scan_name, conv_name)
-    return Kernels(scan_name, scan, conv_name, conv)
+        if dtype != torch.float64:
+            elementwise = FUSED_ELEMENTWISE
+    text = "%s %s: scan by %s, convolution by %s, norms and gates by %s"
+    logger.info(text, device_type, dtype, scan_name, conv_name, elementwise.name)
+    return Kernels(scan_name, scan, conv_name, conv, elementwise)
 
 
 def plain_scan(*inputs, **states) -> tuple[Tensor, Tensor]:

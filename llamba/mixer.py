@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .cache import RecurrentLayer
 from .configuration import LlambaConfig
+from .elementwise import gate
 from .kernels import causal_conv, kernels_for
 from .ssd import ssd_step
 
@@ -75,10 +76,11 @@ class DiscreteMamba2(nn.Module):
         C = C.unflatten(-1, (self.n_qk_heads, self.d_state))  # (B, L, G, N)
 
         y, state = self._scan(x, log_decay, B_, C, None if cache is None else cache.ssm_state, seq_idx)
-        y = (y + self.D[:, None] * x).flatten(2)  # (B, L, d_inner)
         if cache is not None:
             cache.update_states(self._last_inputs(xBC.transpose(1, 2), past), state, length)
-        return self.out_proj(y * F.silu(z if self.z_bias is None else z + self.z_bias))
+        # Fused in training alone: elsewhere each length of text would be compiled for.
+        apply_gate = kernels_for(x.device.type, x.dtype).elementwise.gate if self.training else gate
+        return self.out_proj(apply_gate(y, x, self.D, z, self.z_bias))
 
     def _convolve(self, xBC: Tensor, past: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         """Applies the convolution and its activation: (B, channels, L) -> (B, L, channels)."""

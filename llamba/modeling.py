@@ -11,10 +11,11 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .cache import LlambaCache, RecurrentLayer
 from .configuration import LlambaConfig
+from .llama import RMSNorm, attention_layer, gated
 from .mixer import DiscreteMamba2
 
 
@@ -30,7 +31,7 @@ class LlambaMLP(nn.Module):
         self.act = ACT2FN[mlp["act_fn"]]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act, self.training))
 
 
 class LlambaBlock(GradientCheckpointingLayer):
@@ -39,9 +40,9 @@ class LlambaBlock(GradientCheckpointingLayer):
     def __init__(self, config: LlambaConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.input_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.input_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mixer = DiscreteMamba2(config)
-        self.post_attention_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mlp = LlambaMLP(config)
         self.dropout = nn.Dropout(config.resid_dropout)
 
@@ -97,10 +98,10 @@ class LlambaModel(LlambaPreTrainedModel):
         attention_config = config.attention_config() if config.attention_layers else None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(attention_config, i) if i in config.attention_layers else LlambaBlock(config, i)
+            attention_layer(attention_config, i) if i in config.attention_layers else LlambaBlock(config, i)
             for i in range(config.n_layer)
         )
-        self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.final_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.rotary_emb = LlamaRotaryEmbedding(attention_config) if attention_config else None
         self.post_init()
 

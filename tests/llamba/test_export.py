@@ -24,7 +24,8 @@ from model_utils import get_configs, get_student_model, get_tokenizer, locate_mo
 from tests.llamba.exports import ROOT, TEACHER, VOCAB, WEIGHTS, save_checkpoint
 from tests.tiny import tiny_hybrid, tiny_student, tokens
 
-CODE = {"cache.py", "configuration.py", "kernels.py", "mamba_scan.py", "mixer.py", "modeling.py", "ssd.py"}
+CODE = {"cache.py", "configuration.py", "elementwise.py", "kernels.py", "llama.py", "mamba_scan.py", "mixer.py"}
+CODE |= {"modeling.py", "ssd.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 KERNEL_CHOICE = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")  # logits are bitwise equal with the same kernels only
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llamba import kernels
+from llamba.elementwise import FUSED_ELEMENTWISE
 
 
 @pytest.fixture
@@ -70,3 +71,10 @@ def test_fla_without_its_kernels_names_the_package_that_has_them(machine):
 def test_a_gpu_without_packages_is_plain_and_says_nothing_else(machine):
     chosen, lines = machine()
     assert (chosen.scan_name, chosen.conv_name, len(lines)) == ("plain PyTorch", "plain PyTorch", 1)
+
+
+def test_norms_and_gates_are_fused_on_gpus_and_the_log_says_so(machine):
+    chosen, lines = machine()
+    assert chosen.elementwise is FUSED_ELEMENTWISE
+    assert lines[-1].endswith("norms and gates by F.rms_norm and torch.compile")
+    assert kernels._choose("cpu", torch.bfloat16) == kernels.plain_kernels()
