@@ -157,11 +157,12 @@ def gate_gradients(d_out: Tensor, y: Tensor, x: Tensor, D: Tensor, z: Tensor, z_
     d = _wide(d_out)  # (B, L, d_inner)
     total, shifted = _gate_parts(y, x, D, z, z_bias)
     sigmoid = shifted.sigmoid()
-    d_z = d * total * _silu_slope(shifted, sigmoid)
+    d_z = (d * total * _silu_slope(shifted, sigmoid)).to(z.dtype)
     d_y = (d * shifted * sigmoid).unflatten(2, x.shape[2:])  # (B, L, H, P)
     d_x, d_D = _wide(D)[:, None] * d_y, (d_y * _wide(x)).sum((0, 1, 3))  # (B, L, H, P), (H,)
-    d_z_bias = None if z_bias is None else d_z.sum((0, 1)).to(z_bias.dtype)
-    return d_y.to(y.dtype), d_x.to(x.dtype), d_D.to(D.dtype), d_z.to(z.dtype), d_z_bias
+    # Of the rounded d_z: else the compiler would write it once more, in float32.
+    d_z_bias = None if z_bias is None else _wide(d_z).sum((0, 1)).to(z_bias.dtype)
+    return d_y.to(y.dtype), d_x.to(x.dtype), d_D.to(D.dtype), d_z, d_z_bias
 
 
 def _gate_parts(y: Tensor, x: Tensor, D: Tensor, z: Tensor, z_bias: Tensor | None) -> tuple[Tensor, Tensor]:
