@@ -82,7 +82,6 @@ def load_models(
     elif takes_layers and ranks.is_main:
         place = torch.device("cpu")
     teacher = get_teacher_model(models.teacher, dtype, place, with_head=runs_teacher)
-    use_kernels(teacher, FrozenMLP)
     if takes_layers:
         apply_replacements(student, teacher, args.layers)
         share_layers(student, args.layers)
@@ -91,4 +90,5 @@ def load_models(
         return student, None, NoTeacher(ranks.device)
     prefetch = default_prefetch(teacher_device) if args.teacher_prefetch is None else args.teacher_prefetch
     head, lane = open_lane(teacher, args.teacher_signal, args.teacher_placement, models.vocab, ranks, prefetch)
+    use_kernels(teacher, FrozenMLP)  # after `open_lane`, whose trial of a few tokens is not worth compiling for
     return student, head, lane

@@ -64,7 +64,7 @@ MOST_SHAPES = 8  # torch.compile gives up a function after as many (torch._dynam
 class Region:
     """Is a function that torch.compile makes one kernel of, and another one or a few of its gradients.
 
-    Both are tried on the first inputs of a shape. If the compiler fails, or the first launch of what it made, the
+    They are tried on the first inputs of a shape. If the compiler fails, or the first launch of what it made, the
     plain form takes over: a run of days must not end at its first step for lack of some speed.
     """
 
@@ -81,17 +81,22 @@ class Region:
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # a block that is compiled as a whole
             return self.forward(*inputs)
-        key = tuple(None if m is None else (m.device, m.dtype, m.shape, m.stride()) for m in inputs)
+        learns = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in inputs)
+        key = (learns, *(None if m is None else (m.device, m.dtype, m.shape, m.stride()) for m in inputs))
         if key not in self.works:
-            self.works[key] = not self.has_failed and len(self.works) < MOST_SHAPES and self._try(inputs)
+            self.works[key] = not self.has_failed and len(self.works) < MOST_SHAPES and self._try(inputs, learns)
         return _Compiled.apply(self.compiled, *inputs) if self.works[key] else self.plain(*inputs)
 
     @torch.no_grad()
-    def _try(self, inputs: tuple[Tensor | None, ...]) -> bool:
-        """Returns whether the compiled forms run on such inputs, of which nothing is changed."""
+    def _try(self, inputs: tuple[Tensor | None, ...], learns: bool) -> bool:
+        """Returns whether the compiled forms run on such inputs, of which nothing is changed; backward if it `learns`,
+        for a teacher does without what that takes.
+        """
         try:
             forward, backward = self.compiled
-            backward(forward(*_detached(inputs)), *_detached(inputs))
+            result = forward(*_detached(inputs))
+            if learns:
+                backward(result, *_detached(inputs))
         except torch.OutOfMemoryError:
             raise  # the plain form takes more
         except Exception as error:  # of the compiler or of Triton's launch, whose errors have no common class

@@ -181,14 +181,15 @@ def test_no_more_shapes_are_compiled_for_than_torch_keeps(monkeypatch):
     compiled = []
 
     def compile_(function, **_):
-        return lambda *tensors: compiled.append(tensors[0].shape) or function(*tensors)
+        return lambda *tensors: compiled.append((function.__name__, tensors[0].shape)) or function(*tensors)
 
     monkeypatch.setattr(torch, "compile", compile_)
     function = region("swiglu")
     for length in range(1, MOST_SHAPES + 3):
-        gate, up = torch.randn(2, length, 4)
+        gate, up = torch.randn(2, length, 4)  # without gradients: no backward
         torch.testing.assert_close(function(gate, up), F.silu(gate) * up)
     assert len(set(compiled)) == MOST_SHAPES == torch._dynamo.config.recompile_limit
+    assert {name for name, _ in compiled} == {"one_rounding_swiglu"}
 
 
 # --- where they are used -------------------------------------------------------------------------------------
