@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distillation.teacher_forward import Teacher
+from llamba.llama import FrozenMLP, RMSNorm
 from model_utils import get_teacher_model
 from tests.conversion.pairs import save_teacher, stream_of, student_of
 from tests.tiny import tiny_student, tokens
@@ -40,6 +41,13 @@ def test_a_stream_is_the_teacher_with_only_attention_beside_the_student(tmp_path
     expected = Teacher(teacher, "hidden", 50).hidden_states(ids)
     assert all(torch.equal(own, given) for own, given in zip(stream.hidden_states(ids), expected, strict=True))
     assert all(p.requires_grad is (".mixer." in name) for name, p in student.named_parameters())
+
+
+def test_norms_and_mlps_take_fused_kernels_where_there_are_any(tmp_path):
+    stream = stream_of(tmp_path, student_of(save_teacher(tmp_path)))
+    norms = [norm for layer in stream.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    assert {type(norm) for norm in (*norms, stream.norm)} == {RMSNorm}
+    assert {type(layer.mlp) for layer in stream.layers} == {FrozenMLP}
 
 
 def test_sixteen_bits_are_shared_too(tmp_path):

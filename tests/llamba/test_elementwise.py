@@ -13,11 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from arguments import parse_train_args
+from distillation import models
 from llamba import elementwise, kernels
 from llamba.elementwise import FUSED_ELEMENTWISE, MOST_SHAPES, PLAIN_ELEMENTWISE, Region
 from llamba.kernels import plain_kernels, using_kernels
 from llamba.llama import FrozenMLP, RMSNorm, TrainedMLP, use_kernels
-from tests.tiny import tiny_hybrid, tiny_teacher, tokens
+from processes.ranks import process_groups
+from tests.tiny import tiny_hybrid, tiny_student, tiny_teacher, tokens
 
 B, L, H, P, D_FF = 2, 13, 3, 8, 40
 
@@ -247,6 +250,18 @@ def test_a_teacher_is_fused_and_is_the_same_model(fused_on_cpu):
     assert list(teacher.state_dict()) == names
     for twin in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
         assert [type(module) for module in twin.modules()] == [type(module) for module in teacher.modules()]
+
+
+def test_a_run_fuses_its_teacher(monkeypatch):
+    monkeypatch.setattr(models, "get_teacher_model", lambda *_, **__: tiny_teacher())
+    monkeypatch.setattr(models, "get_student_model", lambda *_, **__: tiny_student())
+    cpu, args = torch.device("cpu"), parse_train_args(["--layers", "1", "--dtype", "float32"])
+    with process_groups(cpu) as ranks:
+        student, _, lane = models.load_models(args, models.Models("", "", 50, None), ranks, cpu)
+        lane.close()
+    for model, mlp in ((lane.teacher.model, FrozenMLP), (student, TrainedMLP)):
+        kinds = {type(module) for module in model.modules()}
+        assert {mlp, RMSNorm} <= kinds and not {LlamaMLP, LlamaRMSNorm} & kinds
 
 
 def test_other_architectures_are_left_alone():
