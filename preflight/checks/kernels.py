@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from llamba import LlambaConfig
+from llamba.elementwise import PLAIN_ELEMENTWISE, Elementwise
 from llamba.kernels import PLAIN, Conv, Kernels, Scan, causal_conv, kernels_for, plain_kernels, using_kernels
 from llamba.mixer import DiscreteMamba2
 from llamba.ssd import ssd_chunked
@@ -46,9 +47,13 @@ def check_kernels(run: PlannedRun) -> Iterator[Finding]:
 def compare_kernels(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int = LENGTH
 ) -> Iterator[Finding]:
-    """Compares the chosen kernels with the plain forms, on random inputs of one mixer of such a model: first each
+    """Compares the chosen kernels with the plain forms, on random inputs of one block of such a model: first each
     alone, then the mixer.
     """
+    if kernels.elementwise.name != PLAIN:
+        remedy = "TORCHDYNAMO_DISABLE=1 in the environment replaces what is compiled, or install another torch"
+        differences = elementwise_errors(kernels, device, dtype, config, length)
+        yield judge_errors("norms and gates", kernels.elementwise.name, dtype, differences, remedy)
     trials = (
         ("scan", kernels.scan_name, "mamba-ssm", scan_errors),
         ("convolution", kernels.conv_name, "causal-conv1d", conv_errors),
@@ -70,18 +75,54 @@ def titled(name: str, dtype: torch.dtype) -> str:
     return f"{name}, {str(dtype).removeprefix('torch.')}"
 
 
-def judge_errors(name: str, chosen: str, dtype: torch.dtype, errors: dict[str, float]) -> Finding:
-    """Returns the finding on the largest of some errors, each with its case."""
+def judge_errors(
+    name: str, chosen: str, dtype: torch.dtype, errors: dict[str, float], remedy: str | None = None
+) -> Finding:
+    """Returns the finding on the largest of some errors, each with its case. remedy: default, of packages."""
     case = max(errors, key=errors.__getitem__)
     found = f"{chosen} differs by {errors[case]:.2g} from the plain form in float32 ({case}), {TOLERANCE[dtype]:g} is"
     if errors[case] <= TOLERANCE[dtype]:
         return Finding(OK, titled(name, dtype), f"{found} allowed")
-    packages = chosen.replace("flash-linear-attention", "fla-core").replace(" with ", " ")
-    remedy = f"python -m pip uninstall {packages}   (the plain form replaces it), or install another version"
+    if remedy is None:
+        packages = chosen.replace("flash-linear-attention", "fla-core").replace(" with ", " ")
+        remedy = f"python -m pip uninstall {packages}   (the plain form replaces it), or install another version"
     return Finding(FAILURE, titled(name, dtype), f"{found} allowed", remedy)
 
 
 # --- cases ---------------------------------------------------------------------------------------------------
+
+
+def elementwise_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns the largest error of the norm, of SwiGLU and of the mixers' gate, in the layouts of a block."""
+    ssm, d_inner = config.ssm_cfg, config.d_inner
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    projected = normal(BATCH, length, config.d_xBC + d_inner + ssm["n_v_heads"])  # (B, L, d_in_proj)
+    x = draw_scan(config, device, dtype, length, bias=0.0)[0]
+    z = projected.split([config.d_xBC, d_inner, ssm["n_v_heads"]], dim=-1)[1]
+    d_ff = config.mlp_cfg["intermediate_size"]
+    inputs = {
+        "rms_norm": (normal(BATCH, length, config.d_model), normal(config.d_model)),
+        "swiglu": (normal(BATCH, length, d_ff), normal(BATCH, length, d_ff)),
+        "gate": (normal(*x.shape), x, normal(ssm["n_v_heads"]), z, normal(d_inner)),
+    }
+
+    def run(form: Elementwise, name: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        function = getattr(form, name)
+        return (function(*leaves, eps=config.norm_epsilon) if name == "rms_norm" else function(*leaves),)
+
+    return {
+        name: largest_error(
+            functools.partial(run, kernels.elementwise, name),
+            functools.partial(run, PLAIN_ELEMENTWISE, name),
+            [m.detach().requires_grad_() for m in tensors],
+        )
+        for name, tensors in inputs.items()
+    }
 
 
 def scan_errors(
