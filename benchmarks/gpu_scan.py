@@ -1,4 +1,6 @@
-"""The section of bench_gpu.py for mixers: the scan, its convolution, and a whole mixer, in the layouts of training."""
+"""The section of bench_gpu.py for blocks without their MLP's products: the scan, its convolution, a whole mixer, norms
+and gates, in the layouts of training.
+"""
 
 import functools
 import itertools
@@ -11,10 +13,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from llamba import LlambaConfig
+from llamba.elementwise import PLAIN_ELEMENTWISE
 from llamba.kernels import PLAIN, Conv, Kernels, Scan, causal_conv, kernels_for, plain_kernels, using_kernels
 from llamba.mixer import DiscreteMamba2
 from llamba.ssd import ssd_chunked
-from preflight.checks.kernels import BATCH, LENGTH, draw_conv, draw_scan
+from preflight.checks.kernels import BATCH, LENGTH, draw_conv, draw_elementwise, draw_scan, elementwise_forms
 from processes.devices import can_compile
 
 Form = Callable[..., tuple[Tensor, ...]]
@@ -48,6 +51,7 @@ def scan(run: PartRun) -> None:
     compare_forms(run, "convolution", [draw_conv(*sizes) for _ in range(INPUT_SETS)], convs)
     compare_forms(run, "scan", [draw_scan(*sizes, bias=0.0) for _ in range(INPUT_SETS)], scans)
     compare_mixers(run, config, length, kernels)
+    compare_elementwise(run, config, length, kernels)
 
 
 def compare_mixers(run: PartRun, config: LlambaConfig, length: int, kernels: Kernels) -> None:
@@ -69,7 +73,18 @@ def compare_mixers(run: PartRun, config: LlambaConfig, length: int, kernels: Ker
     forms = {PLAIN: mixer_by(plain_kernels())}
     if kernels != plain_kernels():
         forms[f"{kernels.scan_name}, {kernels.conv_name}"] = mixer_by(kernels)
+    if kernels.elementwise != PLAIN_ELEMENTWISE:
+        forms["the same, plain gate"] = mixer_by(kernels._replace(elementwise=PLAIN_ELEMENTWISE))
     compare_forms(run, "mixer", [draw() for _ in range(INPUT_SETS)], forms)
+
+
+def compare_elementwise(run: PartRun, config: LlambaConfig, length: int, kernels: Kernels) -> None:
+    """Compares norm, SwiGLU and gate with their plain forms."""
+    plain, fused = (elementwise_forms(form, config) for form in (PLAIN_ELEMENTWISE, kernels.elementwise))
+    sets = [draw_elementwise(config, run.device, torch.bfloat16, length) for _ in range(INPUT_SETS)]
+    for name in plain:
+        forms = {PLAIN: plain[name], kernels.elementwise.name: fused[name]}
+        compare_forms(run, name, [inputs[name] for inputs in sets], forms)
 
 
 def compare_forms(run: PartRun, name: str, input_sets: list[list[Tensor]], forms: dict[str, Form]) -> None:

@@ -95,34 +95,39 @@ def judge_errors(
 def elementwise_errors(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
 ) -> dict[str, float]:
-    """Returns the largest error of the norm, of SwiGLU and of the mixers' gate, in the layouts of a block."""
-    ssm, d_inner = config.ssm_cfg, config.d_inner
+    """Returns the largest error of the norm, of SwiGLU and of the mixers' gate."""
+    fast, plain = (elementwise_forms(form, config) for form in (kernels.elementwise, PLAIN_ELEMENTWISE))
+    inputs = draw_elementwise(config, device, dtype, length)
+    return {name: largest_error(fast[name], plain[name], inputs[name]) for name in inputs}
+
+
+def elementwise_forms(elementwise: Elementwise, config: LlambaConfig) -> dict[str, Form]:
+    """Returns the functions of `draw_elementwise`'s tensors, by name."""
+    return {
+        "norm": lambda x, weight: (elementwise.rms_norm(x, weight, config.norm_epsilon),),
+        "SwiGLU": lambda gate, up: (elementwise.swiglu(gate, up),),
+        "gate": lambda *tensors: (elementwise.gate(*tensors),),
+    }
+
+
+def draw_elementwise(
+    config: LlambaConfig, device: torch.device, dtype: torch.dtype, length: int
+) -> dict[str, list[Tensor]]:
+    """Draws what the norm, SwiGLU and the mixers' gate take, laid out as in a block."""
+    n_heads, d_inner, d_ff = config.ssm_cfg["n_v_heads"], config.d_inner, config.mlp_cfg["intermediate_size"]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    projected = normal(BATCH, length, config.d_xBC + d_inner + ssm["n_v_heads"])  # (B, L, d_in_proj)
-    x = draw_scan(config, device, dtype, length, bias=0.0)[0]
-    z = projected.split([config.d_xBC, d_inner, ssm["n_v_heads"]], dim=-1)[1]
-    d_ff = config.mlp_cfg["intermediate_size"]
-    inputs = {
-        "rms_norm": (normal(BATCH, length, config.d_model), normal(config.d_model)),
-        "swiglu": (normal(BATCH, length, d_ff), normal(BATCH, length, d_ff)),
-        "gate": (normal(*x.shape), x, normal(ssm["n_v_heads"]), z, normal(d_inner)),
+    x = draw_scan(config, device, dtype, length, bias=0.0)[0]  # (B, L, H, P)
+    projected = normal(BATCH, length, config.d_xBC + d_inner + n_heads)
+    z = projected.split([config.d_xBC, d_inner, n_heads], dim=-1)[1]  # (B, L, d_inner)
+    drawn = {
+        "norm": (normal(BATCH, length, config.d_model), normal(config.d_model)),
+        "SwiGLU": (normal(BATCH, length, d_ff), normal(BATCH, length, d_ff)),
+        "gate": (normal(*x.shape), x, normal(n_heads), z, normal(d_inner)),
     }
-
-    def run(form: Elementwise, name: str, *leaves: Tensor) -> tuple[Tensor, ...]:
-        function = getattr(form, name)
-        return (function(*leaves, eps=config.norm_epsilon) if name == "rms_norm" else function(*leaves),)
-
-    return {
-        name: largest_error(
-            functools.partial(run, kernels.elementwise, name),
-            functools.partial(run, PLAIN_ELEMENTWISE, name),
-            [m.detach().requires_grad_() for m in tensors],
-        )
-        for name, tensors in inputs.items()
-    }
+    return {name: [m.detach().requires_grad_() for m in tensors] for name, tensors in drawn.items()}
 
 
 def scan_errors(
