@@ -23,8 +23,8 @@ from evaluation.held_out import sums_on_device
 from inputs.option_values import command_that_makes
 from llamba import LlambaForCausalLM
 from monitoring.undisturbed import undisturbed
+from preflight.kernel_bytes import counted_as_on_gpus
 from preflight.live_memory import BACKWARD, Items, LiveMemory
-from preflight.scan_bytes import scans_by_kernels
 from text.batch import Batch
 
 TEACHER, MIXER = "teacher's work", "activations"
@@ -141,7 +141,7 @@ def trace_alignment(
         block.mixer.register_forward_pre_hook(lambda *_: memory.enter(MIXER))
         block.mixer.register_forward_hook(lambda *_: memory.enter(BACKWARD))
     memory.enter(TEACHER)
-    with memory, scans_by_kernels(memory, model.student.dtype):
+    with memory, counted_as_on_gpus(memory, model.student.dtype):
         nothing = PendingSignal(None, WaitClock(torch.device("cpu")))
         alignment.backward(batch, nothing, 1.0, is_last=False)
         left = dict(memory.live)

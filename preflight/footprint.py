@@ -35,9 +35,9 @@ from model_utils import (
     prepare_student,
 )
 from preflight.alignment_footprint import trace_alignment
+from preflight.kernel_bytes import counted_as_on_gpus
 from preflight.live_memory import BACKWARD, Items, LiveMemory
 from preflight.operation_counts import aten
-from preflight.scan_bytes import scans_by_kernels
 from text.batch import Batch
 from training_utils import parameter_groups
 
@@ -195,7 +195,7 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
     backbone = model.student.backbone
     backbone.register_forward_pre_hook(lambda *_: memory.enter("activations"))
     backbone.register_forward_hook(lambda *_: memory.enter("loss"))
-    with memory, scans_by_kernels(memory, model.student.dtype):
+    with memory, counted_as_on_gpus(memory, model.student.dtype):
         loss, figures = model(batch, answer)
         forward = memory.at_peak
         memory.restart_peak()
