@@ -128,6 +128,9 @@ class TrainArguments(CommonArguments):
     grad_accumulation_steps: int = option(
         1, "micro steps (a batch on each rank) per optimizer step", TRAINING, least=1, most=10**6
     )
+    grad_accumulation_dtype: Literal["float32", "weights"] = option(
+        "float32", "sum of micro steps' gradients: float32, or as the weights, which saves 4 bytes of each", TRAINING
+    )
     max_lr: float = option(1e-5, "learning rate of the stable phase", TRAINING, least=0, most=1000)
     min_lr: float = option(1e-8, "learning rate at the end of the decay", TRAINING, least=0, most=1000)
     copied_lr_factor: float = option(

@@ -19,6 +19,7 @@ from transformers import get_wsd_schedule
 from arguments import TrainArguments
 from conversion.alignment import load_alignment
 from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, step_or_skip
+from distillation.gradient_sums import GradientSums, needs_sums
 from distillation.losses import (
     compute_distill_loss as compute_distill_loss,  # users of the original layout look for it here
 )
@@ -152,6 +153,7 @@ class Learner:
     optimizer: ZeroRedundancyOptimizer
     schedule: LRScheduler
     loss_scale: LossScale
+    sums: GradientSums | None  # of micro steps, where backward's own would lose bits
     lane: Lane
     total_steps: int  # optimizer steps of the whole run
     accumulate: int  # micro steps of each
@@ -166,6 +168,8 @@ class Learner:
         """Runs forward and backward on a batch and the teacher's answer to it; ranks sum their gradients in the last
         micro step of an optimizer step. Returns the objective's figures for a `Meter`.
         """
+        if self.sums is not None:
+            self.sums.begin(is_last)
         return self.objective.backward(batch, answer, self.loss_scale.value / self.accumulate, is_last)
 
     def update(self, means: dict[str, Any]) -> Update:
@@ -191,11 +195,13 @@ def build_learner(
     args = job.args
     settings = (args.max_lr, args.weight_decay, args.master_weights, args.copied_lr_factor)
     optimizer = build_optimizer(objective.model.student, *settings)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return Learner(
         objective=objective,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, args, total_steps, steps_done),
         loss_scale=LossScale(**loss_scale) if loss_scale else LossScale.for_dtype(DTYPES[args.dtype]),
+        sums=GradientSums(trained) if needs_sums(args) else None,
         lane=lane,
         total_steps=total_steps,
         accumulate=args.grad_accumulation_steps,

@@ -11,7 +11,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -39,6 +39,10 @@ class StandIn:
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         time.sleep(self.seconds)
         return self.answer
+
+    def answers(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yields the answers to the ranks' batches. Each takes its time: that of a GPU grows with the tokens."""
+        return map(self, batches)
 
 
 def run(case: str, candidate: str, steps: int) -> dict:

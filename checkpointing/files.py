@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from checkpointing.host_copy import copy_to_host
 from checkpointing.write_errors import only_logged
 from llamba import LlambaForCausalLM
 from utils import flush_to_disk, sha256
@@ -86,7 +87,8 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, s
     """
     file.touch()
     mode = file.stat().st_mode
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata=metadata)
+    on_gpu = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "cpu"}
+    save_file({**tensors, **copy_to_host(on_gpu)}, file, metadata=metadata)
     if file.stat().st_mode != mode:
         file.chmod(stat.S_IMODE(mode))
 

@@ -27,7 +27,12 @@ from training_utils import Learner
 logger = logging.getLogger("train")
 
 # What their runs did that had no such option.
-OF_EARLIER_VERSIONS = {"stage": "distil", "copied_lr_factor": 1.0, "warmup_steps": None}
+OF_EARLIER_VERSIONS = {
+    "stage": "distil",
+    "copied_lr_factor": 1.0,
+    "warmup_steps": None,
+    "grad_accumulation_dtype": "weights",
+}
 
 
 class Resume:

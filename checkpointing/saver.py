@@ -11,12 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from checkpointing.files import deal_weights, partial_dir, publish, write_common, write_part
+from checkpointing.host_copy import copy_to_host
 from checkpointing.housekeeping import LINK, keep_newest, point_latest_to
 from checkpointing.state import RunState, shard_tensors
 from checkpointing.write_errors import may_pass, only_logged
@@ -238,11 +238,6 @@ class NoSaver:
 
     def finish(self, state: RunState, stop: StopRequest) -> None:
         pass
-
-
-def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies to pageable memory: torch rounds pinned memory up to powers of two and never returns it."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def fail_with(error: Exception) -> None:

@@ -1,8 +1,9 @@
 """AdamW on float32 masters, the loss scale of float16, and the update that follows the backward passes."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     multiplied by their group's `grad_factor`, in float32 too: unscaled in float16, small ones would vanish.
     """
 
-    SLICE = 2**24  # weights stepped at once
+    AT_ONCE = 2**24  # weights stepped at once
 
     def __init__(
         self,
@@ -38,12 +39,34 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
+            for pieces in self._pieces(group["params"]):
+                _step_pieces(pieces, group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    self.state[parameter]["step"] += 1
 
-    def _step_one(self, parameter: Tensor, group: dict) -> None:
-        assert parameter.grad is not None
+    def _pieces(self, parameters: Iterable[Tensor]) -> Iterator[list["Piece"]]:
+        """Yields lists of pieces with at most AT_ONCE weights together. The float32 gradients of a list are then of
+        that size, where a vocabulary's alone would take gigabytes; and the many small parameters share one launch.
+        """
+        pieces: list[Piece] = []
+        n_weights = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = self._state(parameter)
+            tensors = (parameter, state.get("master", parameter), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            slices = zip(*(tensor.view(-1).split(self.AT_ONCE) for tensor in tensors), strict=True)
+            for weight, master, grad, exp_avg, exp_avg_sq in slices:
+                if n_weights + len(weight) > self.AT_ONCE:
+                    yield pieces
+                    pieces, n_weights = [], 0
+                pieces.append(Piece(weight, master, grad, exp_avg, exp_avg_sq, state["step"]))
+                n_weights += len(weight)
+        if pieces:
+            yield pieces
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -51,33 +74,44 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             if self.master_weights and parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
-        master = state.get("master", parameter)
-        # A slice at a time: the float32 gradient and AdamW's own temporaries are then the size of a slice, where a
-        # vocabulary's weights alone would take gigabytes.
-        tensors = (master, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for weight, grad, exp_avg, exp_avg_sq in zip(*(t.view(-1).split(self.SLICE) for t in tensors), strict=True):
-            stepped = weight.float()  # itself, but for a 16-bit parameter without a master
-            adamw(
-                [stepped],
-                [grad.float() * group["grad_factor"]],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [state["step"].clone()],  # adamw counts in place, and would count every slice
-                foreach=False,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            if stepped is not weight:
-                weight.copy_(stepped)
-        state["step"] += 1
-        if master is not parameter:
-            parameter.copy_(master)
+        return state
+
+
+class Piece(NamedTuple):
+    """Holds a part of a parameter and of what AdamW keeps for it, (n,) each, and its steps so far, on the CPU."""
+
+    weight: Tensor
+    master: Tensor  # the weight itself where it has none
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
+def _step_pieces(pieces: list[Piece], group: dict) -> None:
+    """Steps AdamW by torch's fused kernel, which takes float32 weights and gradients."""
+    stepped = [piece.master.float() for piece in pieces]  # itself, but for a 16-bit parameter without a master
+    grads = [piece.grad.to(torch.float32, copy=True) for piece in pieces]
+    torch._foreach_mul_(grads, group["grad_factor"])
+    adamw(
+        stepped,
+        grads,
+        [piece.exp_avg for piece in pieces],
+        [piece.exp_avg_sq for piece in pieces],
+        [],
+        [torch.full((), piece.step.item(), device=piece.weight.device) for piece in pieces],  # counted by the kernel
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    rounded = [pair for pair in zip(pieces, stepped, strict=True) if pair[0].weight.dtype != pair[1].dtype]
+    if rounded:
+        torch._foreach_copy_([piece.weight for piece, _ in rounded], [new for _, new in rounded])
 
 
 @dataclass
@@ -108,8 +142,8 @@ class LossScale:
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
     """Returns the L2 norm of all gradients, a scalar tensor in float32 whatever their dtype."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ rank of each node; colocated, every rank runs a teacher on its own device.
 """
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillation.teacher_forward import last_hidden_states, runs_by_layers
+from distillation.teacher_forward import Teacher
 from distillation.wait_clock import WaitClock
 from llamba import LlambaForCausalLM
-from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 from processes.ranks import Ranks
 from text.batch import Batch
 from utils import BackgroundThread
@@ -36,58 +36,12 @@ def ask_ahead(batches: Iterable[Batch], lane: "Lane") -> Iterator[tuple[Batch, "
     yield from asked
 
 
-class Teacher:
-    """Maps input_ids (B, S) to the frozen model's last hidden states (B, S, D_t) after its last norm for the signal
-    "hidden", to its logits (B, S, vocab) for "logits".
-
-    model: with weights where it runs, else on the meta device, which still gives an answer's shape and dtype.
-    vocab: columns of the logits, the entries that both vocabularies have.
-    """
-
-    def __init__(self, model: PreTrainedModel, signal: str, vocab: int) -> None:
-        self.model, self.signal, self.vocab = model, signal, vocab
-        self.width = model.config.hidden_size if signal == "hidden" else vocab
-        runs_here = model.device.type != "meta"
-        if signal == "hidden" and runs_here and logits_beyond_head(model, with_bias=False) > MOST_BEYOND_HEAD:
-            raise ValueError(
-                f"--teacher_signal hidden: the logits of this {model.config.model_type!r} teacher are not its last "
-                "hidden states times its head (a bias, scale or cap comes after); use --teacher_signal logits"
-            )
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        inputs = input_ids.to(self.model.device, non_blocking=True)  # (B, S)
-        if self.signal == "hidden":
-            return last_hidden_states(self.model, inputs)  # (B, S, D_t)
-        if runs_by_layers(self.model):
-            logits = self.model.get_output_embeddings()(last_hidden_states(self.model, inputs))
-        else:
-            logits = self.model(inputs, use_cache=False).logits
-        return logits[..., : self.vocab].contiguous()  # (B, S, vocab)
-
-    @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
-        """Returns the input of the first layer and the output of each: n_layer + 1 tensors (B, S, D_t). None of them is
-        normed, while transformers' `output_hidden_states` returns the last one normed.
-        """
-        states: list[Tensor] = []
-        layers = self.model.base_model.layers
-        hooks = [layers[0].register_forward_pre_hook(lambda _module, args: states.append(args[0]))]
-        hooks += [layer.register_forward_hook(lambda _module, _args, output: states.append(output)) for layer in layers]
-        try:
-            last_hidden_states(self.model, input_ids.to(self.model.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return states
-
-
 # --- the three lanes -----------------------------------------------------------------------------
 
 
 class TeacherLane:
     """Sends batches to the one teacher of a node and returns its answers. A thread of each rank serves requests in
-    order: the first rank receives the others' inputs, runs the teacher for one rank after another, and sends each its
+    order: the first rank receives the others' inputs, runs the teacher for several ranks at a time, and sends each its
     answer.
 
     The traffic uses gloo, pinned memory and connections of its own: it needs no agreement on order with the students'
@@ -106,6 +60,8 @@ class TeacherLane:
             self.worker.submit(lambda: torch.cuda.set_device(ranks.device)).result()
         devices = [ranks.device, *([teacher.model.device] if ranks.owns_teacher else [])]
         self.streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+        for device, stream in self.streams.items():  # the teacher's weights are still being copied, perhaps
+            stream.wait_stream(torch.cuda.current_stream(device))
 
     def submit(self, input_ids: Tensor) -> "PendingSignal":
         """Requests the answer to input_ids (B, S), on the CPU and of the same shape on every rank."""
@@ -135,12 +91,12 @@ class TeacherLane:
         others = range(first + 1, first + self.ranks.local_world_size)
         asked = [torch.empty_like(input_ids) for _ in others]  # (B, S) each
         arrivals = [dist.irecv(ids, src=rank, group=group) for ids, rank in zip(asked, others, strict=True)]
-        copies = []
-        for ids, arrival in zip(asked, arrivals, strict=True):
+        for arrival in arrivals:
             assert arrival is not None  # only ranks outside the group get none
             arrival.wait()
-            copies.append(_start_copy_to_host(self.teacher(ids)))
-        own = self.teacher(input_ids)  # last: what the others wait for travels meanwhile
+        answers = self.teacher.answers([*asked, input_ids])
+        copies = [_start_copy_to_host(answer) for answer in itertools.islice(answers, len(asked))]
+        own = next(answers)  # last: what the others wait for travels meanwhile
         for (answer, copied), rank in zip(copies, others, strict=True):
             if copied is not None:
                 copied.synchronize()

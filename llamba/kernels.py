@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,9 @@ def _mamba_ssm_triton() -> ModuleType | None:
     except BROKEN as error:
         logger.info("import mamba_ssm fails (%s); using its Triton scan alone", error)
         sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
+    # Or every process would time some hundred forms of the kernels again, for minutes, and a resumed run could choose
+    # others than before, with other last bits.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     module = _optional("mamba_ssm.ops.triton.ssd_combined")
     if module is not None and (missing := sorted(NEEDED - vars(module).keys())):
         logger.warning("mamba-ssm is not used: this version of its scan has no %s", ", ".join(missing))

@@ -24,7 +24,8 @@ from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_ch
 from distillation.losses import shared_vocab
 from distillation.objective import DistillationModel
 from distillation.pairing import check_pair
-from distillation.teacher import Teacher, teacher_head
+from distillation.teacher import teacher_head
+from distillation.teacher_forward import Teacher
 from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import (
@@ -229,6 +230,11 @@ def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
 def gradient_bytes(student: nn.Module) -> int:
     """Returns the bytes in which gradients are kept, such as DDP's buckets."""
     return n_bytes(p for p in student.parameters() if p.requires_grad)
+
+
+def bytes_of_sums(student: nn.Module) -> int:
+    """Returns the bytes of the float32 sums of gradients."""
+    return sum(4 * p.numel() for p in student.parameters() if p.requires_grad)
 
 
 def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:

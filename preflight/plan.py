@@ -8,26 +8,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from arguments import TrainArguments
-from preflight.exchange import all_reduce_and_broadcasts
+from distillation.gradient_sums import needs_sums
+from distillation.teacher_forward import batches_at_once
 from preflight.footprint import (
     Footprint,
     OptimizerFootprint,
+    bytes_of_sums,
     gradient_bytes,
     measure_footprint,
     optimizer_footprint,
 )
-from preflight.live_memory import BACKWARD, Items
+from preflight.live_memory import Items
 from preflight.machine import Machine
-from preflight.step_time import StepTime
+from preflight.step_time import StepTime, prefetch_of, step_time
 from preflight.transport import GB
 
 CERTAINTY = 0.25  # of times, which are estimates until they have been measured
-ANSWERS_RATE = 2 * GB  # bytes per second of a teacher's answers: copied to the host, sent by gloo, copied to a GPU
 # Estimated, not computed: the CUDA context, kernels, buffers of NCCL and cuBLAS, and fragmentation.
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
 NOT_SHARED = "teacher's weights, not shared"
 RECOMPUTE = "--gradient_checkpointing"
+SUM_LIKE_WEIGHTS = "--grad_accumulation_dtype weights"
 
 Moments = dict[str, Items]  # bytes of a GPU at the peak of each phase of a step
 Change = tuple[str, TrainArguments, Footprint]  # options to change, as text, and the run with them
@@ -64,10 +66,6 @@ class Plan:
         """Returns the bytes that a rank receives in an optimizer step, by purpose."""
         answers = {"teacher's answers": self.step.micro_steps * self.answer_bytes} if self.answer_bytes else {}
         return {**self.step.exchange.received, **answers}
-
-    def accumulating(self, micro_steps: int) -> "Plan":
-        """Returns the plan with another --grad_accumulation_steps, which changes nothing but the time."""
-        return dataclasses.replace(self, step=dataclasses.replace(self.step, micro_steps=micro_steps))
 
     @property
     def largest(self) -> int:
@@ -110,61 +108,26 @@ def make_plan(args: TrainArguments, footprint: Footprint, machine: Machine, plac
         placement,
         n_students,
         n_ranks,
-        gpu_moments(args, footprint, optimizer, placement),
-        step_time(args, footprint, machine, placement, n_students, optimizer),
+        gpu_moments(args, footprint, optimizer, n_students, placement),
+        step_time(args, footprint, optimizer, machine, n_students, placement),
         0 if teacher is None else teacher.answer,
         n_ranks * args.batch_size * args.seq_length,
     )
 
 
-def step_time(
-    args: TrainArguments,
-    footprint: Footprint,
-    machine: Machine,
-    placement: str,
-    n_students: int,
-    optimizer: OptimizerFootprint,
-) -> StepTime:
-    """Returns what an optimizer step takes. A GPU's time is that of its operations at the rate of its matrix units, and
-    of the bytes that everything else moves at the rate of its memory.
-    """
-    seconds = {item: machine.seconds(n, footprint.moved[item]) for item, n in footprint.operations.items()}
-    teacher = answers = 0.0
-    if placement != "none":
-        assert footprint.teacher is not None
-        answered = 1 if placement == "colocated" else n_students
-        teacher = answered * machine.seconds(footprint.teacher.operations, footprint.teacher.moved)
-        answers = (answered - 1) * footprint.teacher.answer / ANSWERS_RATE  # one student's rank has the teacher
-    return StepTime(
-        micro_steps=args.grad_accumulation_steps,
-        forward=sum(s for item, s in seconds.items() if item != BACKWARD),
-        backward=seconds[BACKWARD],
-        teacher=teacher,
-        answers=answers,
-        ahead=prefetch_of(args, placement) if placement == "dedicated" else 0,
-        update=machine.seconds(0, optimizer.moved),
-        exchange=all_reduce_and_broadcasts(footprint.student, n_students * machine.n_nodes, machine.link.rate),
-    )
-
-
-def prefetch_of(args: TrainArguments, placement: str) -> int:
-    """Returns the batches that a teacher works ahead in this place."""
-    if placement == "colocated":
-        return 0
-    return int(placement == "dedicated") if args.teacher_prefetch is None else args.teacher_prefetch
-
-
 def gpu_moments(
-    args: TrainArguments, footprint: Footprint, optimizer: OptimizerFootprint, placement: str
+    args: TrainArguments, footprint: Footprint, optimizer: OptimizerFootprint, n_students: int, placement: str
 ) -> dict[str, Moments]:
-    """Returns what each kind of GPU holds, in bytes."""
+    """Returns what each kind of GPU holds, in bytes, with `n_students` on each node."""
     student = student_moments(args, footprint, optimizer, placement)
     if placement == "colocated":
         return {"every GPU": student}
     if placement == "none":
         return {"student GPU": student}
     assert footprint.teacher is not None
-    teacher = {"teacher's weights": footprint.teacher.weights, "teacher's work": footprint.teacher.work}
+    n_at_once = min(batches_at_once(args.teacher_signal, args.batch_size * args.seq_length), n_students)
+    work = n_at_once * footprint.teacher.work
+    teacher = {"teacher's weights": footprint.teacher.weights, "teacher's work": work}
     if placement == "dedicated":
         return {"student GPU": student, "teacher GPU": {"forward": {**teacher, **ALLOWANCE}}}
     # The teacher may work during any phase of the student, and its head is not copied to its own device.
@@ -179,6 +142,8 @@ def student_moments(
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
     always = {**footprint.weights, "gradients": gradients, "masters and moments": optimizer.kept}
+    if needs_sums(args):
+        always["sums of gradients"] = bytes_of_sums(footprint.student)
     if teacher is not None:
         always["teacher's answers"] = teacher.answer * (1 + prefetch_of(args, placement))
         weights = "teacher's weights" if args.stage == "distil" else NOT_SHARED
@@ -211,6 +176,8 @@ def other_placements(args: TrainArguments, placement: str) -> list[str]:
 def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
     """Yields single changes that may save memory, the least costly first: as text, and the options with it."""
     is_distilled = args.stage == "distil"
+    if needs_sums(args):
+        yield SUM_LIKE_WEIGHTS, dataclasses.replace(args, grad_accumulation_dtype="weights")
     if is_distilled and args.teacher_signal == "logits":
         yield "--teacher_signal hidden", dataclasses.replace(args, teacher_signal="hidden")
     if is_distilled and (not args.gradient_checkpointing or args.checkpoint_blocks is not None):
@@ -219,7 +186,11 @@ def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
     if args.batch_size > 1:
         size, accumulate = args.batch_size // 2, args.grad_accumulation_steps * 2
         smaller = dataclasses.replace(args, batch_size=size, grad_accumulation_steps=accumulate)
-        yield f"--batch_size {size} --grad_accumulation_steps {accumulate}", smaller
+        text = f"--batch_size {size} --grad_accumulation_steps {accumulate}"
+        if needs_sums(smaller) and not needs_sums(args):  # which could take more than the smaller batch saves
+            text += f" {SUM_LIKE_WEIGHTS}"
+            smaller = dataclasses.replace(smaller, grad_accumulation_dtype="weights")
+        yield text, smaller
     if is_distilled and not args.freeze_replaced_layers and args.layers:
         yield "--freeze_replaced_layers", dataclasses.replace(args, freeze_replaced_layers=True)
     if is_distilled and not args.freeze_mlp:

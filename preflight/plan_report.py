@@ -33,7 +33,7 @@ from preflight.plan import (
     teacher_index,
 )
 from preflight.speedups import PRICES, best_of, faster_options, speedups
-from preflight.time_report import accumulation_table, assumptions, bottleneck, time_lines
+from preflight.time_report import accumulation_table, accumulations, assumptions, bottleneck, time_lines
 from preflight.transport import GB
 
 # --- the parts of a plan -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def print_plan(args: TrainArguments) -> int:
         f"{args.batch_size} x {args.seq_length} tokens per rank and micro step:",
         *(gpu_table(kind, moments, machine) for kind, moments in asked.gpus.items()),
         run_table(args, asked, machine, room),
-        accumulation_table(args, asked),
+        accumulation_table(asked, [make_plan(one, footprint, machine, asked.placement) for one in accumulations(args)]),
         placement_table([asked, *others], machine),
         bottleneck(asked, machine, best_of(speedups(args, footprint, machine, [asked, *others], changes))),
         assumptions(args, machine),

@@ -67,9 +67,11 @@ def speedups(
         ahead = dataclasses.replace(args, teacher_prefetch=1)
         yield faster("--teacher_prefetch 1", make_plan(ahead, footprint, machine, plan.placement))
     if args.grad_accumulation_steps < MOST_ACCUMULATED:
-        changed = plan.accumulating(MOST_ACCUMULATED)
-        price = f"a step then learns from {changed.tokens:,} tokens"
-        yield faster(f"--grad_accumulation_steps {MOST_ACCUMULATED}", changed, price)
+        more = dataclasses.replace(args, grad_accumulation_steps=MOST_ACCUMULATED)
+        changed = make_plan(more, footprint, machine, plan.placement)
+        if changed.fits(machine) or not plan.fits(machine):
+            price = f"a step then learns from {changed.tokens:,} tokens"
+            yield faster(f"--grad_accumulation_steps {MOST_ACCUMULATED}", changed, price)
     for change, options, its_footprint in changes:
         changed = make_plan(options, its_footprint, machine, plan.placement)
         if change in PRICES and (changed.fits(machine) or not plan.fits(machine)):

@@ -4,8 +4,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from preflight.exchange import NOTHING, Exchange
+from arguments import TrainArguments
+from distillation.gradient_sums import needs_sums
+from preflight.exchange import NOTHING, Exchange, all_reduce_and_broadcasts
+from preflight.footprint import Footprint, OptimizerFootprint, bytes_of_sums
+from preflight.live_memory import BACKWARD
+from preflight.machine import Machine
+from preflight.transport import GB
 
+ANSWERS_RATE = 2 * GB  # bytes per second of a teacher's answers: copied to the host, sent by gloo, copied to a GPU
 STUDENTS, TEACHER, ANSWERS, WIRE = "students' work", "the teacher", "the teacher's answers", "the wire"
 
 
@@ -65,3 +72,40 @@ class StepTime:
         """Returns the part without which the step would be shortest."""
         savings = self.savings()
         return max(savings, key=savings.__getitem__)
+
+
+def step_time(
+    args: TrainArguments,
+    footprint: Footprint,
+    optimizer: OptimizerFootprint,
+    machine: Machine,
+    n_students: int,
+    placement: str,
+) -> StepTime:
+    """Returns what an optimizer step takes, with `n_students` on each node."""
+    seconds = {item: machine.seconds(n, footprint.moved[item]) for item, n in footprint.operations.items()}
+    backward, teacher, answers = seconds.pop(BACKWARD), 0.0, 0.0
+    if needs_sums(args):  # read and written in place of a bucket of 16 bits
+        backward += machine.seconds(0, bytes_of_sums(footprint.student))
+    if placement != "none":
+        assert footprint.teacher is not None
+        answered = 1 if placement == "colocated" else n_students
+        teacher = answered * machine.seconds(footprint.teacher.operations, footprint.teacher.moved)
+        answers = (answered - 1) * footprint.teacher.answer / ANSWERS_RATE  # one student's rank has the teacher
+    return StepTime(
+        micro_steps=args.grad_accumulation_steps,
+        forward=sum(seconds.values()),
+        backward=backward,
+        teacher=teacher,
+        answers=answers,
+        ahead=prefetch_of(args, placement) if placement == "dedicated" else 0,
+        update=machine.seconds(0, optimizer.moved),
+        exchange=all_reduce_and_broadcasts(footprint.student, n_students * machine.n_nodes, machine.link.rate),
+    )
+
+
+def prefetch_of(args: TrainArguments, placement: str) -> int:
+    """Returns the batches that a teacher works ahead in this place."""
+    if placement == "colocated":
+        return 0
+    return int(placement == "dedicated") if args.teacher_prefetch is None else args.teacher_prefetch

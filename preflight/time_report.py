@@ -3,6 +3,7 @@ that is.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -44,16 +45,21 @@ def how_sure(plan: Plan) -> str:
     return f"+-{CERTAINTY:.0%}" + (" of the work, and as sure as the link's rate" if plan.step.wire else "")
 
 
-def accumulation_table(args: TrainArguments, plan: Plan) -> str:
-    """Returns a table of steps that accumulate more or fewer micro steps."""
+def accumulations(args: TrainArguments) -> list[TrainArguments]:
+    """Returns the options with fewer and more micro steps to a step, and their own number."""
     numbers = sorted({*ACCUMULATIONS, args.grad_accumulation_steps})
-    rows = [("--grad_accumulation_steps", "s per step", "of it the wire", "tokens/s", "bound by")]
-    for n in numbers:
-        other = plan.accumulating(n)
-        name = f"{n}, as asked" if n == args.grad_accumulation_steps else f"{n}"
-        figures = f"{other.seconds:.3g}", f"{other.step.wire:.2g}", f"{other.tokens_per_second:,.0f}"
-        rows.append((name, *figures, other.step.bound_by))
-    return "\n".join(f"{row[0]:<26}" + "".join(f"{c:>15}" for c in row[1:4]) + f"   {row[4]}" for row in rows)
+    return [dataclasses.replace(args, grad_accumulation_steps=n) for n in numbers]
+
+
+def accumulation_table(asked: Plan, plans: list[Plan]) -> str:
+    """Returns a table of plans that accumulate more or fewer micro steps than the one asked for."""
+    rows = [("--grad_accumulation_steps", "GB at most", "s per step", "of it the wire", "tokens/s", "bound by")]
+    for plan in plans:
+        n = plan.step.micro_steps
+        name = f"{n}, as asked" if n == asked.step.micro_steps else f"{n}"
+        figures = f"{plan.seconds:.3g}", f"{plan.step.wire:.2g}", f"{plan.tokens_per_second:,.0f}"
+        rows.append((name, f"{plan.largest / GB:.1f}", *figures, plan.step.bound_by))
+    return "\n".join(f"{row[0]:<26}" + "".join(f"{cell:>15}" for cell in row[1:5]) + f"   {row[5]}" for row in rows)
 
 
 def bottleneck(plan: Plan, machine: Machine, speedups: list[Speedup]) -> str:

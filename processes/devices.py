@@ -22,7 +22,8 @@ def checked_device(flag: str, name: str | None) -> torch.device:
         raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_gpus):
         raise ValueError(f"{flag} {name}: {n_gpus} GPUs are visible here; {expected}")
-    return device
+    # With its index, so that it equals the same device of a tensor or of a student.
+    return torch.device("cuda:0") if device == torch.device("cuda") else device
 
 
 @functools.cache

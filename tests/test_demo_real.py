@@ -38,7 +38,8 @@ SETTINGS = {
 def start(folder: Path, target: Path | str) -> subprocess.Popen:
     teacher = TEACHER if (TEACHER / "config.json").is_file() else folder / "teacher"
     train = f"{TRAIN} --dataset_name {folder / 'few.jsonl'}"
-    variables = {"REAL": folder, "REAL_TEACHER": teacher, "REAL_ALIGN": train, "REAL_DISTIL": train, **SETTINGS}
+    variables = {"REAL": folder, "REAL_TEACHER": teacher, "REAL_ALIGN": train, **SETTINGS}
+    variables["REAL_DISTIL"] = f"{train} --max_lr 0.0003"  # of few windows, often seen
     given = [f"{name}={value}" for name, value in {"BIN": Path(sys.executable).parent, **variables}.items()]
     done = ["--old-file=.venv/installed", "--old-file=.venv/installed-gguf"]
     return subprocess.Popen(["make", *done, *given, str(target)], cwd=ROOT, text=True, stderr=subprocess.PIPE)

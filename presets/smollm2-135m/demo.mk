@@ -15,8 +15,8 @@ REAL_EVAL ?=
 REAL_MODELS := --preset smollm2-135m --teacher_model $(REAL_TEACHER) --local_files_only
 REAL_TRAIN := $(BIN)/python train_gpus.py $(REAL_MODELS) --teacher_placement colocated --resume auto \
 	--dataset_name $(REAL_TEXT)/train.jsonl --no_dataset_streaming \
-	--eval_dataset_name $(REAL_TEXT)/heldout.jsonl --eval_windows 4 --eval_interval 15 \
-	--warmup_steps 3 --decay_ratio 0.75 --layer_map_interval 15 --save_interval 20 --save_total_limit 1
+	--eval_dataset_name $(REAL_TEXT)/heldout.jsonl --eval_windows 4 --eval_interval 20 \
+	--warmup_steps 3 --decay_ratio 0.75 --layer_map_interval 20 --save_interval 20 --save_total_limit 1
 
 $(REAL_TEACHER)/config.json: | .venv/installed-gguf
 	$(BIN)/python -m presets.smollm2 $(REAL_TEACHER)
@@ -38,18 +38,20 @@ $(REAL)/start.json: | $(REAL)/students/closed_form/conversion.json $(REAL)/stude
 # Each mixer learns its attention's output.
 $(REAL)/aligned: | $(REAL)/students/closed_form/conversion.json
 	$(REAL_TRAIN) --stage align --student_model $(REAL)/students/closed_form --output_dir $(REAL)/align \
-		--max_steps 45 $(REAL_ALIGN)
+		--max_steps 40 $(REAL_ALIGN)
 	touch $@
 
-# The hybrid learns the teacher's distribution. What was copied moves at a tenth of the mixers' rate.
+# The hybrid learns the teacher's distribution. In so few steps the rate of the alignment would raise the KL. What was
+# copied moves at a tenth of the mixers' rate.
 $(REAL)/distilled: | $(REAL)/aligned
-	$(REAL_TRAIN) --student_model $(REAL)/align/latest --output_dir $(REAL)/distil --max_steps 12 $(REAL_DISTIL)
+	$(REAL_TRAIN) --student_model $(REAL)/align/latest --output_dir $(REAL)/distil \
+		--max_steps 12 --max_lr 0.00005 $(REAL_DISTIL)
 	touch $@
 
 $(REAL)/distil/eval.json: | $(REAL)/distilled
 	$(BIN)/python eval_mmlu_hybrid.py $(REAL_MODELS) --student_model $(REAL)/students/closed_form \
 		--ckpt $(REAL)/distil/latest --which hybrid hybrid_ft teacher --no_mmlu --resume --output $@ \
-		--held_out $(REAL_TEXT)/heldout.jsonl --held_out_seq_length 256 --held_out_windows 16 \
+		--held_out $(REAL_TEXT)/heldout.jsonl --held_out_seq_length 256 --held_out_windows 12 \
 		--retrieval --retrieval_lengths 256 --retrieval_pairs 8 --retrieval_questions 16 $(REAL_EVAL)
 
 $(REAL)/report.md: | $(REAL)/start.json $(REAL)/distil/eval.json

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["bench_data", "bench_loss", "bench_mmlu", "bench_overlap", "bench_save", "bench_step", "bench_wire"]
+SCRIPTS = ["bench_data", "bench_launches", "bench_loss", "bench_mmlu", "bench_overlap", "bench_save", "bench_step"]
+SCRIPTS += ["bench_wire"]
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("no_torchrun")
 
@@ -86,6 +87,15 @@ def test_mmlu(tokenizer):
     model = bench_mmlu.make_model("hybrid", len(tokenizer))
     answers, n_tokens = bench_mmlu.answer_ours(model, tokenizer, CPU, bench_mmlu.make_questions(2))
     assert [len(answer) for answer in answers] == [4, 4] and n_tokens > 0
+
+
+@pytest.mark.parametrize("candidate", ["alone", "pass per rank", "one pass"])
+def test_launches(monkeypatch, candidate):
+    """A step is taken, and the teacher's thread answers; a process would import torch."""
+    import bench_launches
+
+    monkeypatch.setattr(bench_launches, "LAYERS", 2)
+    assert bench_launches.run("2 ranks, 32 layers", candidate, 5)["seconds"] > 0
 
 
 def test_overlap(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distillation.teacher import Teacher
+from distillation.teacher_forward import Teacher
 from model_utils import get_teacher_model
 from tests.conversion.pairs import save_teacher, stream_of, student_of
 from tests.tiny import tiny_student, tokens

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distillation.teacher import TeacherLane, ask_ahead
+from distillation.teacher_forward import Teacher
 from processes.ranks import process_groups
 from text.batch import Batch
 
@@ -20,7 +21,7 @@ WIDTH = 5
 class StandIn:
     """Answers ids (B, S) with (B, S, WIDTH) of id * 1000 + column, in bfloat16's exact range."""
 
-    width = WIDTH
+    width, signal, answers = WIDTH, "hidden", Teacher.answers
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
 
     def __init__(self, fails_at):

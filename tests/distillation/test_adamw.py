@@ -125,7 +125,7 @@ def test_in_float32_masters_make_no_difference():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slices_are_stepped_like_the_whole(monkeypatch, make, dtype):
     _, whole, state = steps_of(make, dtype, n=3)
-    monkeypatch.setattr(MasterWeightAdamW, "SLICE", 1000)
+    monkeypatch.setattr(MasterWeightAdamW, "AT_ONCE", 1000)
     _, sliced, sliced_state = steps_of(make, dtype, n=3)
     assert torch.equal(whole, sliced)
     assert all(torch.equal(value, sliced_state[name]) for name, value in state.items())
@@ -139,3 +139,20 @@ def test_a_parameter_without_a_gradient_stays():
     before = weights(MixedParameters(torch.bfloat16))
     changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert changed == {"matrix"}
+
+
+def test_small_parameters_share_a_launch_and_large_ones_are_sliced(monkeypatch):
+    """And every weight is stepped once, whatever the sizes; temporaries are those of AT_ONCE weights."""
+    sizes = []
+
+    def recorded(parameters, grads, *args, **options):
+        assert options["fused"] and all(grad.dtype == torch.float32 for grad in grads)
+        sizes.append([len(parameter) for parameter in parameters])
+
+    monkeypatch.setattr(MasterWeightAdamW, "AT_ONCE", 10)
+    monkeypatch.setattr("distillation.adamw.adamw", recorded)
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (3, 4, 2, 25, 5, 5, 1)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    MasterWeightAdamW(parameters).step()
+    assert sizes == [[3, 4, 2], [10], [10], [5, 5], [5, 1]]

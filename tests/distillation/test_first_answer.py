@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from distillation.first_answer import CHUNK_TOKENS, check_first_answer, count_not_finite
-from distillation.teacher import ColocatedTeacher, NoTeacher, Teacher, teacher_head
+from distillation.teacher import ColocatedTeacher, NoTeacher, teacher_head
+from distillation.teacher_forward import Teacher
 from tests import small_runs
 from tests.fresh import ranks as run_ranks
 from tests.model_files import change_json, change_weight

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from distillation import teacher
+from distillation import teacher, teacher_forward
 from distillation.teacher import (
     ColocatedTeacher,
     NoTeacher,
-    Teacher,
     TeacherLane,
     ask_ahead,
     share_head,
     teacher_head,
 )
+from distillation.teacher_forward import Teacher
 from distillation.wait_clock import WaitClock
 from processes.ranks import process_groups
 from tests import fresh
@@ -106,6 +106,26 @@ def test_a_teacher_whose_hidden_states_do_not_tell_its_logits_is_refused():
         assert torch.equal(Teacher(model, "logits", 50)(tokens()), model(tokens()).logits[..., :50])
 
 
+@pytest.mark.parametrize("signal,passes", [("hidden", [4, 4, 2]), ("logits", [2, 2, 2, 2, 2])])
+@torch.no_grad()
+def test_hidden_states_for_several_ranks_come_from_one_forward_pass(monkeypatch, signal, passes):
+    monkeypatch.setattr(teacher_forward, "TOKENS_AT_ONCE", 4 * 21)
+    model, seen = tiny_teacher(), []
+    asked = [tokens(seed=seed) for seed in range(5)]
+    expected = [Teacher(model, signal, 50)(ids) for ids in asked]
+    asking = Teacher(model, signal, 50)
+    model.base_model.embed_tokens.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    answers = list(asking.answers(asked))
+    assert seen == passes
+    for answer, one in zip(answers, expected, strict=True):
+        torch.testing.assert_close(answer, one)
+
+
+@pytest.mark.parametrize("n_tokens,n", [(512, 16), (2048, 4), (8192, 1), (100_000, 1)])
+def test_a_forward_pass_for_several_ranks_has_a_bounded_size(n_tokens, n):
+    assert teacher_forward.batches_at_once("hidden", n_tokens) == n
+
+
 # --- who works while whom ------------------------------------------------------------------------------------
 
 
@@ -175,9 +195,13 @@ def test_every_rank_gets_its_own_answers_while_other_collectives_run():
 
 
 def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypatch):
-    """Or leaving a stream would set GPU 0, and every rank would hold a context there."""
-    calls = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    """Or leaving a stream would set GPU 0, and every rank would hold a context there. What the lane's streams run comes
+    after the teacher's weights.
+    """
+    calls, waited_for = [], []
+    stream = SimpleNamespace(wait_stream=lambda other: waited_for.append(other))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device} that models are read on")
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: calls.append((threading.current_thread().name, str(device)))
     )
@@ -186,6 +210,7 @@ def test_the_lanes_thread_is_on_the_students_gpu_from_its_first_job_on(monkeypat
     lane.worker.submit(lambda: calls.append("a job")).result()
     lane.close()
     assert calls == [("teacher-lane", "cuda:2"), "a job"]
+    assert waited_for == ["the stream of cuda:2 that models are read on"]
 
 
 class OnGpu:

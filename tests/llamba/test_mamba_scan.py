@@ -5,6 +5,7 @@ dtypes of the real ones, and its behaviour as one operator of torch.compile.
 import ast
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_an_unknown_version_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(kernels.importlib, "import_module", lambda name: kernels)
     assert kernels._mamba_ssm_triton() is None
     assert "this version of its scan has no _bmm_chunk_bwd, _bmm_chunk_fwd" in caplog.text
+
+
+@pytest.mark.parametrize("given,found", [(None, "1"), ("0", "0")])
+def test_the_forms_of_the_kernels_that_triton_chose_are_kept_on_disk(monkeypatch, given, found):
+    """It decides by the environment when the kernels are imported."""
+    monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", given or "")
+    if given is None:
+        monkeypatch.delenv("TRITON_CACHE_AUTOTUNING")
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: spec_of_a_package())
+    monkeypatch.setattr(kernels.importlib, "import_module", lambda name: kernels)
+    seen = []
+    monkeypatch.setattr(kernels, "_optional", lambda name: seen.append(os.environ["TRITON_CACHE_AUTOTUNING"]))
+    kernels._mamba_ssm_triton()
+    assert seen == [found]
 
 
 def spec_of_a_package():

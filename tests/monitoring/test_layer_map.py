@@ -9,7 +9,8 @@ import torch
 
 from arguments import parse_train_args
 from distillation.pairing import check_layer_map
-from distillation.teacher import ColocatedTeacher, Teacher
+from distillation.teacher import ColocatedTeacher
+from distillation.teacher_forward import Teacher
 from model_utils import apply_replacements
 from monitoring.layer_map import MOST_TOKENS, LayerMap, format_map, layer_map
 from tests.tiny import tiny_config, tiny_hybrid, tiny_student, tiny_teacher, tokens

@@ -17,6 +17,7 @@ def test_a_device_that_is_not_there(name, monkeypatch):
 def test_devices_are_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert checked_device("--device", "cuda:1") == torch.device("cuda:1")
+    assert checked_device("--teacher_device", "cuda") == torch.device("cuda:0")
     assert checked_device("--device", None) == torch.device("cuda:0")
     with pytest.raises(ValueError, match="2 GPUs are visible here; expected cpu or cuda:0 to cuda:1"):
         checked_device("--device", "cuda:2")
