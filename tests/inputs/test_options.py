@@ -59,6 +59,7 @@ PRODUCTION_OPTIONS = {
     "max_steps": 100_000,
     "epochs": 1,
     "grad_accumulation_steps": 1,
+    "grad_accumulation_dtype": "float32",
     "max_lr": 1e-5,
     "min_lr": 1e-8,
     "copied_lr_factor": 1.0,
