@@ -25,24 +25,24 @@ def counted_as_on_gpus(memory: LiveMemory, dtype: torch.dtype) -> Iterator[None]
         yield
 
 
-def weighed(memory: LiveMemory, function: Callable[..., tuple], weight: float) -> Callable[..., tuple]:
-    """Returns the function, during which, and during whose backward pass, bytes count as `weight` of them. Its first
-    result alone is differentiated.
+def weighed(memory: LiveMemory, function: Callable[..., Any], weight: float) -> Callable[..., Any]:
+    """Returns the function, during which, and during whose backward pass, bytes count as `weight` of them. Of several
+    results the first alone is differentiated.
     """
 
-    def run(*inputs, **more) -> tuple:
-        positions = [i for i, given in enumerate(inputs) if isinstance(given, Tensor) and given.requires_grad]
+    def run(*inputs, **more) -> Any:
+        learn = [i for i, given in enumerate(inputs) if isinstance(given, Tensor) and given.requires_grad]
         given = list(inputs)
-        if positions and torch.is_grad_enabled():
-            marked = _Mark.apply(memory, 1.0, *(inputs[i] for i in positions))
-            for i, tensor in zip(positions, marked, strict=True):
-                given[i] = tensor
+        if learn and torch.is_grad_enabled():
+            for i, marked in zip(learn, _Mark.apply(memory, 1.0, *(inputs[i] for i in learn)), strict=True):
+                given[i] = marked
         before, memory.weight = memory.weight, weight
-        first, *rest = function(*given, **more)
+        result = function(*given, **more)
         memory.weight = before
+        first, *rest = result if isinstance(result, tuple) else (result,)
         if first.requires_grad:
             (first,) = _Mark.apply(memory, weight, first)
-        return first, *rest
+        return (first, *rest) if rest else first
 
     return run
 
