@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +42,8 @@ def collective_rates(n_ranks: int, n_bytes: int, on_gpus: bool, patience_s: floa
 
 def _time_all(rank: int, n_ranks: int, n_bytes: int, on_gpus: bool, folder: str) -> None:
     """Runs in each process of `collective_rates`."""
+    # torch 2.13 deprecates two names; their successors are not known to torch 2.11.
+    warnings.filterwarnings("ignore", r".*(scatter|gather)\w*tensor` is deprecated", FutureWarning)
     device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
     if on_gpus:
         torch.cuda.set_device(device)
