@@ -12,7 +12,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from arguments import parse_train_args
 from inputs.option_values import PRESETS
 from llamba import DiscreteMamba2
-from monitoring.speed import Gauges, _mixing_operations, peak_operations, student_operations_per_token
+from monitoring.speed import (
+    MEMORY_RATES,
+    PEAKS,
+    Gauges,
+    _mixing_operations,
+    memory_rate,
+    peak_operations,
+    student_operations_per_token,
+)
 from preflight.footprint import measure_footprint
 from tests.tiny import tiny_student
 
@@ -144,3 +152,9 @@ def test_a_gpu_is_read_and_its_peak_forgotten(monkeypatch, dtype, has_mfu):
     assert ("mfu" in first) == has_mfu
     if has_mfu:
         assert first["mfu"] == pytest.approx(1e6 * student_operations_per_token(student, 16) / 989.4e12)
+
+
+def test_every_card_with_a_peak_has_a_memory_rate():
+    assert [name for name, _ in PEAKS] == [name for name, _ in MEMORY_RATES]
+    assert memory_rate("NVIDIA H100 80GB HBM3") == 3.35e12 and memory_rate("NVIDIA H100 PCIe") == 2e12
+    assert memory_rate("A card of tomorrow") is None
