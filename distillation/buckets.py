@@ -3,11 +3,12 @@ of two tensors of a bucket, so that a piece is sent as it lies there.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from distillation.exchange import Owned
 
 # A piece is a multiple of this. AdamW's kernel takes what is left over after whole vectors by other instructions, with
 # other last bits: these must not depend on where a piece ends.
@@ -45,23 +46,11 @@ class Bucket:
             yield start
             start += parameter.numel()
 
-    def owned(self) -> Iterator["Owned"]:
-        """Yields which weights of its parameters are in this rank's piece."""
+    def owned(self) -> Iterator[tuple[Owned, slice]]:
+        """Yields which weights of its parameters are in this rank's piece, and where in it."""
         size = len(self.own)
         low = dist.get_rank() * size
         for parameter, at in zip(self.parameters, self.starts(), strict=True):
             begin, end = max(at, low), min(at + parameter.numel(), low + size)
             if begin < end:
-                yield Owned(parameter, begin - at, end - begin, slice(begin - low, end - low))
-
-
-@dataclass(frozen=True)
-class Owned:
-    """Names weights whose masters and moments are kept on this rank: `size` of a flattened parameter, from `start` on.
-    place: of them in what the optimizer keeps for the bucket.
-    """
-
-    parameter: nn.Parameter
-    start: int
-    size: int
-    place: slice
+                yield Owned(parameter, begin - at, end - begin), slice(begin - low, end - low)

@@ -7,7 +7,7 @@ No last bit depends on buckets, on their size, or on the order in which messages
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distillation.adamw import MasterWeightAdamW
-from distillation.buckets import Bucket, Owned
+from distillation.buckets import Bucket
 from distillation.changes import apply_changes, encode_changes, most_longer
+from distillation.exchange import Kept, Owned
 
 BUCKET_BYTES = 128 * 2**20
 IN_FLIGHT = 4  # buckets under way at most: each takes its bytes again where they arrive
@@ -210,12 +211,26 @@ class Owners:
 
     # --- what is kept here -----------------------------------------------------------------------------------
 
-    def owned(self) -> Iterator[tuple[Owned, dict[str, Tensor]]]:
-        """Yields which weights this rank owns, and what the optimizer keeps for them, flat."""
+    def owned(self) -> Iterator[tuple[Owned, Kept]]:
+        """Yields which weights this rank owns, and what is kept for them: nothing before the first update."""
         for bucket in self.buckets:
             state = self.optimizer.state.get(bucket.master, {})
-            for part in bucket.owned():
-                yield part, {kind: value[part.place] if value.dim() else value for kind, value in state.items()}
+            if state and self._has_master(bucket):
+                state = {"master": bucket.master.detach(), **state}
+            for owned, place in bucket.owned():
+                yield owned, {kind: value[place] if kind != "step" else value for kind, value in state.items()}
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[Owned, str], Tensor]) -> None:
+        """Replaces what is kept by what `read` returns for owned weights and a kind."""
+        for bucket in self.buckets:
+            self.optimizer.state_of(bucket.master)
+        for owned, kept in self.owned():
+            for kind, value in kept.items():
+                value.copy_(read(owned, kind))
+
+    def _has_master(self, bucket: Bucket) -> bool:
+        return self.master_weights and bucket.own.dtype != torch.float32
 
 
 def make_buckets(parameters: list[nn.Parameter], by_rows: nn.Parameter | None, bucket_bytes: int) -> list[Bucket]:
