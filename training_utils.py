@@ -118,7 +118,8 @@ def build_exchange(args: TrainArguments, student: LlambaForCausalLM) -> Exchange
         return AllReduce(student, build_optimizer(student, *settings))
     take_weights_of_rank_0(student)
     groups = parameter_groups(student, args.weight_decay, args.copied_lr_factor)
-    return Owners(student, groups, args.max_lr, args.master_weights, by_rows=sparse_embedding(student))
+    by_rows = sparse_embedding(student)
+    return Owners(student, groups, args.max_lr, args.master_weights, by_rows, args.gradient_bits)
 
 
 def sparse_embedding(student: LlambaForCausalLM) -> nn.Parameter | None:

@@ -33,6 +33,7 @@ OF_EARLIER_VERSIONS = {
     "warmup_steps": None,
     "grad_accumulation_dtype": "weights",
     "gradient_exchange": "allreduce",
+    "gradient_bits": 16,
 }
 
 

@@ -12,7 +12,7 @@ from distillation.exchange import Owned
 
 # A piece is a multiple of this. AdamW's kernel takes what is left over after whole vectors by other instructions, with
 # other last bits: these must not depend on where a piece ends.
-WHOLE = 64
+WHOLE = 128
 
 
 class Bucket:

@@ -18,6 +18,7 @@ from distillation.adamw import MasterWeightAdamW
 from distillation.buckets import Bucket
 from distillation.changes import apply_changes, encode_changes, most_longer
 from distillation.exchange import Kept, Owned
+from distillation.gradient_codes import gradient_code
 
 BUCKET_BYTES = 128 * 2**20
 IN_FLIGHT = 4  # buckets under way at most: each takes its bytes again where they arrive
@@ -27,7 +28,8 @@ class Flight(NamedTuple):
     """Holds a bucket whose gradients are under way."""
 
     bucket: Bucket
-    arrived: Tensor  # (n,) as the gradients, by the rank that sent them
+    sent: Tensor  # (R, m) uint8, kept until it has gone
+    arrived: Tensor  # likewise, by the rank that sent it
     work: dist.Work
 
 
@@ -47,14 +49,16 @@ class Owners:
         lr: float,
         master_weights: bool = True,
         by_rows: nn.Parameter | None = None,
+        gradient_bits: int = 16,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """groups: of the optimizer, with all trained parameters. by_rows: an embedding, of which only rows are sent
-        whose gradient is not zero.
+        whose gradient is not zero. gradient_bits: of all other gradients on their way; 16 sends them as they are.
         """
         self.n_ranks, self.rank, self.master_weights = dist.get_world_size(), dist.get_rank(), master_weights
         members = [make_buckets(group["params"], by_rows, bucket_bytes) for group in groups]
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self.code = gradient_code(gradient_bits, groups[0]["params"][0].dtype)
         self.optimizer = MasterWeightAdamW(
             [
                 {**own, "params": [bucket.master for bucket in some]}
@@ -100,18 +104,18 @@ class Owners:
         self.n_sent += 1
         if len(self.flights) == IN_FLIGHT:
             self._receive()
-        arrived = torch.empty_like(bucket.grads)
-        work = dist.all_to_all_single(_bytes(arrived), _bytes(bucket.grads), async_op=True)
-        self.flights.append(Flight(bucket, arrived, work))
+        message = self.code.encode(bucket.grads.view(self.n_ranks, -1))  # (R, m)
+        arrived = torch.empty_like(message)
+        work = dist.all_to_all_single(arrived.view(-1), message.view(-1), async_op=True)
+        self.flights.append(Flight(bucket, message, arrived, work))
 
     def _receive(self) -> None:
         """Waits for the oldest flight, and sums what has arrived, rank after rank."""
-        bucket, arrived, work = self.flights.popleft()
+        bucket, _, arrived, work = self.flights.popleft()
         work.wait()
-        first, *others = arrived.chunk(self.n_ranks)
-        total = first.float()
-        for part in others:
-            total += part
+        total = torch.zeros(len(bucket.own), device=arrived.device)
+        for message in arrived:
+            total += self.code.decode(message)
         bucket.master.grad = total.div_(self.n_ranks)
 
     @torch.no_grad()
