@@ -241,6 +241,13 @@ class TrainArguments(CommonArguments):
         least=0.001,
         most=10**6,
     )
+    link_gb_per_s: float | None = option(
+        None,
+        "10^9 bytes/s that a rank receives from others (default: estimated by NCCL's settings; doctor.py measures it)",
+        PLAN,
+        above=0,
+        most=100_000,
+    )
     nodes: int | None = option(None, "nodes of this kind (default: torchrun's)", PLAN, least=1, most=100_000)
     plan_json: str | None = path_option(None, "also write the plan's figures to this file", PLAN)
 

@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="ranks on this machine, as given to torchrun (default: one per GPU, without the teacher's)",
     )
-    parser.add_argument("--collectives", action="store_true", help="also start that many processes and time all-reduce")
+    parser.add_argument(
+        "--collectives", action="store_true", help="also start that many processes and time what they send each other"
+    )
     parser.add_argument("--json", type=expanded_path, metavar="FILE", help="also write the findings to this file")
     options, rest = parser.parse_known_args(argv)
 

@@ -135,7 +135,7 @@ def _evaluation_problems(args: Any) -> Iterator[str]:
 
 
 def _plan_problems(args: Any) -> Iterator[str]:
-    for name in ("gpus", "gpu_gb", "nodes", "plan_json"):
+    for name in ("gpus", "gpu_gb", "link_gb_per_s", "nodes", "plan_json"):
         if not args.dry_run and getattr(args, name) is not None:
             yield f"--{name} {getattr(args, name)}: is for a plan; add --dry_run, or leave it out"
 

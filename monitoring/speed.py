@@ -27,18 +27,42 @@ PEAKS: tuple[tuple[str, float], ...] = (
     *(("MI325X", 1307.4), ("MI300X", 1307.4)),
 )
 WITHOUT_BFLOAT16 = ("V100", "V100S", "T4")
+# 10^12 bytes per second of their memory, from the same sheets; where cards of one name differ, the larger one's.
+MEMORY_RATES: tuple[tuple[str, float], ...] = (
+    *(("GB200", 8.0), ("B300", 8.0), ("B200", 8.0), ("B100", 8.0)),
+    *(("H200 NVL", 4.8), ("H200", 4.8), ("GH200", 4.9), ("H20", 4.0)),
+    *(("H100 NVL", 3.9), ("H100 PCIE", 2.0), ("H100", 3.35), ("H800 PCIE", 2.0), ("H800", 3.35)),
+    *(("A100", 2.04), ("A800", 2.04), ("A40", 0.7), ("A30", 0.93), ("A10", 0.6)),
+    *(("L40S", 0.86), ("L40", 0.86), ("L4", 0.3)),
+    *(("RTX 6000 ADA", 0.96), ("RTX A6000", 0.77), ("RTX A5000", 0.77)),
+    *(("RTX 5090", 1.79), ("RTX 4090", 1.01), ("RTX 3090 TI", 1.01), ("RTX 3090", 0.94)),
+    *(("V100 PCIE", 0.9), ("V100", 0.9), ("V100S", 1.13), ("T4", 0.32)),
+    *(("MI325X", 6.0), ("MI300X", 5.3)),
+)
 OTHER_CARDS = {"MIG", "LAPTOP", "MAX", "MOBILE", "TI", "SUPER", "D"}  # with such a word in its name it is another one
 
 
 def peak_operations(device_name: str, dtype: torch.dtype) -> float | None:
     """Returns the peak operations per second of one GPU, or None where it is not known, as for float32."""
+    name, tera = _find_card(device_name, PEAKS)
+    has_dtype = dtype == torch.float16 or (dtype == torch.bfloat16 and not set(name.split()) & set(WITHOUT_BFLOAT16))
+    return tera * 1e12 if tera is not None and has_dtype else None
+
+
+def memory_rate(device_name: str) -> float | None:
+    """Returns the bytes per second of one GPU's memory, or None where it is not known."""
+    _, tera = _find_card(device_name, MEMORY_RATES)
+    return None if tera is None else tera * 1e12
+
+
+def _find_card(device_name: str, table: tuple[tuple[str, float], ...]) -> tuple[str, float | None]:
+    """Returns a card's name and figure in one of the tables above; None for a card that is not in it."""
     words = set(re.split(r"[\s-]+", device_name.upper()))
-    for name, tera in PEAKS:
+    for name, figure in table:
         card = set(name.split())
         if card <= words and not (words - card) & OTHER_CARDS:
-            has_dtype = dtype == torch.float16 or (dtype == torch.bfloat16 and not card & set(WITHOUT_BFLOAT16))
-            return tera * 1e12 if has_dtype else None
-    return None
+            return name, figure
+    return "", None
 
 
 def student_operations_per_token(student: LlambaForCausalLM, seq_len: int) -> float:

@@ -23,16 +23,17 @@ from evaluation.held_out import sums_on_device
 from inputs.option_values import command_that_makes
 from llamba import LlambaForCausalLM
 from monitoring.undisturbed import undisturbed
-from preflight.live_memory import Items, LiveMemory
+from preflight.kernel_bytes import counted_as_on_gpus
+from preflight.live_memory import BACKWARD, Items, LiveMemory
 from text.batch import Batch
 
-TEACHER, MIXER, BACKWARD = "teacher's work", "activations", "backward's own"
+TEACHER, MIXER = "teacher's work", "activations"
 EVALUATION = "both models and their logits"
 
 
 class TracedAlignment(NamedTuple):
     """Holds one rank's micro step: bytes of the teacher's weights that the student has not, bytes beside weights and
-    gradients at the peak and after it, likewise those at the peak of an evaluation, and operations.
+    gradients at the peak and after it, likewise those at the peak of an evaluation, operations, and bytes moved.
     """
 
     held: int
@@ -40,7 +41,9 @@ class TracedAlignment(NamedTuple):
     left: Items
     evaluation: Items | None  # None: the run has no evaluations
     operations: Items
+    moved: Items
     teacher_operations: int
+    teacher_moved: int
 
 
 class Shapes(TeacherWeights):
@@ -138,13 +141,13 @@ def trace_alignment(
         block.mixer.register_forward_pre_hook(lambda *_: memory.enter(MIXER))
         block.mixer.register_forward_hook(lambda *_: memory.enter(BACKWARD))
     memory.enter(TEACHER)
-    with memory:
+    with memory, counted_as_on_gpus(memory, model.student.dtype):
         nothing = PendingSignal(None, WaitClock(torch.device("cpu")))
         alignment.backward(batch, nothing, 1.0, is_last=False)
         left = dict(memory.live)
-    operations = dict(memory.operations)
-    of_teacher = operations.pop(TEACHER)
-    return TracedAlignment(stream.bytes_held, memory.at_peak, left, evaluation, operations, of_teacher)
+    operations, moved = dict(memory.operations), dict(memory.moved)
+    of_teacher = operations.pop(TEACHER), moved.pop(TEACHER)
+    return TracedAlignment(stream.bytes_held, memory.at_peak, left, evaluation, operations, moved, *of_teacher)
 
 
 def trace_evaluation(

@@ -1,9 +1,9 @@
 """Measures what one training step takes, in bytes and in operations, without weights and without a GPU: teacher and
 student are built on the meta device, where a tensor has a shape and no memory, and a step of the run's own code is
-computed on them while `LiveMemory` adds up the storages that are alive.
+computed on them while `LiveMemory` adds up the storages that are alive, and the work of each operation.
 
 Activations, recomputation, the loss's buffers and the optimizer's work are therefore those of the code itself. Flash
-attention, DDP's buckets and the optimizer's shards are modelled here. The scan is the plain one.
+attention, DDP's buckets and the optimizer's shards are modelled here. The scan is the plain one, but for its time.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,15 @@ from model_utils import (
     prepare_student,
 )
 from preflight.alignment_footprint import trace_alignment
-from preflight.live_memory import Items, LiveMemory, aten
+from preflight.kernel_bytes import counted_as_on_gpus
+from preflight.live_memory import BACKWARD, Items, LiveMemory
+from preflight.operation_counts import aten
 from text.batch import Batch
 from training_utils import parameter_groups
+
+# Passes over gradients: into their bucket, where those of the micro steps before are read, added and written; and in an
+# update, for the norm and to clear them.
+ADDING_UP, NORM_AND_CLEARING = 3, 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class TeacherFootprint:
     weights: int
     work: int  # beside the weights, at the peak of the forward pass
     operations: int
+    moved: int  # as of a `Footprint`
     answer: int
     head: int  # of the output weight that a student holds if answers are hidden states
 
@@ -61,7 +69,8 @@ class Footprint:
         alignment both alternate, and the teacher's work is among them: it is one pass. An evaluation may take more than
         that, and is another; in a distillation it takes less than a step.
     left: those of them that are still alive when the optimizer steps.
-    operations: of the student, recomputation included.
+    operations: of the student's products and attention, recomputation included.
+    moved: bytes that everything else reads and writes, likewise.
     """
 
     student: LlambaForCausalLM
@@ -69,7 +78,16 @@ class Footprint:
     passes: dict[str, Items]
     left: Items
     operations: Items
+    moved: Items
     teacher: TeacherFootprint | None
+
+
+class OptimizerFootprint(NamedTuple):
+    """Holds the optimizer's bytes on the rank with the largest shard."""
+
+    kept: int  # from step to step
+    work: int  # what a step takes besides
+    moved: int  # what a step reads and writes
 
 
 def measure_footprint(args: TrainArguments) -> Footprint:
@@ -83,9 +101,9 @@ def measure_footprint(args: TrainArguments) -> Footprint:
     weights = weights_by_fate(student, args.layers)
     if args.stage == "align":
         traced = trace_alignment(args, teacher, student, batch, gpu_chunk_tokens(args.dtype, vocab))
-        beside = TeacherFootprint(traced.held, 0, traced.teacher_operations, 0, 0)
+        beside = TeacherFootprint(traced.held, 0, traced.teacher_operations, traced.teacher_moved, 0, 0)
         passes = {"micro step": traced.peak} | ({"evaluate": traced.evaluation} if traced.evaluation else {})
-        return Footprint(student, weights, passes, traced.left, traced.operations, beside)
+        return Footprint(student, weights, passes, traced.left, traced.operations, traced.moved, beside)
     answer = head = teacher_footprint = None
     if args.kl_weight > 0:
         if args.teacher_signal == "hidden":
@@ -96,6 +114,7 @@ def measure_footprint(args: TrainArguments) -> Footprint:
             n_bytes(teacher.parameters()),
             memory.peak,
             memory.operations.total(),
+            memory.moved.total(),
             answer.nbytes,
             0 if head is None else head.nbytes,
         )
@@ -157,8 +176,17 @@ def gpu_chunk_tokens(dtype: str, vocab: int) -> int:
 # --- a micro step ---------------------------------------------------------------------------------------------
 
 
-def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> tuple[dict[str, Items], Items, Items]:
-    """Computes one micro step and returns passes, left and operations of a `Footprint`."""
+class TracedStep(NamedTuple):
+    """Holds what is measured of a `Footprint` in its micro step."""
+
+    passes: dict[str, Items]
+    left: Items
+    operations: Items
+    moved: Items
+
+
+def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) -> TracedStep:
+    """Computes one micro step."""
     given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.labels, batch.loss_mask]
     memory = LiveMemory(given if answer is None else [*given, answer])
     for parameter in model.parameters():
@@ -168,16 +196,18 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
     backbone = model.student.backbone
     backbone.register_forward_pre_hook(lambda *_: memory.enter("activations"))
     backbone.register_forward_hook(lambda *_: memory.enter("loss"))
-    with memory:
+    with memory, counted_as_on_gpus(memory, model.student.dtype):
         loss, figures = model(batch, answer)
         forward = memory.at_peak
         memory.restart_peak()
-        memory.enter("backward's own")
+        memory.enter(BACKWARD)
         loss.backward()
         backward, left = memory.at_peak, dict(memory.live)
     # What is alive after backward stays until the next forward pass has computed its own.
     forward = dict(Counter(forward) + Counter(left))
-    return {"forward": forward, "backward": backward}, left, dict(memory.operations)
+    memory.moved[BACKWARD] += ADDING_UP * gradient_bytes(model.student)
+    passes = {"forward": forward, "backward": backward}
+    return TracedStep(passes, left, dict(memory.operations), dict(memory.moved))
 
 
 # --- what stays from step to step ----------------------------------------------------------------------------
@@ -202,8 +232,13 @@ def gradient_bytes(student: nn.Module) -> int:
     return n_bytes(p for p in student.parameters() if p.requires_grad)
 
 
-def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> tuple[int, int]:
-    """Returns the bytes that the optimizer keeps on the rank with the largest shard, and what a step takes besides."""
+def bytes_of_sums(student: nn.Module) -> int:
+    """Returns the bytes of the float32 sums of gradients."""
+    return sum(4 * p.numel() for p in student.parameters() if p.requires_grad)
+
+
+def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
+    """Measures an optimizer step; gradients are those of all ranks, and the norm is of all of them."""
     shard = max(shards(parameter_groups(student, args.weight_decay, args.copied_lr_factor), n_ranks), key=n_bytes)
     for parameter in shard:
         parameter.grad = torch.empty_like(parameter)
@@ -213,10 +248,12 @@ def optimizer_bytes(student: nn.Module, args: TrainArguments, n_ranks: int) -> t
         optimizer.step()  # makes the state
         kept = memory.total
         memory.restart_peak()
+        memory.moved.clear()
         optimizer.step()
     for parameter in shard:
         parameter.grad = None
-    return kept, memory.peak - kept
+    moved = memory.moved.total() + NORM_AND_CLEARING * gradient_bytes(student)
+    return OptimizerFootprint(kept, memory.peak - kept, moved)
 
 
 def shards(groups: list[dict], n_ranks: int) -> list[list[nn.Parameter]]:

@@ -1,38 +1,40 @@
-"""Adds up the storages that are alive while code runs, and the operations of its matrix products and attention. On the
-meta device this measures code that would need many GPUs.
+"""Adds up the storages that are alive while code runs, the operations of its matrix products and attention, and the
+bytes that everything else moves. On the meta device this measures code that would need many GPUs.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-aten = torch.ops.aten
+from preflight.operation_counts import count_operations, moved_bytes, tensors_in
+
 Items = dict[str, int]  # bytes or operations, by purpose
-
-# Which argument is the left factor of a product (..., n, k) (..., k, m). Each entry of the result takes 2k operations.
-LEFT_FACTOR = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1, aten.baddbmm: 1, aten.baddbmm_: 1}
+BACKWARD = "backward's own"  # the purpose of what a backward pass does and makes
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of every storage that is made within it, until the storage is freed, and operations. Both count
-    under the item that `enter` named last. `at_peak` holds the items' bytes when their sum was largest.
+    """Counts the bytes of every storage that is made within it, until the storage is freed, and what `operation_counts`
+    counts. All of it counts under the item that `enter` named last. `at_peak` holds the items' bytes when their sum was
+    largest.
 
-    given: tensors that existed before; they do not count.
+    given: tensors that existed before; they do not count. weight: of bytes moved, where the code that runs in the end
+    moves fewer or more than what is traced.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.given = [tensor.untyped_storage() for tensor in given]  # held, so that no other storage gets their ids
         self.known = {id(storage) for storage in self.given}
-        self.item = ""
+        self.item, self.weight = "", 1.0
         self.live: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
         self.restart_peak()
 
     def enter(self, item: str) -> None:
@@ -49,11 +51,12 @@ class LiveMemory(TorchDispatchMode):
     def restart_peak(self) -> None:
         self.at_peak: Items = dict(self.live)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations[self.item] += count_operations(func.overloadpacket, args, result)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.known:
+        self.moved[self.item] += int(self.weight * moved_bytes(func, args, kwargs or {}, result))
+        for tensor in tensors_in(result):
+            if id(tensor.untyped_storage()) not in self.known:
                 self._add(tensor.untyped_storage())
         return result
 
@@ -67,14 +70,3 @@ class LiveMemory(TorchDispatchMode):
     def _free(self, key: int, item: str, size: int) -> None:
         self.known.discard(key)
         self.live[item] -= size
-
-
-def count_operations(packet: Any, args: Sequence[Any], result: Any) -> int:
-    """Returns the multiplications and additions of matrix products and causal attention; all others are few."""
-    if packet in LEFT_FACTOR:
-        return 2 * result.numel() * args[LEFT_FACTOR[packet]].shape[-1]
-    if packet is aten._scaled_dot_product_flash_attention:  # two products, of which half is masked
-        return 2 * args[0].numel() * args[1].shape[-2]
-    if packet is aten._scaled_dot_product_flash_attention_backward:  # five of them
-        return 5 * args[1].numel() * args[2].shape[-2]
-    return 0

@@ -1,5 +1,5 @@
-"""Plans a run from configs alone, without a GPU: what every GPU holds and whether it fits, how long a step takes on
-paper, where to put the teacher, and which options to change if the run does not fit. plan_report.py prints the plan.
+"""Plans a run from configs alone, without a GPU: what every GPU holds and whether it fits, how long a step takes, where
+to put the teacher, and which options to change if the run does not fit. plan_report.py prints the plan.
 """
 
 import dataclasses
@@ -7,21 +7,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from arguments import TrainArguments
 from distillation.gradient_sums import needs_sums
 from distillation.teacher_forward import batches_at_once
-from model_utils import DTYPES
-from monitoring.speed import peak_operations
-from preflight.footprint import Footprint, gradient_bytes, measure_footprint, optimizer_bytes
+from preflight.footprint import (
+    Footprint,
+    OptimizerFootprint,
+    bytes_of_sums,
+    gradient_bytes,
+    measure_footprint,
+    optimizer_footprint,
+)
 from preflight.live_memory import Items
-from processes.ranks import launched_world_size, local_world_size, was_launched
+from preflight.machine import Machine
+from preflight.step_time import StepTime, prefetch_of, step_time
+from preflight.transport import GB
 
-GB = 1e9
-# Without visible GPUs: the machine of the README's long run, five H100.
-N_GPUS, GPU_BYTES, PEAK = 5, 80 * GB, 989e12
-REACHED_SHARE = 0.8  # of a GPU's peak that large matrix products reach
+CERTAINTY = 0.25  # of times, which are estimates until they have been measured
 # Estimated, not computed: the CUDA context, kernels, buffers of NCCL and cuBLAS, and fragmentation.
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
@@ -34,17 +36,6 @@ Change = tuple[str, TrainArguments, Footprint]  # options to change, as text, an
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Holds one node, and how many such nodes there are."""
-
-    n_gpus: int
-    gpu_bytes: float  # of each GPU
-    speed: float  # operations per second that matrix products reach on a GPU
-    n_nodes: int = 1
-    n_students: int | None = None  # that torchrun has started on each node, if it has
-
-
-@dataclass(frozen=True)
 class Plan:
     """Holds what a run takes with its teacher in one place."""
 
@@ -52,10 +43,29 @@ class Plan:
     n_students: int  # per node
     n_ranks: int
     gpus: dict[str, Moments]  # by kind of GPU
-    student_seconds: float  # per micro step, as the next two
-    teacher_seconds: float
-    seconds: float
-    tokens_per_second: float
+    step: StepTime
+    answer_bytes: int  # that a rank receives from a teacher elsewhere, per micro step
+    micro_step_tokens: int  # of all ranks
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds of an optimizer step."""
+        return self.step.seconds
+
+    @property
+    def tokens(self) -> int:
+        """Returns the tokens of an optimizer step."""
+        return self.step.micro_steps * self.micro_step_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def received(self) -> Items:
+        """Returns the bytes that a rank receives in an optimizer step, by purpose."""
+        answers = {"teacher's answers": self.step.micro_steps * self.answer_bytes} if self.answer_bytes else {}
+        return {**self.step.exchange.received, **answers}
 
     @property
     def largest(self) -> int:
@@ -64,47 +74,6 @@ class Plan:
 
     def fits(self, machine: Machine) -> bool:
         return self.largest <= machine.gpu_bytes
-
-
-# --- the machine ---------------------------------------------------------------------------------------------
-
-
-def find_machine(args: TrainArguments) -> Machine:
-    """Returns the machine that the options describe; what they leave out, torchrun and the visible GPUs say, or else it
-    is a machine with five H100. Raises ValueError if it has too few GPUs.
-    """
-    visible = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpu_bytes, peak = GPU_BYTES, PEAK
-    if visible:
-        gpu_bytes = min(gpu.total_memory for gpu in visible)
-        peak = peak_operations(visible[0].name, DTYPES[args.dtype]) or PEAK
-    n_students = local_world_size() if was_launched() else None
-    needed = gpus_needed(args, n_students or 1)
-    n_gpus = args.gpus or len(visible) or (needed if n_students else max(needed, N_GPUS))
-    if n_gpus < needed:
-        raise ValueError(
-            f"--gpus {n_gpus}: too few, this run takes {needed}; one GPU holds both models with "
-            "--teacher_placement colocated"
-        )
-    return Machine(
-        n_gpus,
-        gpu_bytes if args.gpu_gb is None else args.gpu_gb * GB,
-        REACHED_SHARE * (peak if args.tflops is None else args.tflops * 1e12),
-        args.nodes or launched_world_size() // local_world_size(),
-        n_students,
-    )
-
-
-def gpus_needed(args: TrainArguments, n_students: int) -> int:
-    """Returns the GPUs that a node needs for its students and their teacher."""
-    if not args.has_teacher or args.placement == "colocated" or args.teacher_device == "cpu":
-        return n_students
-    if args.teacher_device is None:
-        return n_students + 1
-    index = args.teacher_device.removeprefix("cuda:")
-    if not index.isdecimal():
-        raise ValueError(f"--teacher_device {args.teacher_device}: expected cpu, or cuda:N")
-    return max(n_students, int(index) + 1)
 
 
 # --- one placement -------------------------------------------------------------------------------------------
@@ -132,30 +101,25 @@ def make_plan(args: TrainArguments, footprint: Footprint, machine: Machine, plac
     n_students = machine.n_gpus - 1 if placement == "dedicated" else machine.n_gpus
     if machine.n_students is not None and placement == asked_placement(args, machine):
         n_students = machine.n_students
-    student_s, teacher_s = sum(footprint.operations.values()) / machine.speed, 0.0
-    if placement != "none":
-        assert footprint.teacher is not None
-        teacher_s = footprint.teacher.operations / machine.speed * (1 if placement == "colocated" else n_students)
-    works_ahead = placement == "dedicated" and args.teacher_prefetch != 0
-    seconds = max(student_s, teacher_s) if works_ahead else student_s + teacher_s
     n_ranks = n_students * machine.n_nodes
+    optimizer = optimizer_footprint(footprint.student, args, n_ranks)
+    teacher = footprint.teacher if placement in ("dedicated", "shared") else None  # one that is elsewhere
     return Plan(
         placement,
         n_students,
         n_ranks,
-        gpu_moments(args, footprint, n_students, n_ranks, placement),
-        student_s,
-        teacher_s,
-        seconds,
-        n_ranks * args.batch_size * args.seq_length / seconds,
+        gpu_moments(args, footprint, optimizer, n_students, placement),
+        step_time(args, footprint, optimizer, machine, n_students, placement),
+        0 if teacher is None else teacher.answer,
+        n_ranks * args.batch_size * args.seq_length,
     )
 
 
 def gpu_moments(
-    args: TrainArguments, footprint: Footprint, n_students: int, n_ranks: int, placement: str
+    args: TrainArguments, footprint: Footprint, optimizer: OptimizerFootprint, n_students: int, placement: str
 ) -> dict[str, Moments]:
     """Returns what each kind of GPU holds, in bytes, with `n_students` on each node."""
-    student = student_moments(args, footprint, n_ranks, placement)
+    student = student_moments(args, footprint, optimizer, placement)
     if placement == "colocated":
         return {"every GPU": student}
     if placement == "none":
@@ -171,22 +135,22 @@ def gpu_moments(
     return {"student GPU": student, "GPU of student and teacher": both}
 
 
-def student_moments(args: TrainArguments, footprint: Footprint, n_ranks: int, placement: str) -> Moments:
+def student_moments(
+    args: TrainArguments, footprint: Footprint, optimizer: OptimizerFootprint, placement: str
+) -> Moments:
     """Returns what a student's GPU holds, in bytes; with the teacher if that is colocated."""
-    state, work = optimizer_bytes(footprint.student, args, n_ranks)
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
-    prefetch = int(placement == "dedicated") if args.teacher_prefetch is None else args.teacher_prefetch
-    always = {**footprint.weights, "gradients": gradients, "masters and moments": state}
+    always = {**footprint.weights, "gradients": gradients, "masters and moments": optimizer.kept}
     if needs_sums(args):
-        always["sums of gradients"] = gradients // DTYPES[args.dtype].itemsize * torch.float32.itemsize
+        always["sums of gradients"] = bytes_of_sums(footprint.student)
     if teacher is not None:
-        always["teacher's answers"] = teacher.answer * (1 if colocated else 1 + prefetch)
+        always["teacher's answers"] = teacher.answer * (1 + prefetch_of(args, placement))
         weights = "teacher's weights" if args.stage == "distil" else NOT_SHARED
         always |= {weights: teacher.weights} if colocated else {"teacher's head": teacher.head}
     always |= ALLOWANCE
     moments = {name: {**always, **items} for name, items in footprint.passes.items()}
-    moments["update"] = {**always, **footprint.left, "optimizer's work": work}
+    moments["update"] = {**always, **footprint.left, "optimizer's work": optimizer.work}
     if teacher is not None and colocated and args.stage == "distil":  # before the student's forward
         moments = {"teacher": {**always, **footprint.left, "teacher's work": teacher.work}, **moments}
     return moments
@@ -197,17 +161,6 @@ def largest_moment(moments: Moments) -> tuple[str, int]:
     totals = {moment: sum(items.values()) for moment, items in moments.items()}
     moment = max(totals, key=totals.__getitem__)
     return moment, totals[moment]
-
-
-def wire_bytes(args: TrainArguments, footprint: Footprint, plan: Plan) -> Items:
-    """Returns the bytes that a rank receives in an optimizer step, by purpose. In a ring all-reduce a rank receives all
-    gradients but its own part, twice. It receives updated weights from the ranks whose optimizer steps them.
-    """
-    trained, others = gradient_bytes(footprint.student), (plan.n_ranks - 1) / plan.n_ranks
-    items = {"gradients": round(2 * others * trained), "updated weights": round(others * trained)}
-    if plan.placement in ("dedicated", "shared") and footprint.teacher is not None:
-        items["teacher's answers"] = footprint.teacher.answer * args.grad_accumulation_steps
-    return items
 
 
 # --- placements against each other, and what to change -------------------------------------------------------

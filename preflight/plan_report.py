@@ -6,43 +6,35 @@ Which process has which GPU, what each GPU holds, how long the run takes and wha
 whether it fits and what to change if it does not. GB are 10^9 bytes.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
-import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from arguments import TrainArguments
 from checkpointing.run_folder import DiskRoom, disk_room
 from llamba.parts import parameter_table
-from model_utils import DTYPES
-from monitoring.speed import peak_operations
 from paths import readable
 from preflight.alignment_footprint import shares_tensors
-from preflight.footprint import Footprint, gradient_bytes, measure_footprint
+from preflight.footprint import gradient_bytes, measure_footprint
+from preflight.machine import Machine, find_machine
 from preflight.plan import (
-    GB,
-    REACHED_SHARE,
-    Machine,
     Moments,
     Plan,
     alternatives,
     asked_placement,
-    find_machine,
     largest_moment,
     make_plan,
     other_placements,
     remedies,
     teacher_index,
-    wire_bytes,
 )
-from utils import format_duration
-
-HOST_LINK = 5 * GB  # bytes per second, about what copies through the host's memory reach
+from preflight.speedups import PRICES, best_of, faster_options, speedups
+from preflight.time_report import accumulation_table, accumulations, assumptions, bottleneck, time_lines
+from preflight.transport import GB
 
 # --- the parts of a plan -------------------------------------------------------------------------------------
 
@@ -51,7 +43,7 @@ def machine_text(args: TrainArguments, machine: Machine) -> str:
     n_visible = torch.cuda.device_count()
     nodes = "" if machine.n_nodes == 1 else f"{machine.n_nodes} nodes, each with "
     text = f"Planned for {nodes}{machine.n_gpus} GPU(s) of {machine.gpu_bytes / GB:.3g} GB"
-    missing = [f"--{name}" for name in ("gpus", "gpu_gb", "tflops") if vars(args)[name] is None]
+    missing = [f"--{name}" for name in ("gpus", "gpu_gb", "tflops", "link_gb_per_s") if vars(args)[name] is None]
     if n_visible == 0 and missing:
         text += f". No GPU is visible here: describe yours with {', '.join(missing)}"
     elif args.gpus is None and args.gpu_gb is None:
@@ -95,19 +87,20 @@ def gpu_table(kind: str, moments: Moments, machine: Machine) -> str:
 
 
 def placement_table(plans: list[Plan], machine: Machine) -> str:
-    titles = ("teacher", "students", "GB at most", "fits", "student, ms", "teacher, ms", "step, ms", "tokens/s")
+    """Returns a table of placements. Work is that of a micro step, wire and step are an optimizer step's."""
+    titles = ("teacher", "students", "GB at most", "fits", "student, s", "teacher, s", "wire, s", "step, s", "tokens/s")
     rows = [
         (
             plan.placement,
             f"{plan.n_students}",
             f"{plan.largest / GB:.1f}",
             "yes" if plan.fits(machine) else "no",
-            *(f"{1000 * s:.3g}" for s in (plan.student_seconds, plan.teacher_seconds, plan.seconds)),
+            *(f"{s:.3g}" for s in (plan.step.student, plan.step.teacher, plan.step.wire, plan.seconds)),
             f"{plan.tokens_per_second:,.0f}",
         )
         for plan in plans
     ]
-    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in (titles, *rows))
+    return "\n".join("".join(f"{cell:>12}" for cell in row) for row in (titles, *rows))
 
 
 def advice(asked: Plan, others: list[Plan], machine: Machine, has_choice: bool = True) -> str:
@@ -145,26 +138,14 @@ def remedy_table(what: str, plan: Plan, changes: list[tuple[str, Plan]], machine
     return "\n".join(lines)
 
 
-def run_table(args: TrainArguments, footprint: Footprint, plan: Plan, room: DiskRoom) -> str:
+def run_table(args: TrainArguments, plan: Plan, machine: Machine, room: DiskRoom) -> str:
     """Returns a table of tokens, steps and time, of what a rank receives, and of checkpoints on the disk."""
-    accumulate = args.grad_accumulation_steps
-    tokens = accumulate * plan.n_ranks * args.batch_size * args.seq_length
-    seconds = accumulate * plan.seconds
-    wire = wire_bytes(args, footprint, plan)
     lines = [
-        ("tokens per optimizer step", f"{tokens:,}"),
-        ("tokens in all, at most", f"{tokens * args.max_steps:,} in {args.max_steps:,} steps"),
-        ("time, on paper", f"{format_duration(seconds * args.max_steps)} at {tokens / seconds:,.0f} tokens/s"),
+        ("tokens per optimizer step", f"{plan.tokens:,}"),
+        ("tokens in all, at most", f"{plan.tokens * args.max_steps:,} in {args.max_steps:,} steps"),
+        *time_lines(args, plan, machine),
+        *disk_lines(room),
     ]
-    if (measured := measured_speed(args)) is not None:
-        time = format_duration(tokens * args.max_steps / measured)
-        lines.append(("time, as measured", f"{time} at the {measured:,.0f} tokens/s of {args.output_dir}"))
-    if plan.n_ranks > 1:
-        items = ", ".join(f"{name} {size / GB:.2g}" for name, size in wire.items() if size)
-        lines.append(("a rank receives per step, GB", f"{sum(wire.values()) / GB:.2g}: {items}"))
-        slow = sum(wire.values()) / HOST_LINK
-        lines.append(("  over links of 5 GB/s", f"{slow:.2g} s, besides {seconds:.2g} s of computation"))
-    lines += disk_lines(room)
     return "\n".join(f"{name:<34}{text}" for name, text in lines)
 
 
@@ -182,45 +163,6 @@ def disk_advice(args: TrainArguments, room: DiskRoom) -> str:
     if room.n_fit < room.n_most:
         return f"{free} of {room.n_most}: give --save_total_limit {room.n_fit - 1}, or raise --save_interval."
     return ""
-
-
-def measured_speed(args: TrainArguments) -> float | None:
-    """Returns the median tokens per second of the run in --output_dir, or None if there is none."""
-    file = Path(args.output_dir) / "metrics.jsonl"
-    if not os.path.isfile(file):
-        return None
-    speeds = []
-    for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
-            speeds.append(float(json.loads(line)["tokens_per_s"]))
-    return statistics.median(speeds) if speeds else None
-
-
-def knows_peak(args: TrainArguments) -> bool:
-    name = torch.cuda.get_device_name(0) if torch.cuda.device_count() else "H100"
-    return peak_operations(name, DTYPES[args.dtype]) is not None
-
-
-def assumptions(args: TrainArguments, machine: Machine) -> str:
-    notes = [
-        f"Times are on paper: matrix products and attention at {machine.speed / 1e12:.0f} TFLOP/s, {REACHED_SHARE:.0%} "
-        "of the peak, and nothing else that takes time. Until they are measured on a GPU, expect about twice as long.",
-        "The scan is the plain one. Others may keep more or less for the backward pass.",
-    ]
-    if args.stage == "align":
-        notes.append(
-            "The student is taken to be made from this teacher, by make_student.py: what both have is held once."
-            if shares_tensors(args)
-            else "The student's files do not say that it was made from this teacher and not trained since: the teacher "
-            "is counted beside it. A run holds once what both have."
-        )
-    if args.teacher_device == "cpu":
-        notes.append("The teacher's time on the CPU is not included.")
-    if args.tflops is None and not knows_peak(args):
-        notes.append("The speed of these GPUs is not known; that of an H100 in bfloat16 is assumed. Give --tflops.")
-    if args.compile:
-        notes.append("What --compile saves is not included.")
-    return "\n".join(notes)
 
 
 # --- the whole plan ------------------------------------------------------------------------------------------
@@ -241,6 +183,9 @@ def print_plan(args: TrainArguments) -> int:
     asked = make_plan(args, footprint, machine, asked_placement(args, machine))
     placements = other_placements(args, asked.placement) if machine.n_gpus > 1 else []
     others = [make_plan(args, footprint, machine, name) for name in placements]
+    too_large = [plan for plan in (asked, *others) if not plan.fits(machine)]
+    changed = [*alternatives(args), *faster_options(args)]
+    changes = [(change, new, measure_footprint(new)) for change, new in changed if too_large or change in PRICES]
     room = disk_room(args, footprint.student, args.max_steps * args.grad_accumulation_steps)
     weights, trained = sum(footprint.weights.values()), gradient_bytes(footprint.student)
     parts = [
@@ -250,23 +195,35 @@ def print_plan(args: TrainArguments) -> int:
         f"{trained / GB:.1f} GB of them trained",
         f"{args.batch_size} x {args.seq_length} tokens per rank and micro step:",
         *(gpu_table(kind, moments, machine) for kind, moments in asked.gpus.items()),
-        run_table(args, footprint, asked, room),
+        run_table(args, asked, machine, room),
+        accumulation_table(asked, [make_plan(one, footprint, machine, asked.placement) for one in accumulations(args)]),
         placement_table([asked, *others], machine),
+        bottleneck(asked, machine, best_of(speedups(args, footprint, machine, [asked, *others], changes))),
         assumptions(args, machine),
         advice(asked, others, machine, has_choice=args.stage == "distil"),
         disk_advice(args, room),
     ]
     print("\n\n".join(part for part in parts if part))
-    too_large = [plan for plan in (asked, *others) if not plan.fits(machine)]
-    if too_large:
-        changes = [(change, changed, measure_footprint(changed)) for change, changed in alternatives(args)]
-        for plan in too_large:
-            what = "the alignment" if args.stage == "align" else plan.placement
-            print("\n" + remedy_table(what, plan, remedies(machine, plan, changes), machine))
+    for plan in too_large:
+        what = "the alignment" if args.stage == "align" else plan.placement
+        print("\n" + remedy_table(what, plan, remedies(machine, plan, changes), machine))
     if args.plan_json is not None:
-        rows = [
-            {**dataclasses.asdict(plan), "largest_bytes": plan.largest, "fits": plan.fits(machine)}
-            for plan in (asked, *others)
-        ]
+        rows = [plan_figures(plan, machine) for plan in (asked, *others)]
         Path(args.plan_json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
+
+
+def plan_figures(plan: Plan, machine: Machine) -> dict[str, Any]:
+    """Returns a plan's figures for --plan_json. Times of student and teacher are a micro step's, others a step's."""
+    return {
+        **dataclasses.asdict(plan),
+        "student_seconds": plan.step.student,
+        "teacher_seconds": plan.step.teacher,
+        "wire_seconds": plan.step.wire,
+        "seconds": plan.seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "received_bytes": plan.received,
+        "bound_by": plan.step.bound_by,
+        "largest_bytes": plan.largest,
+        "fits": plan.fits(machine),
+    }

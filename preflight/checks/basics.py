@@ -60,7 +60,7 @@ class Finding:
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable, for functions that cache what they find out about a run
 class PlannedRun:
     """Holds what is checked: a run with these options. nproc: its ranks on this machine (None: as many as there are
-    GPUs for). collectives: whether to time all-reduces of real processes too.
+    GPUs for). collectives: whether to time what real processes send each other too.
     """
 
     args: TrainArguments

@@ -1,5 +1,5 @@
-"""The checks of doctor.py that time copies between GPUs, one at a time, and with --collectives all-reduces of real
-processes.
+"""The checks of doctor.py that time copies between GPUs, one at a time, and with --collectives what real processes send
+each other.
 """
 
 import itertools
@@ -9,12 +9,14 @@ from collections.abc import Iterator
 
 import torch
 
-from preflight.checks.all_reduce import all_reduce_rate
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun
+from preflight.checks.collectives import collective_rates
 from preflight.checks.machine import GB, default_nproc
+from preflight.transport import settings_to_try
 
 SLOW_COPY = 8.0  # GB/s; PCIe 4.0 with all its lanes reaches 25
 LINK_BYTES, LINK_COPIES = 256 * 2**20, 5
+GPU_BYTES, CPU_BYTES = 64 * 2**20, 16 * 2**20  # of a collective
 PATTERN_NUMBERS = 2**22  # 16 MiB, as much as an answer of the 8B models
 
 
@@ -92,18 +94,27 @@ def copy_rate(source: torch.device | None, target: torch.device | None) -> float
 
 
 def check_collectives(run: PlannedRun) -> Iterator[Finding]:
-    """Times all-reduces of real processes, as DDP makes them of gradients."""
+    """Times collectives of real processes: DDP's of gradients, and others by which ranks could exchange them."""
     if not run.collectives:
         return
     on_gpus = torch.cuda.device_count() > 0
-    n_ranks, n_bytes = max(default_nproc(run), 1 if on_gpus else 2), 2**28 if on_gpus else 2**24
-    name = f"all-reduce among {n_ranks} by {'NCCL' if on_gpus else 'gloo'}"
+    n_ranks = max(default_nproc(run), 1 if on_gpus else 2)
     if n_ranks == 1:
         yield Finding(OK, "collectives", "one rank, nothing to measure")
         return
-    rate = all_reduce_rate(n_ranks, n_bytes, on_gpus)
-    found = f"{n_bytes / 2**20:.0f} MiB at {rate:.2f} GB/s"
-    if on_gpus and rate < SLOW_COPY / 2:
-        yield Finding(WARNING, name, f"{found}, which is slow", send_less(run))
-    else:
-        yield Finding(OK, name, found)
+    n_bytes = GPU_BYTES if on_gpus else CPU_BYTES
+    rates = collective_rates(n_ranks, n_bytes, on_gpus)
+    name = f"collectives among {n_ranks} by {'NCCL' if on_gpus else 'gloo'}"
+    yield judge_collectives(name, n_bytes, rates, send_less(run), on_gpus)
+
+
+def judge_collectives(name: str, n_bytes: int, rates: dict[str, float], less: str, on_gpus: bool) -> Finding:
+    """Returns the finding on collectives. rates: GB/s that a rank receives, by collective. less: how to send less."""
+    figures = ", ".join(f"{collective} {rate:.3g}" for collective, rate in rates.items())
+    found = f"GB/s that a rank receives, of {n_bytes / 2**20:.0f} MiB: {figures}"
+    if not on_gpus:
+        return Finding(OK, name, found)
+    found += f". For a plan: --link_gb_per_s {rates['all_reduce']:.2g}"
+    if rates["all_reduce"] >= SLOW_COPY:
+        return Finding(OK, name, found)
+    return Finding(WARNING, name, f"{found}. Below {SLOW_COPY:g} is slow", "; ".join([*settings_to_try(), less]))

@@ -100,6 +100,7 @@ PRODUCTION_OPTIONS = {
     "gpus": None,
     "gpu_gb": None,
     "tflops": None,
+    "link_gb_per_s": None,
     "nodes": None,
     "plan_json": None,
 }

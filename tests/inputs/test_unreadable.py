@@ -17,7 +17,8 @@ from model_utils import locate_model
 from monitoring.trackers import check_trackers
 from paths import readable
 from preflight.checks import storage
-from preflight.plan_report import measured_speed, print_plan
+from preflight.plan_report import print_plan
+from preflight.time_report import measured_speed
 from tests.launch import ROOT
 from tests.parsing import eval_options, options_in, train_options
 from tests.preflight.cases import found, the_bad_one

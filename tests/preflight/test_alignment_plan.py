@@ -20,8 +20,10 @@ from preflight.alignment_footprint import shares_tensors, stream_of
 from preflight.checks import alignment, loss, machine, storage, weights
 from preflight.checks.basics import FAILURE, OK
 from preflight.footprint import build_models, gradient_bytes, measure_footprint
-from preflight.plan import Machine, alternatives, asked_placement, gpus_needed, make_plan, wire_bytes
-from preflight.plan_report import assumptions, print_plan
+from preflight.machine import Machine, gpus_needed
+from preflight.plan import alternatives, asked_placement, make_plan
+from preflight.plan_report import print_plan
+from preflight.time_report import assumptions
 from tests.preflight.cases import found, planned, statuses, the_bad_one
 from tests.preflight.test_footprint import folder, options
 
@@ -48,9 +50,12 @@ def test_what_is_held_and_what_travels(folder):
     plan = make_plan(args, footprint, MACHINE, asked_placement(args, MACHINE))
     assert (plan.n_students, list(plan.gpus)) == (4, ["every GPU"])
     assert list(plan.gpus["every GPU"]) == ["micro step", "update"]
-    assert wire_bytes(args, footprint, plan) == {"gradients": mixers * 3 // 2, "updated weights": mixers * 3 // 4}
-    both = footprint.operations, footprint.teacher.operations
-    assert plan.seconds == pytest.approx((sum(both[0].values()) + both[1]) / MACHINE.speed)
+    assert plan.received == {"gradients": mixers * 3 // 2, "updated weights": mixers * 3 // 4}
+    operations = sum(footprint.operations.values()) + footprint.teacher.operations
+    moved = sum(footprint.moved.values()) + footprint.teacher.moved
+    work = MACHINE.seconds(operations, moved)
+    assert plan.step.student + plan.step.teacher == pytest.approx(work)
+    assert plan.seconds == pytest.approx(work + plan.step.update + plan.step.wire)
 
 
 def test_activations_are_those_of_one_layer(folder, tmp_path):

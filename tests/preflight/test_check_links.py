@@ -1,10 +1,10 @@
-"""What doctor.py finds about links between GPUs, which are mocked, and about all-reduces."""
+"""What doctor.py finds about links between GPUs, which are mocked, and about collectives."""
 
 import psutil
 import pytest
 import torch
 
-from preflight.checks import all_reduce, links
+from preflight.checks import collectives, links
 from preflight.checks.basics import FAILURE, OK, WARNING
 from tests.preflight.cases import found, planned, statuses, the_bad_one
 
@@ -53,7 +53,7 @@ def test_the_content_of_a_copy_is_compared(monkeypatch):
 def test_processes_that_do_not_finish_are_killed():
     before = set(psutil.Process().children())
     with pytest.raises(ValueError, match="2 processes have not finished .*; .*/etc/hosts"):
-        all_reduce.all_reduce_rate(2, 2**10, on_gpus=False, patience_s=0)
+        collectives.collective_rates(2, 2**10, on_gpus=False, patience_s=0)
     assert {process for process in psutil.Process().children() if is_worker(process)} <= before
 
 
@@ -64,8 +64,44 @@ def is_worker(process):
         return False
 
 
-def test_a_slow_all_reduce_on_gpus(gpus, monkeypatch):
+SETTINGS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single")
+
+
+@pytest.mark.slow
+def test_collectives_of_real_processes():
+    """Each of them is measured, after its result was compared with what was sent."""
+    rates = collectives.collective_rates(3, 3 * 2**12, on_gpus=False)
+    assert tuple(rates) == NAMES and min(rates.values()) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_collective_whose_content_is_wrong_is_an_error(name, monkeypatch):
+    monkeypatch.setattr(collectives.dist, "barrier", lambda: None)
+    for collective in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single"):
+        monkeypatch.setattr(collectives.dist, collective, lambda result, *given: None)
+    collective = collectives._collectives(0, 2, 2**10, torch.device("cpu"))[name]
+    with pytest.raises(RuntimeError, match=f"{name}: .*% of what arrived is not what was sent"):
+        collectives._time(name, collective)
+    right = collective._replace(run=lambda: collective.result.copy_(collective.expected))
+    assert collectives._time(name, right) >= 0
+
+
+@pytest.mark.parametrize(("settings", "tried"), [(SETTINGS, True), ({}, False)])
+def test_slow_collectives_on_gpus(gpus, monkeypatch, settings, tried):
     gpus(3)
-    monkeypatch.setattr(links, "all_reduce_rate", lambda *_: 1.0)
-    assert "slow" in the_bad_one(found(links.check_collectives, collectives=True), WARNING).found
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    for name in (*SETTINGS, "NCCL_SOCKET_NTHREADS", "NCCL_NSOCKS_PERTHREAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(links, "collective_rates", lambda *_: dict.fromkeys(NAMES, 3.0))
+    slow = the_bad_one(found(links.check_collectives, collectives=True), WARNING)
+    assert "of 64 MiB: all_reduce 3, " in slow.found and "all_to_all_single 3" in slow.found
+    assert "--link_gb_per_s 3" in slow.found and "slow" in slow.found
+    assert slow.remedy.startswith("unset NCCL_SHM_DISABLE first") == tried
+    assert ("NCCL_SOCKET_NTHREADS=4" in slow.remedy) == tried
+    assert slow.remedy.endswith(links.send_less(planned()))
+    monkeypatch.setattr(links, "collective_rates", lambda *_: dict.fromkeys(NAMES, 200.0))
+    assert statuses(found(links.check_collectives, collectives=True)) == [OK]
     assert found(links.check_collectives) == []

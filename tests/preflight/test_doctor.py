@@ -25,7 +25,7 @@ def test_the_tiny_preset_passes(tmp_path, capsys):
     for finding in findings:
         assert f"{finding.status:<8} {finding.name}: {finding.found}" in lines
     names = " ".join(finding.name for finding in findings)
-    for part in ("Python", "torch", "GPUs", "tokenizer", "--dataset_name", "whole models", "kernels", "all-reduce"):
+    for part in ("Python", "torch", "GPUs", "tokenizer", "--dataset_name", "whole models", "kernels", "collectives"):
         assert part in names
     assert "--eval_dataset_name" in names
     n_ok = statuses(findings).count(OK)

@@ -28,7 +28,7 @@ from preflight.footprint import (
     build_models,
     gradient_bytes,
     measure_footprint,
-    optimizer_bytes,
+    optimizer_footprint,
     shards,
     weights_by_fate,
 )
@@ -236,7 +236,8 @@ def test_peaks_are_within_15_percent(measured, folder):
         args = parse_train_args(options(folder, *case))
         footprint = measure_footprint(args)
         placement = args.placement if footprint.teacher else "none"
-        moments = student_moments(args, footprint, n_ranks, placement)
+        optimizer = optimizer_footprint(footprint.student, args, n_ranks)
+        moments = student_moments(args, footprint, optimizer, placement)
         planned = largest_moment(moments)[1] - sum(plan.ALLOWANCE.values())
         for rank in range(n_ranks):
             expected = planned
@@ -253,7 +254,8 @@ def test_what_stays_is_exact(measured, folder):
         _, student = build_models(args)
         assert sum(weights_by_fate(student, args.layers).values()) == found[0][i]["weights"]
         assert gradient_bytes(student) == found[0][i]["gradients"]
-        assert optimizer_bytes(student, args, n_ranks)[0] == max(found[rank][i]["state"] for rank in range(n_ranks))
+        kept = max(found[rank][i]["state"] for rank in range(n_ranks))
+        assert optimizer_footprint(student, args, n_ranks).kept == kept
 
 
 def test_an_evaluation_that_takes_more_than_a_step_is_planned(folder):

@@ -34,14 +34,14 @@ ALLOWED: dict[str, set[str]] = {
     "distillation.losses": set(),
     "distillation.adamw": set(),
     "text.batch": set(),
-    "preflight.checks.all_reduce": set(),
+    "preflight.checks.collectives": set(),
     "report_page": {"arguments", "inputs", "utils"},
     "report": {"report_page", "utils", "processes", "paths"},
 }
 KNOW_RANKS = {
     *("processes.ranks", "processes.lifeline", "distillation.teacher", "text.stream_loader"),
     *("distillation.exchange", "distillation.owners", "distillation.buckets"),
-    *("data", "training_utils", "conversion.alignment", "preflight.checks.all_reduce"),
+    *("data", "training_utils", "conversion.alignment", "preflight.checks.collectives"),
 }
 TYPE_OF_THE_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"  # to name it is not to talk to ranks
 OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "fla"}
