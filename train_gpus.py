@@ -148,7 +148,7 @@ def run(job: Job, checked: Checked) -> int:
         run_folder.save_options(Path(args.output_dir), f"{begun}\n\n{as_yaml(args)}")
     # With --resume_step the first state needs no checkpoint: its weights are --student_model's.
     saved = -1 if resume.checkpoint is None and state.micro_step == 0 else state.micro_step
-    saver = Saver(args, student, learner.optimizer, models.tokenizer, ranks, saved)
+    saver = Saver(args, student, learner.exchange, models.tokenizer, ranks, saved)
     with build_watchers(job, learner, state, material, models.tokenizer) as watchers, job.stop.deferred():
         state = begin(job, learner, state, saver)
         state = distil(job, batches, learner, state, saver, watchers)

@@ -5,7 +5,7 @@ figures over micro steps and ranks.
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,14 +18,17 @@ from transformers import get_wsd_schedule
 
 from arguments import TrainArguments
 from conversion.alignment import load_alignment
-from distillation.adamw import LossScale, MasterWeightAdamW, Outcome, step_or_skip
+from distillation.adamw import MasterWeightAdamW
+from distillation.exchange import AllReduce, Exchange, take_weights_of_rank_0
 from distillation.gradient_sums import GradientSums, needs_sums
 from distillation.losses import (
     compute_distill_loss as compute_distill_loss,  # users of the original layout look for it here
 )
 from distillation.models import Models, load_models
 from distillation.objective import Distillation, DistillationModel
+from distillation.owners import Owners
 from distillation.teacher import Lane, PendingSignal
+from distillation.update import LossScale, Outcome, step_or_skip
 from inputs.option_checks import room_for_warmup
 from llamba import LlambaForCausalLM
 from llamba.parts import mixer_parameters
@@ -74,7 +77,8 @@ def load_objective(
     if args.stage == "align":
         return load_alignment(args, models, ranks.device, chunk_tokens)
     student, head, lane = load_models(args, models, ranks, teacher_device)
-    return Distillation(DistillationModel(student, head, models.vocab, args, chunk_tokens), ranks.device), lane
+    model = DistillationModel(student, head, models.vocab, args, chunk_tokens)
+    return Distillation(model, ranks.device, averages=args.gradient_exchange == "allreduce"), lane
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, copied_lr_factor: float = 1.0) -> list[dict]:
@@ -105,6 +109,25 @@ def build_optimizer(
         betas=(0.9, 0.95),
         master_weights=master_weights,
     )
+
+
+def build_exchange(args: TrainArguments, student: LlambaForCausalLM) -> Exchange:
+    """Returns what `--gradient_exchange` names, for the trained parameters of a student. Called by all ranks."""
+    if args.gradient_exchange == "allreduce":
+        settings = (args.max_lr, args.weight_decay, args.master_weights, args.copied_lr_factor)
+        return AllReduce(student, build_optimizer(student, *settings))
+    take_weights_of_rank_0(student)
+    groups = parameter_groups(student, args.weight_decay, args.copied_lr_factor)
+    by_rows = sparse_embedding(student)
+    return Owners(student, groups, args.max_lr, args.master_weights, by_rows, args.gradient_bits)
+
+
+def sparse_embedding(student: LlambaForCausalLM) -> nn.Parameter | None:
+    """Returns the embedding if it is trained and not also the head, so that its gradient is zero but for the rows of
+    tokens that were seen.
+    """
+    weight = student.get_input_embeddings().weight
+    return weight if weight.requires_grad and weight is not student.lm_head.weight else None
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, total_steps: int, done: int) -> LRScheduler:
@@ -150,7 +173,7 @@ class Learner:
     """Holds what learns: the student by its objective, what moves its weights, and the lane to the teacher."""
 
     objective: Objective
-    optimizer: ZeroRedundancyOptimizer
+    exchange: Exchange
     schedule: LRScheduler
     loss_scale: LossScale
     sums: GradientSums | None  # of micro steps, where backward's own would lose bits
@@ -170,12 +193,13 @@ class Learner:
         """
         if self.sums is not None:
             self.sums.begin(is_last)
+        self.exchange.begin(is_last)
         return self.objective.backward(batch, answer, self.loss_scale.value / self.accumulate, is_last)
 
     def update(self, means: dict[str, Any]) -> Update:
         """Steps optimizer and schedule. means: of the `Meter` that saw the micro steps."""
         lr = float(self.schedule.get_last_lr()[0])
-        grad_norm, outcome = step_or_skip(self.student, self.optimizer, self.loss_scale, self.grad_clip, means["loss"])
+        grad_norm, outcome = step_or_skip(self.exchange, self.loss_scale, self.grad_clip, means["loss"])
         self.schedule.step()
         loss_scale = dataclasses.asdict(self.loss_scale)
         return Update(means, lr, grad_norm, outcome, loss_scale, self.accumulate, self.tokens_per_step)
@@ -193,13 +217,13 @@ def build_learner(
     that of the checkpoint, if there is one.
     """
     args = job.args
-    settings = (args.max_lr, args.weight_decay, args.master_weights, args.copied_lr_factor)
-    optimizer = build_optimizer(objective.model.student, *settings)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    student = objective.model.student
+    exchange = build_exchange(args, student)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     return Learner(
         objective=objective,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, args, total_steps, steps_done),
+        exchange=exchange,
+        schedule=build_schedule(exchange.optimizer, args, total_steps, steps_done),
         loss_scale=LossScale(**loss_scale) if loss_scale else LossScale.for_dtype(DTYPES[args.dtype]),
         sums=GradientSums(trained) if needs_sums(args) else None,
         lane=lane,
@@ -208,16 +232,6 @@ def build_learner(
         tokens_per_step=args.grad_accumulation_steps * job.ranks.world_size * args.batch_size * args.seq_length,
         grad_clip=args.grad_clip,
     )
-
-
-def owned_parameters(
-    student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yields name and parameter of those whose masters and moments are kept on this rank."""
-    names = {parameter: name for name, parameter in student.named_parameters()}
-    for group in optimizer.optim.param_groups:
-        for parameter in group["params"]:
-            yield names[parameter], parameter
 
 
 class Meter:

@@ -28,8 +28,9 @@ def run(case: str, candidate: str) -> dict:
     from arguments import parse_train_args
     from checkpointing.saver import Saver
     from checkpointing.state import RunState, random_state
-    from distillation.adamw import LossScale, step_or_skip
+    from distillation.exchange import AllReduce
     from distillation.objective import DistillationModel, wrap_ddp
+    from distillation.update import LossScale, step_or_skip
     from inputs.option_values import PRESETS
     from llamba import LlambaConfig, LlambaForCausalLM
     from processes.ranks import process_groups
@@ -50,8 +51,8 @@ def run(case: str, candidate: str) -> dict:
         args = parse_train_args(["--kl_weight", "0", "--dtype", "float32", "--output_dir", folder, background])
         student = LlambaForCausalLM(config).to(device)
         model = wrap_ddp(DistillationModel(student, None, vocab, args), device)
-        optimizer = build_optimizer(model, args.max_lr, args.weight_decay, args.master_weights)
-        saver = Saver(args, student, optimizer, AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher"), ranks, -1)
+        exchange = AllReduce(model, build_optimizer(model, args.max_lr, args.weight_decay, args.master_weights))
+        saver = Saver(args, student, exchange, AutoTokenizer.from_pretrained(PRESETS / "tiny" / "teacher"), ranks, -1)
         batch = Batch.from_windows(torch.randint(vocab, (1, SEQ_LEN + 1), device=device))
         scale = LossScale.for_dtype(torch.float32)
         steps, standing, written = [], [], []
@@ -59,7 +60,7 @@ def run(case: str, candidate: str) -> dict:
             start = time.perf_counter()
             loss, _ = model(batch, None)
             loss.backward()
-            step_or_skip(model, optimizer, scale, 1.0, loss.item())
+            step_or_skip(exchange, scale, 1.0, loss.item())
             steps.append(time.perf_counter() - start)
             start = time.perf_counter()
             saver.save(RunState(micro_step, micro_step, rng=random_state(device)))

@@ -32,6 +32,8 @@ OF_EARLIER_VERSIONS = {
     "copied_lr_factor": 1.0,
     "warmup_steps": None,
     "grad_accumulation_dtype": "weights",
+    "gradient_exchange": "allreduce",
+    "gradient_bits": 16,
 }
 
 
@@ -128,7 +130,7 @@ class Resume:
     def restore(self, learner: Learner, ranks: Ranks) -> None:
         """Restores masters, moments and random state; the weights have been read as the student's."""
         if self.checkpoint is not None:
-            restore_optimizer(self.checkpoint, self._n_shards, learner.student, learner.optimizer)
+            restore_optimizer(self.checkpoint, self._n_shards, learner.student, learner.exchange)
             restore_random_state(self.checkpoint, self._n_shards, ranks.rank, ranks.device)
 
     @property

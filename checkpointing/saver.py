@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
@@ -20,6 +19,7 @@ from checkpointing.host_copy import copy_to_host
 from checkpointing.housekeeping import LINK, keep_newest, point_latest_to
 from checkpointing.state import RunState, shard_tensors
 from checkpointing.write_errors import may_pass, only_logged
+from distillation.exchange import Exchange
 from llamba import LlambaForCausalLM
 from processes.exits import StopRequest
 from processes.ranks import Ranks
@@ -43,13 +43,13 @@ class Saver:
         self,
         args: TrainArguments,
         student: LlambaForCausalLM,
-        optimizer: ZeroRedundancyOptimizer,
+        exchange: Exchange,
         tokenizer: PreTrainedTokenizerBase,
         ranks: Ranks,
         saved: int,
     ) -> None:
         """saved: micro step of the state that needs no checkpoint, because the run begins with it; -1 for none."""
-        self.args, self.student, self.optimizer, self.tokenizer, self.ranks = args, student, optimizer, tokenizer, ranks
+        self.args, self.student, self.exchange, self.tokenizer, self.ranks = args, student, exchange, tokenizer, ranks
         self.output_dir = Path(args.output_dir)
         self.thread = BackgroundThread("saver")
         self.saved = saved  # micro step of the last checkpoint
@@ -156,7 +156,7 @@ class Saver:
         shares = deal_weights(weights, ranks.world_size)
         trained = {name for name, parameter in self.student.named_parameters() if parameter.requires_grad}
         own = {name: weights[name] for name in shares[ranks.rank]}
-        shard = shard_tensors(self.student, self.optimizer)
+        shard = shard_tensors(self.student, self.exchange)
         shard |= {f"rng/{ranks.rank}/{kind}": value for kind, value in state.rng.items()}
         if self.args.background_save:
             own |= copy_to_host({name: tensor for name, tensor in own.items() if name in trained})

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from arguments import TrainArguments
 from checkpointing.files import open_optimizer
+from checkpointing.parts import BadParts, parts_by_name, read_parts
+from distillation.exchange import Exchange, Owned
 from llamba import LlambaForCausalLM
 from text.batch import Position
-from training_utils import Update, owned_parameters
+from training_utils import Update
 
 FORMAT = 1  # of training_state.json; raise it when this version can no longer resume from older ones
 COUNTERS = ("micro_step", "step", "tokens", "skipped_updates", "bad_in_a_row", "loss_scale", "loss_chunk_tokens")
-TENSORS = ("master", "exp_avg", "exp_avg_sq", "step")  # of a parameter's optimizer state
 
 
 @dataclass(frozen=True)
@@ -82,29 +82,39 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def shard_tensors(student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer) -> dict[str, Tensor]:
-    """Returns this rank's masters, moments and step counts by `<kind>/<parameter name>`, not copied."""
-    return {
-        f"{kind}/{name}": value
-        for name, parameter in owned_parameters(student, optimizer)
-        for kind, value in optimizer.optim.state.get(parameter, {}).items()
-    }
+def shard_tensors(student: LlambaForCausalLM, exchange: Exchange) -> dict[str, Tensor]:
+    """Returns this rank's masters, moments and step counts, not copied: by `<kind>/<parameter>` those of a whole
+    parameter, by `<kind>/<parameter>@<start>` those of a part of its flattened weights.
+    """
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    shard = {}
+    for owned, kept in exchange.owned():
+        is_whole = owned.size == owned.parameter.numel()
+        name = names[owned.parameter] + ("" if is_whole else f"@{owned.start}")
+        for kind, value in kept.items():
+            shard[f"{kind}/{name}"] = value.view_as(owned.parameter) if is_whole and kind != "step" else value
+    return shard
 
 
-def restore_optimizer(
-    checkpoint: Path, n_shards: int, student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer
-) -> None:
+def restore_optimizer(checkpoint: Path, n_shards: int, student: LlambaForCausalLM, exchange: Exchange) -> None:
     """Reads masters and moments of what this rank owns from whichever of the checkpoint's `n_shards` shards has them,
     one tensor at a time. Raises ValueError if one is missing or misshapen.
     """
-    files = open_optimizer(checkpoint, n_shards)
-    if not any(name.startswith("exp_avg/") for name in files):  # no update had been made yet
+    parts = parts_by_name(open_optimizer(checkpoint, n_shards))
+    if not any(name.startswith("exp_avg/") for name in parts):  # no update had been made yet
         return
-    for name, parameter in owned_parameters(student, optimizer):
-        has_master = parameter.dtype != torch.float32 and optimizer.optim.master_weights
-        kinds = [kind for kind in TENSORS if kind != "master" or has_master]
-        state = {kind: _read_tensor(checkpoint, files, kind, name, parameter) for kind in kinds}
-        optimizer.optim.state[parameter] = state
+    names = {parameter: name for name, parameter in student.named_parameters()}
+
+    def read(owned: Owned, kind: str) -> Tensor:
+        name = f"{kind}/{names[owned.parameter]}"
+        if name not in parts:
+            raise ValueError(f"--resume {checkpoint}: its optimizer has no {name}; expected a checkpoint of this run")
+        try:
+            return read_parts(parts[name], owned) if kind != "step" else parts[name][0].read(0, 1).squeeze()
+        except BadParts as error:
+            raise ValueError(f"--resume {checkpoint}: {name} {error}") from error
+
+    exchange.restore(read)
 
 
 def restore_random_state(checkpoint: Path, n_shards: int, rank: int, device: torch.device) -> None:
@@ -113,14 +123,3 @@ def restore_random_state(checkpoint: Path, n_shards: int, rank: int, device: tor
     state = {kind: files[prefix + kind].get_tensor(prefix + kind) for kind in ("cpu", "cuda") if prefix + kind in files}
     if state:
         set_random_state(state, device)
-
-
-def _read_tensor(checkpoint: Path, files: dict[str, Any], kind: str, name: str, parameter: Tensor) -> Tensor:
-    key = f"{kind}/{name}"
-    shape = torch.Size() if kind == "step" else parameter.shape
-    if key not in files:
-        raise ValueError(f"--resume {checkpoint}: its optimizer has no {key}; expected a checkpoint of this run")
-    value = files[key].get_tensor(key)
-    if value.shape != shape:
-        raise ValueError(f"--resume {checkpoint}: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    return value if kind == "step" else value.to(parameter.device)

@@ -3,7 +3,6 @@ from the teacher's own hidden states. A layer does not see the errors of those b
 so that the activations of one layer exist at a time.
 """
 
-import itertools
 import logging
 import math
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from arguments import TrainArguments
 from conversion.teacher_stream import TeacherStream, Traced
 from conversion.teacher_weights import TeacherWeights
+from distillation.exchange import take_weights_of_rank_0
 from distillation.models import Models
 from distillation.objective import DistillationModel
 from distillation.teacher import ColocatedTeacher, PendingSignal
@@ -97,14 +97,17 @@ class Alignment:
     """Is what a `Learner` descends in `--stage align`: the mean over recurrent layers of their squared relative errors.
 
     model: the student with the loss of distillation, by which it is evaluated. stream: of its teacher.
-    evaluates: whether the run does.
+    evaluates: whether the run does. averages: whether it averages gradients over ranks; else an exchange does.
     """
 
-    def __init__(self, model: DistillationModel, stream: TeacherStream, evaluates: bool = False) -> None:
+    def __init__(
+        self, model: DistillationModel, stream: TeacherStream, evaluates: bool = False, averages: bool = True
+    ) -> None:
         self.model, self.stream, self.evaluates = model, stream, evaluates
         layers = model.student.backbone.layers
         self.blocks = {i: layer for i, layer in enumerate(layers) if isinstance(layer, LlambaBlock)}
-        self.gradients = [LayerGradients(list(block.mixer.parameters())) for block in self.blocks.values()]
+        mixers = [block.mixer for block in self.blocks.values()] if averages else []
+        self.gradients = [LayerGradients(list(mixer.parameters())) for mixer in mixers]
 
     def begin(self, shape: tuple[int, int]) -> None:
         """Brings the student to its first micro step of windows of `shape` (B, S)."""
@@ -113,9 +116,9 @@ class Alignment:
             self.model.chosen_chunk_tokens()
 
     def backward(self, batch: Batch, answer: PendingSignal, factor: float, is_last: bool) -> Tensor:
-        """Adds the gradients of `factor` times the loss, layer after layer; they are averaged over ranks if the micro
-        step `is_last` of its optimizer step, each layer's while the next ones compute. Returns the loss and the squared
-        relative errors, (1 + layers,). The teacher runs here, so that its `answer` is not asked for.
+        """Adds the gradients of `factor` times the loss, layer after layer. Where they are averaged over ranks, a
+        layer's are while the next ones compute, if the micro step `is_last` of its optimizer step. Returns the loss and
+        the squared relative errors, (1 + layers,). The teacher runs here, so that its `answer` is not asked for.
         """
         errors: list[Tensor] = []
         for i, traced in enumerate(self.stream.walk(batch.input_ids)):
@@ -123,7 +126,7 @@ class Alignment:
                 continue
             error = attention_error(self.blocks[i], traced)
             (error * (factor / len(self.blocks))).backward()
-            if is_last:
+            if is_last and self.gradients:
                 self.gradients[len(errors)].begin_average()
             errors.append(error.detach())
             if len(errors) == len(self.blocks):  # nothing needs what the teacher computes above
@@ -162,14 +165,8 @@ def load_alignment(
     text = "of the teacher's weights %s MB are held beside the student, %s MB are the student's own"
     logger.info(text, f"{stream.bytes_held / 1e6:,.1f}", f"{stream.bytes_shared / 1e6:,.1f}")
     model = DistillationModel(student, stream.head, models.vocab, args, chunk_tokens)
-    return Alignment(model, stream, evaluates=args.eval_interval > 0), ColocatedTeacher(stream, device)
-
-
-@torch.no_grad()
-def take_weights_of_rank_0(student: LlambaForCausalLM) -> None:
-    """Makes all ranks begin with rank 0's student, as DDP does in the other stage. Called by all ranks."""
-    for tensor in itertools.chain(student.parameters(), student.buffers()):
-        dist.broadcast(tensor, src=0)
+    averages = args.gradient_exchange == "allreduce"
+    return Alignment(model, stream, args.eval_interval > 0, averages), ColocatedTeacher(stream, device)
 
 
 def freeze_all_but_mixers(student: LlambaForCausalLM) -> list[nn.Module]:

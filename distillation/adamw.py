@@ -1,16 +1,11 @@
-"""AdamW on float32 masters, the loss scale of float16, and the update that follows the backward passes."""
+"""AdamW on float32 masters."""
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
-
-# Of an update: made; skipped because float16 overflowed; skipped because loss or gradient is not finite.
-Outcome = Literal["stepped", "overflow", "bad"]
 
 
 class MasterWeightAdamW(torch.optim.Optimizer):
@@ -54,7 +49,7 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            state = self._state(parameter)
+            state = self.state_of(parameter)
             tensors = (parameter, state.get("master", parameter), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
             slices = zip(*(tensor.view(-1).split(self.AT_ONCE) for tensor in tensors), strict=True)
             for weight, master, grad, exp_avg, exp_avg_sq in slices:
@@ -66,7 +61,8 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         if pieces:
             yield pieces
 
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Returns what is kept for a parameter, made here if it is not there yet."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -112,62 +108,3 @@ def _step_pieces(pieces: list[Piece], group: dict) -> None:
     rounded = [pair for pair in zip(pieces, stepped, strict=True) if pair[0].weight.dtype != pair[1].dtype]
     if rounded:
         torch._foreach_copy_([piece.weight for piece, _ in rounded], [new for _, new in rounded])
-
-
-@dataclass
-class LossScale:
-    """Keeps float16 gradients from vanishing by a factor that is halved when they overflow and doubled after
-    `growth_interval` good steps. For other dtypes it stays 1.
-    """
-
-    active: bool
-    value: float
-    good_steps: int = 0
-    growth_interval: int = 1000
-
-    @classmethod
-    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
-        return cls(True, 2.0**14) if dtype == torch.float16 else cls(False, 1.0)
-
-    def update(self, overflowed: bool) -> None:
-        if not self.active:
-            return
-        self.good_steps = 0 if overflowed else self.good_steps + 1
-        if overflowed:
-            self.value = max(self.value / 2, 1.0)
-        elif self.good_steps % self.growth_interval == 0:
-            self.value *= 2
-
-
-@torch.no_grad()
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Returns the L2 norm of all gradients, a scalar tensor in float32 whatever their dtype."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
-
-
-@torch.no_grad()
-def step_or_skip(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_scale: LossScale, grad_clip: float, loss: float
-) -> tuple[float, Outcome]:
-    """Unscales, clips, steps and clears the gradients. Returns the gradient norm before clipping, and the outcome.
-
-    Loss (the mean of all ranks) and gradients (averaged by DDP) are the same on all ranks, so that all skip the same
-    updates without talking to each other. An update is skipped if loss or norm is not finite: it is an "overflow" if
-    float16's scale can be the cause, else "bad".
-    """
-    norm = gradient_norm(model).item() / loss_scale.value
-    outcome: Outcome = "stepped"
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        outcome = "overflow" if math.isfinite(loss) and loss_scale.value > 1 else "bad"
-    else:
-        factor = 1.0 / loss_scale.value
-        if grad_clip and norm > grad_clip:
-            factor *= grad_clip / norm
-        for group in optimizer.param_groups:
-            group["grad_factor"] = factor
-        optimizer.step()
-    loss_scale.update(overflowed=outcome == "overflow")
-    # Kept as zeros: a gradient that is None gathers outside DDP's buckets until micro steps are summed up.
-    optimizer.zero_grad(set_to_none=False)
-    return norm, outcome

@@ -1,5 +1,5 @@
-"""What a distilled student learns from: text and the teacher's answers. The student with its loss is one module under
-DDP.
+"""What a distilled student learns from: text and the teacher's answers. The student with its loss is one module, under
+DDP where that averages the gradients.
 """
 
 import contextlib
@@ -82,26 +82,26 @@ def compiles_loss(device: torch.device) -> bool:
 
 
 class Distillation:
-    """Is what a `Learner` descends in `--stage distil`: CE with the text and KL with the teacher, of the whole student.
-    DDP averages the gradients over ranks.
-    """
+    """Is what a `Learner` descends in `--stage distil`: CE with the text, KL with the teacher, of the whole student."""
 
-    def __init__(self, model: DistillationModel, device: torch.device) -> None:
-        """device: of this rank."""
-        self.model, self.ddp = model, wrap_ddp(model, device)
+    def __init__(self, model: DistillationModel, device: torch.device, averages: bool = True) -> None:
+        """device: of this rank. averages: whether DDP averages the gradients over ranks; else an exchange does."""
+        self.model = model
+        self.ddp = wrap_ddp(model, device) if averages else None
 
     def begin(self, shape: tuple[int, int]) -> None:
         """Brings the student to its first micro step of windows of `shape` (B, S)."""
-        self.ddp.train()
-        settle_buckets(self.ddp, shape)  # in the run's own shape: torch.compile compiles for it here
+        self.model.train()
+        # In the run's own shape: torch.compile compiles for it here.
+        settle_buckets(self.ddp or self.model, shape)
 
     def backward(self, batch: Batch, answer: PendingSignal, factor: float, is_last: bool) -> Tensor:
-        """Adds the gradients of `factor` times the loss; they are averaged over ranks if the micro step `is_last` of
+        """Adds the gradients of `factor` times the loss; DDP averages them over ranks if the micro step `is_last` of
         its optimizer step. Returns the figures, (4,): loss, KL, CE and ignored labels.
         """
         signal = answer.result()  # (B, S, D_t) or (B, S, vocab); None without a teacher
-        with contextlib.nullcontext() if is_last else self.ddp.no_sync():
-            loss, figures = self.ddp(batch, signal)
+        with contextlib.nullcontext() if is_last or self.ddp is None else self.ddp.no_sync():
+            loss, figures = (self.ddp or self.model)(batch, signal)
             (loss * factor).backward()
         return figures
 
@@ -128,13 +128,13 @@ def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataP
         )
 
 
-def settle_buckets(model: DistributedDataParallel, shape: tuple[int, int]) -> None:
+def settle_buckets(model: DistributedDataParallel | DistillationModel, shape: tuple[int, int]) -> None:
     """Makes DDP arrange its buckets for good. Without this, a resumed run of three ranks differs in the last bits: DDP
     rearranges its buckets in the forward pass after the first backward pass, and the order in which gradients are
     summed depends on them. Takes two passes over made-up tokens of `shape` (B, S); weights and random state stay as
     they are.
     """
-    inner: DistillationModel = model.module
+    inner: DistillationModel = model.module if isinstance(model, DistributedDataParallel) else model
     weight = inner.student.lm_head.weight
     ids = torch.zeros(shape, dtype=torch.int64, device=weight.device)
     signal = None

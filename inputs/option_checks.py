@@ -77,6 +77,11 @@ def _training_problems(args: Any) -> Iterator[str]:
             f"--checkpoint_blocks {args.checkpoint_blocks}: says how many blocks --gradient_checkpointing "
             "recomputes, which is off; give both"
         )
+    if args.gradient_bits != 16 and args.gradient_exchange != "owners":
+        yield (
+            f"--gradient_bits {args.gradient_bits}: an all-reduce sends gradients as they are; add --gradient_exchange "
+            "owners, or leave it out"
+        )
     if args.min_lr > args.max_lr:
         yield f"--min_lr {args.min_lr}: expected at most --max_lr {args.max_lr}; lower it"
     ratios = (args.warmup_ratio, args.decay_ratio)

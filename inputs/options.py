@@ -138,7 +138,8 @@ def _type_of(about: Option, type_: type, choices: tuple | None) -> Callable[[str
     """Returns what makes a value of a text."""
     if about.is_path:
         return expanded
-    return about.parse or (str if choices else TYPES[type_])  # a wrong choice is listed with the right ones
+    is_word = choices is not None and type_ is str  # a wrong one is listed with the right ones
+    return about.parse or (str if is_word else TYPES[type_])
 
 
 def as_text(value: Any) -> str:
@@ -157,5 +158,6 @@ def kind_of(hint: Any) -> tuple[type, tuple | None, bool]:
     if is_list := typing.get_origin(hint) is list:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) is Literal:
-        return str, typing.get_args(hint), is_list
+        choices = typing.get_args(hint)
+        return type(choices[0]), choices, is_list
     return hint, None, is_list

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch import Tensor
 
+from distillation.exchange import Exchange, Owned
 from llamba import LlambaForCausalLM
 from llamba.parts import parameters_by_part
 from monitoring.layer_errors import errors_by_layer, worst_layers
 from processes.ranks import Ranks
-from training_utils import Meter, Update, owned_parameters
+from training_utils import Meter, Update
 
 logger = logging.getLogger("train")
 
@@ -83,17 +83,17 @@ class UpdateHealth:
     SAMPLE = 2048  # weights of a parameter
     EXPECTED = 0.5  # share that moves at least, between reports, where no update is lost
 
-    def __init__(
-        self, interval: int, student: LlambaForCausalLM, optimizer: ZeroRedundancyOptimizer, ranks: Ranks
-    ) -> None:
+    def __init__(self, interval: int, student: LlambaForCausalLM, exchange: Exchange, ranks: Ranks) -> None:
         """interval: optimizer steps between reports, 0 for none."""
-        self.interval, self.optimizer, self.ranks = interval, optimizer, ranks
+        self.interval, self.exchange, self.ranks = interval, exchange, ranks
         # Masters gather what is too small to move a 16-bit weight yet, so that nothing is lost.
-        self.keeps_masters = student.dtype != torch.float32 and optimizer.optim.master_weights
+        self.keeps_masters = student.dtype != torch.float32 and exchange.master_weights
         self.parts = list(parameters_by_part(student))
         part_of = {p: i for i, members in enumerate(parameters_by_part(student).values()) for p in members}
-        owned = [parameter for _, parameter in owned_parameters(student, optimizer)]
-        self.owned = [(parameter, part_of[parameter], _places(parameter, self.SAMPLE)) for parameter in owned]
+        self.owned = [
+            (owned.parameter, part_of[owned.parameter], owned.start + _places(owned, self.SAMPLE))
+            for owned, _ in exchange.owned()
+        ]
         self.before: list[Tensor] = []
         if self.interval:
             self._remember()
@@ -108,10 +108,10 @@ class UpdateHealth:
         had a gradient count: rows of the embedding for tokens that were not seen have none.
         """
         counts = torch.zeros(len(self.parts), 2, dtype=torch.float64)
-        for (parameter, part, places), before in zip(self.owned, self.before, strict=True):
-            state = self.optimizer.optim.state.get(parameter, {})
-            if state:
-                trained = state["exp_avg_sq"].view(-1)[places] > 0
+        sampled = zip(self.exchange.owned(), self.owned, self.before, strict=True)
+        for (owned, kept), (parameter, part, places), before in sampled:
+            if kept:
+                trained = kept["exp_avg_sq"][places - owned.start] > 0
                 moved = (parameter.detach().view(-1)[places] != before) & trained
                 counts[part] += torch.tensor([moved.sum().item(), trained.sum().item()], dtype=torch.float64)
         counts = self.ranks.total(counts)
@@ -140,8 +140,7 @@ class UpdateHealth:
             )
 
 
-def _places(parameter: nn.Parameter, n: int) -> Tensor:
-    """Returns the indices of at most n weights, spread over all of a parameter."""
-    size = parameter.numel()
-    generator = torch.Generator().manual_seed(size)
-    return torch.randint(size, (min(n, size),), generator=generator).to(parameter.device)
+def _places(owned: Owned, n: int) -> Tensor:
+    """Returns the indices of at most n weights, spread over all of those that are owned."""
+    generator = torch.Generator().manual_seed(owned.size)
+    return torch.randint(owned.size, (min(n, owned.size),), generator=generator).to(owned.parameter.device)

@@ -57,7 +57,7 @@ def build_watchers(
     args, ranks, student = job.args, job.ranks, learner.student
     alignment = learner.objective if isinstance(learner.objective, Alignment) else None
     gauges = Gauges(student, ranks.device, ranks.world_size, args.seq_length, args.tflops, alignment)
-    health = UpdateHealth(args.health_interval, student, learner.optimizer, ranks)
+    health = UpdateHealth(args.health_interval, student, learner.exchange, ranks)
     layer_map = LayerMap(args.layer_map_interval if ranks.is_main else 0, student, learner.lane, args.compile)
     evaluator = Evaluator(args, material, tokenizer, ranks, learner.objective.model, learner.lane, job.stop)
     total = learner.total_steps

@@ -1,15 +1,18 @@
 """What ranks send each other for an optimizer step: the bytes that a rank receives, and how long these take on their
 link.
 
-A way to exchange gradients is a function here that returns an `Exchange`. Today there is one: DDP and
-ZeroRedundancyOptimizer.
+A way to exchange gradients is a function here that returns an `Exchange`.
 """
 
 from typing import NamedTuple
 
+from arguments import TrainArguments
+from distillation.gradient_codes import BlockIntegers
+from distillation.owners import BUCKET_BYTES
 from llamba import LlambaForCausalLM
 from preflight.footprint import gradient_bytes
 from preflight.live_memory import Items
+from training_utils import sparse_embedding
 
 
 class Exchange(NamedTuple):
@@ -26,6 +29,39 @@ class Exchange(NamedTuple):
 
 
 NOTHING = Exchange({}, 0.0, 0.0, 0.0)
+
+
+# Of the bytes of 16-bit weights: what an update changes in them, coded. 2 bits for each, and the 1 to 3 % that moved
+# further than by one step of their dtype (estimated; bench_sync.py measures it on the tiny preset).
+CHANGED = 0.14
+
+
+def exchange_of(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, rate: float) -> Exchange:
+    """Returns the exchange that the options name, among so many ranks whose links carry `rate` bytes per second."""
+    if args.gradient_exchange == "owners":
+        return to_owners(args, student, n_ranks, rate)
+    return all_reduce_and_broadcasts(student, n_ranks, rate)
+
+
+def to_owners(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, rate: float) -> Exchange:
+    """Returns the exchange of `distillation.owners`: a rank receives its own piece of the others' gradients, the rows
+    of the embedding that their tokens have, and what has changed in the pieces that are not its own.
+    """
+    if n_ranks == 1:
+        return NOTHING
+    others, trained, embedding = (n_ranks - 1) / n_ranks, gradient_bytes(student), sparse_embedding(student)
+    in_buckets, in_rows = trained, 0.0
+    if embedding is not None:
+        tokens = args.grad_accumulation_steps * args.batch_size * args.seq_length
+        in_buckets, in_rows = trained - embedding.nbytes, min(tokens / len(embedding), 1) * embedding.nbytes
+    itemsize, coded = student.lm_head.weight.element_size(), 1.0
+    if args.gradient_bits != 16:
+        coded = (args.gradient_bits / 8 + 2 / BlockIntegers(args.gradient_bits).block) / itemsize
+    gradients, rows = others * coded * in_buckets, others * in_rows
+    weights = others * trained * (CHANGED if itemsize == 2 else 1)
+    received = {"gradients": round(gradients), "rows of the embedding": round(rows), "changed weights": round(weights)}
+    last = min(others * coded * BUCKET_BYTES, gradients) + rows
+    return Exchange(received, (gradients + rows) / rate, last / rate, weights / rate)
 
 
 def all_reduce_and_broadcasts(student: LlambaForCausalLM, n_ranks: int, rate: float) -> Exchange:

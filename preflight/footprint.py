@@ -23,6 +23,7 @@ from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
 from distillation.objective import DistillationModel
+from distillation.owners import BUCKET_BYTES, IN_FLIGHT
 from distillation.pairing import check_pair
 from distillation.teacher import teacher_head
 from distillation.teacher_forward import Teacher
@@ -88,6 +89,7 @@ class OptimizerFootprint(NamedTuple):
     kept: int  # from step to step
     work: int  # what a step takes besides
     moved: int  # what a step reads and writes
+    arrived: int = 0  # gradients that other ranks have sent, from backward to the step
 
 
 def measure_footprint(args: TrainArguments) -> Footprint:
@@ -239,11 +241,29 @@ def bytes_of_sums(student: nn.Module) -> int:
 
 def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
     """Measures an optimizer step; gradients are those of all ranks, and the norm is of all of them."""
+    if args.gradient_exchange == "owners":
+        return owners_footprint(student, n_ranks)
     shard = max(shards(parameter_groups(student, args.weight_decay, args.copied_lr_factor), n_ranks), key=n_bytes)
+    measured = _measure_optimizer(shard, args.master_weights)
+    return measured._replace(moved=measured.moved + NORM_AND_CLEARING * gradient_bytes(student))
+
+
+def owners_footprint(student: nn.Module, n_ranks: int) -> OptimizerFootprint:
+    """Measures an optimizer step on an equal piece of all trained weights, in float32."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    piece = nn.Parameter(torch.empty(sum(p.numel() for p in trained) // n_ranks, device="meta"))
+    measured = _measure_optimizer([piece], master_weights=True)
+    masters = 0 if trained[0].dtype == torch.float32 else piece.nbytes
+    under_way = 0 if n_ranks == 1 else min(IN_FLIGHT * BUCKET_BYTES, gradient_bytes(student))
+    moved = measured.moved + NORM_AND_CLEARING * gradient_bytes(student)
+    return OptimizerFootprint(measured.kept + masters, measured.work, moved, piece.nbytes + under_way)
+
+
+def _measure_optimizer(shard: list[nn.Parameter], master_weights: bool) -> OptimizerFootprint:
     for parameter in shard:
         parameter.grad = torch.empty_like(parameter)
     memory = LiveMemory([*shard, *(p.grad for p in shard if p.grad is not None)])
-    optimizer = MasterWeightAdamW(shard, master_weights=args.master_weights)
+    optimizer = MasterWeightAdamW(shard, master_weights=master_weights)
     with memory:
         optimizer.step()  # makes the state
         kept = memory.total
@@ -252,8 +272,7 @@ def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) 
         optimizer.step()
     for parameter in shard:
         parameter.grad = None
-    moved = memory.moved.total() + NORM_AND_CLEARING * gradient_bytes(student)
-    return OptimizerFootprint(kept, memory.peak - kept, moved)
+    return OptimizerFootprint(kept, memory.peak - kept, memory.moved.total())
 
 
 def shards(groups: list[dict], n_ranks: int) -> list[list[nn.Parameter]]:

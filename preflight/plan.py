@@ -142,6 +142,8 @@ def student_moments(
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
     always = {**footprint.weights, "gradients": gradients, "masters and moments": optimizer.kept}
+    if optimizer.arrived:
+        always["gradients of others"] = optimizer.arrived
     if needs_sums(args):
         always["sums of gradients"] = bytes_of_sums(footprint.student)
     if teacher is not None:

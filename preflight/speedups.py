@@ -12,6 +12,7 @@ from preflight.transport import HOST_MEMORY, NO_SHM, RATES, SOCKETS, Link, way_i
 
 MOST_ACCUMULATED = 16
 WORTH = 1.05  # times as fast; less is not worth a change
+NOT_ON_NCCL = "it has not run on NCCL yet"
 NOT_LEARNED = "these weights then do not learn"
 # Options that save work or traffic, and what else they change.
 PRICES = {
@@ -66,6 +67,11 @@ def speedups(
     if plan.placement == "dedicated" and args.teacher_prefetch == 0:
         ahead = dataclasses.replace(args, teacher_prefetch=1)
         yield faster("--teacher_prefetch 1", make_plan(ahead, footprint, machine, plan.placement))
+    if args.gradient_exchange == "allreduce" and plan.n_ranks > 1:
+        owners = dataclasses.replace(args, gradient_exchange="owners")
+        changed = make_plan(owners, footprint, machine, plan.placement)
+        if changed.fits(machine) or not plan.fits(machine):
+            yield faster("--gradient_exchange owners", changed, NOT_ON_NCCL)
     if args.grad_accumulation_steps < MOST_ACCUMULATED:
         more = dataclasses.replace(args, grad_accumulation_steps=MOST_ACCUMULATED)
         changed = make_plan(more, footprint, machine, plan.placement)

@@ -6,7 +6,7 @@ from typing import Any
 
 from arguments import TrainArguments
 from distillation.gradient_sums import needs_sums
-from preflight.exchange import NOTHING, Exchange, all_reduce_and_broadcasts
+from preflight.exchange import NOTHING, Exchange, exchange_of
 from preflight.footprint import Footprint, OptimizerFootprint, bytes_of_sums
 from preflight.live_memory import BACKWARD
 from preflight.machine import Machine
@@ -100,7 +100,7 @@ def step_time(
         answers=answers,
         ahead=prefetch_of(args, placement) if placement == "dedicated" else 0,
         update=machine.seconds(0, optimizer.moved),
-        exchange=all_reduce_and_broadcasts(footprint.student, n_students * machine.n_nodes, machine.link.rate),
+        exchange=exchange_of(args, footprint.student, n_students * machine.n_nodes, machine.link.rate),
     )
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillation.adamw import LossScale, MasterWeightAdamW, step_or_skip
+from distillation.adamw import MasterWeightAdamW
+from distillation.exchange import AllReduce
+from distillation.update import LossScale, step_or_skip
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import apply_replacements, get_teacher_model, get_tokenizer
 from tests.launch import ROOT
@@ -101,7 +103,7 @@ def kls_of_run(line: str, teacher: PreTrainedModel, windows: Tensor, n_steps: in
             break
         loss = mean_kl(student, teacher, windows[32 + 4 * step : 36 + 4 * step])
         loss.backward()
-        step_or_skip(student, optimizer, scale, args.grad_clip, loss.item())
+        step_or_skip(AllReduce(student, optimizer), scale, args.grad_clip, loss.item())
         schedule.step()
     return found
 

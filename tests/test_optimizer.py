@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, step_or_skip
+from distillation.adamw import MasterWeightAdamW
+from distillation.exchange import AllReduce, gradient_norm
+from distillation.update import LossScale, step_or_skip
 from processes.ranks import process_groups
 from tests.parsing import train_options
 from tests.tiny import MixedParameters, give_gradients, tiny_hybrid, tiny_student, weights
@@ -180,7 +182,7 @@ def train_mixed(dtype):
     schedule = build_schedule(optimizer, args, STEPS, done=0)
     for step in range(STEPS):
         give_gradients(model, seed=step)
-        step_or_skip(model, optimizer, LossScale.for_dtype(dtype), args.grad_clip, loss=2.0)
+        step_or_skip(AllReduce(model, optimizer), LossScale.for_dtype(dtype), args.grad_clip, loss=2.0)
         schedule.step()
     return model, optimizer
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from processes.ranks import process_groups
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["bench_data", "bench_launches", "bench_loss", "bench_mmlu", "bench_overlap", "bench_save", "bench_step"]
-SCRIPTS += ["bench_wire"]
+SCRIPTS += ["bench_sync", "bench_wire"]
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("no_torchrun")
 
@@ -96,6 +98,24 @@ def test_launches(monkeypatch, candidate):
 
     monkeypatch.setattr(bench_launches, "LAYERS", 2)
     assert bench_launches.run("2 ranks, 32 layers", candidate, 5)["seconds"] > 0
+
+
+def test_sync():
+    """Its rows, and a rank's steps; links are made by root alone."""
+    import bench_sync
+
+    found = {("case", "allreduce"): [{"seconds": 2.0, "received_share": 1.5, "same": True}] * 3}
+    found["case", "owners"] = [{"seconds": s, "received_share": 0.5, "same": True} for s in (1.0, 0.5, 3.0)]
+    found["case", "powersgd"] = [{"problem": "it crashed"}]
+    figures = {"seconds": 1.0, "received_share": 0.5, "ratio": 0.5, "same": True}
+    assert bench_sync.row(found, "case", "owners") == {"case": "case", "candidate": "owners", **figures}
+    assert bench_sync.row(found, "case", "powersgd")["problem"] == "it crashed"
+    with process_groups(CPU):
+        for candidate in ("allreduce", "owners, 8 bits"):
+            model = bench_sync.Words().to(torch.bfloat16)
+            before = bench_sync.hash_of(model)
+            bench_sync.BUILD[candidate.split(",")[0]](model, candidate)(torch.arange(8))
+            assert bench_sync.hash_of(model) != before
 
 
 def test_overlap(monkeypatch):

@@ -13,9 +13,11 @@ from torch import nn
 
 from conversion import closed_form
 from conversion.alignment import LayerGradients, load_alignment, relative_error
-from distillation.adamw import LossScale, MasterWeightAdamW, step_or_skip
+from distillation.adamw import MasterWeightAdamW
+from distillation.exchange import AllReduce
 from distillation.models import Models
 from distillation.teacher import PendingSignal
+from distillation.update import LossScale, step_or_skip
 from preflight.footprint import LiveMemory
 from processes.ranks import process_groups
 from tests.conversion.pairs import alignment_of, save_teacher, student_of
@@ -170,7 +172,7 @@ def test_gradients_of_a_layer_stay_in_one_tensor(one_rank):
         ends = itertools.accumulate((p.nbytes for p in module.parameters()), initial=gradients.flat.data_ptr())
         assert [p.grad.data_ptr() for p in module.parameters()] == list(ends)[:-1]
         torch.testing.assert_close(gradients.flat, torch.cat([p.grad.flatten() for p in module.parameters()]))
-        step_or_skip(module, optimizer, LossScale(False, 1.0), 1.0, loss=1.0)
+        step_or_skip(AllReduce(module, optimizer), LossScale(False, 1.0), 1.0, loss=1.0)
         assert not gradients.flat.any()
 
 
@@ -207,7 +209,7 @@ def peak_of_a_step(folder, n_layer):
 
     def step():
         alignment.backward(batch, UNASKED, 1.0, is_last=True)
-        step_or_skip(student, optimizer, LossScale(False, 1.0), 1.0, loss=1.0)
+        step_or_skip(AllReduce(student, optimizer), LossScale(False, 1.0), 1.0, loss=1.0)
 
     step()  # which makes the optimizer's state
     stream = [alignment.stream.head, *(p for layer in alignment.stream.layers for p in layer.parameters())]
@@ -234,7 +236,7 @@ def train(alignment, n_steps, lr):
     for _ in range(n_steps):
         figures = alignment.backward(batch_of(4, 48), UNASKED, 1.0, is_last=True)
         losses.append(figures[0].item())
-        step_or_skip(student, optimizer, LossScale(False, 1.0), 1.0, losses[-1])
+        step_or_skip(AllReduce(student, optimizer), LossScale(False, 1.0), 1.0, losses[-1])
     return losses
 
 

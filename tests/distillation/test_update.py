@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from distillation.adamw import LossScale, MasterWeightAdamW, gradient_norm, step_or_skip
+from distillation.adamw import MasterWeightAdamW
+from distillation.exchange import AllReduce, gradient_norm
 from distillation.objective import Distillation
+from distillation.update import LossScale, step_or_skip
 from tests.tiny import MixedParameters, give_gradients, weights
 from tests.two_ranks import on_two_ranks
 from training_utils import Meter, parameter_groups
@@ -119,7 +121,7 @@ def test_clipping_scales_to_the_clip_and_the_norm_is_that_before(grad_clip):
     before, norm = weights(model), gradient_norm(model).item()
     gradient = model.matrix.grad.clone()
     assert norm > 5
-    assert step_or_skip(model, optimizer, no_scale(), grad_clip, loss=2.0) == (norm, "stepped")
+    assert step_or_skip(AllReduce(model, optimizer), no_scale(), grad_clip, loss=2.0) == (norm, "stepped")
     assert distance(before, model) == pytest.approx(grad_clip, rel=1e-5)
     torch.testing.assert_close(before["matrix"] - model.matrix.detach(), gradient * (grad_clip / norm))
     assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -129,7 +131,7 @@ def test_clipping_scales_to_the_clip_and_the_norm_is_that_before(grad_clip):
 def test_small_gradients_and_clip_0_are_left_as_they_are(grad_clip):
     model, optimizer = prepared()
     expected = {name: p.detach() - p.grad if p.requires_grad else p for name, p in model.named_parameters()}
-    assert step_or_skip(model, optimizer, no_scale(), grad_clip, loss=2.0)[1] == "stepped"
+    assert step_or_skip(AllReduce(model, optimizer), no_scale(), grad_clip, loss=2.0)[1] == "stepped"
     assert all(torch.equal(expected[name], value) for name, value in weights(model).items())
 
 
@@ -142,11 +144,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_before_the_weights_move(bad, d
     model, optimizer = prepared(dtype)
     before = weights(model)
     model.bias.grad[2] = bad
-    norm, outcome = step_or_skip(model, optimizer, LossScale.for_dtype(dtype), 1.0, loss=2.0)
+    norm, outcome = step_or_skip(AllReduce(model, optimizer), LossScale.for_dtype(dtype), 1.0, loss=2.0)
     assert outcome == "bad" and not math.isfinite(norm)
     assert_unmoved(before, model)
     give_gradients(model, seed=4)  # the next update is an ordinary one
-    assert step_or_skip(model, optimizer, LossScale.for_dtype(dtype), 1.0, loss=2.0)[1] == "stepped"
+    assert step_or_skip(AllReduce(model, optimizer), LossScale.for_dtype(dtype), 1.0, loss=2.0)[1] == "stepped"
     assert distance(before, model) == pytest.approx(1.0, rel=1e-5 if dtype == torch.float32 else 2**-6)
 
 
@@ -157,7 +159,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_gradients_are(bad, dtype):
     model, optimizer = prepared(dtype)
     before, norm, scale = weights(model), gradient_norm(model).item(), LossScale.for_dtype(dtype)
     factor = scale.value
-    assert step_or_skip(model, optimizer, scale, 1.0, loss=bad) == (norm / factor, "bad")
+    assert step_or_skip(AllReduce(model, optimizer), scale, 1.0, loss=bad) == (norm / factor, "bad")
     assert_unmoved(before, model)
     assert scale.value == factor
 
@@ -167,10 +169,10 @@ def test_a_skipped_update_leaves_the_optimizer_as_it_was(master_weights):
     model = MixedParameters(torch.bfloat16)
     optimizer = MasterWeightAdamW(parameter_groups(model, 0.1), lr=1e-2, master_weights=master_weights)
     give_gradients(model, seed=0)
-    step_or_skip(model, optimizer, no_scale(), 1.0, loss=2.0)
+    step_or_skip(AllReduce(model, optimizer), no_scale(), 1.0, loss=2.0)
     before = {p: {name: value.clone() for name, value in state.items()} for p, state in optimizer.state.items()}
     give_gradients(model, seed=1)
-    assert step_or_skip(model, optimizer, no_scale(), 1.0, loss=float("nan"))[1] == "bad"
+    assert step_or_skip(AllReduce(model, optimizer), no_scale(), 1.0, loss=float("nan"))[1] == "bad"
     assert before.keys() == optimizer.state.keys()
     for parameter, state in before.items():
         assert all(torch.equal(value, optimizer.state[parameter][name]) for name, value in state.items())
@@ -180,8 +182,8 @@ def test_a_skipped_update_leaves_the_optimizer_as_it_was(master_weights):
 def test_scaled_gradients_are_unscaled(grad_clip):
     scale = float16_scale()
     scaled, plain = prepared(grad_factor=scale.value), prepared()
-    norm, _ = step_or_skip(*plain, no_scale(), grad_clip, loss=2.0)
-    assert step_or_skip(*scaled, scale, grad_clip, loss=2.0) == (pytest.approx(norm, rel=1e-6), "stepped")
+    norm, _ = step_or_skip(AllReduce(*plain), no_scale(), grad_clip, loss=2.0)
+    assert step_or_skip(AllReduce(*scaled), scale, grad_clip, loss=2.0) == (pytest.approx(norm, rel=1e-6), "stepped")
     for name, value in weights(plain[0]).items():
         torch.testing.assert_close(weights(scaled[0])[name], value)
     assert (scale.value, scale.good_steps) == (2.0**14, 1)
@@ -191,12 +193,12 @@ def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale():
     model, optimizer = prepared(torch.float16)
     before, scale = weights(model), float16_scale()
     model.conv.grad[0] = float("inf")
-    norm, outcome = step_or_skip(model, optimizer, scale, 1.0, loss=2.0)
+    norm, outcome = step_or_skip(AllReduce(model, optimizer), scale, 1.0, loss=2.0)
     assert outcome == "overflow" and not norm < float("inf")
     assert_unmoved(before, model)
     assert scale.value == 2.0**13
     give_gradients(model, seed=4, factor=scale.value * 1e-3)
-    norm, outcome = step_or_skip(model, optimizer, scale, 1.0, loss=2.0)
+    norm, outcome = step_or_skip(AllReduce(model, optimizer), scale, 1.0, loss=2.0)
     assert outcome == "stepped" and norm < 1.0
     assert distance(before, model) > 0
 
@@ -208,7 +210,7 @@ def test_small_float16_gradients_are_not_lost_when_they_are_unscaled():
     optimizer = MasterWeightAdamW([weight], lr=0.1)
     scale = float16_scale()
     weight.grad = torch.full_like(weight, 1e-8 * scale.value)
-    step_or_skip(model, optimizer, scale, 1.0, loss=2.0)
+    step_or_skip(AllReduce(model, optimizer), scale, 1.0, loss=2.0)
     moved = 0.01 - weight.detach().float()
     torch.testing.assert_close(moved, torch.full((8, 8), 0.05), rtol=0.02, atol=0.0)  # lr * g / (g + eps)
 
@@ -219,7 +221,7 @@ def test_a_float16_run_that_diverged_is_not_taken_for_overflows():
     before, scale, outcomes = weights(model), float16_scale(), []
     for _ in range(20):
         model.bias.grad = torch.full_like(model.bias, float("nan"))
-        outcomes.append(step_or_skip(model, optimizer, scale, 1.0, loss=2.0)[1])
+        outcomes.append(step_or_skip(AllReduce(model, optimizer), scale, 1.0, loss=2.0)[1])
     assert outcomes == ["overflow"] * 14 + ["bad"] * 6
     assert scale.value == 1.0
     assert_unmoved(before, model)
@@ -234,7 +236,7 @@ def step_with_a_bad_loss_on_rank_1(ranks):
         meter.add(torch.tensor([float("nan") if is_bad else 1.0, 1.0, 1.0, 0.0]), (2 * micro_step + ranks.rank,))
     give_gradients(model, seed=0)
     before = weights(model)
-    _, outcome = step_or_skip(model, optimizer, no_scale(), 1.0, meter.means()["loss"])
+    _, outcome = step_or_skip(AllReduce(model, optimizer), no_scale(), 1.0, meter.means()["loss"])
     return outcome, distance(before, model), meter.windows(only_bad=True)
 
 

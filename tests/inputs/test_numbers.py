@@ -19,6 +19,7 @@ NUMBERS = [
     for cls in PARSE
     for name in options_of(cls)
     if kind_of(typing.get_type_hints(cls)[name])[0] in (int, float)
+    and not kind_of(typing.get_type_hints(cls)[name])[1]  # which says itself what is accepted
 ]
 NONE_AT_ALL = ("layers",)  # any negative index means that there is none
 NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "9" * 30, "-" + "9" * 30, "9" * 400, "9" * 5000, "", " ", "two", "0x10"]

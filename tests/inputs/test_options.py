@@ -60,6 +60,8 @@ PRODUCTION_OPTIONS = {
     "epochs": 1,
     "grad_accumulation_steps": 1,
     "grad_accumulation_dtype": "float32",
+    "gradient_exchange": "allreduce",
+    "gradient_bits": 16,
     "max_lr": 1e-5,
     "min_lr": 1e-8,
     "copied_lr_factor": 1.0,

@@ -133,17 +133,18 @@ class MeasuredUpdate:
     def __init__(self, base):
         self.base, self.step, self.found = base, 0, {}
 
-    def __call__(self, model, optimizer, *rest):
+    def __call__(self, exchange, *rest):
         self.step += 1
+        model = exchange.model
         gradients = {p.grad.untyped_storage() for p in model.parameters() if p.grad is not None}
-        result = UPDATE(model, optimizer, *rest)
+        result = UPDATE(exchange, *rest)
         if self.step == STEPS - 1:
             restart_peak()
         if self.step == STEPS:
             self.found = {
                 "peak": resident("VmHWM") - self.base,
                 "gradients": sum(storage.nbytes() for storage in gradients),
-                "state": sum(t.nbytes for state in optimizer.optim.state.values() for t in state.values()),
+                "state": sum(t.nbytes for state in exchange.optimizer.optim.state.values() for t in state.values()),
                 "weights": sum(p.nbytes for p in model.parameters()),
             }
         return result

@@ -10,7 +10,7 @@ from torch import nn
 
 from arguments import parse_train_args
 from llamba.kernels import kernels_for
-from preflight.exchange import NOTHING, Exchange, all_reduce_and_broadcasts
+from preflight.exchange import NOTHING, Exchange, all_reduce_and_broadcasts, exchange_of
 from preflight.footprint import ADDING_UP, NORM_AND_CLEARING, gradient_bytes, measure_footprint, optimizer_footprint
 from preflight.kernel_bytes import counted_as_on_gpus
 from preflight.live_memory import LiveMemory
@@ -133,7 +133,8 @@ def student_of_8b(embedding_learns=True):
         student.backbone = nn.Module()
         student.backbone.embedding = nn.Embedding(128256, 4096, dtype=torch.bfloat16)
         rest = GRADIENTS // 2 - student.backbone.embedding.weight.numel()
-        student.rest = nn.Parameter(torch.empty(rest, dtype=torch.bfloat16))
+        student.lm_head = nn.Linear(rest, 1, bias=False, dtype=torch.bfloat16)  # and all others
+    student.get_input_embeddings = lambda: student.backbone.embedding
     student.backbone.embedding.requires_grad_(embedding_learns)
     return student
 
@@ -155,8 +156,41 @@ def test_the_last_gradients_are_never_hidden():
     assert frozen.exposed(10.0) == frozen.weights == pytest.approx((GRADIENTS - embedding) / 50e9)
 
 
-def test_one_rank_sends_nothing():
-    assert all_reduce_and_broadcasts(student_of_8b(), 1, 5e9) == NOTHING
+@pytest.mark.parametrize("bits,share", [(16, 0.72), (8, 0.425), (4, 0.285)])
+def test_owners_are_sent_what_the_prototype_measured(bits, share):
+    """As a part of the bytes of trained weights: with four ranks, and rows for 2048 of the embedding's 128,256."""
+    args = train_options(f"--gradient_exchange owners --gradient_bits {bits} --batch_size 2 --seq_length 1024")
+    exchange = exchange_of(args, student_of_8b(), 4, 5e9)
+    assert sum(exchange.received.values()) / GRADIENTS == pytest.approx(share, rel=0.03)
+    assert exchange.received["rows of the embedding"] == pytest.approx(0.75 * 2048 * 4096 * 2, rel=1e-6)
+    # Changes of weights are not hidden, nor the last bucket and the rows.
+    assert exchange.exposed(10.0) * 5e9 == pytest.approx(
+        exchange.received["changed weights"]
+        + exchange.received["rows of the embedding"]
+        + 0.75 * 128 * 2**20 * {16: 1, 8: 130 / 256, 4: 18 / 64}[bits],
+        rel=1e-6,
+    )
+
+
+def test_an_embedding_that_is_the_head_or_frozen_has_no_rows():
+    args = train_options("--gradient_exchange owners")
+    assert exchange_of(args, student_of_8b(embedding_learns=False), 4, 5e9).received["rows of the embedding"] == 0
+
+
+def test_owners_have_equal_shards_however_many_they_are(folder):
+    """Of masters and moments, 12 bytes a weight; the gradients of others arrive in float32 and in buckets."""
+    args = parse_train_args(options(folder, "wide", "--gradient_exchange owners"))
+    student = measure_footprint(args).student
+    n = gradient_bytes(student) // 2
+    for n_ranks in (1, 4, 32):
+        found = optimizer_footprint(student, args, n_ranks)
+        assert found.kept == 12 * (n // n_ranks) + 4  # and its count of steps
+        assert found.arrived == 4 * (n // n_ranks) + (n_ranks > 1) * min(4 * 128 * 2**20, 2 * n)
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "owners"])
+def test_one_rank_sends_nothing(exchange):
+    assert exchange_of(train_options(f"--gradient_exchange {exchange}"), student_of_8b(), 1, 5e9) == NOTHING
 
 
 def test_what_a_rank_receives(folder):
@@ -266,6 +300,7 @@ def test_on_a_slow_wire_accumulating_and_a_faster_way_help(folder, monkeypatch):
 
 def test_what_does_not_apply_is_not_advised(folder, monkeypatch):
     text = "--freeze_mlp --freeze_replaced_layers --grad_accumulation_steps 16 --teacher_placement colocated"
+    text += " --gradient_exchange owners"
     _, found = best(folder, text, monkeypatch, settings=())
     assert found == []
     plan, found = best(folder, text.replace("colocated", "dedicated"), monkeypatch, 1e15, settings=())
@@ -275,6 +310,9 @@ def test_what_does_not_apply_is_not_advised(folder, monkeypatch):
 
 def test_weights_that_need_not_learn_are_named(folder, monkeypatch):
     _, (first, *_) = best(
-        folder, "--grad_accumulation_steps 16 --teacher_placement colocated", monkeypatch, settings=()
+        folder,
+        "--grad_accumulation_steps 16 --teacher_placement colocated --gradient_exchange owners",
+        monkeypatch,
+        settings=(),
     )
     assert first.change == "--freeze_mlp" and first.price

@@ -1,0 +1,191 @@
+"""Measures the exchange of gradients and weights of an optimizer step where the link decides: real ranks, each in a
+network namespace of its own, behind a link that the kernel limits in both directions. Models are small, an embedding of
+which few rows are used, matrices, and a head; there is no work beside the exchange and AdamW.
+
+allreduce       DDP and ZeroRedundancyOptimizer, as `--gradient_exchange allreduce`
+owners          `--gradient_exchange owners`
+owners, 8 bits  and 4 bits: with `--gradient_bits`
+fsdp2           torch's fully_shard, for comparison; on gloo its reduce-scatter is an all-reduce inside
+powersgd        torch's PowerSGD hook of rank 4 under DDP, with ZeroRedundancyOptimizer
+
+seconds: of a step, the median over steps of the slowest rank. received_share: what a rank receives in a step, as a part
+of the bytes of the trained weights. ratio: of seconds, to allreduce. same: whether all ranks have the same weights.
+
+    python benchmarks/bench_sync.py [--rounds N] [--json FILE] [--quick]
+"""
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import slow_links
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from harness import ROOT, parse_options, report
+from torch import nn
+
+CANDIDATES = ["allreduce", "owners", "owners, 8 bits", "owners, 4 bits", "fsdp2", "powersgd"]
+CASES = {f"{n} ranks, {rate} Mbit/s": (n, rate) for n in (2, 4) for rate in (200, 50)}
+WIDTH, LAYERS, VOCAB, STEPS = 512, 12, 2048, 5  # 5.2 M weights, of which the embedding is 20 %
+TOKENS = 64  # of a rank and step
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + F.silu(layer(x))
+        return F.cross_entropy(self.head(x).float(), ids.roll(-1))
+
+
+def main() -> None:
+    options = parse_options(__doc__, CASES, CANDIDATES, CANDIDATES[:1])
+    if reason := slow_links.why_not():
+        sys.exit(f"nothing is measured: {reason}")
+    found: dict[tuple[str, str], list[dict]] = {}
+    for case in options.cases:
+        n_ranks, rate = CASES[case]
+        with slow_links.links([f"{rate}mbit"] * n_ranks):
+            for _ in range(options.rounds):
+                for candidate in options.candidates:
+                    found.setdefault((case, candidate), []).append(run(n_ranks, candidate))
+    report([row(found, *key) for key in found], options.json)
+
+
+def row(found: dict[tuple[str, str], list[dict]], case: str, candidate: str) -> dict:
+    """Returns the medians of a candidate over rounds."""
+    rounds, baseline = found[case, candidate], found[case, CANDIDATES[0]]
+    if problem := rounds[0].get("problem"):
+        return {"case": case, "candidate": candidate, "problem": problem}
+    ratios = [one["seconds"] / other["seconds"] for one, other in zip(rounds, baseline, strict=True)]
+    figures = {name: statistics.median(one[name] for one in rounds) for name in ("seconds", "received_share")}
+    same = all(one["same"] for one in rounds)
+    return {"case": case, "candidate": candidate, **figures, "ratio": statistics.median(ratios), "same": same}
+
+
+def run(n_ranks: int, candidate: str) -> dict:
+    """Runs the ranks, and returns what they measured, the slowest one's seconds."""
+    script = [sys.executable, __file__, "--rank-of", candidate]
+    ranks = [
+        subprocess.Popen(
+            [*slow_links.inside(rank), *script],
+            env=slow_links.environment(rank, n_ranks) | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n_ranks)
+    ]
+    outputs = [rank.communicate(timeout=900) for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        return {"problem": outputs[0][1].strip().splitlines()[-1][:200]}
+    results = [json.loads(text.splitlines()[-1]) for text, _ in outputs]
+    return {
+        "seconds": max(one["seconds"] for one in results),
+        "received_share": max(one["received"] for one in results),
+        "same": len({one["hash"] for one in results}) == 1,
+    }
+
+
+# --- a rank --------------------------------------------------------------------------------------------------
+
+
+def rank_main(candidate: str) -> None:
+    """Takes the steps of a rank and prints what it measured."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = Words().to(torch.bfloat16)
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    step = BUILD[candidate.split(",")[0]](model, candidate)
+    seconds, received = [], []
+    for i in range(STEPS + 1):
+        ids = torch.randint(VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(100 * i + dist.get_rank()))
+        dist.barrier()
+        start, before = time.perf_counter(), slow_links.received_bytes()
+        step(ids)
+        seconds.append(time.perf_counter() - start)
+        dist.barrier()
+        received.append(slow_links.received_bytes() - before)
+    figures = {"seconds": statistics.median(seconds[1:]), "received": statistics.median(received[1:]) / trained}
+    print(json.dumps({**figures, "hash": hash_of(model)}), flush=True)
+    dist.destroy_process_group()
+
+
+def hash_of(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_allreduce(model: nn.Module, candidate: str) -> Callable[[torch.Tensor], None]:
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    from distillation.exchange import AllReduce
+    from training_utils import build_optimizer
+
+    # PowerSGD's collectives start in another order on each rank where there are several buckets.
+    size = {"bucket_cap_mb": 10**4} if candidate == "powersgd" else {}
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **size)
+    if candidate == "powersgd":
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return stepping(ddp, AllReduce(model, build_optimizer(model, 1e-5, 0.1, master_weights=True)))
+
+
+def build_owners(model: nn.Module, candidate: str) -> Callable[[torch.Tensor], None]:
+    from distillation.owners import Owners
+    from training_utils import parameter_groups
+
+    bits = 16 if candidate == "owners" else int(candidate.split()[1])
+    groups = parameter_groups(model, 0.1)
+    return stepping(model, Owners(model, groups, 1e-5, True, model.embedding.weight, bits, bucket_bytes=2**20))
+
+
+def build_fsdp2(model: nn.Module, candidate: str) -> Callable[[torch.Tensor], None]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    model.float()
+    for layer in (*model.layers, model):
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(ids: torch.Tensor) -> None:
+        model(ids).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def stepping(forward: nn.Module, exchange) -> Callable[[torch.Tensor], None]:
+    def step(ids: torch.Tensor) -> None:
+        exchange.begin(is_last=True)
+        forward(ids).backward()
+        exchange.step(min(1.0, 1.0 / exchange.norm()))
+        exchange.clear()
+
+    return step
+
+
+BUILD = {"allreduce": build_allreduce, "powersgd": build_allreduce, "owners": build_owners, "fsdp2": build_fsdp2}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank-of"]:
+        rank_main(sys.argv[2])
+    else:
+        main()
