@@ -90,7 +90,7 @@ test-real: .venv/installed-dev
 test-pythons:
 	$(PYTHON) tests/pythons.py $(VERSIONS)
 
-# Compiles the Triton kernels of training for GPUs that need not be here, and reports registers, spills and shared memory.
+# Compiles the Triton kernels of training for GPUs that need not be here, and reports registers, spills, shared memory.
 # Triton is in a folder of its own, which nothing else sees: with it, torch.compile and the tests would not be what they
 # are on a CPU. fla-core's kernels are compiled by CHECK_KERNELS="--scan fla-core --targets 100".
 check-kernels: .venv/triton/installed

@@ -29,7 +29,7 @@ def parse_options() -> argparse.Namespace:
     chips = ", ".join(f"{target} ({chip.name})" for target, chip in CHIPS.items())
     configs = (
         "how many of the configurations among which Triton's autotuner chooses: `all`; all in the case 'training', and "
-        "in others those up to the first that fits and hardly spills (`training`, the default); or only those "
+        "in others those up to the first that fits and spills nothing (`training`, the default); or only those "
         "everywhere (`first`)"
     )
     parser.add_argument("--targets", nargs="+", type=int, choices=CHIPS, metavar="N", default=[80, 90, 100], help=chips)

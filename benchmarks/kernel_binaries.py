@@ -22,7 +22,6 @@ from kernel_launches import CHIPS, Choice, Launch, stand_in_driver
 
 # What a kernel multiplies matrices by, the fastest first.
 PRODUCTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
-HEAVY = 256  # bytes that a thread spills, from which on a kernel is slow for it
 TENSOR_MEMORY = 512  # columns that a block may have, on GPUs that have it
 
 
@@ -98,11 +97,11 @@ def first_lines(error: Exception) -> str:
 
 
 def compile_choice(choice: Choice, every: bool) -> list[Binary]:
-    """Compiles every configuration of a launch, or those up to the first that fits and does not spill much."""
+    """Compiles every configuration of a launch, or those up to the first that fits and spills nothing."""
     binaries = []
     for launch in choice:
         binaries.append(compile_launch(launch))
-        if not every and binaries[-1].fits and binaries[-1].spilled < HEAVY:
+        if not every and binaries[-1].fits and not binaries[-1].spilled:
             break
     return binaries
 

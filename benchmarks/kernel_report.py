@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kernel_binaries import HEAVY, Binary
+from kernel_binaries import Binary
 from kernel_launches import CHIPS, short_name
 
 # By the package of the kernel, none for torch.compile's.
@@ -16,6 +16,7 @@ REMEDIES = {
 
 Tried = list[Binary]  # the configurations that were compiled for one launch
 
+HEAVY = 256  # bytes that each thread spills in the configuration that spills least, from which on a remark says so
 HEADER = (
     *("kernel", "GPU", "launches", "compiled", "fit", "registers"),
     *("spilled, best", "spilled, worst", "shared, KB", "products", "s"),
@@ -61,7 +62,7 @@ def row_of(group: list[Tried]) -> tuple[str, ...]:
 
 
 def products_of(binary: Binary) -> str:
-    return f"{binary.products}, serialized" if binary.serialized else binary.products
+    return f"{binary.products} (serialized)" if binary.serialized else binary.products
 
 
 def span(values: Iterable[int]) -> str:
