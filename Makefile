@@ -10,9 +10,10 @@ BENCH := runs/bench
 DEMO_TRAIN ?=
 DEMO_EVAL ?=
 BENCH_OPTIONS ?=
+CHECK_KERNELS ?=
 
 .PHONY: setup setup-dev setup-bench setup-cuda demo demo-real test test-bench test-slow test-real test-pythons faults lint \
-	bench
+	bench check-kernels
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -88,6 +89,18 @@ test-real: .venv/installed-dev
 # Installs everything for every Python from 3.10 to 3.13 that is found, and trains briefly: gigabytes, minutes for each.
 test-pythons:
 	$(PYTHON) tests/pythons.py $(VERSIONS)
+
+# Compiles the Triton kernels of training for GPUs that need not be here, and reports registers, spills, shared memory.
+# Triton is in a folder of its own, which nothing else sees: with it, torch.compile and the tests would not be what they
+# are on a CPU. fla-core's kernels are compiled by CHECK_KERNELS="--scan fla-core --targets 100".
+check-kernels: .venv/triton/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:.venv/triton $(BIN)/python benchmarks/compiled_code.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.:.venv/triton $(BIN)/python benchmarks/check_kernels.py $(CHECK_KERNELS)
+
+.venv/triton/installed: .venv/installed-dev
+	rm -rf .venv/triton
+	$(PIP_INSTALL) --no-deps --target .venv/triton triton==3.6.0 fla-core==0.5.2
+	touch $@
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from distillation.losses import LossInputs, LossWeights, mask_unknown_labels
 
 logger = logging.getLogger("train")
 
-ChunkLosses = Callable[..., Tensor]  # with the arguments and results of `_chunk_losses`
+ChunkLosses = Callable[..., tuple[Tensor, Tensor]]  # with the arguments and results of `_chunk_losses`
 
 # Bytes of a chunk's logits in float32, the student's and the teacher's: on the CPU the first figure, on a GPU up to the
 # second and an eighth of what is free. Smaller chunks read the heads more often; larger ones gain nothing.
@@ -99,8 +99,8 @@ class _FusedDistillLoss(torch.autograd.Function):
                     teacher_logits.copy_(teacher[chunk])
                 else:
                     _linear(teacher[chunk], teacher_head, None, out=teacher_logits)
-            sums += losses_of(logits, teacher_logits, labels_chunk, label_logits, mask_chunk, weights)
-            d_logits = logits  # `losses_of` has overwritten them
+            d_logits, chunk_sums = losses_of(logits, teacher_logits, labels_chunk, label_logits, mask_chunk, weights)
+            sums += chunk_sums
             if d_bias is not None:
                 d_bias[:vocab] += d_logits.sum(0, dtype=dtype)
             if d_hidden is not None:
@@ -146,10 +146,11 @@ def _chunk_losses(
     label_logits: Tensor,
     loss_mask: Tensor,
     weights: LossWeights,
-) -> Tensor:
-    """Returns the sums of KL (times T^2) and of CE over a chunk's unmasked tokens, (2,), and overwrites logits (n, V)
-    by the gradient of the weighted sum, ce_weight (p - onehot) + kl_weight T (p_T - q_T), p and q the softmax of
-    student and teacher. teacher_logits (n, V) are overwritten too. All in place, in float32 or better.
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradient by logits (n, V) of the weighted sum of CE and KL (times T^2) over a chunk's unmasked
+    tokens, ce_weight (p - onehot) + kl_weight T (p_T - q_T), p and q the softmax of student and teacher; and the sums
+    of KL and of CE, (2,). All in place, in float32 or better: logits are overwritten by the gradient, teacher_logits
+    (n, V) too.
 
     label_logits (n,) are the labels' own, not rounded: rounding to 16 bits averages out in the normaliser, which sums
     over the vocabulary, but not in this single logit.
@@ -182,8 +183,49 @@ def _chunk_losses(
         d_logits.add_(q_T, alpha=-kl_weight * temperature)
     d_logits.scatter_add_(1, labels, torch.full_like(rounded_logits, -ce_weight))
     d_logits.mul_(loss_mask[:, None])
-    logits.copy_(d_logits)
-    return torch.stack([(kl * loss_mask).sum(), (ce * loss_mask).sum()])
+    return logits.copy_(d_logits), torch.stack([(kl * loss_mask).sum(), (ce * loss_mask).sum()])
+
+
+def _chunk_losses_to_fuse(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    label_logits: Tensor,
+    loss_mask: Tensor,
+    weights: LossWeights,
+) -> tuple[Tensor, Tensor]:
+    """Computes `_chunk_losses` in the form of which torch.compile makes one kernel over (n, V) on a GPU. It reads the
+    logits twice and writes their gradient once, to a new tensor; the inputs stay. The form above has logits gathered,
+    scattered and overwritten, for which that kernel would be cut in three, with float32 (n, V) written in between.
+    """
+    ce_weight, kl_weight, temperature = weights
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(dtype)  # (n, V)
+    log_normaliser = _log_normaliser(scores)  # (n, 1)
+    log_p = scores - log_normaliser
+    p = log_p.exp()
+    ce = log_normaliser[:, 0] - label_logits  # (n,)
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]  # (n, V)
+    d_logits = ce_weight * torch.where(is_label, p - 1, p)
+    kl = torch.zeros_like(ce)
+    if teacher_logits is not None:
+        log_p_T, p_T, teacher_scores = log_p, p, teacher_logits.to(dtype)
+        if temperature != 1:
+            scores, teacher_scores = scores / temperature, teacher_scores / temperature
+            log_p_T = scores - _log_normaliser(scores)
+            p_T = log_p_T.exp()
+        log_q_T = teacher_scores - _log_normaliser(teacher_scores)
+        q_T = log_q_T.exp()
+        kl = temperature**2 * (q_T * (log_q_T - log_p_T)).sum(-1)  # (n,)
+        d_logits = d_logits + kl_weight * temperature * (p_T - q_T)
+    d_logits = (d_logits * loss_mask[:, None]).to(logits.dtype)
+    return d_logits, torch.stack([(kl * loss_mask).sum(), (ce * loss_mask).sum()])
+
+
+def _log_normaliser(scores: Tensor) -> Tensor:
+    """Returns log sum exp of scores (n, V), (n, 1), in operations that Inductor knows for a softmax."""
+    largest = scores.amax(-1, keepdim=True)
+    return largest + (scores - largest).exp().sum(-1, keepdim=True).log()
 
 
 def _rows_in_cache(
@@ -194,34 +236,41 @@ def _rows_in_cache(
     label_logits: Tensor,
     loss_mask: Tensor,
     weights: LossWeights,
-) -> Tensor:
-    """Calls `losses_of` for as many rows at a time as stay in a CPU's cache, and sums its results."""
+) -> tuple[Tensor, Tensor]:
+    """Calls `losses_of` for as many rows at a time as stay in a CPU's cache, and sums its sums. Logits are overwritten
+    by their gradient.
+    """
     n_rows = max(1, CACHED_LOGITS // logits.shape[1])
     sums = []
     for start in range(0, logits.shape[0], n_rows):
         rows = slice(start, start + n_rows)
         teacher_rows = None if teacher_logits is None else teacher_logits[rows]
-        sums.append(losses_of(logits[rows], teacher_rows, labels[rows], label_logits[rows], loss_mask[rows], weights))
-    return torch.stack(sums).sum(0)
+        row_logits = logits[rows]
+        d_logits, row_sums = losses_of(
+            row_logits, teacher_rows, labels[rows], label_logits[rows], loss_mask[rows], weights
+        )
+        row_logits.copy_(d_logits)
+        sums.append(row_sums)
+    return logits, torch.stack(sums).sum(0)
 
 
 class _CompiledChunkLosses:
-    """Runs `_chunk_losses` under torch.compile. If the compiler fails, or the first launch of what it made, the plain
-    form takes over: a run of days must not end at its first step for lack of some speed.
+    """Runs `_chunk_losses_to_fuse` under torch.compile. If the compiler fails, or the first launch of what it made, the
+    plain form takes over: a run of days must not end at its first step for lack of some speed.
     """
 
     def __init__(self) -> None:
-        self.losses_of: ChunkLosses = torch.compile(_chunk_losses)
+        self.losses_of: ChunkLosses = torch.compile(_chunk_losses_to_fuse)
         self.tried: set[tuple[int, ...]] = set()  # shapes of logits
 
-    def __call__(self, logits: Tensor, teacher_logits: Tensor | None, *rest) -> Tensor:
+    def __call__(self, logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
         if self.losses_of is not _chunk_losses and tuple(logits.shape) not in self.tried:
-            self._try(logits.clone(), None if teacher_logits is None else teacher_logits.clone(), *rest)
+            self._try(logits, *rest)
             self.tried.add(tuple(logits.shape))
-        return self.losses_of(logits, teacher_logits, *rest)
+        return self.losses_of(logits, *rest)
 
     def _try(self, *args) -> None:
-        """Runs the compiled form on copies: a launch that fails may leave behind logits that are half overwritten."""
+        """Runs the compiled form, which leaves its inputs as they are."""
         try:
             self.losses_of(*args)
         except torch.OutOfMemoryError:
