@@ -134,9 +134,7 @@ class TrainArguments(CommonArguments):
     gradient_exchange: Literal["allreduce", "owners"] = option(
         "allreduce", "ranks average all gradients (DDP, ZeRO), or send them to the owners of the weights", TRAINING
     )
-    gradient_bits: Literal[16, 8, 4] = option(
-        16, "of a gradient on its way to an owner; 8 and 4 round, by blocks with a scale", TRAINING
-    )
+    gradient_bits: Literal[16, 8, 4] = option(16, "of a gradient on its way to an owner; 8 and 4 round", TRAINING)
     max_lr: float = option(1e-5, "learning rate of the stable phase", TRAINING, least=0, most=1000)
     min_lr: float = option(1e-8, "learning rate at the end of the decay", TRAINING, least=0, most=1000)
     copied_lr_factor: float = option(
