@@ -12,7 +12,7 @@ DEMO_EVAL ?=
 BENCH_OPTIONS ?=
 
 .PHONY: setup setup-dev setup-bench setup-cuda demo demo-real test test-bench test-slow test-real test-pythons faults lint \
-	bench
+	bench gpu-check
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -100,3 +100,11 @@ bench: .venv/installed-bench
 	for name in loss step wire overlap data save mmlu; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \
 	done
+
+# Checks a machine with GPUs in under ten minutes, or one of its parts in under nine: make gpu-check PARTS=train. Installs
+# nothing: without .venv it takes the packages of the python3 on the path. The report is gpu-check.md.
+PARTS ?= first,train,bench
+comma := ,
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m preflight.gpu_check --parts $(subst $(comma), ,$(PARTS)) \
+		--output gpu-check.md

@@ -53,17 +53,17 @@ def compare_kernels(
         ("scan", kernels.scan_name, "mamba-ssm", scan_errors),
         ("convolution", kernels.conv_name, "causal-conv1d", conv_errors),
     )
-    for name, chosen, package, errors in trials:
+    for name, chosen, package, trial in trials:
         if chosen == PLAIN:
             remedy = f"make setup-cuda   (installs {package}; requirements-cuda.txt lists what it needs)"
             found = "plain PyTorch: correct, but slower than a kernel"
             yield Finding(WARNING, titled(name, dtype), found, remedy)
         else:
-            yield judge_errors(name, chosen, dtype, errors(kernels, device, dtype, config, length))
+            yield judge_errors(name, chosen, dtype, trial(kernels, device, dtype, config, length))
     fast = [name for name in (kernels.scan_name, kernels.conv_name) if name != PLAIN]
     if fast:
-        error = mixer_error(kernels, device, dtype, config, length)
-        yield judge_errors("mixer", " with ".join(fast), dtype, {f"{BATCH} x {length} tokens": error})
+        errors = mixer_errors(kernels, device, dtype, config, length)
+        yield judge_errors("mixer", " with ".join(fast), dtype, errors)
 
 
 def titled(name: str, dtype: torch.dtype) -> str:
@@ -87,8 +87,8 @@ def judge_errors(name: str, chosen: str, dtype: torch.dtype, errors: dict[str, f
 def scan_errors(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
 ) -> dict[str, float]:
-    """Returns the scan's largest error for lengths that fill their chunks or not, for heads that forget fast or slowly
-    (A_log about 0, -4, -8), and with a first state.
+    """Returns the scan's largest error by case: lengths that fill their chunks or not and that are multiples of 16 or
+    not, heads that forget fast or slowly (A_log about 2, 0, -4, -8), and a first state.
     """
     chunk_size, errors = config.ssm_cfg["chunk_size"], {}
 
@@ -97,7 +97,7 @@ def scan_errors(
 
     fast, plain = functools.partial(run, kernels.scan), functools.partial(run, ssd_chunked)
 
-    for tokens, bias in itertools.product((length, 2 * chunk_size + 44), (0.0, -4.0, -8.0)):
+    for tokens, bias in itertools.product((length, length - 7, 5), (2.0, 0.0, -4.0, -8.0)):
         inputs = draw_scan(config, device, dtype, tokens, bias)
         errors[f"{tokens} tokens, A_log about {bias:g}"] = largest_error(fast, plain, inputs)
     ssm = config.ssm_cfg
@@ -150,8 +150,10 @@ def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype, le
     return [m.detach().requires_grad_() for m in inputs]
 
 
-def mixer_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int) -> float:
-    """Returns the largest error of a mixer's output and of the gradients of its input and weights. The rows of the
+def mixer_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns the errors of a mixer's output and of the gradients of its input and weights, by name. The rows of the
     projection that make A_log, few among many, count by themselves.
     """
     mixer = DiscreteMamba2(config).to(device, dtype)
@@ -159,6 +161,7 @@ def mixer_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, conf
     rows = weights.pop("in_proj.weight").split([config.d_xBC, config.d_inner, config.ssm_cfg["n_v_heads"]])
     u = torch.randn(BATCH, length, config.d_model, device=device).to(dtype)  # (B, L, D)
     inputs = [m.detach().requires_grad_() for m in (u, *rows, *weights.values())]
+    names = ["input", *(f"in_proj.weight ({part})" for part in ("xBC", "z", "A_log")), *weights]
 
     def run(form: Kernels, u: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         given = {"in_proj.weight": torch.cat(leaves[: len(rows)])} | dict(
@@ -167,13 +170,16 @@ def mixer_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, conf
         with using_kernels(form, device.type, u.dtype):
             return (functional_call(mixer, given, (u,)),)
 
-    return largest_error(lambda *m: run(kernels, *m), lambda *m: run(plain_kernels(), *m), inputs)
+    errors = errors_of(lambda *m: run(kernels, *m), lambda *m: run(plain_kernels(), *m), inputs)
+    return dict(zip(["output", *(f"gradient of {name}" for name in names)], errors, strict=True))
 
 
 def largest_error(fast: Form, plain: Form, inputs: list[Tensor]) -> float:
-    """Returns the largest relative error of the results and of the gradients of all inputs; infinity if one is not
-    finite.
-    """
+    return max(errors_of(fast, plain, inputs))
+
+
+def errors_of(fast: Form, plain: Form, inputs: list[Tensor]) -> list[float]:
+    """Returns the relative errors of the results and of the gradients of all inputs; infinity if one is not finite."""
     exact = [m.detach().float().requires_grad_() for m in inputs]
     truths = plain(*exact)
     d_results = [torch.randn_like(truth) for truth in truths]
@@ -182,5 +188,4 @@ def largest_error(fast: Form, plain: Form, inputs: list[Tensor]) -> float:
     d_results = [d.to(result.dtype) for d, result in zip(d_results, results, strict=True)]
     results += torch.autograd.grad(results, inputs, d_results)
     errors = [(one.float() - other).norm() / other.norm() for one, other in zip(results, truths, strict=True)]
-    worst = torch.stack(errors).max().item()  # NaN if one of them is
-    return worst if math.isfinite(worst) else math.inf
+    return [error if math.isfinite(error) else math.inf for error in torch.stack(errors).tolist()]
