@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-# How far a run's figures may be from the CPU's, relative to them: of losses (those of evaluations too), and of gradient
-# norms, which are less averaged. Both runs round differently at every operation, and each update carries that on.
-TOLERANCE = {"float32": (2e-3, 2e-2), "bfloat16": (2e-2, 1e-1), "float16": (5e-3, 5e-2)}
-NORM = "gradient norm"
+# How far a run's figures may be from the CPU's, relative to them: losses at every step, those of evaluations too, and
+# the gradient norm of the first step. Both runs round differently at every operation, and each update carries that on.
+# On a CPU (2026-11-30) the run in bfloat16 differed from that in float32 by up to 0.9% and 0.6%, in float16 by 0.14%
+# and 0.05%; a run without updates by up to 16%. Allowed is about three times that. float32 has the figures of float16:
+# Triton multiplies it in TF32, of as many bits. Later norms say nothing: they differ by 50% where losses agree.
+TOLERANCE = {"float32": (0.005, 0.01), "float16": (0.005, 0.01), "bfloat16": (0.03, 0.05)}
+NORM = "first gradient norm"
 
 Differences = dict[str, tuple[float, int]]  # the largest of all steps, and its step, by figure
 
@@ -15,7 +18,7 @@ Differences = dict[str, tuple[float, int]]  # the largest of all steps, and its 
 def figures(row: dict) -> dict[str, float | None]:
     """Returns what is compared of a step. That of a skipped update is None."""
     evaluation = {"held-out loss": row["eval"]["loss"]} if "eval" in row else {}
-    return {"loss": row["loss"], NORM: row["grad_norm"], **evaluation}
+    return {"loss": row["loss"], **({NORM: row["grad_norm"]} if row["step"] == 1 else {}), **evaluation}
 
 
 def largest_differences(rows: list[dict], truths: list[dict]) -> Differences:
@@ -45,6 +48,8 @@ def in_words(differences: Differences, dtype: str) -> tuple[str, bool]:
     """Returns the differences with what is allowed, and whether all are within that."""
     of_losses, of_norms = TOLERANCE[dtype]
     words, is_well = [], True
+    if not any(difference for difference, _ in differences.values()):
+        return f"equals the CPU's in every bit: {', '.join(differences)}", True
     for name, (difference, step) in differences.items():
         allowed = of_norms if name == NORM else of_losses
         is_well = is_well and difference <= allowed

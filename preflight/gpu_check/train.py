@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from preflight.checks.basics import FAILURE, OK
+from preflight.checks.basics import FAILURE, OK, WARNING
 from preflight.gpu_check.children import end_all
 from preflight.gpu_check.compare import in_words, largest_differences
 from preflight.gpu_check.contexts import judge_contexts, watch
@@ -126,7 +126,7 @@ def judged(session: Session) -> Iterator[Result]:
 @contextmanager
 def side_by_side() -> Iterator[ThreadPoolExecutor]:
     """Yields a pool of threads, as many as runs may be going on together. Ends the runs if the block is left early."""
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES_OF_A_RUN))
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // CORES_OF_A_RUN))
     try:
         yield pool
     except BaseException:
@@ -172,6 +172,8 @@ def judge(name: str, look_at: str, run: Run, reference: Run, dtype: str) -> Resu
     if not is_well:
         remedy = f"PARTS=first: do the kernels compute what they should? Then {look_at}"
         return Result(FAILURE, name, words, remedy, run.evidence)
+    if run.warnings:
+        return Result(WARNING, name, f"{words}; it warned: {run.warnings[0]}", look_at, run.warnings)
     return Result(OK, name, words)
 
 

@@ -130,6 +130,24 @@ def test_a_run_that_ended_well_but_wrote_too_little_is_a_failure(tmp_path, monke
     assert "checkpointing/saver.py" in found["logits"].remedy
 
 
+def test_what_a_run_warned_of_is_a_warning(tmp_path, monkeypatch):
+    played(monkeypatch)
+    started = Run.finish
+
+    def warn(run, session):
+        started(run, session)
+        texts = ("stopped by SIGTERM at step 4", "the loss cannot be compiled", "the loss cannot be compiled")
+        n = 3 if "float16" in run.folder.name else 1
+        lines = [json.dumps({"time": 1.0, "rank": 0, "text": text}) for text in texts[:n]]
+        (run.folder / "warnings.jsonl").write_text("\n".join(lines))
+        return run
+
+    monkeypatch.setattr(Run, "finish", warn)
+    found = checked(tmp_path)
+    assert found["float16"].status == WARNING and "it warned: the loss cannot be compiled" in found["float16"].found
+    assert found["float16"].lines == ["the loss cannot be compiled"] and found["logits"].status == OK
+
+
 def test_a_reference_that_fails_is_named_as_what_failed(tmp_path, monkeypatch):
     played(monkeypatch, problem={"cpu-align": "exit code 2"})
     found = checked(tmp_path)
@@ -149,13 +167,14 @@ def test_runs_are_left_out_when_the_time_is_up(tmp_path, monkeypatch):
 def test_the_largest_difference_of_all_steps_counts():
     rows, truths = rows_of(), rows_of()
     rows[4]["loss"] *= 1.001
-    rows[9]["grad_norm"] *= 0.5
+    rows[0]["grad_norm"] *= 0.5
+    rows[9]["grad_norm"] *= 2
     differences = largest_differences(rows, truths)
-    assert differences["loss"] == (pytest.approx(0.001), 5) and differences["gradient norm"] == (0.5, 10)
+    assert differences["loss"] == (pytest.approx(0.001), 5) and differences["first gradient norm"] == (0.5, 1)
     assert differences["held-out loss"][0] == 0
     words, is_well = in_words(differences, "float32")
-    assert not is_well and "gradient norm by up to 0.5 (step 10; 0.02 is allowed)" in words
-    rows[9]["grad_norm"] = truths[9]["grad_norm"]
+    assert not is_well and "first gradient norm by up to 0.5 (step 1; 0.01 is allowed)" in words
+    rows[0]["grad_norm"] = truths[0]["grad_norm"]
     assert in_words(largest_differences(rows, truths), "float32")[1]
 
 
