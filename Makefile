@@ -77,7 +77,8 @@ faults: .venv/installed-dev
 test-bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
-# Runs what `make test` leaves out for its length: the whole demo with its scores, compiled C++, torchrun killed.
+# Runs what `make test` leaves out for its length: the whole demo with its scores, compiled C++, torchrun killed, and the
+# runs of `make gpu-check`.
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from llamba import LlambaConfig
+from llamba import LlambaBlock, LlambaConfig
 from llamba.kernels import PLAIN, Conv, Kernels, Scan, causal_conv, kernels_for, plain_kernels, using_kernels
 from llamba.mixer import DiscreteMamba2
 from llamba.ssd import ssd_chunked
@@ -153,22 +153,33 @@ def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype, le
 def mixer_errors(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
 ) -> dict[str, float]:
-    """Returns the errors of a mixer's output and of the gradients of its input and weights, by name. The rows of the
-    projection that make A_log, few among many, count by themselves.
+    """Returns the errors of a mixer's output and of the gradients of its input and weights, by name."""
+    return module_errors(DiscreteMamba2(config).to(device, dtype), kernels, config, length)
+
+
+def block_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns those of a whole block, which has norms and an MLP around its mixer."""
+    return module_errors(LlambaBlock(config, layer_idx=0).to(device, dtype), kernels, config, length)
+
+
+def module_errors(module: nn.Module, kernels: Kernels, config: LlambaConfig, length: int) -> dict[str, float]:
+    """Returns the errors of a module with one mixer in it. The rows of the projection that make A_log, few among many,
+    count by themselves.
     """
-    mixer = DiscreteMamba2(config).to(device, dtype)
-    weights = dict(mixer.named_parameters())
-    rows = weights.pop("in_proj.weight").split([config.d_xBC, config.d_inner, config.ssm_cfg["n_v_heads"]])
+    weights = dict(module.named_parameters())
+    projection = next(name for name in weights if name.endswith("in_proj.weight"))
+    device, dtype = weights[projection].device, weights[projection].dtype
+    rows = weights.pop(projection).split([config.d_xBC, config.d_inner, config.ssm_cfg["n_v_heads"]])
     u = torch.randn(BATCH, length, config.d_model, device=device).to(dtype)  # (B, L, D)
     inputs = [m.detach().requires_grad_() for m in (u, *rows, *weights.values())]
-    names = ["input", *(f"in_proj.weight ({part})" for part in ("xBC", "z", "A_log")), *weights]
+    names = ["input", *(f"{projection} ({part})" for part in ("xBC", "z", "A_log")), *weights]
 
     def run(form: Kernels, u: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        given = {"in_proj.weight": torch.cat(leaves[: len(rows)])} | dict(
-            zip(weights, leaves[len(rows) :], strict=True)
-        )
+        given = {projection: torch.cat(leaves[: len(rows)])} | dict(zip(weights, leaves[len(rows) :], strict=True))
         with using_kernels(form, device.type, u.dtype):
-            return (functional_call(mixer, given, (u,)),)
+            return (functional_call(module, given, (u,)),)
 
     errors = errors_of(lambda *m: run(kernels, *m), lambda *m: run(plain_kernels(), *m), inputs)
     return dict(zip(["output", *(f"gradient of {name}" for name in names)], errors, strict=True))

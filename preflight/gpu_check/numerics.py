@@ -15,7 +15,7 @@ from distillation.fused_loss import add_product
 from llamba import LlambaConfig
 from llamba.kernels import kernels_for, plain_kernels
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, run_check
-from preflight.checks.kernels import LENGTH, TOLERANCE, draw_scan, mixer_errors, scan_errors
+from preflight.checks.kernels import LENGTH, TOLERANCE, block_errors, draw_scan, mixer_errors, scan_errors
 from preflight.checks.machine import run_device
 from preflight.gpu_check.children import emit
 from preflight.gpu_check.results import NOT_APPLICABLE, Result, table
@@ -58,6 +58,11 @@ def check_mixer(run: PlannedRun) -> Iterator[Finding]:
     yield compare("mixer", mixer_errors)
 
 
+def check_block(run: PlannedRun) -> Iterator[Finding]:
+    """Checks a whole block: norms and an MLP around a mixer."""
+    yield compare("block", block_errors)
+
+
 def check_scan(run: PlannedRun) -> Iterator[Finding]:
     """Checks the scan alone: heads that forget slowly, lengths that fill their chunks or not, a first state."""
     yield compare("scan", scan_errors)
@@ -65,7 +70,7 @@ def check_scan(run: PlannedRun) -> Iterator[Finding]:
 
 def compare(name: str, errors_of) -> Finding:
     """Returns the finding on the chosen kernels' errors beside those of the plain forms in the same dtype, both against
-    the plain forms in float32. errors_of: `mixer_errors` or `scan_errors`.
+    the plain forms in float32. errors_of: `mixer_errors` or one like it.
     """
     device, config, length = case()
     kernels, plain = kernels_for(device.type, DTYPE), plain_kernels()
@@ -112,7 +117,13 @@ def check_operators(run: PlannedRun) -> Iterator[Finding]:
         yield Finding(OK, f"operator of the scan{title}", "passes torch.library.opcheck")
 
 
-CHECKS = {"products": check_products, "mixer": check_mixer, "scan": check_scan, "operators": check_operators}
+CHECKS = {
+    "products": check_products,
+    "mixer": check_mixer,
+    "block": check_block,
+    "scan": check_scan,
+    "operators": check_operators,
+}
 
 
 def main(name: str) -> None:

@@ -71,7 +71,7 @@ CASES = (
     Case(
         "two ranks, colocated teachers",
         "--teacher_placement colocated",
-        "links and all-reduce in PARTS=first; then the same command with NCCL_DEBUG=INFO before it",
+        "links and collectives in PARTS=first; then the same command with NCCL_DEBUG=INFO before it",
         Reference("distil", "float32", 2),
         n_gpus=2,
     ),

@@ -70,6 +70,12 @@ def test_the_trial_run_measures_everything(tmp_path):
     assert all(f"\n{section}\n" in run.stdout for section in of)
 
 
+def test_the_short_form_has_each_section_once():
+    from bench_gpu import PARTS, SECTIONS
+
+    assert sorted(part.section for part in PARTS if part.in_short) == sorted(SECTIONS)
+
+
 # --- parts that fail -----------------------------------------------------------------------------------------
 
 
@@ -196,6 +202,17 @@ def test_the_real_shapes_are_those_of_the_production_models():
     assert sum(p.numel() for p in teacher.parameters()) == 8_030_261_248  # as published
     assert round(sum(sizes) / 1e9, 1) == 8.7 and round(sum(trained) / 1e9, 1) == 2.9
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+
+
+def test_memory_is_measured_against_the_plan_of_that_run():
+    """The plan and the estimate that chooses the models are of two ways to count, and agree."""
+    from gpu_step import memory_need, planned_bytes, real_shapes, train_arguments
+
+    for options in ("--batch_size 2", "--batch_size 2 --teacher_placement colocated"):
+        shapes = real_shapes(32)
+        args = train_arguments(part_run(options), shapes)
+        assert planned_bytes(shapes, args) == pytest.approx(memory_need(shapes, args), rel=0.15)
+    assert planned_bytes(real_shapes(8), args) is None
 
 
 def test_floating_point_operations_of_a_token():

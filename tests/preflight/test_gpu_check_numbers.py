@@ -25,8 +25,9 @@ def with_scan(monkeypatch, scan, name="mamba-ssm"):
 
 
 def test_on_a_cpu_the_plain_forms_are_right():
-    (products,), (mixer,), (scan,) = (found(name) for name in ("products", "mixer", "scan"))
-    assert {products.status, mixer.status, scan.status} == {OK}
+    (products,), (mixer,), (block,), (scan,) = (found(name) for name in ("products", "mixer", "block", "scan"))
+    assert {products.status, mixer.status, block.status, scan.status} == {OK}
+    assert any("gradient of mlp.down_proj.weight" in line for line in block.figures)
     assert "in place" in products.found and "scan by plain PyTorch" in mixer.found
     items = [line.split("|")[1].strip() for line in mixer.figures[2:]]
     assert {"output", "gradient of input", "gradient of in_proj.weight (A_log)"} <= set(items)
@@ -43,7 +44,7 @@ def test_a_wrong_kernel_is_a_failure_that_names_the_next_thing(monkeypatch):
         return y.roll(1, dims=2), state
 
     with_scan(monkeypatch, mixed_heads)
-    for name in ("mixer", "scan"):
+    for name in ("mixer", "block", "scan"):
         (wrong,) = found(name)
         assert wrong.status == FAILURE and "0.05 is allowed" in wrong.found and "scan by mamba-ssm" in wrong.found
         assert "llamba/kernels.py" in wrong.remedy and len(wrong.lines) > 5
