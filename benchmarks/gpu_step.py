@@ -124,7 +124,7 @@ def planned_bytes(shapes: Shapes, args: TrainArguments) -> int | None:
     if shapes.student.n_layer != 32:
         return None
     placement = "colocated" if args.placement == "colocated" else "shared"
-    moments = list(gpu_moments(args, measure_footprint(args), RANKS, placement).values())[-1]
+    moments = list(gpu_moments(args, measure_footprint(args), 1, RANKS, placement).values())[-1]
     return largest_moment(moments)[1] - sum(ALLOWANCE.values())
 
 
@@ -141,15 +141,16 @@ class Share(MasterWeightAdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if not self.owned:
             loads: list[list[nn.Parameter]] = [[] for _ in range(RANKS)]
-            everything = (parameter for group in self.param_groups for parameter in group["params"])
-            for parameter in sorted(everything, key=torch.Tensor.numel, reverse=True):
+            unsorted = (parameter for group in self.param_groups for parameter in group["params"])
+            for parameter in sorted(unsorted, key=torch.Tensor.numel, reverse=True):
                 min(loads, key=lambda load: sum(map(torch.Tensor.numel, load))).append(parameter)
             self.owned = set(map(id, loads[0]))
+        everything = [group["params"] for group in self.param_groups]
+        for group, parameters in zip(self.param_groups, everything, strict=True):
+            group["params"] = [parameter for parameter in parameters if id(parameter) in self.owned]
         super().step(closure)
-
-    def _step_one(self, parameter: torch.Tensor, group: dict) -> None:
-        if id(parameter) in self.owned:
-            super()._step_one(parameter, group)
+        for group, parameters in zip(self.param_groups, everything, strict=True):
+            group["params"] = parameters
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
