@@ -16,10 +16,11 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preflight.checks.basics import file_problem
+from preflight.checks.basics import FAILURE, file_problem
 from preflight.gpu_check import bench, first, train
 from preflight.gpu_check.children import ROOT, Child, end_all, last_lines
 from preflight.gpu_check.facts import Facts, read_facts
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             started, folder = time.monotonic(), options.work / part
             shutil.rmtree(folder, ignore_errors=True)  # logs and runs of an earlier check
             report.begin(part, facts)
-            for result in PARTS[part](Session(facts, folder, ends[part])):
+            for result in findings(part, Session(facts, folder, ends[part])):
                 report.add(part, result)
             report.end(part, time.monotonic() - started)
     except KeyboardInterrupt:
@@ -71,6 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     if not facts.gpus:
         print(NOTHING_RAN.replace("*", ""))
     return 0 if passed(results) else 1
+
+
+def findings(part: str, session: Session) -> Iterator[Result]:
+    """Yields what a part finds. An error of the check itself is a finding too, and the next part runs."""
+    try:
+        yield from PARTS[part](session)
+    except Exception as error:
+        remedy = "this is a mistake in the check: report it with these lines"
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        yield Result(FAILURE, part, f"{type(error).__name__}: {error}", remedy, lines[-15:])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

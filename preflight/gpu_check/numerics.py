@@ -86,9 +86,9 @@ def compare(name: str, errors_of) -> Finding:
     found = f"{chosen}: differs by up to {by_kernels[worst]:.2g} from the plain form in float32 ({worst})"
     if by_kernels[worst] > TOLERANCE[DTYPE]:
         remedy = (
-            f"uninstall that kernel's package, and run this again: if the plain form is right, the {name}'s kernel "
+            "uninstall that kernel's package and run this again: if the plain form is right, the kernel is wrong on "
         )
-        remedy += "is wrong on this GPU (llamba/kernels.py chooses it)"
+        remedy += "this GPU (llamba/kernels.py chooses it)"
         return Result(FAILURE, name, f"{found}, {TOLERANCE[DTYPE]:g} is allowed", remedy, figures, figures)
     excess = {item: error / by_plain[item] for item, error in by_kernels.items() if error > LAST_BIT}
     if excess and max(excess.values()) > MANY_TIMES:

@@ -4,6 +4,7 @@ and nothing else. The findings are also kept as JSON, so that parts can be run o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -43,7 +44,7 @@ class Report:
     def __init__(self, file: Path, work: Path, order: list[str]) -> None:
         self.file, self.kept, self.order = file, work / "findings.json", order
         self.sections: dict[str, Section] = {}
-        if self.kept.exists():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, cut short, or an older version's
             found = json.loads(self.kept.read_text())
             self.sections = {part: Section.from_json(values) for part, values in found.items()}
 

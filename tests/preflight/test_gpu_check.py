@@ -88,6 +88,24 @@ def test_what_was_found_is_written_before_the_next_check_begins(tmp_path, monkey
     assert "running: if nothing is, it was ended from outside" in report
 
 
+def test_a_mistake_in_a_check_does_not_end_the_others(tmp_path, monkeypatch):
+    def results():
+        yield Result(OK, "versions", "well")
+        raise KeyError("no such row")
+
+    code, report = run(tmp_path, monkeypatch, {"first": results(), "train": [Result(OK, "next", "ran")]})
+    assert code == 1 and "**failure** first: KeyError: 'no such row'" in report and "next: ran" in report
+    assert 'raise KeyError("no such row")' in report
+
+
+@pytest.mark.parametrize("kept", ["", "{", '{"first": {"of": "an older version"}}'])
+def test_findings_that_cannot_be_read_are_begun_anew(tmp_path, monkeypatch, kept):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "findings.json").write_text(kept)
+    code, report = run(tmp_path, monkeypatch, {"train": [Result(OK, "next", "ran")]})
+    assert code == 0 and "next: ran" in report and "## first" not in report
+
+
 def test_an_output_that_cannot_be_written_is_the_first_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "learn_facts", lambda work: pytest.fail("was started"))
     assert command.main(["--output", str(tmp_path / "none" / "report.md")]) == 2
