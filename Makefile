@@ -13,7 +13,7 @@ BENCH_OPTIONS ?=
 CHECK_KERNELS ?=
 
 .PHONY: setup setup-dev setup-bench setup-cuda demo demo-real test test-bench test-slow test-real test-pythons faults lint \
-	bench check-kernels
+	bench check-kernels gpu-check
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -78,7 +78,8 @@ faults: .venv/installed-dev
 test-bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench
 
-# Runs what `make test` leaves out for its length: the whole demo with its scores, compiled C++, torchrun killed.
+# Runs what `make test` leaves out for its length: the whole demo with its scores, compiled C++, torchrun killed, and the
+# runs of `make gpu-check`.
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
@@ -113,3 +114,11 @@ bench: .venv/installed-bench
 	for name in loss step wire overlap data save mmlu; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \
 	done
+
+# Checks a machine with GPUs in under ten minutes, or one of its parts in under nine: make gpu-check PARTS=train. Installs
+# nothing: without .venv it takes the packages of the python3 on the path. The report is gpu-check.md.
+PARTS ?= first,train,bench
+comma := ,
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m preflight.gpu_check --parts $(subst $(comma), ,$(PARTS)) \
+		--output gpu-check.md

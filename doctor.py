@@ -33,6 +33,7 @@ from preflight.checks.basics import (
     check_python,
     file_problem,
     run_check,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -151,9 +152,7 @@ def shown(findings: Iterable[Finding]) -> list[Finding]:
     """Prints each finding as it comes, and returns all of them."""
     found = []
     for finding in findings:
-        print(f"{finding.status:<8} {finding.name}: {finding.found}", flush=True)
-        if finding.remedy:
-            print(f"{'':<8} -> {finding.remedy}", flush=True)
+        show(finding)
         found.append(finding)
     return found
 

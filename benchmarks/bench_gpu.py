@@ -4,12 +4,14 @@
 
 Weights are random and made on the card: neither disk nor network is needed. Each part runs in its own process with a
 time limit. If one fails or hangs, a line says why, the others still run, and the exit code is 1. Everything ends within
-nine minutes. `--device cpu --quick` runs the same code at tiny sizes, in one process: a trial, no result.
+nine minutes, or --time_limit. `--short` measures one step, and fewer forms in fewer rounds. `--device cpu --quick` runs
+the same code at tiny sizes, in one process: a trial, no result.
 
 seconds: medians of interleaved rounds, by device events; of a step, the median by the host's clock. peak_bytes: the
 most that was allocated beside inputs and results; of a step, all that was allocated, models included. The baseline is
 the first candidate; of steps, the first case, by seconds per token. Errors are relative: the norm of the difference
-from float64 over the norm.
+from float64 over the norm. planned_bytes: what `train_gpus.py --dry_run` plans for the step, but the allowance for what
+torch does not allocate.
 
 In a step one GPU plays one rank of four: it has the whole teacher and student and a quarter of the optimizer's float32
 masters and moments, as ZeRO shards them, and no traffic between ranks. A card with too little memory gets gradient
@@ -36,7 +38,7 @@ import torch
 from gpu_measure import PartRun
 from harness import RESULT, ROOT, Row, print_table, write_json
 
-TIME_LIMIT = 520  # seconds, for everything
+TIME_LIMIT = 520.0  # seconds, for everything
 LEAST_TIME = 15  # seconds; a process that has less is not started
 
 
@@ -48,21 +50,22 @@ class Part(NamedTuple):
     seconds: float
     case: str = ""
     training_options: str = ""
+    in_short: bool = False  # whether --short has it
 
 
 # The most important come first, but the scan before all steps, since Triton keeps on disk what it compiles for it.
 PARTS = [
-    Part("card", "gpu_kernels", 60),
-    Part("scan", "gpu_scan", 180),
-    Part("step", "gpu_step", 110, "batch 2", "--batch_size 2"),
-    Part("loss", "gpu_kernels", 150),
-    Part("profile", "gpu_step", 90, "batch 2, colocated", "--batch_size 2 --teacher_placement colocated"),
+    Part("card", "gpu_kernels", 60, in_short=True),
+    Part("scan", "gpu_scan", 180, in_short=True),
+    Part("step", "gpu_step", 110, "batch 2", "--batch_size 2", in_short=True),
+    Part("loss", "gpu_kernels", 150, in_short=True),
+    Part("profile", "gpu_profile", 90, "batch 2, colocated", "--batch_size 2 --teacher_placement colocated", True),
     Part("step", "gpu_step", 80, "batch 2, no prefetch", "--batch_size 2 --teacher_prefetch 0"),
     Part("step", "gpu_step", 80, "batch 2, colocated", "--batch_size 2 --teacher_placement colocated"),
     Part("step", "gpu_step", 150, "batch 2, compiled", "--batch_size 2 --compile"),
     Part("step", "gpu_step", 80, "batch 2, checkpointing", "--batch_size 2 --gradient_checkpointing"),
     Part("step", "gpu_step", 80, "batch 1", "--batch_size 1"),
-    Part("profile", "gpu_step", 90, "batch 2", "--batch_size 2"),
+    Part("profile", "gpu_profile", 90, "batch 2", "--batch_size 2"),
 ]
 SECTIONS = ("card", "loss", "scan", "step", "profile")
 
@@ -72,6 +75,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a trial, no result")
+    parser.add_argument("--short", action="store_true", help="the most important parts, with fewer forms and rounds")
+    parser.add_argument("--time_limit", type=float, default=TIME_LIMIT, metavar="S", help="seconds, for everything")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)  # what a child process is to do
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)  # and how long it may take
@@ -85,8 +90,8 @@ def main() -> int:
             run_part(Part(*values), options)
         return 0
 
-    deadline = time.monotonic() + TIME_LIMIT
-    parts = [part for part in PARTS if part.section in options.sections]
+    deadline = time.monotonic() + options.time_limit
+    parts = [part for part in PARTS if part.section in options.sections and (part.in_short or not options.short)]
     if options.quick:  # compiling for a CPU would take longer than all the rest
         parts = [part for part in parts if "--compile" not in part.training_options]
     rows: list[Row] = []
@@ -112,8 +117,9 @@ def start_process(parts: list[Part], options: argparse.Namespace, seconds: float
     """
     failure = {"section": parts[0].section, "case": parts[0].case, "candidate": "process"}
     if seconds < LEAST_TIME:
-        return [failure | {"error": f"not run: the {TIME_LIMIT} seconds for everything were used up"}]
-    command = [sys.executable, __file__, "--device", options.device, *(["--quick"] if options.quick else [])]
+        return [failure | {"error": f"not run: the {options.time_limit:.0f} seconds for everything were used up"}]
+    flags = [f"--{name}" for name in ("quick", "short") if vars(options)[name]]
+    command = [sys.executable, __file__, "--device", options.device, *flags]
     command += ["--parts", json.dumps(parts), "--seconds", str(seconds)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
@@ -139,7 +145,7 @@ def run_part(part: Part, options: argparse.Namespace) -> None:
     device = torch.device("cuda:0" if options.device == "cuda" else "cpu")
     # Nothing new starts in the last 30% of its time.
     ends = time.monotonic() + 0.7 * options.seconds
-    run = PartRun(part.section, part.case, part.training_options, device, options.quick, ends)
+    run = PartRun(part.section, part.case, part.training_options, device, options.quick, ends, options.short)
     torch.manual_seed(0)
     try:
         vars(importlib.import_module(part.module))[part.section](run)

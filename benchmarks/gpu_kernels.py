@@ -2,7 +2,6 @@
 
 import functools
 import statistics
-import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights, compute_distill_loss
 from distillation.objective import compiles_loss
+from preflight.gpu_check.facts import driver_version
 
 CE_WEIGHT, KL_WEIGHT, TEMPERATURE = 1.0, 0.1, 1.0  # the defaults of training
 
@@ -46,17 +46,11 @@ def describe_card(device: torch.device) -> list[str]:
         return ["no GPU"]
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-        driver = f"driver {answer[0]}"
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = "driver unknown"
     return [
         f"{properties.multi_processor_count} multiprocessors",
         f"compute capability {properties.major}.{properties.minor}",
         f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free",
-        driver,
+        f"driver {driver_version()}",
         f"CUDA {torch.version.cuda}",
     ]
 
@@ -101,11 +95,12 @@ def loss(run: PartRun) -> None:
     case = f"V={vocab} N={n_tokens} bfloat16"
     compiles = compiles_loss(run.device)
     forms: dict[str, Callable[[LossTensors], Tensor]] = {"plain": plain_loss}
-    if compiles:
+    if compiles and not run.short:
         forms["plain, compiled"] = functools.partial(plain_loss, loss_of=torch.compile(compute_distill_loss))
     forms["fused"] = functools.partial(fused_loss, compiled=compiles)
     forms["fused, eager"] = fused_loss
-    for chunk_tokens in (16, 32) if run.quick else (64, 128, 256, 512, 1024):
+    chunk_sizes = (16, 32) if run.quick else (64, 128, 256, 512, 1024)
+    for chunk_tokens in () if run.short else chunk_sizes:
         form = functools.partial(fused_loss, chunk_tokens=chunk_tokens, compiled=compiles)
         forms[f"fused, chunks of {chunk_tokens}"] = form
     candidates: dict[str, Callable[[], Work]] = {

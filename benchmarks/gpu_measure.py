@@ -17,7 +17,7 @@ import torch
 from harness import RESULT, NotInstalled, Row
 from torch import Tensor
 
-ROUNDS = 7
+ROUNDS, SHORT_ROUNDS = 7, 3
 LEAST_TIME = 0.02  # seconds of one measurement; shorter work is repeated
 TOLERANCE = 0.05  # relative error above which a result in bfloat16 is wrong, not rounded
 
@@ -35,6 +35,7 @@ class PartRun:
     device: torch.device
     quick: bool
     ends: float  # by time.monotonic(); nothing new is started after it
+    short: bool = False  # fewer forms in fewer rounds
 
     def emit(self, case: str, candidate: str, **values: Any) -> None:
         """Prints a row. It replaces an earlier one of the same case and candidate."""
@@ -107,7 +108,7 @@ def compare(run: PartRun, case: str, candidates: Mapping[str, Callable[[], Work]
         run.emit(case, name, **rows[name])  # so that it is known even if the next candidate hangs
     calls = {name: max(1, min(50, int(LEAST_TIME / max(row["seconds"], 1e-6)))) for name, row in rows.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(1 if run.quick else ROUNDS):
+    for _ in range(1 if run.quick else SHORT_ROUNDS if run.short else ROUNDS):
         for name, work in works.items():
             seconds[name].append(timed(work, run.device, calls[name]))
     baseline = next(iter(candidates))

@@ -45,7 +45,7 @@ def scan(run: PartRun) -> None:
     for name, forms in (("convolution", convs), ("scan", scans)):
         if len(forms) == 1:
             run.emit(name, "kernel", note="plain only: no kernel for it is installed")
-    if run.device.type == "cuda" and can_compile(run.device.type):
+    if run.device.type == "cuda" and can_compile(run.device.type) and not run.short:
         scans["compiled by torch"] = scan_by(torch.compile(ssd_chunked))
     sizes = config, run.device, torch.bfloat16, length
     compare_forms(run, "convolution", [draw_conv(*sizes) for _ in range(INPUT_SETS)], convs)

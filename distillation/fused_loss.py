@@ -104,9 +104,9 @@ class _FusedDistillLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias[:vocab] += d_logits.sum(0, dtype=dtype)
             if d_hidden is not None:
-                _add_product(d_hidden[chunk], d_logits, head)
+                add_product(d_hidden[chunk], d_logits, head)
             if d_head is not None:
-                _add_product(d_head[:vocab], d_logits.T, hidden[chunk])
+                add_product(d_head[:vocab], d_logits.T, hidden[chunk])
 
         n_learned = loss_mask.sum().clamp_min(1)
         kl, ce = (sums / n_learned).unbind()
@@ -128,7 +128,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds a (m, n) b (n, k) to total (m, k), in total's float32 where a and b have 16 bits."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)

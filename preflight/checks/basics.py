@@ -68,6 +68,13 @@ class PlannedRun:
     collectives: bool = False
 
 
+def show(finding: Finding) -> None:
+    """Prints a finding: what was found, and on the next line what to do."""
+    print(f"{finding.status:<8} {finding.name}: {finding.found}", flush=True)
+    if finding.remedy:
+        print(f"{'':<8} -> {finding.remedy}", flush=True)
+
+
 class CheckSkipped(Exception):
     """Raised by a check that needs something that another check has reported missing."""
 
@@ -190,11 +197,15 @@ def _how_to_install() -> str:
     return "make setup   (or: python -m pip install -r requirements.txt)"
 
 
+def installed_version(package: str) -> str | None:
+    """Returns the version of a package, or None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def check_optional_packages(run: PlannedRun) -> Iterator[Finding]:
     for name, purpose in OPTIONAL.items():
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found = "not installed, not needed"
-        yield Finding(OK, name, f"{found} ({purpose})")
+        yield Finding(OK, name, f"{installed_version(name) or 'not installed, not needed'} ({purpose})")
     yield Finding(OK, "cartesia-pytorch", "not needed: llamba/ reads its published weights itself")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from llamba import LlambaConfig
+from llamba import LlambaBlock, LlambaConfig
 from llamba.elementwise import PLAIN_ELEMENTWISE, Elementwise
 from llamba.kernels import PLAIN, Conv, Kernels, Scan, causal_conv, kernels_for, plain_kernels, using_kernels
 from llamba.mixer import DiscreteMamba2
@@ -58,17 +58,17 @@ def compare_kernels(
         ("scan", kernels.scan_name, "mamba-ssm", scan_errors),
         ("convolution", kernels.conv_name, "causal-conv1d", conv_errors),
     )
-    for name, chosen, package, errors in trials:
+    for name, chosen, package, trial in trials:
         if chosen == PLAIN:
             remedy = f"make setup-cuda   (installs {package}; requirements-cuda.txt lists what it needs)"
             found = "plain PyTorch: correct, but slower than a kernel"
             yield Finding(WARNING, titled(name, dtype), found, remedy)
         else:
-            yield judge_errors(name, chosen, dtype, errors(kernels, device, dtype, config, length))
+            yield judge_errors(name, chosen, dtype, trial(kernels, device, dtype, config, length))
     fast = [name for name in (kernels.scan_name, kernels.conv_name) if name != PLAIN]
     if fast:
-        error = mixer_error(kernels, device, dtype, config, length)
-        yield judge_errors("mixer", " with ".join(fast), dtype, {f"{BATCH} x {length} tokens": error})
+        errors = mixer_errors(kernels, device, dtype, config, length)
+        yield judge_errors("mixer", " with ".join(fast), dtype, errors)
 
 
 def titled(name: str, dtype: torch.dtype) -> str:
@@ -133,8 +133,8 @@ def draw_elementwise(
 def scan_errors(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
 ) -> dict[str, float]:
-    """Returns the scan's largest error for lengths that fill their chunks or not, for heads that forget fast or slowly
-    (A_log about 0, -4, -8), and with a first state.
+    """Returns the scan's largest error by case: lengths that fill their chunks or not and that are multiples of 16 or
+    not, heads that forget fast or slowly (A_log about 2, 0, -4, -8), and a first state.
     """
     chunk_size, errors = config.ssm_cfg["chunk_size"], {}
 
@@ -143,7 +143,7 @@ def scan_errors(
 
     fast, plain = functools.partial(run, kernels.scan), functools.partial(run, ssd_chunked)
 
-    for tokens, bias in itertools.product((length, 2 * chunk_size + 44), (0.0, -4.0, -8.0)):
+    for tokens, bias in itertools.product((length, length - 7, 5), (2.0, 0.0, -4.0, -8.0)):
         inputs = draw_scan(config, device, dtype, tokens, bias)
         errors[f"{tokens} tokens, A_log about {bias:g}"] = largest_error(fast, plain, inputs)
     ssm = config.ssm_cfg
@@ -196,30 +196,47 @@ def draw_conv(config: LlambaConfig, device: torch.device, dtype: torch.dtype, le
     return [m.detach().requires_grad_() for m in inputs]
 
 
-def mixer_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int) -> float:
-    """Returns the largest error of a mixer's output and of the gradients of its input and weights. The rows of the
-    projection that make A_log, few among many, count by themselves.
+def mixer_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns the errors of a mixer's output and of the gradients of its input and weights, by name."""
+    return module_errors(DiscreteMamba2(config).to(device, dtype), kernels, config, length)
+
+
+def block_errors(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: LlambaConfig, length: int
+) -> dict[str, float]:
+    """Returns those of a whole block, which has norms and an MLP around its mixer."""
+    return module_errors(LlambaBlock(config, layer_idx=0).to(device, dtype), kernels, config, length)
+
+
+def module_errors(module: nn.Module, kernels: Kernels, config: LlambaConfig, length: int) -> dict[str, float]:
+    """Returns the errors of a module with one mixer in it. The rows of the projection that make A_log, few among many,
+    count by themselves.
     """
-    mixer = DiscreteMamba2(config).to(device, dtype)
-    weights = dict(mixer.named_parameters())
-    rows = weights.pop("in_proj.weight").split([config.d_xBC, config.d_inner, config.ssm_cfg["n_v_heads"]])
+    weights = dict(module.named_parameters())
+    projection = next(name for name in weights if name.endswith("in_proj.weight"))
+    device, dtype = weights[projection].device, weights[projection].dtype
+    rows = weights.pop(projection).split([config.d_xBC, config.d_inner, config.ssm_cfg["n_v_heads"]])
     u = torch.randn(BATCH, length, config.d_model, device=device).to(dtype)  # (B, L, D)
     inputs = [m.detach().requires_grad_() for m in (u, *rows, *weights.values())]
+    names = ["input", *(f"{projection} ({part})" for part in ("xBC", "z", "A_log")), *weights]
 
     def run(form: Kernels, u: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        given = {"in_proj.weight": torch.cat(leaves[: len(rows)])} | dict(
-            zip(weights, leaves[len(rows) :], strict=True)
-        )
+        given = {projection: torch.cat(leaves[: len(rows)])} | dict(zip(weights, leaves[len(rows) :], strict=True))
         with using_kernels(form, device.type, u.dtype):
-            return (functional_call(mixer, given, (u,)),)
+            return (functional_call(module, given, (u,)),)
 
-    return largest_error(lambda *m: run(kernels, *m), lambda *m: run(plain_kernels(), *m), inputs)
+    errors = errors_of(lambda *m: run(kernels, *m), lambda *m: run(plain_kernels(), *m), inputs)
+    return dict(zip(["output", *(f"gradient of {name}" for name in names)], errors, strict=True))
 
 
 def largest_error(fast: Form, plain: Form, inputs: list[Tensor]) -> float:
-    """Returns the largest relative error of the results and of the gradients of all inputs; infinity if one is not
-    finite.
-    """
+    return max(errors_of(fast, plain, inputs))
+
+
+def errors_of(fast: Form, plain: Form, inputs: list[Tensor]) -> list[float]:
+    """Returns the relative errors of the results and of the gradients of all inputs; infinity if one is not finite."""
     exact = [m.detach().float().requires_grad_() for m in inputs]
     truths = plain(*exact)
     d_results = [torch.randn_like(truth) for truth in truths]
@@ -228,5 +245,4 @@ def largest_error(fast: Form, plain: Form, inputs: list[Tensor]) -> float:
     d_results = [d.to(result.dtype) for d, result in zip(d_results, results, strict=True)]
     results += torch.autograd.grad(results, inputs, d_results)
     errors = [(one.float() - other).norm() / other.norm() for one, other in zip(results, truths, strict=True)]
-    worst = torch.stack(errors).max().item()  # NaN if one of them is
-    return worst if math.isfinite(worst) else math.inf
+    return [error if math.isfinite(error) else math.inf for error in torch.stack(errors).tolist()]

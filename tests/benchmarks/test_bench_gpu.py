@@ -29,6 +29,11 @@ def part_run(training_options="", device=CPU, quick=True, seconds=60.0):
     return PartRun("a section", "a case", training_options, device, quick, time.monotonic() + seconds)
 
 
+def started(**options):
+    """Returns the options of a trial run that starts a process."""
+    return argparse.Namespace(device="cpu", quick=True, short=False, time_limit=60.0, **options)
+
+
 def emitted(capsys):
     from harness import RESULT
 
@@ -64,6 +69,12 @@ def test_the_trial_run_measures_everything(tmp_path):
     assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) > 0
     assert 0 < of["profile"]["matrix products"]["share"] < 1
     assert all(f"\n{section}\n" in run.stdout for section in of)
+
+
+def test_the_short_form_has_each_section_once():
+    from bench_gpu import PARTS, SECTIONS
+
+    assert sorted(part.section for part in PARTS if part.in_short) == sorted(SECTIONS)
 
 
 # --- parts that fail -----------------------------------------------------------------------------------------
@@ -121,7 +132,7 @@ def test_what_a_process_said_before_it_failed_is_kept(tmp_path, monkeypatch, las
     )
     monkeypatch.setattr(bench_gpu, "__file__", str(script))
     monkeypatch.setattr(bench_gpu, "LEAST_TIME", 0)
-    part, options = bench_gpu.Part("step", "gpu_step", 60, "batch 1"), argparse.Namespace(device="cpu", quick=True)
+    part, options = bench_gpu.Part("step", "gpu_step", 60, "batch 1"), started()
     rows = bench_gpu.start_process([part], options, 2)
     assert rows == [row, {**row, "candidate": "process", "error": error}]
 
@@ -130,14 +141,14 @@ def test_a_process_is_not_started_in_the_last_seconds():
     import bench_gpu
 
     part = bench_gpu.Part("step", "gpu_step", 60, "batch 1")
-    (row,) = bench_gpu.start_process([part], argparse.Namespace(device="cpu", quick=True), bench_gpu.LEAST_TIME - 1)
+    (row,) = bench_gpu.start_process([part], started(), bench_gpu.LEAST_TIME - 1)
     assert row["section"] == "step" and row["error"].startswith("not run")
 
 
 def test_a_part_that_raises_is_a_line_and_not_the_end(capsys):
     import bench_gpu
 
-    options = argparse.Namespace(device="cpu", quick=True, seconds=60.0)
+    options = started(seconds=60.0)
     bench_gpu.run_part(bench_gpu.Part("no_such_section", "gpu_step", 60, "a case"), options)
     (row,) = emitted(capsys)
     assert row["case"] == "a case" and row["error"] == "KeyError: 'no_such_section'"
@@ -194,6 +205,17 @@ def test_the_real_shapes_are_those_of_the_production_models():
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
 
 
+def test_memory_is_measured_against_the_plan_of_that_run():
+    """The plan and the estimate that chooses the models are of two ways to count, and agree."""
+    from gpu_step import memory_need, planned_bytes, real_shapes, train_arguments
+
+    for options in ("--batch_size 2", "--batch_size 2 --teacher_placement colocated"):
+        shapes = real_shapes(32)
+        args = train_arguments(part_run(options), shapes)
+        assert planned_bytes(shapes, args) == pytest.approx(memory_need(shapes, args), rel=0.15)
+    assert planned_bytes(real_shapes(8), args) is None
+
+
 def test_floating_point_operations_of_a_token():
     from gpu_step import flops_per_token
 
@@ -244,7 +266,7 @@ def test_a_run_trains_with_that_optimizer(monkeypatch):
 
 def test_backward_belongs_to_the_part_that_ran_forward():
     """With checkpointing, forward operators run again inside backward, and may leave their module by an exception."""
-    from gpu_step import BACKWARD, REST, mark, parts_of
+    from gpu_profile import BACKWARD, REST, mark, parts_of
 
     class Block(torch.nn.Module):
         def __init__(self):
@@ -274,7 +296,7 @@ def test_backward_belongs_to_the_part_that_ran_forward():
 
 def test_kernels_of_a_gpu_are_counted_once():
     """The events are like those of a GPU's trace: each kernel is on the device and in the list of its operator."""
-    from gpu_step import PART, breakdown
+    from gpu_profile import PART, breakdown
 
     def event(name, start, end, parent=None, kernels=(), **values):
         made = FunctionEvent(len(name), name, thread=1, start_us=start, end_us=end, **values)
