@@ -1,6 +1,6 @@
 """A code for what has changed in 16-bit weights: 2 bits for each, in place of 16. Most weights stay or move by one step
 of their dtype (an ulp) in an update; the new bits of those that move further follow. The code is exact for every pair
-of bits, NaN and -0.0 included. Neither way waits for the device.
+of bits, NaN and -0.0 included. Nothing here waits for the device.
 """
 
 import torch
@@ -17,23 +17,28 @@ def most_longer(n: int) -> int:
     return n - n // (2 * PER_BYTE)
 
 
-def encode_changes(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes the changes from old to new, (n,) of 16 bits each, n a multiple of 4. Returns codes (n / 4,) uint8; the
-    bits int16 of the new weights that moved further than one ulp, in a tensor of `most_longer(n)`; and their number m,
-    a scalar. More than fit are lost: m says so.
+def count_longer(old: Tensor, new: Tensor) -> Tensor:
+    """Returns how many weights moved by more than one ulp, a scalar. old, new: (n,) of 16 bits each."""
+    return _is_longer(new.view(torch.int16) - old.view(torch.int16)).sum()
+
+
+def encode_changes(old: Tensor, new: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Returns codes (n / 4,) uint8 of the changes from old to new, (n,) of 16 bits each with n a multiple of 4; and the
+    bits (room,) int16 of the new weights that moved further. room: at least as many as those are.
     """
     bits = new.view(torch.int16)
     moved = bits - old.view(torch.int16)  # (n,), modulo 2^16
-    # The absolute value would not do: that of -2^15, from w to -w, is negative.
-    is_longer = (moved != 0) & (moved != 1) & (moved != -1)
+    is_longer = _is_longer(moved)
     codes = torch.where(is_longer, LONGER, moved & 3).to(torch.uint8).view(-1, PER_BYTE)  # -1 & 3 is DOWN
     packed = codes[:, 0] | (codes[:, 1] << 2) | (codes[:, 2] << 4) | (codes[:, 3] << 6)
+    longer = bits.new_zeros(room + 1)  # the last place takes what all others leave there
+    longer.scatter_(0, torch.where(is_longer, is_longer.cumsum(0) - 1, room), bits)
+    return packed, longer[:room]
 
-    room = most_longer(len(bits))
-    place = is_longer.cumsum(0)  # from 1 on
-    longer = bits.new_empty(room + 1)  # the last place takes all that need none
-    longer.scatter_(0, torch.where(is_longer & (place <= room), place - 1, room), bits)
-    return packed, longer[:room], place[-1]
+
+def _is_longer(moved: Tensor) -> Tensor:
+    # The absolute value would not do: that of -2^15, from w to -w, is negative.
+    return (moved != 0) & (moved != 1) & (moved != -1)
 
 
 def apply_changes(weights: Tensor, codes: Tensor, longer: Tensor) -> None:

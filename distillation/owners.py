@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from distillation.adamw import MasterWeightAdamW
 from distillation.buckets import Bucket
-from distillation.changes import apply_changes, encode_changes, most_longer
+from distillation.changes import apply_changes, count_longer, encode_changes, most_longer
 from distillation.exchange import Kept, Owned
 from distillation.gradient_codes import gradient_code
 
 BUCKET_BYTES = 128 * 2**20
 IN_FLIGHT = 4  # buckets under way at most: each takes its bytes again where they arrive
+# Of the same size, to ask whether any bit is set.
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 class Flight(NamedTuple):
@@ -31,10 +33,6 @@ class Flight(NamedTuple):
     sent: Tensor  # (R, m) uint8, kept until it has gone
     arrived: Tensor  # likewise, by the rank that sent it
     work: dist.Work
-
-
-# Of the same size, to ask whether any bit is set.
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 class Owners:
@@ -55,7 +53,7 @@ class Owners:
         """groups: of the optimizer, with all trained parameters. by_rows: an embedding, of which only rows are sent
         whose gradient is not zero. gradient_bits: of all other gradients on their way; 16 sends them as they are.
         """
-        self.n_ranks, self.rank, self.master_weights = dist.get_world_size(), dist.get_rank(), master_weights
+        self.n_ranks, self.master_weights = dist.get_world_size(), master_weights
         members = [make_buckets(group["params"], by_rows, bucket_bytes) for group in groups]
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.code = gradient_code(gradient_bits, groups[0]["params"][0].dtype)
@@ -189,15 +187,15 @@ class Owners:
             dist.all_gather_into_tensor(bucket.weights, bucket.own.clone())
 
     def _spread_changes(self) -> None:
-        coded = [encode_changes(bucket.own, bucket.master.to(bucket.own.dtype)) for bucket in self.buckets]
-        counts = torch.stack([count for _, _, count in coded])  # (buckets,)
+        # How many weights need more room than 2 bits is agreed upon first; the host waits once for all buckets.
+        counts = torch.stack([count_longer(bucket.own, _rounded(bucket)) for bucket in self.buckets])  # (buckets,)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-        for bucket, (codes, longer, _), count in zip(self.buckets, coded, counts.tolist(), strict=True):
+        for bucket, count in zip(self.buckets, counts.tolist(), strict=True):
             if count > most_longer(len(bucket.own)):
-                new = bucket.master.to(bucket.own.dtype)
-                dist.all_gather_into_tensor(_bytes(bucket.weights), _bytes(new))
+                dist.all_gather_into_tensor(_bytes(bucket.weights), _bytes(_rounded(bucket)))
                 continue
-            message = torch.cat([codes, _bytes(longer[:count])])
+            codes, longer = encode_changes(bucket.own, _rounded(bucket), count)
+            message = torch.cat([codes, _bytes(longer)])
             messages = message.new_empty(self.n_ranks, len(message))
             dist.all_gather_into_tensor(messages.view(-1), message)
             for piece, one in zip(bucket.weights.chunk(self.n_ranks), messages, strict=True):
@@ -255,6 +253,11 @@ def make_buckets(parameters: list[nn.Parameter], by_rows: nn.Parameter | None, b
 def _grad(bucket: Bucket) -> Tensor:
     assert bucket.master.grad is not None
     return bucket.master.grad
+
+
+def _rounded(bucket: Bucket) -> Tensor:
+    """Returns the new weights (n / R,) of this rank's piece, in their own dtype."""
+    return bucket.master.detach().to(bucket.own.dtype)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
