@@ -1,5 +1,5 @@
-"""Shows which Triton kernels torch.compile makes of the loss for a GPU that need not be here, what they read and write,
-and what they take.
+"""Shows which Triton kernels torch.compile makes of the loss, norms and gates for a GPU that need not be here, what
+they read and write, and what they take.
 
     make check-kernels
     PYTHONPATH=.:.venv/triton python benchmarks/compiled_code.py --target 100 --code runs/code
@@ -39,6 +39,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from distillation.fused_loss import _chunk_losses_to_fuse
 from distillation.losses import LossWeights
+from llamba import LlambaConfig, elementwise
 
 TOKENS, VOCAB = 1024, 128256  # a chunk of an 8B student on a GPU, by `choose_chunk_tokens`
 LOSSES = {
@@ -93,10 +94,34 @@ def main() -> int:
 
 def cases() -> dict[str, Case]:
     """Returns what training compiles, in the shapes of an 8B student's."""
-    return {
+    losses = {
         name: Case(_chunk_losses_to_fuse, chunk_inputs(has_teacher, weights), TOKENS * VOCAB)
         for name, (has_teacher, weights) in LOSSES.items()
     }
+    return losses | elementwise_cases(LlambaConfig())
+
+
+def elementwise_cases(config: LlambaConfig, batch: int = 2, length: int = 1024) -> dict[str, Case]:
+    """Returns the compiled forms of norm, SwiGLU and gate, and their gradients, in the layouts of a block."""
+    d_inner, heads, width = config.d_inner, config.ssm_cfg["n_v_heads"], config.mlp_cfg["intermediate_size"]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16)
+
+    with FakeTensorMode():
+        # z is a part of the first projection's result, and x one of the convolution's.
+        z = draw(batch, length, config.d_xBC + d_inner + heads)[..., config.d_xBC : -heads]
+        x = draw(batch, length, config.d_xBC)[..., :d_inner].unflatten(-1, (heads, config.headdim))
+        gated = (draw(*x.shape), x, draw(heads), z, draw(d_inner))
+        inner, u = [draw(batch, length, width) for _ in range(3)], draw(batch, length, config.d_model)
+        norm = functools.partial(elementwise.one_rounding_rms_norm, eps=config.norm_epsilon)
+        return {
+            "norm": Case(norm, (u, draw(config.d_model)), u.numel()),
+            "SwiGLU": Case(elementwise.one_rounding_swiglu, tuple(inner[:2]), inner[0].numel()),
+            "SwiGLU, backward": Case(elementwise.swiglu_gradients, tuple(inner), inner[0].numel()),
+            "gate": Case(elementwise.one_rounding_gate, gated, z.numel()),
+            "gate, backward": Case(elementwise.gate_gradients, (draw(*z.shape), *gated), z.numel()),
+        }
 
 
 def chunk_inputs(has_teacher: bool, weights: LossWeights) -> tuple[Any, ...]:

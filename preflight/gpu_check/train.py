@@ -65,13 +65,20 @@ CASES = (
     Case(
         "float16",
         ON_ONE,
-        "distillation/adamw.py: LossScale; the log names the updates that were skipped",
+        "distillation/update.py: LossScale; the log names the updates that were skipped",
         Reference("distil", "float16", 1),
     ),
     Case(
         "two ranks, colocated teachers",
         "--teacher_placement colocated",
         "links and collectives in PARTS=first; then the same command with NCCL_DEBUG=INFO before it",
+        Reference("distil", "float32", 2),
+        n_gpus=2,
+    ),
+    Case(
+        "two ranks, gradients to owners",
+        "--teacher_placement colocated --gradient_exchange owners",
+        "distillation/owners.py; the case before it tells whether NCCL works at all",
         Reference("distil", "float32", 2),
         n_gpus=2,
     ),
