@@ -52,7 +52,8 @@ class Words(nn.Module):
 def main() -> None:
     options = parse_options(__doc__, CASES, CANDIDATES, CANDIDATES[:1])
     if reason := slow_links.why_not():
-        sys.exit(f"nothing is measured: {reason}")
+        print(f"nothing is measured: {reason}")
+        return
     found: dict[tuple[str, str], list[dict]] = {}
     for case in options.cases:
         n_ranks, rate = CASES[case]

@@ -68,7 +68,7 @@ def test_on_a_cpu_what_needs_a_gpu_is_left_out_and_named(tmp_path, monkeypatch):
     assert len({run.folder for run in ran}) == len(ran), "each run has a folder of its own"
 
 
-@pytest.mark.parametrize("n_gpus,absent", [(1, 2), (2, 0)])
+@pytest.mark.parametrize("n_gpus,absent", [(1, 3), (2, 0)])
 def test_gpus_decide_what_applies(tmp_path, monkeypatch, n_gpus, absent):
     ran = played(monkeypatch)
     monkeypatch.setattr(Run, "start", lambda run: run)

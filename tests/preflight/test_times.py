@@ -179,7 +179,7 @@ def test_an_embedding_that_is_the_head_or_frozen_has_no_rows():
 
 def test_owners_have_equal_shards_however_many_they_are(folder):
     """Of masters and moments, 12 bytes a weight; the gradients of others arrive in float32 and in buckets."""
-    args = parse_train_args(options(folder, "wide", "--gradient_exchange owners"))
+    args = parse_train_args(options(folder, "wide", "--gradient_exchange owners --dtype bfloat16"))
     student = measure_footprint(args).student
     n = gradient_bytes(student) // 2
     for n_ranks in (1, 4, 32):
