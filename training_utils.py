@@ -118,8 +118,10 @@ def build_exchange(args: TrainArguments, student: LlambaForCausalLM) -> Exchange
         return AllReduce(student, build_optimizer(student, *settings))
     take_weights_of_rank_0(student)
     groups = parameter_groups(student, args.weight_decay, args.copied_lr_factor)
-    by_rows = sparse_embedding(student)
-    return Owners(student, groups, args.max_lr, args.master_weights, by_rows, args.gradient_bits)
+    by_rows, order = sparse_embedding(student), list(student.parameters())
+    if args.stage == "distil":  # backward begins at the end; an alignment takes the layers from the first one on
+        order.reverse()
+    return Owners(order, groups, args.max_lr, args.master_weights, by_rows, args.gradient_bits)
 
 
 def sparse_embedding(student: LlambaForCausalLM) -> nn.Parameter | None:

@@ -152,7 +152,8 @@ def build_owners(model: nn.Module, candidate: str) -> Callable[[torch.Tensor], N
 
     bits = 16 if candidate == "owners" else int(candidate.split()[1])
     groups = parameter_groups(model, 0.1)
-    return stepping(model, Owners(model, groups, 1e-5, True, model.embedding.weight, bits, bucket_bytes=2**20))
+    order = list(model.parameters())[::-1]
+    return stepping(model, Owners(order, groups, 1e-5, True, model.embedding.weight, bits, bucket_bytes=2**20))
 
 
 def build_fsdp2(model: nn.Module, candidate: str) -> Callable[[torch.Tensor], None]:

@@ -24,8 +24,9 @@ from inputs.option_values import PRESETS
 from llamba import LlambaConfig
 from llamba.kernels import kernels_for
 from model_utils import DTYPES, apply_replacements, freeze_student_layers, freeze_student_mlps
-from preflight.footprint import measure_footprint, optimizer_footprint
+from preflight.footprint import measure_footprint
 from preflight.plan import ALLOWANCE, gpu_moments, largest_moment
+from preflight.update_footprint import optimizer_footprint
 from processes.devices import choose_devices
 from processes.ranks import Ranks, process_groups
 from text.batch import Batch

@@ -83,7 +83,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def shard_tensors(student: LlambaForCausalLM, exchange: Exchange) -> dict[str, Tensor]:
-    """Returns this rank's masters, moments and step counts, not copied: by `<kind>/<parameter>` those of a whole
+    """Returns this rank's masters and moments, not copied, and step counts: by `<kind>/<parameter>` those of a whole
     parameter, by `<kind>/<parameter>@<start>` those of a part of its flattened weights.
     """
     names = {parameter: name for name, parameter in student.named_parameters()}
@@ -92,7 +92,10 @@ def shard_tensors(student: LlambaForCausalLM, exchange: Exchange) -> dict[str, T
         is_whole = owned.size == owned.parameter.numel()
         name = names[owned.parameter] + ("" if is_whole else f"@{owned.start}")
         for kind, value in kept.items():
-            shard[f"{kind}/{name}"] = value.view_as(owned.parameter) if is_whole and kind != "step" else value
+            if kind == "step":  # several parameters may share one, and safetensors refuses shared memory
+                shard[f"{kind}/{name}"] = value.clone()
+            else:
+                shard[f"{kind}/{name}"] = value.view_as(owned.parameter) if is_whole else value
     return shard
 
 

@@ -32,7 +32,7 @@ def encode_changes(old: Tensor, new: Tensor, room: int) -> tuple[Tensor, Tensor]
     codes = torch.where(is_longer, LONGER, moved & 3).to(torch.uint8).view(-1, PER_BYTE)  # -1 & 3 is DOWN
     packed = codes[:, 0] | (codes[:, 1] << 2) | (codes[:, 2] << 4) | (codes[:, 3] << 6)
     longer = bits.new_zeros(room + 1)  # the last place takes what all others leave there
-    longer.scatter_(0, torch.where(is_longer, is_longer.cumsum(0) - 1, room), bits)
+    longer.scatter_(0, torch.where(is_longer, is_longer.cumsum(0, dtype=torch.int32) - 1, room).long(), bits)
     return packed, longer[:room]
 
 
@@ -48,5 +48,5 @@ def apply_changes(weights: Tensor, codes: Tensor, longer: Tensor) -> None:
     bits += (unpacked == UP).to(torch.int16) - (unpacked == DOWN).to(torch.int16)
     if len(longer):
         is_longer = unpacked == LONGER
-        place = (is_longer.cumsum(0) - 1).clamp_(0, len(longer) - 1)
+        place = (is_longer.cumsum(0, dtype=torch.int32) - 1).clamp_(0, len(longer) - 1)
         torch.where(is_longer, longer[place], bits, out=bits)

@@ -1,6 +1,6 @@
 """How gradients travel to their owners: as they are, or as integers of 8 or 4 bits with a scale for each block of them.
-Integers are rounded to the nearest and nothing is kept of the errors: a code has no state, so that a resumed run is bit
-for bit the run, with any number of ranks.
+Integers are rounded to the nearest and nothing is kept of the errors: a code has no state that a checkpoint would have
+to hold, or that would mean nothing to another number of ranks.
 """
 
 from dataclasses import dataclass

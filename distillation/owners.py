@@ -15,21 +15,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distillation.adamw import MasterWeightAdamW
-from distillation.buckets import Bucket
+from distillation.buckets import WHOLE, Bucket
 from distillation.changes import apply_changes, count_longer, encode_changes, most_longer
 from distillation.exchange import Kept, Owned
 from distillation.gradient_codes import gradient_code
 
 BUCKET_BYTES = 128 * 2**20
-IN_FLIGHT = 4  # buckets under way at most: each takes its bytes again where they arrive
+IN_FLIGHT = 4  # messages under way at most, of up to as many bytes: what is sent, and what arrives
 # Of the same size, to ask whether any bit is set.
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 class Flight(NamedTuple):
-    """Holds a bucket whose gradients are under way."""
+    """Holds gradients of a bucket that are under way: the same part of every rank's piece."""
 
     bucket: Bucket
+    part: slice
     sent: Tensor  # (R, m) uint8, kept until it has gone
     arrived: Tensor  # likewise, by the rank that sent it
     work: dist.Work
@@ -42,7 +43,7 @@ class Owners:
 
     def __init__(
         self,
-        model: nn.Module,
+        order: list[nn.Parameter],
         groups: list[dict],
         lr: float,
         master_weights: bool = True,
@@ -50,31 +51,29 @@ class Owners:
         gradient_bits: int = 16,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """groups: of the optimizer, with all trained parameters. by_rows: an embedding, of which only rows are sent
-        whose gradient is not zero. gradient_bits: of all other gradients on their way; 16 sends them as they are.
+        """order: in which gradients come, of all parameters. groups: of the optimizer, with the trained ones. by_rows:
+        an embedding, of which only rows are sent whose gradient is not zero. gradient_bits: of all other gradients on
+        their way; 16 sends them as they are. bucket_bytes: of gradients that are sent at once.
         """
         self.n_ranks, self.master_weights = dist.get_world_size(), master_weights
-        members = [make_buckets(group["params"], by_rows, bucket_bytes) for group in groups]
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.code = gradient_code(gradient_bits, groups[0]["params"][0].dtype)
-        self.optimizer = MasterWeightAdamW(
-            [
-                {**own, "params": [bucket.master for bucket in some]}
-                for own, some in zip(settings, members, strict=True)
-            ],
-            lr=lr,
-            betas=(0.9, 0.95),
-        )
-        order = {parameter: i for i, parameter in enumerate(model.parameters())}
+        place = {parameter: i for i, parameter in enumerate(order)}
+        self.buckets: list[Bucket] = []
+        stepped = []
+        for group in groups:
+            members = sorted(group["params"], key=place.__getitem__)
+            some = make_buckets(members, by_rows, bucket_bytes)
+            stepped.append({**group, "params": [bucket.master for bucket in some]})
+            self.buckets += some
+        self.optimizer = MasterWeightAdamW(stepped, lr=lr, betas=(0.9, 0.95))
         # As their gradients become whole; the embedding's are counted before they are sent, and come last.
-        self.buckets = sorted(
-            (bucket for some in members for bucket in some),
-            key=lambda bucket: (bucket.row > 1, -min(order[parameter] for parameter in bucket.parameters)),
-        )
+        self.buckets.sort(key=lambda bucket: (bucket.row > 1, max(place[p] for p in bucket.parameters)))
+        # Weights of a piece in one message: with those of the other pieces they have the bytes of a bucket.
+        room = bucket_bytes // (self.n_ranks * self.buckets[0].weights.element_size())
+        self.at_once = max(WHOLE, room // WHOLE * WHOLE)
         self.number = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket.parameters}
         for parameter in self.number:
             parameter.register_post_accumulate_grad_hook(self._has_gradient)
-        self.is_last = False
         self.clear()
 
     # --- gradients to their owners ---------------------------------------------------------------------------
@@ -100,21 +99,29 @@ class Owners:
     def _send(self) -> None:
         bucket = self.buckets[self.n_sent]
         self.n_sent += 1
-        if len(self.flights) == IN_FLIGHT:
-            self._receive()
-        message = self.code.encode(bucket.grads.view(self.n_ranks, -1))  # (R, m)
-        arrived = torch.empty_like(message)
-        work = dist.all_to_all_single(arrived.view(-1), message.view(-1), async_op=True)
-        self.flights.append(Flight(bucket, message, arrived, work))
+        bucket.master.grad = torch.empty(len(bucket.own), dtype=torch.float32, device=bucket.own.device)
+        pieces = bucket.grads.view(self.n_ranks, -1)  # (R, n)
+        for part in self._parts(bucket):
+            if len(self.flights) == IN_FLIGHT:
+                self._receive()
+            message = self.code.encode(pieces[:, part].contiguous())  # (R, m)
+            arrived = torch.empty_like(message)
+            work = dist.all_to_all_single(arrived.view(-1), message.view(-1), async_op=True)
+            self.flights.append(Flight(bucket, part, message, arrived, work))
+
+    def _parts(self, bucket: Bucket) -> Iterator[slice]:
+        """Yields the parts of a piece that are sent one by one: a vocabulary's weights alone are gigabytes."""
+        for start in range(0, len(bucket.own), self.at_once):
+            yield slice(start, min(start + self.at_once, len(bucket.own)))
 
     def _receive(self) -> None:
         """Waits for the oldest flight, and sums what has arrived, rank after rank."""
-        bucket, _, arrived, work = self.flights.popleft()
+        bucket, part, _, arrived, work = self.flights.popleft()
         work.wait()
-        total = torch.zeros(len(bucket.own), device=arrived.device)
+        total = _grad(bucket)[part].zero_()
         for message in arrived:
             total += self.code.decode(message)
-        bucket.master.grad = total.div_(self.n_ranks)
+        total /= self.n_ranks
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -187,19 +194,26 @@ class Owners:
             dist.all_gather_into_tensor(bucket.weights, bucket.own.clone())
 
     def _spread_changes(self) -> None:
-        # How many weights need more room than 2 bits is agreed upon first; the host waits once for all buckets.
-        counts = torch.stack([count_longer(bucket.own, _rounded(bucket)) for bucket in self.buckets])  # (buckets,)
+        parts = [(bucket, part) for bucket in self.buckets for part in self._parts(bucket)]
+        # How many weights need more room than 2 bits is agreed upon first; the host waits once for all parts.
+        counts = torch.stack([count_longer(bucket.own[part], _rounded(bucket, part)) for bucket, part in parts])
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-        for bucket, count in zip(self.buckets, counts.tolist(), strict=True):
-            if count > most_longer(len(bucket.own)):
-                dist.all_gather_into_tensor(_bytes(bucket.weights), _bytes(_rounded(bucket)))
+        for (bucket, part), count in zip(parts, counts.tolist(), strict=True):
+            new = _rounded(bucket, part)
+            pieces = [piece[part] for piece in bucket.weights.chunk(self.n_ranks)]
+            if count > most_longer(len(new)):
+                for piece, message in zip(pieces, self._gather(_bytes(new)), strict=True):
+                    _bytes(piece).copy_(message)
                 continue
-            codes, longer = encode_changes(bucket.own, _rounded(bucket), count)
-            message = torch.cat([codes, _bytes(longer)])
-            messages = message.new_empty(self.n_ranks, len(message))
-            dist.all_gather_into_tensor(messages.view(-1), message)
-            for piece, one in zip(bucket.weights.chunk(self.n_ranks), messages, strict=True):
-                apply_changes(piece, one[: len(codes)], one[len(codes) :].clone().view(torch.int16))
+            codes, longer = encode_changes(bucket.own[part], new, count)
+            for piece, message in zip(pieces, self._gather(torch.cat([codes, _bytes(longer)])), strict=True):
+                apply_changes(piece, message[: len(codes)], message[len(codes) :].clone().view(torch.int16))
+
+    def _gather(self, message: Tensor) -> Tensor:
+        """Returns the messages (R, m) of all ranks, each (m,)."""
+        messages = message.new_empty(self.n_ranks, len(message))
+        dist.all_gather_into_tensor(messages.view(-1), message)
+        return messages
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -208,7 +222,7 @@ class Owners:
             bucket.grads.zero_()
             bucket.master.grad = None
         self.missing = [len(bucket.parameters) for bucket in self.buckets]
-        self.n_sent = 0
+        self.n_sent, self.is_last = 0, False
         self.flights: deque[Flight] = deque()
 
     # --- what is kept here -----------------------------------------------------------------------------------
@@ -236,10 +250,10 @@ class Owners:
 
 
 def make_buckets(parameters: list[nn.Parameter], by_rows: nn.Parameter | None, bucket_bytes: int) -> list[Bucket]:
-    """Returns buckets of the parameters, in the order in which their gradients come; of one by rows, one of its own."""
+    """Returns buckets of the parameters, in their order; of one by rows, one of its own."""
     buckets: list[Bucket] = []
     some: list[nn.Parameter] = []
-    for parameter in reversed(parameters):
+    for parameter in parameters:
         if parameter is by_rows:
             buckets.append(Bucket([parameter], row=parameter.shape[1]))
             continue
@@ -255,9 +269,9 @@ def _grad(bucket: Bucket) -> Tensor:
     return bucket.master.grad
 
 
-def _rounded(bucket: Bucket) -> Tensor:
-    """Returns the new weights (n / R,) of this rank's piece, in their own dtype."""
-    return bucket.master.detach().to(bucket.own.dtype)
+def _rounded(bucket: Bucket, part: slice) -> Tensor:
+    """Returns the new weights of a part of this rank's piece, in their own dtype."""
+    return bucket.master.detach()[part].to(bucket.own.dtype)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

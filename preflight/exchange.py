@@ -10,8 +10,8 @@ from arguments import TrainArguments
 from distillation.gradient_codes import BlockIntegers
 from distillation.owners import BUCKET_BYTES
 from llamba import LlambaForCausalLM
-from preflight.footprint import gradient_bytes
 from preflight.live_memory import Items
+from preflight.update_footprint import gradient_bytes
 from training_utils import sparse_embedding
 
 

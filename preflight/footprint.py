@@ -9,21 +9,18 @@ attention, DDP's buckets and the optimizer's shards are modelled here. The scan 
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from arguments import TrainArguments
 from conversion.alignment import freeze_all_but_mixers
-from distillation.adamw import MasterWeightAdamW
 from distillation.fused_loss import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, choose_chunk_tokens
 from distillation.losses import shared_vocab
 from distillation.objective import DistillationModel
-from distillation.owners import BUCKET_BYTES, IN_FLIGHT
 from distillation.pairing import check_pair
 from distillation.teacher import teacher_head
 from distillation.teacher_forward import Teacher
@@ -40,12 +37,11 @@ from preflight.alignment_footprint import trace_alignment
 from preflight.kernel_bytes import counted_as_on_gpus
 from preflight.live_memory import BACKWARD, Items, LiveMemory
 from preflight.operation_counts import aten
+from preflight.update_footprint import gradient_bytes, n_bytes
 from text.batch import Batch
-from training_utils import parameter_groups
 
-# Passes over gradients: into their bucket, where those of the micro steps before are read, added and written; and in an
-# update, for the norm and to clear them.
-ADDING_UP, NORM_AND_CLEARING = 3, 2
+# Passes over gradients: into their bucket, where those of the micro steps before are read, added and written.
+ADDING_UP = 3
 
 
 @dataclass(frozen=True)
@@ -81,15 +77,6 @@ class Footprint:
     operations: Items
     moved: Items
     teacher: TeacherFootprint | None
-
-
-class OptimizerFootprint(NamedTuple):
-    """Holds the optimizer's bytes on the rank with the largest shard."""
-
-    kept: int  # from step to step
-    work: int  # what a step takes besides
-    moved: int  # what a step reads and writes
-    arrived: int = 0  # gradients that other ranks have sent, from backward to the step
 
 
 def measure_footprint(args: TrainArguments) -> Footprint:
@@ -212,13 +199,6 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
     return TracedStep(passes, left, dict(memory.operations), dict(memory.moved))
 
 
-# --- what stays from step to step ----------------------------------------------------------------------------
-
-
-def n_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
     """Returns the bytes of weights that are trained, that are frozen, and of replaced layers."""
     replaced = {id(p) for index in layers for p in student.backbone.layers[index].parameters()}
@@ -227,63 +207,3 @@ def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
         fate = "weights, trained" if parameter.requires_grad else "weights, frozen"
         fates["weights of replaced layers" if id(parameter) in replaced else fate] += parameter.nbytes
     return fates
-
-
-def gradient_bytes(student: nn.Module) -> int:
-    """Returns the bytes in which gradients are kept, such as DDP's buckets."""
-    return n_bytes(p for p in student.parameters() if p.requires_grad)
-
-
-def bytes_of_sums(student: nn.Module) -> int:
-    """Returns the bytes of the float32 sums of gradients."""
-    return sum(4 * p.numel() for p in student.parameters() if p.requires_grad)
-
-
-def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
-    """Measures an optimizer step; gradients are those of all ranks, and the norm is of all of them."""
-    if args.gradient_exchange == "owners":
-        return owners_footprint(student, n_ranks)
-    shard = max(shards(parameter_groups(student, args.weight_decay, args.copied_lr_factor), n_ranks), key=n_bytes)
-    measured = _measure_optimizer(shard, args.master_weights)
-    return measured._replace(moved=measured.moved + NORM_AND_CLEARING * gradient_bytes(student))
-
-
-def owners_footprint(student: nn.Module, n_ranks: int) -> OptimizerFootprint:
-    """Measures an optimizer step on an equal piece of all trained weights, in float32."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    piece = nn.Parameter(torch.empty(sum(p.numel() for p in trained) // n_ranks, device="meta"))
-    measured = _measure_optimizer([piece], master_weights=True)
-    masters = 0 if trained[0].dtype == torch.float32 else piece.nbytes
-    under_way = 0 if n_ranks == 1 else min(IN_FLIGHT * BUCKET_BYTES, gradient_bytes(student))
-    moved = measured.moved + NORM_AND_CLEARING * gradient_bytes(student)
-    return OptimizerFootprint(measured.kept + masters, measured.work, moved, piece.nbytes + under_way)
-
-
-def _measure_optimizer(shard: list[nn.Parameter], master_weights: bool) -> OptimizerFootprint:
-    for parameter in shard:
-        parameter.grad = torch.empty_like(parameter)
-    memory = LiveMemory([*shard, *(p.grad for p in shard if p.grad is not None)])
-    optimizer = MasterWeightAdamW(shard, master_weights=master_weights)
-    with memory:
-        optimizer.step()  # makes the state
-        kept = memory.total
-        memory.restart_peak()
-        memory.moved.clear()
-        optimizer.step()
-    for parameter in shard:
-        parameter.grad = None
-    return OptimizerFootprint(kept, memory.peak - kept, memory.moved.total())
-
-
-def shards(groups: list[dict], n_ranks: int) -> list[list[nn.Parameter]]:
-    """Returns the parameters by rank as ZeroRedundancyOptimizer distributes them: the largest first, each to the rank
-    that has least.
-    """
-    dealt: list[list[nn.Parameter]] = [[] for _ in range(n_ranks)]
-    sizes = [0] * n_ranks
-    for group in groups:
-        for parameter in sorted(group["params"], key=Tensor.numel, reverse=True):
-            rank = sizes.index(min(sizes))
-            dealt[rank].append(parameter)
-            sizes[rank] += parameter.numel()
-    return dealt

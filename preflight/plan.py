@@ -10,18 +10,12 @@ from dataclasses import dataclass
 from arguments import TrainArguments
 from distillation.gradient_sums import needs_sums
 from distillation.teacher_forward import batches_at_once
-from preflight.footprint import (
-    Footprint,
-    OptimizerFootprint,
-    bytes_of_sums,
-    gradient_bytes,
-    measure_footprint,
-    optimizer_footprint,
-)
+from preflight.footprint import Footprint, measure_footprint
 from preflight.live_memory import Items
 from preflight.machine import Machine
 from preflight.step_time import StepTime, prefetch_of, step_time
 from preflight.transport import GB
+from preflight.update_footprint import OptimizerFootprint, bytes_of_sums, gradient_bytes, optimizer_footprint
 
 CERTAINTY = 0.25  # of times, which are estimates until they have been measured
 # Estimated, not computed: the CUDA context, kernels, buffers of NCCL and cuBLAS, and fragmentation.

@@ -19,7 +19,7 @@ from checkpointing.run_folder import DiskRoom, disk_room
 from llamba.parts import parameter_table
 from paths import readable
 from preflight.alignment_footprint import shares_tensors
-from preflight.footprint import gradient_bytes, measure_footprint
+from preflight.footprint import measure_footprint
 from preflight.machine import Machine, find_machine
 from preflight.plan import (
     Moments,
@@ -35,6 +35,7 @@ from preflight.plan import (
 from preflight.speedups import PRICES, best_of, faster_options, speedups
 from preflight.time_report import accumulation_table, accumulations, assumptions, bottleneck, time_lines
 from preflight.transport import GB
+from preflight.update_footprint import gradient_bytes
 
 # --- the parts of a plan -------------------------------------------------------------------------------------
 

@@ -7,10 +7,11 @@ from typing import Any
 from arguments import TrainArguments
 from distillation.gradient_sums import needs_sums
 from preflight.exchange import NOTHING, Exchange, exchange_of
-from preflight.footprint import Footprint, OptimizerFootprint, bytes_of_sums
+from preflight.footprint import Footprint
 from preflight.live_memory import BACKWARD
 from preflight.machine import Machine
 from preflight.transport import GB
+from preflight.update_footprint import OptimizerFootprint, bytes_of_sums
 
 ANSWERS_RATE = 2 * GB  # bytes per second of a teacher's answers: copied to the host, sent by gloo, copied to a GPU
 STUDENTS, TEACHER, ANSWERS, WIRE = "students' work", "the teacher", "the teacher's answers", "the wire"

@@ -81,9 +81,10 @@ def test_fewer_bits_hardly_change_the_losses(run, bits):
         assert one == pytest.approx(other, rel=0.01)
 
 
-@pytest.mark.parametrize("case", ["bfloat16", "align"])
+@pytest.mark.parametrize("case", ["bfloat16", "bfloat16, saved in the foreground", "align"])
 def test_a_resumed_run_is_the_run(run, models, tmp_path, case):
-    changes = changes_of(case, models)
+    case, *foreground = case.split(", ")
+    changes = {**changes_of(case, models), **({"no_background_save": True} if foreground else {})}
     whole = run("owners", **changes)
     shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-12", "latest"))
     train(models, tmp_path / "out", gradient_exchange="owners", resume="auto", **changes)

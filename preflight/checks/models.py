@@ -22,7 +22,8 @@ from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import GB, default_nproc
-from preflight.footprint import build_models, find_configs, n_bytes
+from preflight.footprint import build_models, find_configs
+from preflight.update_footprint import n_bytes
 from text.encoding import Encoder, check_tokenizer
 from text.separators import Separator, choose_separator
 

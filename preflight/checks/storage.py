@@ -18,7 +18,7 @@ from preflight.alignment_footprint import not_shared
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, file_problem
 from preflight.checks.machine import GB, default_nproc, run_device
 from preflight.checks.models import first_step, resumed, skeletons
-from preflight.footprint import gradient_bytes, n_bytes
+from preflight.update_footprint import gradient_bytes, n_bytes
 
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes
 

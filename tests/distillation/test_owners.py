@@ -98,6 +98,10 @@ def groups_of(model):
     ]
 
 
+def backward_order(model):
+    return list(model.parameters())[::-1]
+
+
 def learn(model, exchange, rank, steps=5, broken=None):
     """Takes optimizer steps of two micro steps; in that of number `broken` rank 1 has a gradient that is not finite."""
     norms = []
@@ -120,9 +124,11 @@ def weights(model):
 
 FORMS = {
     "as it is": {},
-    "small buckets": {"bucket_bytes": 200},
+    "small buckets": {"bucket_bytes": 200},  # and a parameter in several messages
     "whole weights": {},
     "dense embedding": {"by_rows": None},
+    "8 bits": {"gradient_bits": 8, "by_rows": None},
+    "8 bits, small buckets": {"gradient_bits": 8, "by_rows": None, "bucket_bytes": 200},
 }
 
 
@@ -132,7 +138,7 @@ def by_owners(ranks):
     for dtype, tied, form in itertools.product((torch.float32, torch.bfloat16), (False, True), FORMS):
         model = Words(dtype, tied)
         rows = None if tied else model.embedding.weight
-        exchange = Owners(model, groups_of(model), 1e-2, **{"by_rows": rows, **FORMS[form]})
+        exchange = Owners(backward_order(model), groups_of(model), 1e-2, **{"by_rows": rows, **FORMS[form]})
         room = (lambda n: -1) if form == "whole weights" else most_longer
         with mock.patch("distillation.owners.most_longer", room):
             norms = learn(model, exchange, ranks.rank)
@@ -149,12 +155,13 @@ def of_two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_bit_depends_on_the_form_of_the_exchange(of_two_ranks, dtype, tied):
     one, other = of_two_ranks
-    norms, expected, n_buckets = one[dtype, tied, "as it is"]
     start = weights(Words(dtype, tied))
     for form in FORMS:
+        norms, expected, n_buckets = one[dtype, tied, "8 bits" if "8 bits" in form else "as it is"]
         for found_norms, found, _ in (one[dtype, tied, form], other[dtype, tied, form]):
             assert found_norms == norms and len(set(norms)) == 5
             assert all(torch.equal(found[name], value) for name, value in expected.items()), form
+    assert one[dtype, tied, "8 bits"][0] != one[dtype, tied, "as it is"][0]
     assert {name for name in start if torch.equal(start[name], expected[name])} == {"frozen.weight", "frozen.bias"}
     assert one[dtype, tied, "small buckets"][2] > n_buckets
 
@@ -182,7 +189,9 @@ def with_a_bad_step(ranks):
     for bits in (16, 8, 4):
         model = Words(torch.bfloat16)
         rows = model.embedding.weight
-        exchange = Owners(model, groups_of(model), 1e-2, by_rows=rows, gradient_bits=bits, bucket_bytes=200)
+        exchange = Owners(
+            backward_order(model), groups_of(model), 1e-2, by_rows=rows, gradient_bits=bits, bucket_bytes=200
+        )
         learn(model, exchange, ranks.rank, steps=2)
         before = weights(model)
         norms = learn(model, exchange, ranks.rank, steps=1, broken=0)
@@ -202,7 +211,9 @@ def test_one_rank_sends_nothing(no_torchrun):
     with process_groups(torch.device("cpu")):
         for master_weights in (True, False):
             model = Words(torch.bfloat16)
-            exchange = Owners(model, groups_of(model), 1e-4, master_weights, by_rows=model.embedding.weight)
+            exchange = Owners(
+                backward_order(model), groups_of(model), 1e-4, master_weights, by_rows=model.embedding.weight
+            )
             before = weights(model)["inner.weight"]
             with mock.patch("distillation.owners.dist.all_to_all_single", side_effect=AssertionError):
                 learn(model, exchange, 0, steps=60)
@@ -210,3 +221,38 @@ def test_one_rank_sends_nothing(no_torchrun):
             assert moved > 0.9 if master_weights else moved < 0.3
             kinds = {kind for _, kept in exchange.owned() for kind in kept}
             assert kinds == {"step", "exp_avg", "exp_avg_sq", *(["master"] * master_weights)}
+
+
+def test_a_pass_that_was_not_begun_sends_nothing(no_torchrun):
+    with process_groups(torch.device("cpu")):
+        model = Words(torch.bfloat16)
+        exchange = Owners(backward_order(model), groups_of(model), 1e-4)
+        exchange.n_ranks = 2  # as far as hooks can see
+        learn_nothing = mock.patch.object(exchange, "_send", side_effect=AssertionError)
+        exchange.begin(is_last=True)
+        exchange.clear()
+        with learn_nothing:
+            model(torch.arange(5)).sum().backward()
+        assert exchange.missing == [len(bucket.parameters) for bucket in exchange.buckets]
+
+
+def sent_after_each_layer(ranks):
+    """Returns how many buckets have been sent when each layer's gradients are there, by the order of the layers."""
+    found = []
+    for is_first_to_last in (True, False):
+        layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
+        parameters = list(layers.parameters())
+        order = parameters if is_first_to_last else parameters[::-1]
+        exchange = Owners(order, [{"params": parameters}], 1e-4, bucket_bytes=16 * 16 * 4)
+        exchange.begin(is_last=True)
+        counts = []
+        for parameter in order:
+            parameter.sum().backward()
+            counts.append(exchange.n_sent)
+        exchange.norm()
+        found.append(counts)
+    return found
+
+
+def test_buckets_are_sent_in_the_order_in_which_they_become_whole(tmp_path):
+    assert on_two_ranks(sent_after_each_layer, tmp_path) == [[[1, 2, 3, 4]] * 2] * 2

@@ -19,11 +19,12 @@ from monitoring.speed import _mixing_operations, alignment_operations_per_token
 from preflight.alignment_footprint import shares_tensors, stream_of
 from preflight.checks import alignment, loss, machine, storage, weights
 from preflight.checks.basics import FAILURE, OK
-from preflight.footprint import build_models, gradient_bytes, measure_footprint
+from preflight.footprint import build_models, measure_footprint
 from preflight.machine import Machine, gpus_needed
 from preflight.plan import alternatives, asked_placement, make_plan
 from preflight.plan_report import print_plan
 from preflight.time_report import assumptions
+from preflight.update_footprint import gradient_bytes
 from tests.preflight.cases import found, planned, statuses, the_bad_one
 from tests.preflight.test_footprint import folder, options
 

@@ -24,16 +24,10 @@ from distillation.models import Models
 from llamba import LlambaConfig, LlambaForCausalLM
 from monitoring.evaluator import Evaluator, Material
 from preflight import plan
-from preflight.footprint import (
-    build_models,
-    gradient_bytes,
-    measure_footprint,
-    optimizer_footprint,
-    shards,
-    weights_by_fate,
-)
+from preflight.footprint import build_models, measure_footprint, weights_by_fate
 from preflight.live_memory import LiveMemory
 from preflight.plan import largest_moment, student_moments
+from preflight.update_footprint import gradient_bytes, optimizer_footprint, shards
 from processes.devices import choose_devices
 from processes.exits import StopRequest
 from processes.ranks import process_groups
