@@ -285,8 +285,6 @@ def compile_modules(student: LlambaForCausalLM, modules: Iterable[nn.Module]) ->
     """Compiles each of the student's `modules`, such as its blocks, by itself: those of one kind share their graph, and
     saved weights keep their names. The kernels are chosen first, because logging that choice would break the graph.
     """
-    # DDP's optimizer for whole compiled models would cut each block in pieces of the size of DDP's buckets.
-    torch._dynamo.config.optimize_ddp = False
     weight = student.backbone.embedding.weight
     kernels_for(weight.device.type, weight.dtype)
     for module in modules:

@@ -117,6 +117,8 @@ class Distillation:
 
 def wrap_ddp(model: DistillationModel, device: torch.device) -> DistributedDataParallel:
     """Returns the model under DDP, on the rank's own device."""
+    # Blocks are compiled one by one: DDP's optimizer for whole compiled models would cut each in pieces of its buckets.
+    torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
         # torch 2.13 deprecates the name; its successor is not known to torch 2.11.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
