@@ -53,7 +53,7 @@ def facts(played):
 # --- kill -9 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lane,kills", [("cached", 2), ("stream", 1)])
+@pytest.mark.parametrize("lane,kills", [("cached", 2), ("stream", 1), ("owners", 1)])
 def test_a_run_killed_again_and_again_equals_one_that_was_left_alone(tmp_path, lane, kills):
     result = fresh.call(run_campaign, tmp_path, lane, 2, kills, 0, 8)
     assert result["kills"] == kills

@@ -25,6 +25,7 @@ def parts(n: int, seed: int) -> dict[str, Callable[[Path], dict]]:
         "kill -9, cached, 2 ranks": lambda folder: run_campaign(folder, "cached", 2, n, seed),
         "kill -9, cached, 3 ranks": lambda folder: run_campaign(folder, "cached", 3, n, seed + 1),
         "kill -9, stream, 2 ranks": lambda folder: run_campaign(folder, "stream", 2, n, seed + 2),
+        "kill -9, owners, 3 ranks": lambda folder: run_campaign(folder, "owners", 3, n, seed + 3),
         "failing saves, 2 ranks": lambda folder: fail_saves(folder, n, random.Random(seed)),
         "damaged checkpoints": lambda folder: damage_checkpoints(
             make_checkpoint(folder), folder, 20 * n, random.Random(seed)

@@ -22,6 +22,7 @@ EVALUATED = dict(eval_interval=3, eval_dataset_name=ROOT / "presets" / "tiny" / 
 LANES = {
     "cached": dict(dtype="bfloat16", grad_accumulation_steps=2, save_interval=4, teacher_prefetch=1, **EVALUATED),
     "stream": dict(no_dataset_streaming=False, shuffle_buffer=30, epochs=4, **EVALUATED),
+    "owners": dict(dtype="bfloat16", gradient_exchange="owners", gradient_bits=8, save_interval=4, **EVALUATED),
     "aligned": dict(stage="align", dtype="bfloat16", grad_accumulation_steps=2, save_interval=4, **EVALUATED),
 }
 STEPS = 24  # optimizer steps of a run
