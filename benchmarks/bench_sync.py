@@ -33,6 +33,7 @@ CANDIDATES = ["allreduce", "owners", "owners, 8 bits", "owners, 4 bits", "fsdp2"
 CASES = {f"{n} ranks, {rate} Mbit/s": (n, rate) for n in (2, 4) for rate in (200, 50)}
 WIDTH, LAYERS, VOCAB, STEPS = 512, 12, 2048, 5  # 5.2 M weights, of which the embedding is 20 %
 TOKENS = 64  # of a rank and step
+LONGEST_S = 900  # of a candidate's steps
 
 
 class Words(nn.Module):
@@ -61,14 +62,15 @@ def main() -> None:
             for _ in range(options.rounds):
                 for candidate in options.candidates:
                     found.setdefault((case, candidate), []).append(run(n_ranks, candidate))
+                    print(f"{case}, {candidate}: {found[case, candidate][-1]}", file=sys.stderr, flush=True)
     report([row(found, *key) for key in found], options.json)
 
 
 def row(found: dict[tuple[str, str], list[dict]], case: str, candidate: str) -> dict:
     """Returns the medians of a candidate over rounds."""
     rounds, baseline = found[case, candidate], found[case, CANDIDATES[0]]
-    if problem := rounds[0].get("problem"):
-        return {"case": case, "candidate": candidate, "problem": problem}
+    if problems := [one["problem"] for one in [*rounds, *baseline] if "problem" in one]:
+        return {"case": case, "candidate": candidate, "problem": problems[0]}
     ratios = [one["seconds"] / other["seconds"] for one, other in zip(rounds, baseline, strict=True)]
     figures = {name: statistics.median(one[name] for one in rounds) for name in ("seconds", "received_share")}
     same = all(one["same"] for one in rounds)
@@ -88,7 +90,13 @@ def run(n_ranks: int, candidate: str) -> dict:
         )
         for rank in range(n_ranks)
     ]
-    outputs = [rank.communicate(timeout=900) for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=LONGEST_S) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        return {"problem": f"its ranks took more than {LONGEST_S} s"}
+    finally:
+        for rank in ranks:
+            rank.kill()
     if any(rank.returncode for rank in ranks):
         return {"problem": outputs[0][1].strip().splitlines()[-1][:200]}
     results = [json.loads(text.splitlines()[-1]) for text, _ in outputs]
