@@ -59,7 +59,7 @@ class Plan:
     def received(self) -> Items:
         """Returns the bytes that a rank receives in an optimizer step, by purpose."""
         answers = {"teacher's answers": self.step.micro_steps * self.answer_bytes} if self.answer_bytes else {}
-        return {**self.step.exchange.received, **answers}
+        return {**self.step.traffic.received, **answers}
 
     @property
     def largest(self) -> int:

@@ -6,12 +6,12 @@ from typing import Any
 
 from arguments import TrainArguments
 from distillation.gradient_sums import needs_sums
-from preflight.exchange import NOTHING, Exchange, exchange_of
 from preflight.footprint import Footprint
 from preflight.live_memory import BACKWARD
 from preflight.machine import Machine
 from preflight.transport import GB
 from preflight.update_footprint import OptimizerFootprint, bytes_of_sums
+from preflight.wire import NOTHING, Traffic, traffic_of
 
 ANSWERS_RATE = 2 * GB  # bytes per second of a teacher's answers: copied to the host, sent by gloo, copied to a GPU
 STUDENTS, TEACHER, ANSWERS, WIRE = "students' work", "the teacher", "the teacher's answers", "the wire"
@@ -27,7 +27,7 @@ class StepTime:
     answers: the way of its answers through the host, beside its work.
     ahead: micro steps that the teacher works ahead of the students. 0: they wait for each answer.
     update: of the optimizer, without the wire.
-    exchange: of gradients and weights between ranks.
+    traffic: gradients and weights between ranks.
     """
 
     micro_steps: int
@@ -37,7 +37,7 @@ class StepTime:
     answers: float
     ahead: int
     update: float
-    exchange: Exchange
+    traffic: Traffic
 
     @property
     def student(self) -> float:
@@ -45,8 +45,8 @@ class StepTime:
 
     @property
     def wire(self) -> float:
-        """Returns the seconds of the exchange that work does not hide."""
-        return self.exchange.exposed(self.backward)
+        """Returns the seconds of the traffic that work does not hide."""
+        return self.traffic.exposed(self.backward)
 
     @property
     def seconds(self) -> float:
@@ -64,7 +64,7 @@ class StepTime:
             STUDENTS: {"forward": 0.0, "backward": 0.0, "update": 0.0},
             TEACHER: {"teacher": 0.0},
             ANSWERS: {"answers": 0.0},
-            WIRE: {"exchange": NOTHING},
+            WIRE: {"traffic": NOTHING},
         }
         return {name: self.seconds - dataclasses.replace(self, **zeros).seconds for name, zeros in parts.items()}
 
@@ -101,7 +101,7 @@ def step_time(
         answers=answers,
         ahead=prefetch_of(args, placement) if placement == "dedicated" else 0,
         update=machine.seconds(0, optimizer.moved),
-        exchange=exchange_of(args, footprint.student, n_students * machine.n_nodes, machine.link.rate),
+        traffic=traffic_of(args, footprint.student, n_students * machine.n_nodes, machine.link.rate),
     )
 
 

@@ -1,7 +1,7 @@
 """What ranks send each other for an optimizer step: the bytes that a rank receives, and how long these take on their
 link.
 
-A way to exchange gradients is a function here that returns an `Exchange`.
+Each `--gradient_exchange` is a function here that returns its `Traffic`.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from preflight.update_footprint import gradient_bytes
 from training_utils import sparse_embedding
 
 
-class Exchange(NamedTuple):
+class Traffic(NamedTuple):
     """Holds the bytes that a rank receives in an optimizer step, by purpose, and the seconds that they take."""
 
     received: Items
@@ -28,23 +28,21 @@ class Exchange(NamedTuple):
         return max(self.gradients - backward, self.last_gradients) + self.weights
 
 
-NOTHING = Exchange({}, 0.0, 0.0, 0.0)
-
-
+NOTHING = Traffic({}, 0.0, 0.0, 0.0)
 # Of the bytes of 16-bit weights: what an update changes in them, coded. 2 bits for each, and the 1 to 3 % that moved
-# further than by one step of their dtype (estimated; bench_sync.py measures it on the tiny preset).
+# further than by one step of their dtype: estimated, from what a prototype found at learning rates like production's.
 CHANGED = 0.14
 
 
-def exchange_of(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, rate: float) -> Exchange:
-    """Returns the exchange that the options name, among so many ranks whose links carry `rate` bytes per second."""
+def traffic_of(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, rate: float) -> Traffic:
+    """Returns the traffic of the exchange that the options name. rate: bytes per second that a rank's link carries."""
     if args.gradient_exchange == "owners":
         return to_owners(args, student, n_ranks, rate)
     return all_reduce_and_broadcasts(student, n_ranks, rate)
 
 
-def to_owners(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, rate: float) -> Exchange:
-    """Returns the exchange of `distillation.owners`: a rank receives its own piece of the others' gradients, the rows
+def to_owners(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, rate: float) -> Traffic:
+    """Returns the traffic of `distillation.owners`: a rank receives its own piece of the others' gradients, the rows
     of the embedding that their tokens have, and what has changed in the pieces that are not its own.
     """
     if n_ranks == 1:
@@ -61,11 +59,11 @@ def to_owners(args: TrainArguments, student: LlambaForCausalLM, n_ranks: int, ra
     weights = others * trained * (CHANGED if itemsize == 2 else 1)
     received = {"gradients": round(gradients), "rows of the embedding": round(rows), "changed weights": round(weights)}
     last = min(others * coded * BUCKET_BYTES, gradients) + rows
-    return Exchange(received, (gradients + rows) / rate, last / rate, weights / rate)
+    return Traffic(received, (gradients + rows) / rate, last / rate, weights / rate)
 
 
-def all_reduce_and_broadcasts(student: LlambaForCausalLM, n_ranks: int, rate: float) -> Exchange:
-    """Returns the exchange by DDP's all-reduce of gradients and ZeroRedundancyOptimizer's broadcasts of weights.
+def all_reduce_and_broadcasts(student: LlambaForCausalLM, n_ranks: int, rate: float) -> Traffic:
+    """Returns the traffic of DDP's all-reduce of gradients and ZeroRedundancyOptimizer's broadcasts of weights.
 
     In a ring a rank receives all gradients but its own part, twice, and sends as it receives. Broadcasts come one after
     another: in each, all bytes pass every link but the root's, whose own receiving side is idle. So together they take
@@ -77,4 +75,4 @@ def all_reduce_and_broadcasts(student: LlambaForCausalLM, n_ranks: int, rate: fl
     received = {"gradients": round(2 * others * trained), "updated weights": round(others * trained)}
     embedding = student.backbone.embedding.weight  # the first in forward is the last in backward
     last = 2 * others * embedding.nbytes if embedding.requires_grad else 0
-    return Exchange(received, received["gradients"] / rate, last / rate, trained / rate)
+    return Traffic(received, received["gradients"] / rate, last / rate, trained / rate)

@@ -16,7 +16,6 @@ from arguments import parse_train_args
 from checkpointing import run_folder
 from checkpointing.run_folder import disk_room
 from monitoring.speed import peak_operations
-from preflight.exchange import NOTHING
 from preflight.footprint import measure_footprint
 from preflight.machine import Machine, find_machine
 from preflight.plan import Plan, asked_placement, make_plan
@@ -24,6 +23,7 @@ from preflight.plan_report import advice, disk_advice, machine_text, print_plan,
 from preflight.step_time import StepTime
 from preflight.time_report import assumptions
 from preflight.transport import Link
+from preflight.wire import NOTHING
 from tests import fresh
 from tests.parsing import train_options
 from tests.preflight.test_footprint import folder, options

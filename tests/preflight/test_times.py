@@ -10,7 +10,6 @@ from torch import nn
 
 from arguments import parse_train_args
 from llamba.kernels import kernels_for
-from preflight.exchange import NOTHING, Exchange, all_reduce_and_broadcasts, exchange_of
 from preflight.footprint import ADDING_UP, measure_footprint
 from preflight.kernel_bytes import counted_as_on_gpus
 from preflight.live_memory import LiveMemory
@@ -21,6 +20,7 @@ from preflight.step_time import ANSWERS, STUDENTS, TEACHER, WIRE, StepTime
 from preflight.time_report import accumulation_table, accumulations, bottleneck
 from preflight.transport import HOST_MEMORY, RATES, SOCKETS, Link, find_link
 from preflight.update_footprint import NORM_AND_CLEARING, gradient_bytes, optimizer_footprint
+from preflight.wire import NOTHING, Traffic, all_reduce_and_broadcasts, traffic_of
 from tests.parsing import train_options
 from tests.preflight.test_footprint import folder, options
 
@@ -141,13 +141,13 @@ def student_of_8b(embedding_learns=True):
 
 
 def test_the_wire_of_the_production_run():
-    exchange = all_reduce_and_broadcasts(student_of_8b(), n_ranks=4, rate=5e9)
-    received = sum(exchange.received.values())
+    traffic = all_reduce_and_broadcasts(student_of_8b(), n_ranks=4, rate=5e9)
+    received = sum(traffic.received.values())
     assert received == pytest.approx(2.25 * GRADIENTS)
     assert received / 5e9 == pytest.approx(2.7, rel=0.03)
     # Broadcasts come one after another, and take G / b for the 0.75 G that a rank receives.
-    assert exchange.exposed(0.0) == pytest.approx(2.5 * GRADIENTS / 5e9) == pytest.approx(2.9, rel=0.02)
-    assert exchange.exposed(0.09) == pytest.approx(exchange.exposed(0.0) - 0.09)
+    assert traffic.exposed(0.0) == pytest.approx(2.5 * GRADIENTS / 5e9) == pytest.approx(2.9, rel=0.02)
+    assert traffic.exposed(0.09) == pytest.approx(traffic.exposed(0.0) - 0.09)
 
 
 def test_the_last_gradients_are_never_hidden():
@@ -161,13 +161,13 @@ def test_the_last_gradients_are_never_hidden():
 def test_owners_are_sent_what_the_prototype_measured(bits, share):
     """As a part of the bytes of trained weights: with four ranks, and rows for 2048 of the embedding's 128,256."""
     args = train_options(f"--gradient_exchange owners --gradient_bits {bits} --batch_size 2 --seq_length 1024")
-    exchange = exchange_of(args, student_of_8b(), 4, 5e9)
-    assert sum(exchange.received.values()) / GRADIENTS == pytest.approx(share, rel=0.03)
-    assert exchange.received["rows of the embedding"] == pytest.approx(0.75 * 2048 * 4096 * 2, rel=1e-6)
+    traffic = traffic_of(args, student_of_8b(), 4, 5e9)
+    assert sum(traffic.received.values()) / GRADIENTS == pytest.approx(share, rel=0.03)
+    assert traffic.received["rows of the embedding"] == pytest.approx(0.75 * 2048 * 4096 * 2, rel=1e-6)
     # Changes of weights are not hidden, nor the last bucket and the rows.
-    assert exchange.exposed(10.0) * 5e9 == pytest.approx(
-        exchange.received["changed weights"]
-        + exchange.received["rows of the embedding"]
+    assert traffic.exposed(10.0) * 5e9 == pytest.approx(
+        traffic.received["changed weights"]
+        + traffic.received["rows of the embedding"]
         + 0.75 * 128 * 2**20 * {16: 1, 8: 130 / 256, 4: 18 / 64}[bits],
         rel=1e-6,
     )
@@ -175,7 +175,7 @@ def test_owners_are_sent_what_the_prototype_measured(bits, share):
 
 def test_an_embedding_that_is_the_head_or_frozen_has_no_rows():
     args = train_options("--gradient_exchange owners")
-    assert exchange_of(args, student_of_8b(embedding_learns=False), 4, 5e9).received["rows of the embedding"] == 0
+    assert traffic_of(args, student_of_8b(embedding_learns=False), 4, 5e9).received["rows of the embedding"] == 0
 
 
 def test_owners_have_equal_shards_however_many_they_are(folder):
@@ -191,7 +191,7 @@ def test_owners_have_equal_shards_however_many_they_are(folder):
 
 @pytest.mark.parametrize("exchange", ["allreduce", "owners"])
 def test_one_rank_sends_nothing(exchange):
-    assert exchange_of(train_options(f"--gradient_exchange {exchange}"), student_of_8b(), 1, 5e9) == NOTHING
+    assert traffic_of(train_options(f"--gradient_exchange {exchange}"), student_of_8b(), 1, 5e9) == NOTHING
 
 
 def test_what_a_rank_receives(folder):
@@ -210,12 +210,12 @@ def test_what_a_rank_receives(folder):
 
 # --- a step, and what bounds it ------------------------------------------------------------------------------
 
-SLOW_WIRE = Exchange({}, gradients=2.0, last_gradients=0.2, weights=1.0)
+SLOW_WIRE = Traffic({}, gradients=2.0, last_gradients=0.2, weights=1.0)
 
 
 def step(**changes):
     usual = {"micro_steps": 1, "forward": 0.1, "backward": 0.2, "teacher": 0.05, "answers": 0.0, "ahead": 1}
-    return StepTime(**{**usual, "update": 0.02, "exchange": NOTHING, **changes})
+    return StepTime(**{**usual, "update": 0.02, "traffic": NOTHING, **changes})
 
 
 @pytest.mark.parametrize(
@@ -226,12 +226,12 @@ def step(**changes):
         ({"teacher": 0.5}, 0.5, TEACHER),  # of one micro step the teacher is ahead
         ({"teacher": 0.5, "micro_steps": 4}, 2.0, TEACHER),
         ({"teacher": 0.5, "answers": 0.9}, 0.9, ANSWERS),
-        ({"exchange": SLOW_WIRE}, 0.32 + 2.8, WIRE),
+        ({"traffic": SLOW_WIRE}, 0.32 + 2.8, WIRE),
         # 16 backward passes, of which the last alone hides gradients
-        ({"exchange": SLOW_WIRE, "micro_steps": 16}, 16 * 0.3 + 0.02 + 2.8, STUDENTS),
+        ({"traffic": SLOW_WIRE, "micro_steps": 16}, 16 * 0.3 + 0.02 + 2.8, STUDENTS),
         # While ranks exchange gradients, the teacher answers one batch more, and no other.
-        ({"exchange": SLOW_WIRE, "teacher": 0.5, "micro_steps": 4}, 3 * 0.5 + 0.3 + 0.02 + 2.8, WIRE),
-        ({"exchange": SLOW_WIRE, "teacher": 0.5, "ahead": 2, "micro_steps": 4}, 2 * 0.5 + 0.3 + 0.02 + 2.8, WIRE),
+        ({"traffic": SLOW_WIRE, "teacher": 0.5, "micro_steps": 4}, 3 * 0.5 + 0.3 + 0.02 + 2.8, WIRE),
+        ({"traffic": SLOW_WIRE, "teacher": 0.5, "ahead": 2, "micro_steps": 4}, 2 * 0.5 + 0.3 + 0.02 + 2.8, WIRE),
         ({"ahead": 0, "micro_steps": 4}, 4 * (0.3 + 0.05) + 0.02, STUDENTS),
         ({"ahead": 0, "micro_steps": 4, "teacher": 0.4}, 4 * (0.3 + 0.4) + 0.02, TEACHER),
     ],
@@ -243,7 +243,7 @@ def test_a_step_and_what_bounds_it(changes, seconds, part):
 
 def test_accumulations_side_by_side():
     moments = {"student GPU": {"forward": {"all": int(51e9)}}}
-    made = [Plan("dedicated", 4, 4, moments, step(exchange=SLOW_WIRE, micro_steps=n), 0, 8192) for n in (1, 4, 16)]
+    made = [Plan("dedicated", 4, 4, moments, step(traffic=SLOW_WIRE, micro_steps=n), 0, 8192) for n in (1, 4, 16)]
     lines = accumulation_table(made[1], made).splitlines()
     assert [line[: line.index("  ")] for line in lines[1:]] == ["1", "4, as asked", "16"]
     assert lines[1].endswith(WIRE) and lines[3].endswith(STUDENTS) and " 51.0 " in lines[1]
