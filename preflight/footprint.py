@@ -26,6 +26,7 @@ from distillation.teacher import teacher_head
 from distillation.teacher_forward import Teacher
 from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
+from llamba.llama import FrozenMLP, use_kernels
 from model_utils import (
     DTYPES,
     apply_replacements,
@@ -97,7 +98,9 @@ def measure_footprint(args: TrainArguments) -> Footprint:
     if args.kl_weight > 0:
         if args.teacher_signal == "hidden":
             head = teacher_head(teacher, vocab)
-        with LiveMemory([*teacher.parameters(), *teacher.buffers(), tokens]) as memory:
+        use_kernels(teacher, FrozenMLP)
+        memory = LiveMemory([*teacher.parameters(), *teacher.buffers(), tokens])
+        with memory, counted_as_on_gpus(memory, teacher.dtype):
             answer = Teacher(teacher, args.teacher_signal, vocab)(tokens)  # (B, S, D_t or vocab)
         teacher_footprint = TeacherFootprint(
             n_bytes(teacher.parameters()),

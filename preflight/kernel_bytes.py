@@ -15,13 +15,19 @@ from preflight.live_memory import LiveMemory
 # A mixer of 8B, 2 x 1024 tokens, forward and backward: what mamba-ssm's kernels are given and return, by their order in
 # llamba/mamba_scan.py, is 0.20 + 0.67 GB; the plain form and its recomputation move 3.7 GB.
 OF_PLAIN_SCAN = 0.25
+# Bytes of each number, forward and backward, in the fused form by those in the plain one (docs/performance.md).
+OF_PLAIN_FORM = {"rms_norm": 14 / 132, "swiglu": 16 / 28, "gate": 30 / 56}
 
 
 @contextmanager
 def counted_as_on_gpus(memory: LiveMemory, dtype: torch.dtype) -> Iterator[None]:
-    """Weighs the bytes of scans in the block, and of their backward passes there."""
+    """Weighs the bytes of scans, norms, SwiGLUs and gates in the block, and of their backward passes there."""
     plain = kernels_for("meta", dtype)
-    with using_kernels(plain._replace(scan=weighed(memory, plain.scan, OF_PLAIN_SCAN)), "meta", dtype):
+    functions = {name: weighed(memory, getattr(plain.elementwise, name), part) for name, part in OF_PLAIN_FORM.items()}
+    as_on_gpus = plain._replace(
+        scan=weighed(memory, plain.scan, OF_PLAIN_SCAN), elementwise=plain.elementwise._replace(**functions)
+    )
+    with using_kernels(as_on_gpus, "meta", dtype):
         yield
 
 

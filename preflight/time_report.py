@@ -98,10 +98,10 @@ def assumptions(args: TrainArguments, machine: Machine) -> str:
     notes = [
         f"Times are estimates, not yet measured on CUDA: +-{CERTAINTY:.0%}. Matrix products and attention count at "
         f"{machine.speed / 1e12:.0f} TFLOP/s, {REACHED_OF_PRODUCTS:.0%} of the peak, all other operations by the bytes "
-        f"that they read and write one by one, at {machine.memory_rate / 1e12:.2g} TB/s; fused kernels take less. "
-        "Launches by the host come on top.",
-        "The scan's memory is that of the plain one; others may keep more or less for the backward pass. Its time is "
-        "that of mamba-ssm's kernels.",
+        f"that they read and write one by one, at {machine.memory_rate / 1e12:.2g} TB/s. Launches by the host come on "
+        "top.",
+        "Norms, SwiGLUs and gates take the time of fused kernels, the scan that of mamba-ssm's. Memory is that of "
+        "the plain forms; others may keep more or less for the backward pass.",
     ]
     if args.stage == "align":
         notes.append(

@@ -98,6 +98,27 @@ def test_a_scan_counts_as_that_of_kernels():
     assert kernels[2] - after == pytest.approx((plain[2] - after) / 4, abs=100)
 
 
+@pytest.mark.parametrize(
+    "name,shapes,fused",
+    [
+        ("rms_norm", [(8, 512, 64), (64,), None], 14),
+        ("swiglu", [(8, 512, 64), (8, 512, 64)], 16),
+        ("gate", [(8, 512, 4, 16), (8, 512, 4, 16), (4,), (8, 512, 64), (64,)], 30),
+    ],
+)
+def test_norms_swiglus_and_gates_count_as_fused_kernels(name, shapes, fused):
+    """As many bytes for each number, forward and backward in bfloat16, as docs/performance.md says."""
+    with torch.device("meta"):
+        given = [1e-5 if s is None else torch.ones(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    tensors = [m for m in given if isinstance(m, torch.Tensor)]
+    with LiveMemory(tensors) as memory, counted_as_on_gpus(memory, torch.bfloat16):
+        y = getattr(kernels_for("meta", torch.bfloat16).elementwise, name)(*given)
+        forward = memory.moved.total()
+        y.backward(torch.empty_like(y))
+    assert 0 < forward < memory.moved.total()
+    assert memory.moved.total() / y.numel() == pytest.approx(fused, rel=0.1)
+
+
 def test_the_optimizer_reads_and_writes_each_of_its_tensors(folder):
     """Of a shard: gradient, master, both moments and their temporaries; of all gradients the norm and the clearing."""
     args = parse_train_args(options(folder, "wide", "--seq_length 8 --dtype bfloat16"))
