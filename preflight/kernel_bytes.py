@@ -23,7 +23,9 @@ OF_PLAIN_FORM = {"rms_norm": 14 / 132, "swiglu": 16 / 28, "gate": 30 / 56}
 def counted_as_on_gpus(memory: LiveMemory, dtype: torch.dtype) -> Iterator[None]:
     """Weighs the bytes of scans, norms, SwiGLUs and gates in the block, and of their backward passes there."""
     plain = kernels_for("meta", dtype)
-    functions = {name: weighed(memory, getattr(plain.elementwise, name), part) for name, part in OF_PLAIN_FORM.items()}
+    functions: dict[str, Any] = {
+        name: weighed(memory, getattr(plain.elementwise, name), part) for name, part in OF_PLAIN_FORM.items()
+    }
     as_on_gpus = plain._replace(
         scan=weighed(memory, plain.scan, OF_PLAIN_SCAN), elementwise=plain.elementwise._replace(**functions)
     )
