@@ -30,15 +30,15 @@ def probe(scorer: Scorer, max_length: int, seed: int) -> dict[str, Any]:
     return {"words": WORDS, "acc": right / n, "n": n}
 
 
-def build_texts(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
-    """Returns TEXTS lists of token ids, WORDS different ones twice, after a BOS where the tokenizer adds one; an empty
-    list if there are too few words.
+def build_texts(tokenizer: PreTrainedTokenizerBase, seed: int, n_texts: int = TEXTS) -> list[list[int]]:
+    """Returns lists of token ids, WORDS different ones twice, after a BOS where the tokenizer adds one; an empty list
+    if there are too few words.
     """
     words = one_token_words(tokenizer)[:COMMONEST]
     if len(words) < WORDS:
         return []
     dice, beginning = random.Random(f"{seed} copying"), tokenizer("").input_ids
-    return [[*beginning, *(dice.sample(words, WORDS) * 2)] for _ in range(TEXTS)]
+    return [[*beginning, *(dice.sample(words, WORDS) * 2)] for _ in range(n_texts)]
 
 
 def one_token_words(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -75,6 +75,11 @@ def build_contexts(
     return contexts
 
 
+def questions_of(context: Context) -> list[tuple[str, str]]:
+    """Returns the questions of a context, each with its answer: a prompt that ends before the code, and " " and it."""
+    return [(f"{context.text}\n{_statement(context.names[i])}", f" {context.codes[i]}") for i in context.asked]
+
+
 def _tokens(tokenizer: PreTrainedTokenizerBase, lines: list[str], ends: list[str]) -> int:
     """Returns the number of tokens of the lines with the longest of the ends."""
     return max(len(tokenizer("\n".join([*lines, end])).input_ids) for end in ends)

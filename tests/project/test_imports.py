@@ -21,6 +21,7 @@ HOUSE = (
     {"data", "distillation"},
     {"evaluation"},
     {"conversion"},
+    {"selection"},
     {"training_utils"},
     {"checkpointing"},
     {"monitoring"},
