@@ -1,0 +1,101 @@
+"""Which layers are recurrent, by search: one layer after another becomes recurrent, or is given back to the teacher,
+each time the one whose set measures best. Layers act together, so that every set is measured anew; ranking layers by
+their single swaps is there to compare with.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from selection.swaps import Figures, Recurrent
+
+F = TypeVar("F")
+Direction = Literal["keep", "recur"]  # from all layers recurrent, or from none
+
+
+@dataclass(frozen=True)
+class Step(Generic[F]):
+    """Holds a set of recurrent layers, its figures and its value: the smaller, the better."""
+
+    recurrent: Recurrent
+    figures: F
+    value: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weighs the figures of a hybrid: KL + weight * growth of the probes' loss over the teacher's, never below 0."""
+
+    teacher: Figures
+    weight: float
+
+    def kl(self, figures: Figures) -> float:
+        """Returns the mean KL over windows."""
+        return _mean(figures.kl)
+
+    def growth(self, figures: Figures) -> float:
+        """Returns how much larger than the teacher's the loss of a probe is, in nats: 0 if it is not; the mean over
+        probes of the means over their texts, and 0 without probes.
+        """
+        own = self.teacher.probes
+        return _mean([max(0.0, _mean(figures.probes[name].loss) - _mean(own[name].loss)) for name in own])
+
+    def __call__(self, figures: Figures) -> float:
+        return self.kl(figures) + self.weight * self.growth(figures)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def one_by_one(objective: Callable[[Recurrent], F]) -> Callable[[Sequence[Recurrent]], list[F]]:
+    """Returns what measures several sets by measuring each."""
+    return lambda sets: [objective(recurrent) for recurrent in sets]
+
+
+def greedy(
+    n_layers: int,
+    measure: Callable[[Sequence[Recurrent]], Sequence[F]],
+    value: Callable[[F], float],
+    n_kept: int,
+    direction: Direction,
+) -> list[Step[F]]:
+    """Returns the sets on the way to `n_kept` of the teacher's layers, the start first. The last is the chosen one.
+
+    measure: figures of sets of recurrent layers, given all candidates of a round at once. Of equal values the layer of
+    the lowest index is taken.
+    """
+    assert 0 <= n_kept <= n_layers
+    every = frozenset(range(n_layers))
+    current: Recurrent = every if direction == "keep" else frozenset()
+    path = [Step(current, figures, value(figures)) for figures in measure([current])]
+    while len(every - current) != n_kept:
+        movable = sorted(current if direction == "keep" else every - current)
+        sets = [current ^ {layer} for layer in movable]
+        round_ = [Step(one, found, value(found)) for one, found in zip(sets, measure(sets), strict=True)]
+        path.append(min(round_, key=lambda step: step.value))  # the first of equals
+        current = path[-1].recurrent
+    return path
+
+
+def ranked(singles: Sequence[float], n_kept: int) -> Recurrent:
+    """Returns the layers that are recurrent by ranking: those whose single swaps have the lowest values."""
+    order = sorted(range(len(singles)), key=lambda layer: (singles[layer], layer))
+    return frozenset(order[: len(singles) - n_kept])
+
+
+def pareto(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Returns the indices of the points that no other is at least as good as in all coordinates and better in one. Of
+    equal points the first.
+    """
+
+    def is_beaten(i: int) -> bool:
+        own = points[i]
+        return any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and (other != own or j < i)
+            for j, other in enumerate(points)
+            if j != i
+        )
+
+    return [i for i in range(len(points)) if not is_beaten(i)]
