@@ -3,7 +3,7 @@ teacher's layers into the student, and freezes. Knows nothing of ranks.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,20 +16,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from arguments import TrainArguments
 from inputs.loaded_models import check_all_used, check_weights
 from inputs.model_files import check_weight_files, dead_links, one_line, read_config
 from inputs.option_values import command_that_makes
-from llamba import LlambaConfig, LlambaForCausalLM, attention_cfg_from
+from inputs.teacher_parts import Heads, named_parts, pairs_of
+from llamba import LlambaConfig, LlambaForCausalLM, whole_and_parts
 from llamba.kernels import kernels_for
-from llamba.llama import attention_layer
+from llamba.teacher_parts import take_parts
 from paths import readable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -102,23 +101,28 @@ def read_llamba_config(flag: str, name: str, path: str) -> LlambaConfig:
     return config
 
 
-def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int]) -> None:
-    """Checks that `layers` of this teacher can replace the student's. Raises ValueError that lists every reason why
-    not. A student that is already a hybrid keeps its own layers; `layers` then has to name exactly those.
+def check_replacements(
+    student: LlambaConfig, teacher: PretrainedConfig, layers: list[int], heads: Heads | None = None
+) -> None:
+    """Checks that `layers` of this teacher can replace the student's, and `heads` (layer -> query heads) a part of it.
+    Raises ValueError that lists every reason why not. A student that is already a hybrid keeps its own layers and
+    heads; they have to be exactly those that are named.
     """
-    flag = f"--layers {' '.join(map(str, layers)) or '-1'}"
-    if student.attention_layers:
-        if sorted(layers) != student.attention_layers:
+    heads = heads or {}
+    if student.has_attention:
+        own = student.attention_layers, student.attention_heads
+        if own != whole_and_parts(layers, heads, student.n_teacher_heads):
             raise ValueError(
-                f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} from its "
+                f"{named_parts(layers, heads)}: --student_model is a hybrid already, with {named_parts(*own)} of its "
                 "teacher; name those, or start from a student without"
             )
         return
-    if not layers:
+    if not (layers or heads):
         return
-    problems = []
+    flag = named_parts(layers, heads)
+    problems = _head_problems(student, teacher, layers, heads)
     n_layer = min(student.n_layer, teacher.num_hidden_layers)
-    if outside := [index for index in layers if index >= n_layer]:
+    if outside := sorted(index for index in {*layers, *heads} if index >= n_layer):
         problems.append(
             f"{flag}: {outside} out of range; the student has {student.n_layer} layers and the teacher "
             f"{teacher.num_hidden_layers}, so expected 0 to {n_layer - 1}"
@@ -126,7 +130,7 @@ def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers:
     if teacher.model_type != "llama":
         problems.append(
             f"{flag}: layers can be taken from a teacher of model_type 'llama', not {teacher.model_type!r}; "
-            "use --layers -1 to distil without replaced layers"
+            "use --layers -1, without --heads, to distil without its layers"
         )
     if teacher.hidden_size != student.d_model:
         problems.append(
@@ -135,6 +139,24 @@ def check_replacements(student: LlambaConfig, teacher: PretrainedConfig, layers:
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _head_problems(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int], heads: Heads) -> list[str]:
+    """Returns why a student cannot keep heads of the teacher."""
+    flag, problems = f"--heads {','.join(pairs_of(heads))}", []
+    n_heads, n_v_heads = getattr(teacher, "num_attention_heads", None), student.ssm_cfg["n_v_heads"]
+    if twice := sorted({*layers} & {*heads}):
+        problems.append(f"{flag}: --layers keeps {twice} whole; name a layer in one of them")
+    if n_heads is None or not heads:
+        return problems
+    if outside := [pair for pair in pairs_of(heads) if int(pair.split(":")[1]) >= n_heads]:
+        problems.append(f"{flag}: {','.join(outside)} out of range; the teacher's layers have heads 0 to {n_heads - 1}")
+    if n_heads != n_v_heads:
+        problems.append(
+            f"{flag}: a mixer of the student has {n_v_heads} heads and the teacher's attention {n_heads}; expected as "
+            "many, each in the place of one; make_student.py makes such a student, or keep whole --layers"
+        )
+    return problems
 
 
 def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_head: bool = True) -> PreTrainedModel:
@@ -199,41 +221,17 @@ def logits_beyond_head(model: PreTrainedModel, with_bias: bool) -> float:
 MOST_BEYOND_HEAD = 0.01  # that rounding to 16 bits explains
 
 
-def apply_replacements(student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int]) -> None:
-    """Replaces the student's `layers` by those of a whole teacher; see `take_layers`.
+def apply_replacements(
+    student: LlambaForCausalLM, teacher: PreTrainedModel, layers: list[int], heads: Heads | None = None
+) -> None:
+    """Puts the whole layers and the heads (layer -> query heads) of a teacher into the student; see `take_parts`.
 
     A teacher on the meta device has no weights to copy: these become NaN, so that a caller who forgets to fill them
     (see `teacher.share_layers`) cannot train on noise.
     """
-    if layers:
-        check_replacements(student.config, teacher.config, layers)
-        take_layers(student, teacher.config, layers, teacher.base_model.layers.__getitem__)
-
-
-def take_layers(
-    student: LlambaForCausalLM, teacher: LlamaConfig, layers: list[int], layer_of: Callable[[int], nn.Module]
-) -> None:
-    """Replaces the student's `layers` by independent copies of a teacher's whole decoder layers, `layer_of` each index,
-    on the student's device and in its dtype, adds the rotary embedding, and records the layout in the config.
-    """
-    config, backbone = student.config, student.backbone
-    config.attention_cfg = attention_cfg_from(teacher)
-    config.attention_layers = sorted(layers)
-    attention_config = config.attention_config()
-    device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
-    for index in config.attention_layers:
-        with torch.device("meta"):
-            layer = attention_layer(attention_config, index)
-        layer = layer.to(dtype).to_empty(device=device)
-        with torch.no_grad():
-            for own, given in zip(layer.parameters(), layer_of(index).parameters(), strict=True):
-                if given.is_meta:
-                    own.fill_(float("nan"))
-                else:
-                    own.copy_(given)
-        layer.train(student.training)
-        backbone.layers[index] = layer
-    backbone.rotary_emb = LlamaRotaryEmbedding(attention_config).to(device)
+    if layers or heads:
+        check_replacements(student.config, teacher.config, layers, heads)
+        take_parts(student, teacher.config, layers, heads or {}, teacher.base_model.layers.__getitem__)
 
 
 def adopt_special_tokens(student: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

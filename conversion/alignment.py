@@ -19,9 +19,9 @@ from distillation.models import Models
 from distillation.objective import DistillationModel
 from distillation.teacher import ColocatedTeacher, PendingSignal
 from inputs.options import default_values
-from llamba import LlambaForCausalLM
-from llamba.modeling import LlambaBlock
-from model_utils import DTYPES, compile_modules, get_student_model, take_layers
+from llamba import LlambaBlock, LlambaForCausalLM
+from llamba.teacher_parts import take_parts
+from model_utils import DTYPES, compile_modules, get_student_model
 from text.batch import Batch
 
 logger = logging.getLogger("train")
@@ -156,7 +156,7 @@ def load_alignment(
     weights = TeacherWeights(models.teacher, name=args.teacher_model)
     student = get_student_model(models.student, dtype, device, models.student_flag)
     if args.layers and not student.config.attention_layers:
-        take_layers(student, weights.config, args.layers, lambda index: weights.layer(index, dtype))
+        take_parts(student, weights.config, args.layers, {}, lambda index: weights.layer(index, dtype))
     take_weights_of_rank_0(student)
     mixers = freeze_all_but_mixers(student)
     if args.compile:

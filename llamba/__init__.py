@@ -4,10 +4,11 @@ AutoModelForCausalLM. Imports no other room; knows of no rank, option or run.
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .cache import LlambaCache, SharedPrefix, can_share
-from .configuration import LlambaConfig, attention_cfg_from
+from .block import LlambaBlock
+from .cache import LlambaCache, SharedPrefix, cache_bytes, can_share
+from .configuration import LlambaConfig, attention_cfg_from, whole_and_parts
 from .mixer import DiscreteMamba2
-from .modeling import LlambaBlock, LlambaForCausalLM, LlambaModel
+from .modeling import LlambaForCausalLM, LlambaModel
 
 AutoConfig.register("llamba", LlambaConfig)
 AutoModelForCausalLM.register(LlambaConfig, LlambaForCausalLM)
@@ -21,5 +22,7 @@ __all__ = [
     "LlambaModel",
     "SharedPrefix",
     "attention_cfg_from",
+    "cache_bytes",
     "can_share",
+    "whole_and_parts",
 ]

@@ -1,5 +1,6 @@
 """The hybrid's cache for generation and prefix reuse: per layer either keys and values (transformers' own dynamic
-layer) or a mixer's convolution and state-space states, whose size does not grow with the sequence.
+layer) or a mixer's convolution and state-space states, whose size does not grow with the sequence, or, of a layer with
+kept heads, both: the states of its other heads, and keys and values of those kept.
 
 It can be deep-copied, expanded and reordered over the batch. A recurrent state cannot return to an earlier token, so
 `crop` is an error. `SharedPrefix` lets one prefix serve many batches of sequences.
@@ -73,18 +74,71 @@ class RecurrentLayer(CacheLayerMixin):
         raise TypeError("a mixer's cache holds states, not keys and values")
 
 
+class HeadsLayer(RecurrentLayer):
+    """Holds a mixer's states and, of the heads kept beside it, keys and values (B, their key/value heads, L,
+    head_dim).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = DynamicLayer()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Adds new keys and values, and returns all: (B, heads, L, head_dim) -> (B, heads, P + L, head_dim)."""
+        return self.attention.update(key_states, value_states)
+
+    def reset(self) -> None:
+        super().reset()
+        self.attention = DynamicLayer()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.attention.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.attention.batch_repeat_interleave(repeats)
+
+    def offload(self) -> None:
+        super().offload()
+        self.attention.offload()
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self.attention.prefetch()
+
+
 class LlambaCache(Cache):
-    """Holds one `RecurrentLayer` or `DynamicLayer` per layer of the model, by `config.attention_layers`."""
+    """Holds the states, or keys and values, or both, of each layer of the model, as its config says."""
 
     def __init__(self, config: LlambaConfig) -> None:
-        attention = set(config.attention_layers)
-        super().__init__(layers=[DynamicLayer() if i in attention else RecurrentLayer() for i in range(config.n_layer)])
+        super().__init__(layers=[_layer_of(config, index) for index in range(config.n_layer)])
 
     def reset(self) -> None:
         super().reset()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicLayer):  # transformers 5.17 resets it to zeros of the same length
                 self.layers[index] = DynamicLayer()
+
+
+def _layer_of(config: LlambaConfig, index: int) -> CacheLayerMixin:
+    if index in config.attention_layers:
+        return DynamicLayer()
+    return HeadsLayer() if config.heads_of(index) else RecurrentLayer()
+
+
+def cache_bytes(config: LlambaConfig, batch_size: int, length: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of a cache of sequences of `length` tokens, of a model in `dtype`: two vectors a token for each
+    key/value head of a whole layer, or of the kept heads; a mixer's states, of which the state-space one is float32.
+    """
+    ssm, total = config.ssm_cfg, 0
+    for index in range(config.n_layer):
+        total += 2 * length * config.n_kv_heads_of(index) * config.attention_head_dim * dtype.itemsize
+        if index not in config.attention_layers:
+            shape = config.mixer_shape(len(config.heads_of(index)))
+            total += shape.d_xBC * ssm["d_conv"] * dtype.itemsize
+            total += shape.d_inner * ssm["d_state"] * torch.float32.itemsize
+    return batch_size * total
 
 
 class SharedPrefix(Cache):
@@ -99,7 +153,7 @@ class SharedPrefix(Cache):
 
 def can_share(cache: Cache) -> bool:
     """Returns whether `SharedPrefix` supports all layers of a cache. A sliding window, for one, drops old tokens."""
-    return all(type(layer) in (DynamicLayer, RecurrentLayer) for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, RecurrentLayer, HeadsLayer) for layer in cache.layers)
 
 
 class _SharedAttention(DynamicLayer):
@@ -132,7 +186,17 @@ class _SharedStates(RecurrentLayer):
         pass
 
 
+class _SharedHeads(_SharedStates, HeadsLayer):
+    """Holds both of a prefix, which never change."""
+
+    def __init__(self, layer: HeadsLayer, batch_size: int) -> None:
+        super().__init__(layer, batch_size)
+        self.attention = _SharedAttention(layer.attention)
+
+
 def _shared(layer: CacheLayerMixin, batch_size: int) -> CacheLayerMixin:
+    if isinstance(layer, HeadsLayer):
+        return _SharedHeads(layer, batch_size)
     if isinstance(layer, RecurrentLayer):
         return _SharedStates(layer, batch_size)
     assert isinstance(layer, DynamicLayer)

@@ -1,12 +1,14 @@
 """The configuration of a Llamba: a Llama whose attention is replaced by discrete Mamba-2 mixers, but for the
-layers listed in `attention_layers`, which are whole decoder layers of a Llama teacher.
+layers listed in `attention_layers`, which are whole decoder layers of a Llama teacher, and the heads listed in
+`attention_heads`, which a layer keeps of the teacher's attention beside a mixer of the other heads.
 
-The published `config.json` files are read unchanged; `attention_layers` and `attention_cfg` are what a hybrid
-adds to them. Every dimension that the model needs is derived here, once.
+The published `config.json` files are read unchanged; `attention_layers`, `attention_heads` and `attention_cfg` are
+what a hybrid adds to them. Every dimension that the model needs is derived here, once.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.activations import ACT2FN
@@ -60,13 +62,24 @@ SWITCHES = ("tie_embeddings", "lm_head_bias", "use_cache", "mlp_cfg.bias", "ssm_
 FRACTIONS = ("norm_epsilon", "resid_dropout", "initializer_range")
 
 
+class MixerShape(NamedTuple):
+    """Holds the sizes of one mixer."""
+
+    n_v_heads: int
+    n_qk_heads: int  # groups of heads with the same B and C
+    d_inner: int
+    d_xBC: int  # channels of the causal convolution: x, then B, then C
+
+
 class LlambaConfig(PretrainedConfig):
     """Describes the shape of a (hybrid) Llamba.
 
     vocab_size: rows of the embedding and of the head; padded up to a multiple of `pad_vocab_size_multiple`.
     mlp_cfg, ssm_cfg: the published sub-dictionaries; what they leave out has the published default.
     attention_layers: indices of the layers that are `LlamaDecoderLayer`s; empty for a pure Llamba.
-    attention_cfg: the teacher's settings for those layers (`ATTENTION_FIELDS`), or None.
+    attention_heads: layer, as text, to the indices of the teacher's query heads that it keeps. A layer that keeps all
+        of them is a whole layer, and is moved to `attention_layers`.
+    attention_cfg: the teacher's settings for those layers and heads (`ATTENTION_FIELDS`), or None.
 
     Raises ValueError where a value is of the wrong kind or absurd, sizes do not divide, a key is unknown, or an index
     is out of range.
@@ -93,6 +106,7 @@ class LlambaConfig(PretrainedConfig):
     mlp_cfg: dict[str, Any] = field(default_factory=dict)
     ssm_cfg: dict[str, Any] = field(default_factory=dict)
     attention_layers: list[int] = field(default_factory=list)
+    attention_heads: dict[str, list[int]] = field(default_factory=dict)
     attention_cfg: dict[str, Any] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -103,7 +117,9 @@ class LlambaConfig(PretrainedConfig):
         self.ssm_cfg = _filled("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
         self._check_kinds()
         self.vocab_size += -self.vocab_size % self.pad_vocab_size_multiple
-        self.attention_layers = sorted(set(self.attention_layers))
+        self.attention_layers, self.attention_heads = whole_and_parts(
+            self.attention_layers, self.attention_heads, self.n_teacher_heads
+        )
         super().__post_init__(**kwargs)
         self._check()
 
@@ -139,6 +155,8 @@ class LlambaConfig(PretrainedConfig):
                 problems.append(f"{name}={values[name]!r}: expected one of {', '.join(known)}")
         if type(self.attention_layers) is not list or any(type(i) is not int for i in self.attention_layers):
             problems.append(f"attention_layers={self.attention_layers!r}: expected a list of whole numbers")
+        if not _is_layers_to_heads(self.attention_heads):
+            problems.append(f"attention_heads={self.attention_heads!r}: expected a list of heads for each layer")
         if problems:
             raise ValueError("; ".join(problems))
         if self.attention_cfg is not None:
@@ -154,8 +172,39 @@ class LlambaConfig(PretrainedConfig):
         outside = [i for i in self.attention_layers if not 0 <= i < self.n_layer]
         if outside:
             raise ValueError(f"attention_layers {outside} are outside 0..{self.n_layer - 1}")
-        if self.attention_layers and self.attention_cfg is None:
-            raise ValueError("attention_layers is given without attention_cfg, the teacher's settings for them")
+        if self.has_attention and self.attention_cfg is None:
+            name = "attention_layers" if self.attention_layers else "attention_heads"
+            raise ValueError(f"{name} is given without attention_cfg, the teacher's settings for them")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        n_heads, n_v_heads = self.n_teacher_heads, self.ssm_cfg["n_v_heads"]
+        for layer, heads in self.attention_heads.items():
+            if int(layer) >= self.n_layer:
+                raise ValueError(f"attention_heads has layer {layer}, which is outside 0..{self.n_layer - 1}")
+            if int(layer) in self.attention_layers:
+                raise ValueError(f"attention_heads has layer {layer}, which attention_layers keeps whole")
+            if type(n_heads) is not int or heads[-1] >= n_heads:
+                raise ValueError(f"attention_heads has {heads} of layer {layer}, and a teacher's layer {n_heads} heads")
+            if n_v_heads != n_heads:
+                raise ValueError(
+                    f"attention_heads: expected as many heads in a mixer (ssm_cfg.n_v_heads={n_v_heads}) as in the "
+                    f"teacher's attention ({n_heads}), each in the place of one"
+                )
+
+    @property
+    def has_attention(self) -> bool:
+        """Returns whether any layer has attention, whole or by heads."""
+        return bool(self.attention_layers or self.attention_heads)
+
+    @property
+    def n_teacher_heads(self) -> int | None:
+        """Returns the query heads of a teacher's layer, None without one."""
+        return (self.attention_cfg or {}).get("num_attention_heads")
+
+    def heads_of(self, layer: int) -> list[int]:
+        """Returns the heads that a layer keeps beside its mixer, in order; none of a whole layer."""
+        return self.attention_heads.get(str(layer), [])
 
     @property
     def d_inner(self) -> int:
@@ -163,24 +212,63 @@ class LlambaConfig(PretrainedConfig):
 
     @property
     def d_xBC(self) -> int:
-        """Returns the channels of the causal convolution: x, then B, then C."""
-        return self.d_inner + 2 * self.ssm_cfg["n_qk_heads"] * self.ssm_cfg["d_state"]
+        return self.mixer_shape().d_xBC
 
     @property
     def headdim(self) -> int:
         return self.d_inner // self.ssm_cfg["n_v_heads"]
 
+    def n_kv_heads_of(self, layer: int) -> int:
+        """Returns the key/value heads of a layer: of a whole one all, else those of its kept heads."""
+        if layer in self.attention_layers:
+            return self.attention_config().num_key_value_heads
+        if not (kept := self.heads_of(layer)):
+            return 0
+        attention = self.attention_config()
+        return len({head * attention.num_key_value_heads // attention.num_attention_heads for head in kept})
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.attention_config().head_dim if self.has_attention else 0
+
+    def mixer_shape(self, n_kept: int = 0) -> MixerShape:
+        """Returns the shape of a mixer beside `n_kept` heads of the teacher, or of one that stands alone."""
+        n_heads = self.ssm_cfg["n_v_heads"] - n_kept
+        n_groups = n_heads if n_kept else self.ssm_cfg["n_qk_heads"]
+        d_inner = n_heads * self.headdim
+        return MixerShape(n_heads, n_groups, d_inner, d_inner + 2 * n_groups * self.ssm_cfg["d_state"])
+
     def attention_config(self) -> LlamaConfig:
-        """Returns the `LlamaConfig` from which the replaced layers and their rotary embedding are built."""
+        """Returns the `LlamaConfig` from which the teacher's layers, heads and rotary embedding are built."""
         assert self.attention_cfg is not None
         config = LlamaConfig(**self.attention_cfg, num_hidden_layers=self.n_layer, vocab_size=self.vocab_size)
         config._attn_implementation = self._attn_implementation
         return config
 
 
+def whole_and_parts(
+    layers: Iterable[int], heads: Mapping[Any, Iterable[int]], n_heads: int | None
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Returns the layers that are whole, in order, those that keep all their `n_heads` heads among them, and the heads
+    of the others by layer, as `attention_layers` and `attention_heads` have them.
+    """
+    parts = {int(layer): sorted(set(kept)) for layer, kept in sorted(heads.items(), key=lambda item: int(item[0]))}
+    whole = {layer for layer, kept in parts.items() if len(kept) == n_heads and kept == list(range(len(kept)))}
+    kept = {str(layer): kept for layer, kept in parts.items() if kept and layer not in whole}
+    return sorted({*layers, *whole}), kept
+
+
 def attention_cfg_from(teacher: LlamaConfig) -> dict[str, Any]:
     """Returns the part of a teacher's config that its layers need in a hybrid."""
     return {name: getattr(teacher, name) for name in ATTENTION_FIELDS}
+
+
+def _is_layers_to_heads(given: Any) -> bool:
+    """Returns whether a value is a dictionary of layers, numbers or text of digits, to lists of whole numbers."""
+    return type(given) is dict and all(
+        str(layer).isdecimal() and type(heads) is list and all(type(head) is int and head >= 0 for head in heads)
+        for layer, heads in given.items()
+    )
 
 
 def _filled(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

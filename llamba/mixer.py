@@ -19,14 +19,18 @@ from .ssd import ssd_step
 
 
 class DiscreteMamba2(nn.Module):
-    """Mixes the tokens of u (B, L, D) by a causal convolution and a state-space scan."""
+    """Mixes the tokens of u (B, L, D) by a causal convolution and a state-space scan.
 
-    def __init__(self, config: LlambaConfig) -> None:
+    n_kept: heads in whose place the teacher's attention heads stand. The mixer is made of the others, each with B and C
+        of its own, because what is left of groups that share them need not be equal in size.
+    """
+
+    def __init__(self, config: LlambaConfig, n_kept: int = 0) -> None:
         super().__init__()
-        ssm = config.ssm_cfg
-        self.d_inner, self.d_xBC, self.headdim = config.d_inner, config.d_xBC, config.headdim
-        self.d_state, self.d_conv, self.chunk_size = ssm["d_state"], ssm["d_conv"], ssm["chunk_size"]
-        self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
+        ssm, shape = config.ssm_cfg, config.mixer_shape(n_kept)
+        self.n_v_heads, self.n_qk_heads, self.d_inner, self.d_xBC = shape
+        self.headdim, self.d_state = config.headdim, ssm["d_state"]
+        self.d_conv, self.chunk_size = ssm["d_conv"], ssm["chunk_size"]
         self.activation = ssm["activation"]
 
         d_in_proj = self.d_xBC + self.d_inner + self.n_v_heads

@@ -1,61 +1,21 @@
-"""Llamba and its hybrids as a transformers model: Llama's blocks with discrete Mamba-2 mixers in place of attention,
-and, at `config.attention_layers`, whole decoder layers of a Llama. Weight names are those of the published
-checkpoints; loading is exact: a missing, unexpected or misshapen weight is an error that lists it.
+"""Llamba and its hybrids as a transformers model: Llama's blocks with discrete Mamba-2 mixers in place of attention, or
+of all but some of its heads, and, at `config.attention_layers`, whole decoder layers of a Llama. Weight names are those
+of the published checkpoints; loading is exact: a missing, unexpected or misshapen weight is an error that lists it.
 """
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from .cache import LlambaCache, RecurrentLayer
+from .block import LlambaBlock
+from .cache import HeadsLayer, LlambaCache, RecurrentLayer
 from .configuration import LlambaConfig
-from .llama import RMSNorm, attention_layer, gated
+from .llama import RMSNorm, attention_layer
 from .mixer import DiscreteMamba2
-
-
-class LlambaMLP(nn.Module):
-    """Computes Llama's gated MLP: down(act(gate(x)) * up(x))."""
-
-    def __init__(self, config: LlambaConfig) -> None:
-        super().__init__()
-        mlp = config.mlp_cfg
-        self.gate_proj = nn.Linear(config.d_model, mlp["intermediate_size"], bias=mlp["bias"])
-        self.up_proj = nn.Linear(config.d_model, mlp["intermediate_size"], bias=mlp["bias"])
-        self.down_proj = nn.Linear(mlp["intermediate_size"], config.d_model, bias=mlp["bias"])
-        self.act = ACT2FN[mlp["act_fn"]]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act, self.training))
-
-
-class LlambaBlock(GradientCheckpointingLayer):
-    """Adds mixer(norm(x)) to x, then mlp(norm(x)): x (B, L, D) -> (B, L, D)."""
-
-    def __init__(self, config: LlambaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.input_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.mixer = DiscreteMamba2(config)
-        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.mlp = LlambaMLP(config)
-        self.dropout = nn.Dropout(config.resid_dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        past_key_values: LlambaCache | None = None,
-        token_mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> Tensor:
-        states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        x = x + self.dropout(self.mixer(self.input_layernorm(x), states, token_mask, seq_idx))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class LlambaPreTrainedModel(PreTrainedModel):
@@ -95,10 +55,12 @@ class LlambaModel(LlambaPreTrainedModel):
 
     def __init__(self, config: LlambaConfig) -> None:
         super().__init__(config)
-        attention_config = config.attention_config() if config.attention_layers else None
+        attention_config = config.attention_config() if config.has_attention else None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            attention_layer(attention_config, i) if i in config.attention_layers else LlambaBlock(config, i)
+            attention_layer(attention_config, i)
+            if i in config.attention_layers
+            else LlambaBlock(config, i, attention_config)
             for i in range(config.n_layer)
         )
         self.final_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
@@ -144,7 +106,8 @@ class LlambaModel(LlambaPreTrainedModel):
         all_hidden_states = [x] if output_hidden_states else []
         for layer in self.layers:
             if isinstance(layer, LlambaBlock):
-                x = layer(x, past_key_values=past_key_values, token_mask=token_mask, seq_idx=seq_idx)
+                inputs = attention_inputs if layer.attention is not None else {}
+                x = layer(x, past_key_values=past_key_values, token_mask=token_mask, seq_idx=seq_idx, **inputs)
             else:
                 x = layer(x, past_key_values=past_key_values, use_cache=use_cache, **attention_inputs)
             if output_hidden_states:
@@ -159,15 +122,17 @@ class LlambaModel(LlambaPreTrainedModel):
         return outputs.to_tuple() if return_dict is False else outputs
 
     def _check_cache(self, cache) -> None:
-        recurrent = [isinstance(layer, LlambaBlock) for layer in self.layers]
-        if [isinstance(states, RecurrentLayer) for states in cache.layers] != recurrent:
+        blocks = [layer if isinstance(layer, LlambaBlock) else None for layer in self.layers]
+        expected = [(block is not None, block is not None and block.attention is not None) for block in blocks]
+        found = [(isinstance(layer, RecurrentLayer), isinstance(layer, HeadsLayer)) for layer in cache.layers]
+        if found != expected:
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__} whose layers are not this model's; expected "
                 "LlambaCache(model.config), or what an earlier output of this model holds"
             )
 
     def _masks(self, x, attention_mask, position_ids, past_key_values, seq_idx):
-        """Returns the mixers' token mask (B, L), None without an `attention_mask`, and attention layers' inputs."""
+        """Returns the mixers' token mask (B, L), None without an `attention_mask`, and the inputs of attention."""
         length = x.shape[1]
         n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         token_mask = None
@@ -191,7 +156,7 @@ class LlambaModel(LlambaPreTrainedModel):
                 return seq_idx[b, q] == seq_idx[b, kv]
 
         mask = create_causal_mask(
-            config=self.layers[self.config.attention_layers[0]].self_attn.config,
+            config=self.rotary_emb.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=past_key_values,

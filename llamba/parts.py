@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from .modeling import LlambaBlock, LlambaForCausalLM
+from .block import LlambaBlock
+from .modeling import LlambaForCausalLM
 
 
 def parameters_by_part(model: LlambaForCausalLM) -> dict[str, list[nn.Parameter]]:

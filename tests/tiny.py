@@ -31,10 +31,12 @@ def tiny_student(**changes):
     return student
 
 
-def tiny_hybrid(dtype=torch.float32, teacher=None, **changes):
-    """Returns `tiny_student(**changes)` in `dtype` with layers 1 and 3 of a teacher, `tiny_teacher()` by default."""
+def tiny_hybrid(dtype=torch.float32, teacher=None, heads=None, **changes):
+    """Returns `tiny_student(**changes)` in `dtype` with layers 1 and 3 of a teacher, `tiny_teacher()` by default, and
+    with `heads` (layer -> query heads) of other layers.
+    """
     student = tiny_student(**changes).to(dtype)
-    apply_replacements(student, teacher or tiny_teacher(), [1, 3])
+    apply_replacements(student, teacher or tiny_teacher(), [1, 3], heads)
     return student
 
 

@@ -10,7 +10,7 @@ from conversion.teacher_stream import TeacherStream
 from conversion.teacher_weights import TeacherWeights
 from distillation.objective import DistillationModel
 from llamba import LlambaForCausalLM
-from model_utils import take_layers
+from llamba.teacher_parts import take_parts
 from tests.parsing import train_options
 from tests.tiny import tiny_teacher
 
@@ -36,7 +36,7 @@ def student_of(teacher, dtype=torch.float32, layers=()):
             if twin is not None:
                 twin.copy_(tensor)
     if layers:
-        take_layers(student, teacher.config, list(layers), teacher.model.layers.__getitem__)
+        take_parts(student, teacher.config, list(layers), {}, teacher.model.layers.__getitem__)
     return student
 
 

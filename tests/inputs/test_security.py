@@ -286,7 +286,7 @@ SIZES = ["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "mlp_cfg
 SIZES += ["ssm_cfg.n_v_heads", "ssm_cfg.n_qk_heads", "ssm_cfg.d_conv", "ssm_cfg.expand", "ssm_cfg.chunk_size"]
 OTHERS = ["norm_epsilon", "resid_dropout", "initializer_range", "tie_embeddings", "lm_head_bias", "use_cache"]
 OTHERS += ["mlp_cfg.act_fn", "mlp_cfg.bias", "ssm_cfg.activation", "ssm_cfg.bias", "ssm_cfg.conv_bias"]
-OTHERS += ["attention_layers", "mlp_cfg", "ssm_cfg", "attention_cfg"]
+OTHERS += ["attention_layers", "attention_heads", "mlp_cfg", "ssm_cfg", "attention_cfg"]
 NO_SIZE = [HUGE, -1, 0, "32", 1.5, None, True, float("nan"), [32], {"a": {"b": [1]}}]
 
 

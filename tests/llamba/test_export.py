@@ -24,9 +24,10 @@ from model_utils import get_configs, get_student_model, get_tokenizer, locate_mo
 from tests.llamba.exports import ROOT, TEACHER, VOCAB, WEIGHTS, save_checkpoint
 from tests.tiny import tiny_hybrid, tiny_student, tokens
 
-CODE = {"cache.py", "configuration.py", "elementwise.py", "kernels.py", "llama.py", "mamba_scan.py", "mixer.py"}
-CODE |= {"modeling.py", "ssd.py"}
+CODE = {"block.py", "cache.py", "configuration.py", "elementwise.py", "kept_heads.py", "kernels.py", "llama.py"}
+CODE |= {"mamba_scan.py", "mixer.py", "modeling.py", "ssd.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+HEADS = {"my-hybrid.v1": {}, "half": {0: [1], 2: [0, 2, 3]}}  # kept beside the whole layers
 KERNEL_CHOICE = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")  # logits are bitwise equal with the same kernels only
 
 
@@ -90,9 +91,13 @@ FRESH = """
 
 @pytest.fixture(scope="module")
 def fresh(exported, hybrid, tmp_path_factory):
-    """Loads a float32 hybrid in shards and a bfloat16 one in one file, as a user without this repository does."""
+    """Loads a float32 hybrid in shards and a bfloat16 one, by heads too, in one file, as a user without this repository
+    does.
+    """
     folder = tmp_path_factory.mktemp("fresh")
-    half = save_checkpoint(folder / "run", tiny_hybrid(torch.bfloat16, vocab_size=VOCAB), world_size=1)
+    half = save_checkpoint(
+        folder / "run", tiny_hybrid(torch.bfloat16, heads=HEADS["half"], vocab_size=VOCAB), world_size=1
+    )
     assert main([str(half), str(folder / "half")]) == 0
     script = folder / "script.py"
     script.write_text(textwrap.dedent(FRESH))
@@ -116,7 +121,7 @@ def test_a_fresh_process_has_nothing_of_this_repository(fresh):
 
 @pytest.mark.parametrize("name,dtype", [("my-hybrid.v1", torch.float32), ("half", torch.bfloat16)])
 def test_a_fresh_process_gives_the_same(fresh, name, dtype):
-    model = tiny_hybrid(dtype, vocab_size=VOCAB)
+    model = tiny_hybrid(dtype, heads=HEADS[name], vocab_size=VOCAB)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         expected = model(ids).logits

@@ -15,7 +15,8 @@ from model_utils import apply_replacements
 from tests.tiny import tiny_student, tiny_teacher, tokens
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-LAYERS = {"pure": [], "hybrid": [1, 3], "attention": [0, 1, 2, 3]}
+LAYERS = {"pure": [], "hybrid": [1, 3], "attention": [0, 1, 2, 3], "heads": [3]}
+HEADS = {"heads": {0: [1], 1: [0, 2, 3]}}  # beside whole layers; of layer 1 two share a key/value head
 CHUNK = 8  # of the tiny models' scan
 DECODING = {  # length of the prompt, options
     "one token": (1, {}),
@@ -27,19 +28,19 @@ DECODING = {  # length of the prompt, options
 }
 
 
-def make(layers, **changes):
+def make(layers, heads=None, **changes):
     """Returns a model whose attention is as strong as its mixers: initial weights would hardly depend on positions."""
     student, teacher = tiny_student(**changes), tiny_teacher(**changes)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    apply_replacements(student, teacher, layers)
+    apply_replacements(student, teacher, layers, heads)
     return student
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: make(layers) for name, layers in LAYERS.items()}
+    return {name: make(layers, HEADS.get(name)) for name, layers in LAYERS.items()}
 
 
 @pytest.fixture(params=LAYERS)
