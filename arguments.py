@@ -31,7 +31,11 @@ class CommonArguments:
         most=MOST_SEED,
     )
     local_files_only: bool = option(False, "use only files on this disk, and no network", GENERAL, free=True)
-    teacher_model: str = path_option(BY_PRESET, "name or directory of the teacher, a Llama-family causal LM", MODELS)
+    teacher_model: str = path_option(
+        BY_PRESET,
+        "name or directory of the teacher, a causal LM; a Llama, Mistral, Qwen2 or Qwen3 for --layers and alignment",
+        MODELS,
+    )
     student_model: str = path_option(
         BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True
     )

@@ -1,5 +1,5 @@
-"""Makes a student of any Llama: mixers computed in closed form from its attention and a little text, everything else
-copied. train_gpus.py trains it then, with some of the teacher's layers put back.
+"""Makes a student of a Llama, Mistral, Qwen2 or Qwen3: mixers computed in closed form from its attention and a little
+text, everything else copied. train_gpus.py trains it then, with some of the teacher's layers put back.
 
     python make_student.py --teacher_model meta-llama/Llama-3.2-1B-Instruct --output students/llama-1b
 

@@ -27,6 +27,7 @@ from inputs.model_files import check_weight_files, dead_links, one_line, read_co
 from inputs.option_values import command_that_makes
 from inputs.teacher_parts import Heads, named_parts, pairs_of
 from llamba import LlambaConfig, LlambaForCausalLM, whole_and_parts
+from llamba.families import other_form
 from llamba.kernels import kernels_for
 from llamba.teacher_parts import take_parts
 from paths import readable
@@ -127,10 +128,10 @@ def check_replacements(
             f"{flag}: {outside} out of range; the student has {student.n_layer} layers and the teacher "
             f"{teacher.num_hidden_layers}, so expected 0 to {n_layer - 1}"
         )
-    if teacher.model_type != "llama":
+    if (other := other_form(teacher)) is not None:
         problems.append(
-            f"{flag}: layers can be taken from a teacher of model_type 'llama', not {teacher.model_type!r}; "
-            "use --layers -1, without --heads, to distil without its layers"
+            f"{flag}: no layers can be taken from this teacher, which has {other}; take another teacher, or use "
+            "--layers -1, without --heads, to distil without its layers"
         )
     if teacher.hidden_size != student.d_model:
         problems.append(

@@ -1,4 +1,4 @@
-"""Makes a student of a Llama, layer after layer: each is read, given a mixer, measured, written and forgotten. A
+"""Makes a student of a teacher, layer after layer: each is read, given a mixer, measured, written and forgotten. A
 conversion that was stopped resumes behind the last finished layer, and the student has the same bytes.
 """
 
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conversion.calibration import Windows
 from conversion.closed_form import copy_projections, fit_decay, fit_mixer
-from conversion.heads import plain_heads
+from conversion.heads import constant_norms, plain_heads
 from conversion.measure import HeldOutStreams, add_mlp, attend, in_parts
 from conversion.student_config import student_config
 from conversion.teacher_weights import TeacherWeights
 from conversion.unfinished import FIGURES, UnfinishedStudent, finished_figures
 from llamba import DiscreteMamba2, LlambaBlock, LlambaConfig, LlambaModel
+from llamba.families import DecoderLayer
 from model_utils import DTYPES
 from utils import finite, format_duration
 
@@ -150,7 +150,7 @@ class _Building:
         held_out = HeldOutStreams(*both(windows.held_out[:, :-1]), self.recipe.layers)
         return Calibration(*both(windows.calibration)), held_out, []
 
-    def _block(self, index: int, layer: LlamaDecoderLayer, calibration: Calibration, attended: Tensor) -> LlambaBlock:
+    def _block(self, index: int, layer: DecoderLayer, calibration: Calibration, attended: Tensor) -> LlambaBlock:
         """Returns the student's layer as it is written, in float32. attended: what attention adds to the teacher's
         hidden states.
         """
@@ -165,6 +165,7 @@ class _Building:
             fit_mixer(block.mixer, layer.self_attn, inputs, own_inputs, attended)
         elif self.recipe.init == "projections":
             plain = plain_heads(block.mixer.n_v_heads, self.device)
+            plain = plain._replace(norms=constant_norms(layer.self_attn, inputs))
             copy_projections(block.mixer, layer.self_attn, plain)
             if block.mixer.in_proj.bias is None:
                 fit_decay(block.mixer, plain.horizon, inputs.flatten(0, 1))

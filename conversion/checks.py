@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from conversion.gguf import GGUFModel, is_gguf, partial_folder
 from conversion.options import MakeArguments
@@ -17,6 +17,7 @@ from inputs.context import shortest
 from inputs.model_files import one_line, read_config
 from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
+from llamba.families import TeacherConfig, other_form
 from model_utils import DTYPES, locate_model
 from paths import readable
 
@@ -26,7 +27,7 @@ GB = 1e9
 TEACHER = "--teacher_model"
 
 
-def check_conversion(args: MakeArguments) -> tuple[LlamaConfig, LlambaConfig]:
+def check_conversion(args: MakeArguments) -> tuple[TeacherConfig, LlambaConfig]:
     """Returns the configs of the teacher and of the student that it becomes. Raises ValueError that lists what is wrong
     with the options; a plan (--dry_run) reads the config of a preset's teacher from the preset, without a network.
     """
@@ -52,8 +53,8 @@ def warn_of_few_tokens(args: MakeArguments, student: LlambaConfig) -> None:
         )  # fmt: skip
 
 
-def teacher_config(args: MakeArguments) -> LlamaConfig:
-    """Returns the teacher's config. Raises ValueError if it is none of a Llama that a student can be made of."""
+def teacher_config(args: MakeArguments) -> TeacherConfig:
+    """Returns the teacher's config. Raises ValueError if no student can be made of such a model."""
     name = args.teacher_model
     if is_gguf(name):
         with readable(f"{TEACHER} {name}", name):
@@ -71,11 +72,12 @@ def teacher_config(args: MakeArguments) -> LlamaConfig:
     if problems := problems_of_teacher(values, args.ssm_bias):
         raise ValueError("\n".join(f"{TEACHER} {name}: {problem}" for problem in problems))
     config = read_config(TEACHER, name, path)
-    assert isinstance(config, LlamaConfig)
+    if (other := other_form(config)) is not None:
+        raise ValueError(f"{TEACHER} {name}: its config.json says {other}; give another teacher")
     return config
 
 
-def _problems_of_options(args: MakeArguments, teacher: LlamaConfig) -> list[str]:
+def _problems_of_options(args: MakeArguments, teacher: TeacherConfig) -> list[str]:
     problems = []
     if outside := [index for index in args.layers if index >= teacher.num_hidden_layers]:
         problems.append(

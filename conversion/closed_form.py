@@ -16,13 +16,13 @@ import math
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaAttention
 
-from conversion.heads import HeadFit, decays, head_traces, projections, rotated
+from conversion.heads import HeadFit, constant_norms, decays, head_traces, projections, rotated
 from conversion.horizons import choose_horizons
 from conversion.pairs import fit_pairs
 from conversion.taps import fit_taps
 from llamba import DiscreteMamba2
+from llamba.families import Attention
 
 DECAY_RIDGE = 1e-3  # of the decay's row, in units of the mean diagonal
 HEAD_RIDGE = 1e-3  # of one scale for each head, likewise
@@ -35,7 +35,7 @@ LONGEST_WINDOW = 1024  # whose scores are in memory
 
 
 @torch.no_grad()
-def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, fit: HeadFit) -> None:
+def copy_projections(mixer: DiscreteMamba2, attention: Attention, fit: HeadFit) -> None:
     """Gives a mixer the projections of an attention layer by what was chosen for each head, and out_proj = o_proj. The
     gate is open.
 
@@ -60,9 +60,9 @@ def copy_projections(mixer: DiscreteMamba2, attention: LlamaAttention, fit: Head
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
 
 
-def _copy_heads(mixer: DiscreteMamba2, attention: LlamaAttention, fit: HeadFit) -> None:
+def _copy_heads(mixer: DiscreteMamba2, attention: Attention, fit: HeadFit) -> None:
     """Writes the rows of x, B and C, and their biases. B and C have the root of each pair's weight, C has its angle."""
-    q, k, v = projections(attention)
+    q, k, v = projections(attention, fit.norms)
     width = attention.head_dim
     kept = rows_for_state(width, mixer.d_state - (fit.constant is not None))
     cos, sin = (part.expand(-1, width // 2).repeat(1, 2)[..., None] for part in (fit.cos, fit.sin))  # (H, P, 1)
@@ -202,22 +202,22 @@ def spread_decay(mixer: DiscreteMamba2, horizon: Tensor) -> None:
 
 
 @torch.no_grad()
-def choose_heads(attention: LlamaAttention, inputs: Tensor, kept: Tensor, n_taps: int) -> HeadFit:
+def choose_heads(attention: Attention, inputs: Tensor, kept: Tensor, n_taps: int) -> HeadFit:
     """Returns what brings each head closest to its outputs on the first tokens of inputs (B, S, D), by least squares in
     the metric of its columns of o_proj: first the horizon, then the taps, then the weights of the pairs.
 
     kept: the channels of q and k that the state has room for.
     """
     some = inputs[:, :LONGEST_WINDOW]
-    traces = head_traces(attention, some[: max(1, TOKENS_FOR_HEADS // some.shape[1])], kept)
+    some = some[: max(1, TOKENS_FOR_HEADS // some.shape[1])]
+    norms = constant_norms(attention, some)
+    traces = head_traces(attention, some, kept, norms)
     horizon, _ = choose_horizons(traces.beginning(TOKENS_FOR_HORIZONS))
-    return fit_pairs(traces, horizon, *fit_taps(traces, horizon, n_taps))
+    return fit_pairs(traces, horizon, *fit_taps(traces, horizon, n_taps))._replace(norms=norms)
 
 
 @torch.no_grad()
-def fit_mixer(
-    mixer: DiscreteMamba2, attention: LlamaAttention, inputs: Tensor, own_inputs: Tensor, outputs: Tensor
-) -> None:
+def fit_mixer(mixer: DiscreteMamba2, attention: Attention, inputs: Tensor, own_inputs: Tensor, outputs: Tensor) -> None:
     """Makes a mixer come as close to an attention layer as it can without a gradient step.
 
     inputs, outputs: of the attention on some windows, (n, S, D) float32. own_inputs: what the mixer has in place of

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from llamba.families import FAMILIES, Attention
 
 METRIC_RIDGE = 1e-6  # of what o_proj does not see, in units of the mean diagonal
 SHORTEST, LONGEST = 2.0, 256.0  # horizons of the first and the last head where none are chosen, in tokens
@@ -30,6 +32,10 @@ class Projection(NamedTuple):
             .transpose(1, 2)
         )
 
+    def times(self, factors: Tensor) -> "Projection":
+        """Returns the projection with each channel multiplied by its factor (H, P)."""
+        return Projection(self.weight * factors[..., None], None if self.bias is None else self.bias * factors)
+
 
 class HeadFit(NamedTuple):
     """Holds what was chosen for each head.
@@ -45,6 +51,7 @@ class HeadFit(NamedTuple):
     constant: Tensor | None = None  # weight of 1: (H,); None: the state has no entry for it
     key_mean: Tensor | None = None  # taken from the keys: (H, P)
     taps: Tensor | None = None  # weights of the last values in x, the token's own first: (H, K); None: its own alone
+    norms: Tensor | None = None  # what stands for 1 / rms in the norms of q and k: (2, H); None: there are no norms
 
 
 class HeadTraces(NamedTuple):
@@ -66,9 +73,11 @@ class HeadTraces(NamedTuple):
         return self._replace(q=q, k=k, v=v, target=target)
 
 
-def projections(attention: LlamaAttention) -> tuple[Projection, Projection, Projection]:
+def projections(attention: Attention, norms: Tensor | None = None) -> tuple[Projection, Projection, Projection]:
     """Returns q, k and v by query head. Query head h reads the key and value head h // (H / their number), so that each
     of these is repeated in place: head 0, 0, 1, 1, and not 0, 1, 0, 1.
+
+    norms (2, H): of a `HeadFit`. Without them q and k are as they are before any norm.
     """
     n_heads, width = attention.config.num_attention_heads, attention.head_dim
 
@@ -78,7 +87,30 @@ def projections(attention: LlamaAttention) -> tuple[Projection, Projection, Proj
         bias = None if linear.bias is None else linear.bias.unflatten(0, (-1, width)).repeat_interleave(repeats, dim=0)
         return Projection(weight.repeat_interleave(repeats, dim=0), bias)
 
-    return by_head(attention.q_proj), by_head(attention.k_proj), by_head(attention.v_proj)
+    q, k, v = by_head(attention.q_proj), by_head(attention.k_proj), by_head(attention.v_proj)
+    if norms is None:
+        return q, k, v
+    return q.times(attention.q_norm.weight * norms[0, :, None]), k.times(attention.k_norm.weight * norms[1, :, None]), v
+
+
+@torch.no_grad()
+def constant_norms(attention: Attention, inputs: Tensor) -> Tensor | None:
+    """Returns the factors that come closest to the norms of q and k in each head on inputs (B, S, D): (2, H). A norm
+    divides every token by another number, its rms, which a mixer's B and C, linear in its inputs, cannot do. None where
+    attention has no norms.
+    """
+    if not FAMILIES[attention.config.model_type].normed_heads:
+        return None
+    q, k, _ = projections(attention)
+
+    def factors(projection: Projection, eps: float) -> Tensor:  # (H,): the least squares of z / rms(z) by z
+        square = projection.of(inputs).square().mean(-1)  # (B, H, S)
+        total = square.sum((0, 2))
+        along = (square * torch.rsqrt(square + eps)).sum((0, 2))
+        return along / total.where(total > 0, 1.0)
+
+    norms = (attention.q_norm, attention.k_norm)
+    return torch.stack([factors(z, norm.variance_epsilon) for z, norm in zip((q, k), norms, strict=True)])
 
 
 def decays(horizon: Tensor) -> Tensor:
@@ -109,9 +141,11 @@ def rotated(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def head_traces(attention: LlamaAttention, inputs: Tensor, kept: Tensor) -> HeadTraces:
-    """Returns what the heads have on inputs (B, S, D). kept: the channels of k that the state has room for."""
-    of_q, of_k, of_v = projections(attention)
+def head_traces(attention: Attention, inputs: Tensor, kept: Tensor, norms: Tensor | None = None) -> HeadTraces:
+    """Returns what the heads have on inputs (B, S, D). kept: the channels of k that the state has room for. norms: of a
+    `HeadFit`; the targets are those of the attention itself.
+    """
+    of_q, of_k, of_v = projections(attention, norms)
     k = of_k.of(inputs)  # (B, H, S, P)
     key_mean = k.mean((0, 2))  # (H, P)
     room = torch.zeros(k.shape[-1]).index_fill(0, kept, 1.0).to(k)  # (P,)
@@ -127,7 +161,7 @@ def head_traces(attention: LlamaAttention, inputs: Tensor, kept: Tensor) -> Head
     )
 
 
-def head_outputs(attention: LlamaAttention, inputs: Tensor) -> Tensor:
+def head_outputs(attention: Attention, inputs: Tensor) -> Tensor:
     """Returns the softmax outputs of each head, before o_proj, for inputs (B, S, D): (B, H, S, P)."""
     seen: list[Tensor] = []
     angles = LlamaRotaryEmbedding(attention.config).to(inputs.device)(
@@ -141,7 +175,7 @@ def head_outputs(attention: LlamaAttention, inputs: Tensor) -> Tensor:
     return seen[0].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-def _metric(attention: LlamaAttention) -> Tensor:
+def _metric(attention: Attention) -> Tensor:
     """Returns of each head a matrix L with |y L| = |o_proj y| for its outputs y: (H, P, P)."""
     columns = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim)).double()  # (D, H, P)
     gram = torch.einsum("dhp,dhq->hpq", columns, columns)

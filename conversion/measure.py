@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from distillation.fused_loss import choose_chunk_tokens
 from distillation.losses import LossInputs
 from evaluation.held_out import HeldOutSums, held_out_sums
 from llamba import LlambaBlock
+from llamba.families import DecoderLayer
 
 TOKENS_AT_ONCE = 2048  # in a layer: its MLP's activations take the most memory
 SMALLEST = 1e-6  # of a hidden state's norm
@@ -37,7 +37,7 @@ class HeldOutStreams:
 
     @torch.no_grad()
     def advance(
-        self, index: int, teacher: LlamaDecoderLayer, block: LlambaBlock, angles: tuple[Tensor, Tensor]
+        self, index: int, teacher: DecoderLayer, block: LlambaBlock, angles: tuple[Tensor, Tensor]
     ) -> dict[str, float]:
         """Moves every stream through layer `index`, and returns the layer's own errors, as means over tokens:
 
@@ -79,12 +79,12 @@ class HeldOutStreams:
         return found
 
 
-def attend(layer: LlamaDecoderLayer, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def attend(layer: DecoderLayer, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Returns what a layer's attention adds to its input x: (B, S, D)."""
     return layer.self_attn(layer.input_layernorm(x), position_embeddings=angles, attention_mask=None)[0]
 
 
-def add_mlp(layer: LlamaDecoderLayer | LlambaBlock, x: Tensor) -> Tensor:
+def add_mlp(layer: DecoderLayer | LlambaBlock, x: Tensor) -> Tensor:
     """Returns x (B, S, D) and what a layer's MLP adds to it."""
     return x + layer.mlp(layer.post_attention_layernorm(x))
 

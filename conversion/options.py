@@ -85,7 +85,9 @@ class MakeArguments(CommonArguments):
 
 def parse_make_args(argv: list[str] | None = None) -> MakeArguments:
     """Returns the options of a conversion. Raises ValueError that lists every problem found."""
-    description = "Make a student of a Llama: its layers, with recurrent mixers in place of attention."
+    description = (
+        "Make a student of a Llama, Mistral, Qwen2 or Qwen3: its layers, with recurrent mixers in place of attention."
+    )
     values, given = option_values(MakeArguments, "common", description, argv)
     args = MakeArguments(**values)
     is_presets = args.teacher_model == preset_values(args.preset, MakeArguments, "common")["teacher_model"]

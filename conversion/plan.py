@@ -5,12 +5,12 @@ the disk, and about how long. Computed from the teacher's config; no weights are
 import time
 
 import torch
-from transformers import LlamaConfig
 
 from conversion.checks import GB, disk_bytes, n_parameters, states_bytes
 from conversion.closed_form import LONGEST_WINDOW, TOKENS_AT_ONCE, TOKENS_FOR_HEADS
 from conversion.options import MakeArguments
 from llamba import LlambaConfig
+from llamba.families import TeacherConfig, width_of_heads
 from model_utils import DTYPES
 from utils import format_duration
 
@@ -18,13 +18,14 @@ LIBRARIES = 0.5 * GB  # of a process that has imported torch and transformers
 SPEED_OF = 1024  # rows and columns of the product by which this machine's speed is measured
 
 
-def format_plan(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig) -> str:
+def format_plan(args: MakeArguments, teacher: TeacherConfig, student: LlambaConfig) -> str:
     """Returns the plan as text."""
     ssm = student.ssm_cfg
     biases = "with biases" if ssm["bias"] else "without biases"
     lines = [
         f"Teacher: {args.teacher_model}, {teacher.num_hidden_layers} layers, width {teacher.hidden_size}, "
-        f"{teacher.num_attention_heads} query and {teacher.num_key_value_heads} key/value heads of {teacher.head_dim}",
+        f"{teacher.num_attention_heads} query and {teacher.num_key_value_heads} key/value heads of "
+        f"{width_of_heads(teacher)}",
         f"Student: {args.output}, {n_parameters(student) / 1e6:,.0f} million parameters in {args.dtype}, "
         f"{'tied' if student.tie_embeddings else 'untied'} embeddings",
         f"Mixers:  {student.n_layer}, each {ssm['n_v_heads']} heads of {student.headdim}, state {ssm['d_state']}, "
@@ -49,7 +50,7 @@ def _words(layers: list[int]) -> str:
     return " ".join(map(str, layers))
 
 
-def memory(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig) -> dict[str, int]:
+def memory(args: MakeArguments, teacher: TeacherConfig, student: LlambaConfig) -> dict[str, int]:
     """Returns the bytes that are held at the same time in each part of a conversion; the largest counts."""
     states, vocab = states_bytes(args, student), 4 * teacher.vocab_size * teacher.hidden_size
     # Beside the states: their copy that is written, or inputs of both models, outputs, and one of these in parts.
@@ -80,10 +81,10 @@ def fit_bytes(args: MakeArguments, student: LlambaConfig) -> int:
     return max(output, TOKENS_FOR_HEADS * (8 * scores + 72 * student.d_inner))
 
 
-def operations(args: MakeArguments, teacher: LlamaConfig, student: LlambaConfig) -> tuple[int, int]:
+def operations(args: MakeArguments, teacher: TeacherConfig, student: LlambaConfig) -> tuple[int, int]:
     """Returns the multiplications and additions of a conversion in float32, and those in float64."""
     D, inner, mlp = student.d_model, student.d_inner, student.mlp_cfg["intermediate_size"]
-    attention = 2 * D * (2 * teacher.num_attention_heads + 2 * teacher.num_key_value_heads) * (teacher.head_dim or 0)
+    attention = 2 * D * (2 * teacher.num_attention_heads + 2 * teacher.num_key_value_heads) * width_of_heads(teacher)
     mixer = 2 * D * (student.d_xBC + 2 * inner)
     n_streams = 5 if args.layers else 3
     calibration = args.calibration_tokens * (attention + 6 * D * mlp)

@@ -1,16 +1,14 @@
-"""The config of the student that a Llama becomes, and which Llamas it cannot be made of."""
+"""The config of the student that a teacher becomes, and which teachers it cannot be made of."""
 
 import math
 from typing import Any
 
-from transformers import LlamaConfig
-
 from llamba import LlambaConfig
+from llamba.families import FAMILIES, KNOWN, TeacherConfig, width_of_heads
 from llamba.quantised import SUPPORTED, quantisation
 
-# What a model may have that a Llama has not, by the field of its config that switches it on.
-NOT_IN_A_LLAMA = {
-    "sliding_window": "a sliding window",
+# What a model may have that none of the families has, by the field of its config that switches it on.
+IN_NO_FAMILY = {
     "attn_logit_softcapping": "capped attention scores",
     "final_logit_softcapping": "capped logits",
     "num_local_experts": "experts",
@@ -22,19 +20,19 @@ def problems_of_teacher(values: dict[str, Any], ssm_bias: bool = True) -> list[s
     without the option that named it. ssm_bias: whether the student's mixers are to have biases.
     """
     problems = []
-    if (kind := values.get("model_type")) != "llama":
+    if (kind := values.get("model_type")) not in FAMILIES:
         problems.append(
-            f"its config.json says model_type {kind!r}; expected 'llama': the student takes over a Llama's "
-            "projections, MLPs and norms, so give a Llama, or write a conversion of that model to one"
+            f"its config.json says model_type {kind!r}; {KNOWN}: the student takes over projections, MLPs and norms of "
+            "layers like Llama's, so give such a model, or write a conversion of that model to one"
         )
-    for field, what in NOT_IN_A_LLAMA.items():
+    for field, what in IN_NO_FAMILY.items():
         if values.get(field) is not None:
             problems.append(
-                f"its config.json has {field} {values[field]!r}, {what}, which a Llama has not; give another"
+                f"its config.json has {field} {values[field]!r}, {what}, which a student has not; give another"
             )
     if method := quantisation(values):
         problems.append(f"its weights are quantised, by {method} as config.json says; {SUPPORTED}")
-    if values.get("attention_bias") and not ssm_bias:
+    if kind in FAMILIES and "attention_bias" in FAMILIES[kind].fields and values.get("attention_bias") and not ssm_bias:
         problems.append(
             "its attention has biases (attention_bias), and with --no_ssm_bias out_proj has none to put that of "
             "o_proj in; leave --no_ssm_bias out"
@@ -42,13 +40,13 @@ def problems_of_teacher(values: dict[str, Any], ssm_bias: bool = True) -> list[s
     return problems
 
 
-def student_config(teacher: LlamaConfig, d_state: int | None = None, ssm_bias: bool = True) -> LlambaConfig:
+def student_config(teacher: TeacherConfig, d_state: int | None = None, ssm_bias: bool = True) -> LlambaConfig:
     """Returns the config of a student as wide and as deep as the teacher, all of whose layers are recurrent.
 
     A mixer has a head for each query head. d_state: the size of its state, by default the teacher's head_dim. ssm_bias:
     whether in_proj and out_proj have biases; the published Llambas have none.
     """
-    head_dim = teacher.head_dim or teacher.hidden_size // teacher.num_attention_heads
+    head_dim = width_of_heads(teacher)
     # x is `expand` times as wide as the model. Where the heads are together narrower, each gets channels of zeros.
     expand = math.ceil(teacher.num_attention_heads * head_dim / teacher.hidden_size)
     return LlambaConfig(
@@ -61,7 +59,7 @@ def student_config(teacher: LlamaConfig, d_state: int | None = None, ssm_bias: b
         initializer_range=teacher.initializer_range,
         mlp_cfg={
             "intermediate_size": teacher.intermediate_size,
-            "bias": teacher.mlp_bias,
+            "bias": "mlp_bias" in FAMILIES[teacher.model_type].fields and teacher.mlp_bias,
             "act_fn": teacher.hidden_act,
         },
         ssm_cfg={

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conversion.teacher_weights import TeacherWeights
 from llamba import LlambaForCausalLM
+from llamba.families import DecoderLayer
 from llamba.llama import FrozenMLP, use_kernels
 
 
 class Traced:
     """Holds what a layer of the teacher read and computed, each (B, S, D)."""
 
-    def __init__(self, layer: LlamaDecoderLayer, hidden: Tensor, attention: Tensor) -> None:
+    def __init__(self, layer: DecoderLayer, hidden: Tensor, attention: Tensor) -> None:
         self.layer = layer
         self.hidden = hidden  # its input, before the norm
         self.attention = attention  # what its attention adds to that
@@ -32,7 +32,7 @@ class Traced:
 
 
 class TeacherStream:
-    """Runs a Llama for a student of its shape. Called with input_ids (B, S), it returns the last hidden states
+    """Runs a teacher for a student of its shape. Called with input_ids (B, S), it returns the last hidden states
     (B, S, D) after the last norm, as `distillation.teacher.Teacher` does for the signal "hidden".
 
     Reads the teacher one layer at a time. A tensor that the student has bit for bit is the student's own; what it has
@@ -45,7 +45,7 @@ class TeacherStream:
         dtype, self.device = backbone.embedding.weight.dtype, backbone.embedding.weight.device
         self.bytes_held, self.bytes_shared = 0, 0
         self.embedding = self._shared(weights.embedding(dtype, self.device), backbone.embedding.weight)  # (V, D)
-        self.layers: list[LlamaDecoderLayer] = []
+        self.layers: list[DecoderLayer] = []
         for index, twin in enumerate(backbone.layers):
             self.layers.append(weights.layer(index, dtype, self.device))
             self._share(self.layers[-1], twin)
@@ -89,7 +89,7 @@ class TeacherStream:
             rotary = self.rotary(hidden, torch.arange(hidden.shape[1], device=self.device)[None])
         for layer in self.layers:
             with torch.no_grad():
-                attention, _ = layer.self_attn(layer.input_layernorm(hidden), rotary)  # causal without a mask
+                attention, _ = layer.self_attn(layer.input_layernorm(hidden), rotary, None)  # causal without a mask
             traced = Traced(layer, hidden, attention)
             yield traced
             hidden = traced.output

@@ -1,4 +1,4 @@
-"""Reads a Llama from its files piece by piece: one tensor or one layer at a time, so that a model that is larger than
+"""Reads a teacher from its files piece by piece: one tensor or one layer at a time, so that a model that is larger than
 the memory can be worked on.
 """
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from inputs.loaded_models import check_all_used, not_finite
 from inputs.model_files import downloaded, one_line, read_config, weight_files
+from llamba.families import FAMILIES, DecoderLayer, other_form
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -22,27 +22,27 @@ NORM = "model.norm.weight"
 
 
 class TeacherWeights:
-    """Holds the config of a Llama and where its tensors are. Keeps no tensor: each is read anew when it is asked for.
+    """Holds the config of a teacher, of one of the `FAMILIES`, and where its tensors are. Keeps no tensor: each is read
+    anew when it is asked for.
 
-    config: its LlamaConfig. folder: that of its files. stored: of each tensor, by the name that a LlamaForCausalLM has
-    for it, its name in the files, its file and its shape.
+    config: its config. folder: that of its files. stored: of each tensor, by the name that transformers' causal model
+    has for it, its name in the files, its file and its shape.
     """
 
     def __init__(self, path: str, flag: str = "--teacher_model", name: str | None = None) -> None:
         """path: a folder, or a name on the Hub, which is downloaded. name: what `flag` was given, for errors.
 
-        Raises ValueError of one line if the model is no Llama, or if weights are missing, misshapen or quantised. Reads
-        headers only.
+        Raises ValueError of one line if its layers are not like Llama's, or if weights are missing, misshapen or
+        quantised. Reads headers only.
         """
         self.flag, self.name = flag, path if name is None else name
         self.folder = Path(path)
         if not self.folder.is_dir():
             self.folder = downloaded(flag, path)
         config = read_config(flag, self.name, str(self.folder))
-        if not isinstance(config, LlamaConfig):
-            raise ValueError(
-                f"{flag} {self.name}: its config.json says model_type {config.model_type!r}; expected 'llama'"
-            )
+        if (other := other_form(config)) is not None:
+            raise ValueError(f"{flag} {self.name}: its config.json says {other}")
+        self.family = FAMILIES[config.model_type]
         self.config = config
         self.config._attn_implementation = "sdpa"
         self.stored = self._find()
@@ -50,7 +50,7 @@ class TeacherWeights:
     def _find(self) -> dict[str, tuple[str, Path, tuple[int, ...]]]:
         """Returns `stored`, of which every tensor of the model has its shape. Raises ValueError."""
         with torch.device("meta"):
-            model = LlamaForCausalLM(self.config)
+            model = self.family.model(self.config)
         wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         found, unexpected = {}, []
         for file in weight_files(self.flag, self.name, self.folder):
@@ -85,7 +85,7 @@ class TeacherWeights:
                 yield torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
     def tensor(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """Returns a copy of one tensor, by the name that a LlamaForCausalLM has for it. Raises ValueError if it is not
+        """Returns a copy of one tensor, by the name that the causal model has for it. Raises ValueError if it is not
         finite.
         """
         stored, file, _ = self.stored[name]
@@ -98,16 +98,16 @@ class TeacherWeights:
                 raise ValueError(not_finite(self.flag, self.name, stored, value, dtype))
         return copy.to(device)
 
-    def layer(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> LlamaDecoderLayer:
+    def layer(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> DecoderLayer:
         """Returns a whole decoder layer, frozen and in eval mode."""
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, index)
+            layer = self.family.layer(self.config, index)
         return self._filled(layer, f"model.layers.{index}.", dtype, device)
 
-    def norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LlamaRMSNorm:
+    def norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """Returns the norm before the head, frozen."""
         with torch.device("meta"):
-            norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+            norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         return self._filled(norm, NORM.removesuffix("weight"), dtype, device)
 
     def _filled(self, module: Any, prefix: str, dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -8,6 +8,7 @@ from arguments import TrainArguments
 from inputs.context import shortest
 from inputs.model_files import folder_of
 from llamba import LlambaConfig
+from llamba.families import other_form
 from model_utils import check_replacements, get_tokenizer
 from processes.ranks import is_main_rank
 from text.encoding import ids_of
@@ -31,10 +32,10 @@ def check_pair(args: TrainArguments, student: LlambaConfig, teacher: PretrainedC
 
 def check_alignment(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
     """Raises ValueError if no layer of the student can learn from the teacher's layer of the same index."""
-    if teacher.model_type != "llama":
+    if (other := other_form(teacher)) is not None:
         raise ValueError(
-            f"--stage align: a teacher of model_type {teacher.model_type!r} has not the layers that mixers are aligned "
-            "with; expected 'llama', take such a teacher, or --stage distil"
+            "--stage align: the teacher has not the layers that mixers are aligned with: its config says "
+            f"{other}; take such a teacher, or --stage distil"
         )
     shapes = [(student.n_layer, student.d_model), (teacher.num_hidden_layers, teacher.hidden_size)]
     if shapes[0] != shapes[1]:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llamba.families import FAMILIES, other_form
 from model_utils import MOST_BEYOND_HEAD, logits_beyond_head
 
 # Of a forward pass for several ranks. With more, matrix products would not be faster, and take more memory.
@@ -13,24 +14,27 @@ TOKENS_AT_ONCE = 8192
 
 
 def runs_by_layers(model: PreTrainedModel) -> bool:
-    """Returns whether the model is a Llama whose attention is causal by itself, without a mask."""
-    return type(model) is LlamaForCausalLM and model.config._attn_implementation == "sdpa"
+    """Returns whether the model has Llama's layers, with attention that is causal by itself, without a mask."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or type(model) is not family.model or other_form(model.config) is not None:
+        return False
+    return model.config._attn_implementation == "sdpa"
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Returns `model.base_model(input_ids).last_hidden_state`, (B, S, D), of whole windows. A Llama's layers are run
-    here one by one: transformers' forward pass reads from the device, at its start, whether positions are consecutive,
-    and the thread that runs the teacher would wait there for the answer before.
+    """Returns `model.base_model(input_ids).last_hidden_state`, (B, S, D), of whole windows. Layers like Llama's are
+    run here one by one: transformers' forward pass reads from the device, at its start, whether positions are
+    consecutive, and the thread that runs the teacher would wait there for the answer before.
     """
     if not runs_by_layers(model):
         return model.base_model(input_ids, use_cache=False).last_hidden_state
-    llama = model.base_model
-    x = llama.embed_tokens(input_ids)  # (B, S, D)
+    decoder = model.base_model
+    x = decoder.embed_tokens(input_ids)  # (B, S, D)
     positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, S)
-    rotary = llama.rotary_emb(x, position_ids=positions)
-    for layer in llama.layers:
+    rotary = decoder.rotary_emb(x, position_ids=positions)
+    for layer in decoder.layers:
         x = layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotary, use_cache=False)
-    return llama.norm(x)
+    return decoder.norm(x)
 
 
 def batches_at_once(signal: str, n_tokens: int) -> int:

@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .block import LlambaBlock
 from .cache import LlambaCache, SharedPrefix, cache_bytes, can_share
-from .configuration import LlambaConfig, attention_cfg_from, whole_and_parts
+from .configuration import LlambaConfig, whole_and_parts
+from .families import attention_cfg_from
 from .mixer import DiscreteMamba2
 from .modeling import LlambaForCausalLM, LlambaModel
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache import LlambaCache, RecurrentLayer
 from .configuration import LlambaConfig
+from .families import TeacherConfig
 from .kept_heads import KeptHeads
 from .llama import RMSNorm, attention_layer, gated
 from .mixer import DiscreteMamba2
@@ -36,7 +36,7 @@ class LlambaBlock(GradientCheckpointingLayer):
     attention_config: of the teacher's layers, if any layer has kept heads.
     """
 
-    def __init__(self, config: LlambaConfig, layer_idx: int, attention_config: LlamaConfig | None = None) -> None:
+    def __init__(self, config: LlambaConfig, layer_idx: int, attention_config: TeacherConfig | None = None) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         kept = config.heads_of(layer_idx)

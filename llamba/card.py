@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .configuration import LlambaConfig
+from .families import FAMILIES
 
 TESTED = "5.17.0 and 5.23.0"  # transformers
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -47,10 +48,10 @@ where they come from. They need PyTorch and transformers 5.17 or newer (tried wi
 """
 
 DISTILLED = """\
-Distilled from a Llama teacher: the student learns from text and from the teacher's distribution over the next token.\
+Distilled from a teacher: the student learns from text and from the teacher's distribution over the next token.\
 """
 ALIGNED = """\
-Aligned with a Llama teacher, and not distilled: given the teacher's hidden states, each mixer learns
+Aligned with a teacher, and not distilled: given the teacher's hidden states, each mixer learns
 {target}. Nothing else was trained.\
 """
 TARGETS = {
@@ -110,12 +111,13 @@ def model_card(
 def _summary(config: LlambaConfig) -> str:
     n_attention, n_layer = len(config.attention_layers), config.n_layer
     recurrent = "Mamba-2 mixers, whose memory per sequence does not grow with its length"
-    text = "A causal language model: a Llama whose attention has been replaced by Mamba-2 mixers "
+    text = "A causal language model: a transformer whose attention has been replaced by Mamba-2 mixers "
     text += "([Llamba](https://arxiv.org/abs/2502.14458)). "
     if not n_attention:
         return text + f"All {n_layer} layers are {recurrent}."
+    family = FAMILIES[config.attention_config().model_type].title
     return text + (
-        f"{n_layer - n_attention} of its {n_layer} layers are {recurrent}; {n_attention} are a Llama's attention "
+        f"{n_layer - n_attention} of its {n_layer} layers are {recurrent}; {n_attention} are a {family}'s attention "
         "layers, taken over whole: norms, attention, MLP. Layers count from 0."
     )
 

@@ -1,5 +1,5 @@
 """The configuration of a Llamba: a Llama whose attention is replaced by discrete Mamba-2 mixers, but for the
-layers listed in `attention_layers`, which are whole decoder layers of a Llama teacher, and the heads listed in
+layers listed in `attention_layers`, which are whole decoder layers of a teacher, and the heads listed in
 `attention_heads`, which a layer keeps of the teacher's attention beside a mixer of the other heads.
 
 The published `config.json` files are read unchanged; `attention_layers`, `attention_heads` and `attention_cfg` are
@@ -10,24 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any, NamedTuple
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-# The fields of a teacher's LlamaConfig that decide what one of its decoder layers computes.
-ATTENTION_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-)
+from .families import FAMILIES, KNOWN, TeacherConfig, config_of, width_of_heads
 
 MLP_DEFAULTS = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
 SSM_DEFAULTS = {
@@ -76,10 +62,10 @@ class LlambaConfig(PretrainedConfig):
 
     vocab_size: rows of the embedding and of the head; padded up to a multiple of `pad_vocab_size_multiple`.
     mlp_cfg, ssm_cfg: the published sub-dictionaries; what they leave out has the published default.
-    attention_layers: indices of the layers that are `LlamaDecoderLayer`s; empty for a pure Llamba.
+    attention_layers: indices of the layers that are decoder layers of a teacher; empty for a pure Llamba.
     attention_heads: layer, as text, to the indices of the teacher's query heads that it keeps. A layer that keeps all
         of them is a whole layer, and is moved to `attention_layers`.
-    attention_cfg: the teacher's settings for those layers and heads (`ATTENTION_FIELDS`), or None.
+    attention_cfg: the teacher's family and settings for those layers and heads (`attention_cfg_from`), or None.
 
     Raises ValueError where a value is of the wrong kind or absurd, sizes do not divide, a key is unknown, or an index
     is out of range.
@@ -160,7 +146,7 @@ class LlambaConfig(PretrainedConfig):
         if problems:
             raise ValueError("; ".join(problems))
         if self.attention_cfg is not None:
-            _check_keys("attention_cfg", self.attention_cfg, ATTENTION_FIELDS)
+            _check_attention_cfg(self.attention_cfg)
 
     def _check(self) -> None:
         """Raises ValueError where values contradict one another."""
@@ -229,7 +215,7 @@ class LlambaConfig(PretrainedConfig):
 
     @property
     def attention_head_dim(self) -> int:
-        return self.attention_config().head_dim if self.has_attention else 0
+        return width_of_heads(self.attention_config()) if self.has_attention else 0
 
     def mixer_shape(self, n_kept: int = 0) -> MixerShape:
         """Returns the shape of a mixer beside `n_kept` heads of the teacher, or of one that stands alone."""
@@ -238,10 +224,10 @@ class LlambaConfig(PretrainedConfig):
         d_inner = n_heads * self.headdim
         return MixerShape(n_heads, n_groups, d_inner, d_inner + 2 * n_groups * self.ssm_cfg["d_state"])
 
-    def attention_config(self) -> LlamaConfig:
-        """Returns the `LlamaConfig` from which the teacher's layers, heads and rotary embedding are built."""
+    def attention_config(self) -> TeacherConfig:
+        """Returns the config, of the teacher's family, from which its layers, heads and rotary embedding are built."""
         assert self.attention_cfg is not None
-        config = LlamaConfig(**self.attention_cfg, num_hidden_layers=self.n_layer, vocab_size=self.vocab_size)
+        config = config_of(self.attention_cfg, num_hidden_layers=self.n_layer, vocab_size=self.vocab_size)
         config._attn_implementation = self._attn_implementation
         return config
 
@@ -258,11 +244,6 @@ def whole_and_parts(
     return sorted({*layers, *whole}), kept
 
 
-def attention_cfg_from(teacher: LlamaConfig) -> dict[str, Any]:
-    """Returns the part of a teacher's config that its layers need in a hybrid."""
-    return {name: getattr(teacher, name) for name in ATTENTION_FIELDS}
-
-
 def _is_layers_to_heads(given: Any) -> bool:
     """Returns whether a value is a dictionary of layers, numbers or text of digits, to lists of whole numbers."""
     return type(given) is dict and all(
@@ -274,6 +255,14 @@ def _is_layers_to_heads(given: Any) -> bool:
 def _filled(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     _check_keys(name, given, tuple(defaults))
     return {**defaults, **given}
+
+
+def _check_attention_cfg(given: dict[str, Any]) -> None:
+    """Raises ValueError if a family is unknown, or a key no setting of its layers."""
+    kind = given.get("model_type", "llama") if type(given) is dict else "llama"
+    if type(kind) is not str or kind not in FAMILIES:
+        raise ValueError(f"attention_cfg.model_type={kind!r}: {KNOWN}")
+    _check_keys("attention_cfg", given, ("model_type", *FAMILIES[kind].fields))
 
 
 def _check_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:

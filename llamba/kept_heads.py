@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from .families import FAMILIES, Attention
 
 
 class KeptHeads(nn.Module):
@@ -18,7 +20,7 @@ class KeptHeads(nn.Module):
     heads: indices of query heads, in order. with_bias: whether o_proj has a bias, if the whole attention's has one.
     """
 
-    def __init__(self, whole: LlamaAttention, heads: list[int], with_bias: bool = True) -> None:
+    def __init__(self, whole: Attention, heads: list[int], with_bias: bool = True) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = whole.config, whole.layer_idx, whole.head_dim
         self.scaling, self.attention_dropout, self.is_causal = whole.scaling, whole.attention_dropout, True
@@ -33,6 +35,9 @@ class KeptHeads(nn.Module):
         self.k_proj = nn.Linear(width, d_key, bias=whole.k_proj.bias is not None)
         self.v_proj = nn.Linear(width, d_key, bias=whole.v_proj.bias is not None)
         self.o_proj = nn.Linear(d_query, whole.o_proj.out_features, bias=with_bias and whole.o_proj.bias is not None)
+        is_normed = FAMILIES[whole.config.model_type].normed_heads
+        self.q_norm: nn.Module | None = whole.q_norm if is_normed else None
+        self.k_norm: nn.Module | None = whole.k_norm if is_normed else None
 
     def forward(
         self,
@@ -50,9 +55,12 @@ class KeptHeads(nn.Module):
         """
         assert position_embeddings is not None
         query, key, value = (
-            projection(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, head_dim)
+            projection(u).unflatten(-1, (-1, self.head_dim))  # (B, L, heads, head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (m.transpose(1, 2) for m in (query, key, value))  # (B, heads, L, head_dim)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value)  # (B, kv_heads, P + L, head_dim)

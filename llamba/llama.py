@@ -1,13 +1,16 @@
-"""Llama's norm and MLP, as transformers has them, by the kernels that are chosen for their device."""
+"""Llama's norm and MLP, as transformers has them in each family, by the kernels that are chosen for their device."""
 
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from .families import FAMILIES, DecoderLayer, TeacherConfig
 from .kernels import kernels_for
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
+NORMS = tuple(family.norm for family in FAMILIES.values())
+MLPS = tuple(family.mlp for family in FAMILIES.values())
+OF_HEADS = ("q_norm", "k_norm")
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -39,19 +42,19 @@ def gated(gate: Tensor, up: Tensor, act: nn.Module, fused: bool) -> Tensor:
     return act(gate) * up
 
 
-def attention_layer(config: LlamaConfig, index: int) -> LlamaDecoderLayer:
-    """Returns a new decoder layer of a Llama, with the norms and the MLP of this module."""
-    layer = LlamaDecoderLayer(config, index)
+def attention_layer(config: TeacherConfig, index: int) -> DecoderLayer:
+    """Returns a new decoder layer of a teacher's family, with the norms and the MLP of this module."""
+    layer = FAMILIES[config.model_type].layer(config, index)
     use_kernels(layer, TrainedMLP)
     return layer
 
 
 def use_kernels(model: nn.Module, mlp: type[LlamaMLP]) -> None:
     """Makes transformers' norms and MLPs within a model those of this module, `mlp` being the class of the MLPs. Names
-    and values of the weights stay as they are, and so do modules of other architectures.
+    and values of the weights stay as they are, and so do modules of other architectures, and norms within attention.
     """
-    for module in model.modules():
-        if type(module) is LlamaRMSNorm:
+    for name, module in model.named_modules():
+        if type(module) in NORMS and not name.endswith(OF_HEADS):
             module.__class__ = RMSNorm
-        elif type(module) is LlamaMLP:
+        elif type(module) in MLPS:
             module.__class__ = mlp

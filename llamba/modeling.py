@@ -1,6 +1,7 @@
 """Llamba and its hybrids as a transformers model: Llama's blocks with discrete Mamba-2 mixers in place of attention, or
-of all but some of its heads, and, at `config.attention_layers`, whole decoder layers of a Llama. Weight names are those
-of the published checkpoints; loading is exact: a missing, unexpected or misshapen weight is an error that lists it.
+of all but some of its heads, and, at `config.attention_layers`, whole decoder layers of a teacher. Weight names are
+those of the published checkpoints; loading is exact: a missing, unexpected or misshapen weight is an error that lists
+it.
 """
 
 import torch
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .block import LlambaBlock
 from .cache import HeadsLayer, LlambaCache, RecurrentLayer
 from .configuration import LlambaConfig
+from .families import FAMILIES
 from .llama import RMSNorm, attention_layer
 from .mixer import DiscreteMamba2
 
@@ -22,7 +24,7 @@ class LlambaPreTrainedModel(PreTrainedModel):
     config_class = LlambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlambaBlock", "LlamaDecoderLayer"]
+    _no_split_modules = ["LlambaBlock", *(family.layer.__name__ for family in FAMILIES.values())]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .block import LlambaBlock
-from .configuration import attention_cfg_from, whole_and_parts
+from .configuration import whole_and_parts
+from .families import Attention, DecoderLayer, TeacherConfig, attention_cfg_from
 from .kept_heads import KeptHeads
 from .llama import attention_layer
 from .mixer import DiscreteMamba2
@@ -23,10 +23,10 @@ Pair = tuple[Tensor | None, Tensor | None]  # a tensor, and what it becomes; Non
 @torch.no_grad()
 def take_parts(
     student: LlambaForCausalLM,
-    teacher: LlamaConfig,
+    teacher: TeacherConfig,
     layers: Iterable[int],
     heads: Mapping[int, list[int]],
-    layer_of: Callable[[int], LlamaDecoderLayer],
+    layer_of: Callable[[int], DecoderLayer],
 ) -> None:
     """Puts independent copies of a teacher's decoder layers, `layer_of` each index, into the student, on its device and
     in its dtype: whole ones at `layers`; at each of `heads` (layer -> query heads) the norms, the MLP and those heads,
@@ -70,7 +70,7 @@ def _copy(new: Tensor | None, old: Tensor | None) -> None:
         new.copy_(old)
 
 
-def _of_block(block: LlambaBlock, given: LlamaDecoderLayer) -> Iterator[Pair]:
+def _of_block(block: LlambaBlock, given: DecoderLayer) -> Iterator[Pair]:
     """Yields what a block with kept heads has of the teacher's layer."""
     for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
         yield from zip(block.get_submodule(name).parameters(), given.get_submodule(name).parameters(), strict=True)
@@ -78,13 +78,16 @@ def _of_block(block: LlambaBlock, given: LlamaDecoderLayer) -> Iterator[Pair]:
     yield from _of_heads(block.attention, given.self_attn)
 
 
-def _of_heads(own: KeptHeads, given: LlamaAttention) -> Iterator[Pair]:
+def _of_heads(own: KeptHeads, given: Attention) -> Iterator[Pair]:
     rows, key_rows = (_numbers_of(which, own.head_dim) for which in (own.heads, own.kv_heads))
     for name, kept in (("q_proj", rows), ("k_proj", key_rows), ("v_proj", key_rows)):
         yield from _rows(own.get_submodule(name), given.get_submodule(name), kept)
     yield own.o_proj.weight, given.o_proj.weight[:, rows]  # (D, heads * head_dim)
     if own.o_proj.bias is not None:
         yield own.o_proj.bias, given.o_proj.bias
+    if own.q_norm is not None and own.k_norm is not None:
+        yield from zip(own.q_norm.parameters(), given.q_norm.parameters(), strict=True)
+        yield from zip(own.k_norm.parameters(), given.k_norm.parameters(), strict=True)
 
 
 def _of_mixer(own: DiscreteMamba2, given: DiscreteMamba2, kept: list[int]) -> Iterator[Pair]:

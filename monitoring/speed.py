@@ -7,10 +7,10 @@ import resource
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from conversion.alignment import Alignment
 from llamba import DiscreteMamba2, LlambaForCausalLM
+from llamba.families import ATTENTIONS
 
 # 10^12 dense operations per second in bfloat16 and float16 with sums in float32, by words of the name that
 # torch.cuda.get_device_name gives; the first that fits counts. From the vendors' data sheets and, for GeForce cards,
@@ -102,7 +102,7 @@ def _forward_operations(module: nn.Module, seq_len: int) -> float:
 
 def _mixing_operations(module: nn.Module, seq_len: int) -> float:
     """Returns the forward operations per token of attention and scan; 0 for modules that mix no tokens."""
-    if isinstance(module, LlamaAttention):  # scores and values, over the tokens that one sees on average
+    if isinstance(module, ATTENTIONS):  # scores and values, over the tokens that one sees on average
         heads = module.config.num_attention_heads
         return 4 * heads * module.head_dim * (seq_len + 1) / 2
     if isinstance(module, DiscreteMamba2):  # the scan in chunks: steps 1, 2 and 4 of llamba/ssd.py

@@ -101,7 +101,7 @@ def test_no_layers_leaves_the_student_alone():
         (LlamaConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4), [1, 4], r"\[4\] out of range"),
         (LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4), [2], "expected 0 to 1"),
         (LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4), [1], "64 wide and the student's 32"),
-        (MistralConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4), [1], "'mistral'"),
+        (MistralConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4), [1], "sliding_window 4096"),
     ],
 )
 def test_layers_that_cannot_be_replaced(teacher, layers, message):

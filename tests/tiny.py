@@ -5,6 +5,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamba import LlambaConfig, LlambaForCausalLM
+from llamba.families import FAMILIES
 from model_utils import apply_replacements
 
 
@@ -79,3 +80,20 @@ def give_gradients(model, seed, factor=1.0):
 def weights(model):
     """Returns a copy of every parameter by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def tiny_family(kind, **changes):
+    """Returns a random teacher of a family, all of whose biases and norms do something. Its heads are together wider
+    than the model where the family lets them be.
+    """
+    torch.manual_seed(5)
+    values = dict(vocab_size=1030, hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4)
+    values |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2)
+    values |= {"mistral": {"head_dim": 12, "sliding_window": None}, "qwen3": {"head_dim": 16}}.get(kind, {})
+    family = FAMILIES[kind]
+    model = family.model(family.config(**{**values, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model

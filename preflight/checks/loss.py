@@ -14,6 +14,7 @@ from distillation.fused_loss import fused_distill_loss
 from distillation.losses import LossInputs, LossWeights
 from distillation.objective import compiles_loss
 from llamba import LlambaConfig, LlambaForCausalLM
+from llamba.families import other_form
 from model_utils import DTYPES, apply_replacements
 from preflight.checks.basics import FAILURE, OK, CheckSkipped, Finding, PlannedRun
 from preflight.checks.machine import run_device
@@ -81,7 +82,7 @@ def check_equal_models(run: PlannedRun) -> Iterator[Finding]:
         teacher = small_teacher(run)
     except ValueError as error:  # reported by `check_logits`
         raise CheckSkipped("the teacher cannot be loaded") from error
-    if teacher is None or teacher_config.model_type != "llama":
+    if teacher is None or other_form(teacher_config) is not None:
         n_parameters = sum(p.numel() for p in skeletons(run)[0].parameters())
         found = f"not tried with {n_parameters / 1e9:.1f} billion parameters ({teacher_config.model_type})"
         yield Finding(OK, EQUAL.format("whole models"), f"{found}; the loss alone was")

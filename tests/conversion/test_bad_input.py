@@ -42,9 +42,9 @@ def error_of(tmp_path, *more):
 
 
 CONFIGS = [
-    ({"model_type": "gpt2"}, "model_type 'gpt2'; expected 'llama'"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2'; expected 'llama', 'mistral', 'qwen2' or 'qwen3'"),
     ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
-    ({"sliding_window": 64}, "sliding_window 64, a sliding window, which a Llama has not"),
+    ({"sliding_window": 64}, "sliding_window 64, by which attention sees the last tokens only"),
     ({"num_local_experts": 8}, "num_local_experts 8, experts"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised, by gptq"),
     ({"num_hidden_layers": 0}, "0 layers; expected 1 to"),

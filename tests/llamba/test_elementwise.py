@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from arguments import parse_train_args
@@ -266,7 +266,7 @@ def test_a_run_fuses_its_teacher(monkeypatch):
 
 def test_other_architectures_are_left_alone():
     sizes = dict(vocab_size=56, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4)
-    model = MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2))
+    model = GraniteForCausalLM(GraniteConfig(**sizes, num_key_value_heads=2))
     before = [type(module) for module in model.modules()]
     use_kernels(model, FrozenMLP)
     assert [type(module) for module in model.modules()] == before
