@@ -29,7 +29,7 @@ class Exact:
     dtype: torch.dtype
 
     def encode(self, pieces: Tensor) -> Tensor:
-        return pieces.view(torch.uint8)
+        return pieces.to(self.dtype).view(torch.uint8)
 
     def decode(self, message: Tensor) -> Tensor:
         return message.view(self.dtype).float()

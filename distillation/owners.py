@@ -6,9 +6,9 @@ all-reduce and a broadcast take three times the former.
 No last bit depends on buckets, on their size, or on the order in which messages arrive.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,22 +18,11 @@ from distillation.adamw import MasterWeightAdamW
 from distillation.buckets import WHOLE, Bucket
 from distillation.changes import apply_changes, count_longer, encode_changes, most_longer
 from distillation.exchange import Kept, Owned
-from distillation.gradient_codes import gradient_code
+from distillation.levels import Flight, as_bytes, make_levels
+from processes.ranks import local_world_size
 
 BUCKET_BYTES = 128 * 2**20
-IN_FLIGHT = 4  # messages under way at most, of up to as many bytes: what is sent, and what arrives
-# Of the same size, to ask whether any bit is set.
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-class Flight(NamedTuple):
-    """Holds gradients of a bucket that are under way: the same part of every rank's piece."""
-
-    bucket: Bucket
-    part: slice
-    sent: Tensor  # (R, m) uint8, kept until it has gone
-    arrived: Tensor  # likewise, by the rank that sent it
-    work: dist.Work
+IN_FLIGHT = 4  # messages under way at most, of up to as many bytes: what is sent, and what arrives; shared by levels
 
 
 class Owners:
@@ -56,7 +45,7 @@ class Owners:
         their way; 16 sends them as they are. bucket_bytes: of gradients that are sent at once.
         """
         self.n_ranks, self.master_weights = dist.get_world_size(), master_weights
-        self.code = gradient_code(gradient_bits, groups[0]["params"][0].dtype)
+        self.levels = make_levels(gradient_bits, groups[0]["params"][0].dtype, local_world_size())
         place = {parameter: i for i, parameter in enumerate(order)}
         self.buckets: list[Bucket] = []
         stepped = []
@@ -102,26 +91,32 @@ class Owners:
         bucket.master.grad = torch.empty(len(bucket.own), dtype=torch.float32, device=bucket.own.device)
         pieces = bucket.grads.view(self.n_ranks, -1)  # (R, n)
         for part in self._parts(bucket):
-            if len(self.flights) == IN_FLIGHT:
-                self._receive()
-            message = self.code.encode(pieces[:, part].contiguous())  # (R, m)
-            arrived = torch.empty_like(message)
-            work = dist.all_to_all_single(arrived.view(-1), message.view(-1), async_op=True)
-            self.flights.append(Flight(bucket, part, message, arrived, work))
+            self._depart(0, bucket, part, pieces[:, part])
 
     def _parts(self, bucket: Bucket) -> Iterator[slice]:
         """Yields the parts of a piece that are sent one by one: a vocabulary's weights alone are gigabytes."""
         for start in range(0, len(bucket.own), self.at_once):
             yield slice(start, min(start + self.at_once, len(bucket.own)))
 
-    def _receive(self) -> None:
-        """Waits for the oldest flight, and sums what has arrived, rank after rank."""
-        bucket, part, _, arrived, work = self.flights.popleft()
-        work.wait()
-        total = _grad(bucket)[part].zero_()
-        for message in arrived:
-            total += self.code.decode(message)
-        total /= self.n_ranks
+    def _depart(self, i: int, bucket: Bucket, part: slice, pieces: Tensor) -> None:
+        """Sends a part of pieces (R', k) at level i, once there is room for it."""
+        if len(self.flights[i]) == IN_FLIGHT // len(self.levels):
+            self._arrive(i)
+        self.flights[i].append((bucket, part, self.levels[i].send(pieces)))
+
+    def _arrive(self, i: int) -> None:
+        """Waits for the oldest flight of level i. What it brings goes on to the next level; at the last it is the
+        gradient.
+        """
+        bucket, part, flight = self.flights[i].popleft()
+        grad = _grad(bucket)[part]
+        if i == len(self.levels) - 1:
+            self.levels[i].receive(flight, grad)
+            return
+        n_left = math.prod(level.size for level in self.levels[i + 1 :])
+        mean = grad.new_empty(n_left * len(grad))
+        self.levels[i].receive(flight, mean)
+        self._depart(i + 1, bucket, part, mean.view(n_left, -1))
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -141,32 +136,14 @@ class Owners:
         """Sends what backward did not, and receives all."""
         while self.n_sent < len(self.buckets) and self.buckets[self.n_sent].row == 1:
             self._send()
-        while self.flights:
-            self._receive()
+        for i in range(len(self.levels)):
+            while self.flights[i]:
+                self._arrive(i)
         for bucket in self.buckets[self.n_sent :]:
-            self._exchange_rows(bucket)
-
-    def _exchange_rows(self, bucket: Bucket) -> None:
-        """Sends the rows of the gradient that are not zero, and their numbers in their owner's piece."""
-        rows = bucket.grads.view(self.n_ranks, -1, bucket.row)  # (R, rows of a rank, D)
-        has_value = rows.view(INTEGERS[rows.dtype]).ne(0).any(dim=-1)  # (R, rows of a rank)
-        counts = has_value.sum(dim=1)
-        counts_here = torch.empty_like(counts)
-        dist.all_to_all_single(counts_here, counts)
-        sent, here = counts.tolist(), counts_here.tolist()
-        numbers = has_value.nonzero()[:, 1].int()
-        numbers_here = numbers.new_empty(sum(here))
-        values_here = rows.new_empty(sum(here), bucket.row)
-        dist.all_to_all_single(numbers_here, numbers, here, sent)
-        width = bucket.row * rows.element_size()
-        dist.all_to_all_single(
-            _bytes(values_here), _bytes(rows[has_value]), [n * width for n in here], [n * width for n in sent]
-        )
-        total = torch.zeros(rows.shape[1:], dtype=torch.float32, device=rows.device)
-        # Rank after rank, each with every row once at most: the order of a sum is always the same.
-        for which, values in zip(numbers_here.split(here), values_here.split(here), strict=True):
-            total.index_add_(0, which, values.float())
-        bucket.master.grad = total.view(-1).div_(self.n_ranks)
+            rows = bucket.grads.view(self.n_ranks, -1, bucket.row)  # (R, rows of a rank, D)
+            for level in self.levels:
+                rows = level.mean_of_rows(rows)
+            bucket.master.grad = rows.view(-1)
 
     # --- weights from their owners ---------------------------------------------------------------------------
 
@@ -181,38 +158,38 @@ class Owners:
         if self.n_ranks == 1:
             for bucket in self.buckets:
                 bucket.own.copy_(bucket.master)
-        elif self.buckets[0].weights.dtype == torch.float32:
-            self._spread_whole()
         else:
-            self._spread_changes()
+            self._spread()
         if not self.master_weights:
             for bucket in self.buckets:
                 bucket.master.copy_(bucket.own)
 
-    def _spread_whole(self) -> None:
-        for bucket in self.buckets:
-            dist.all_gather_into_tensor(bucket.weights, bucket.own.clone())
-
-    def _spread_changes(self) -> None:
+    def _spread(self) -> None:
         parts = [(bucket, part) for bucket in self.buckets for part in self._parts(bucket)]
-        # How many weights need more room than 2 bits is agreed upon first; the host waits once for all parts.
-        counts = torch.stack([count_longer(bucket.own[part], _rounded(bucket, part)) for bucket, part in parts])
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-        for (bucket, part), count in zip(parts, counts.tolist(), strict=True):
+        room = [most_longer(part.stop - part.start) for _, part in parts]
+        if self.buckets[0].own.dtype == torch.float32:
+            counts = [n + 1 for n in room]  # there is no code for changes of 32 bits
+        else:
+            # How many weights need more room than 2 bits is agreed upon first; the host waits once for all parts.
+            needed = torch.stack([count_longer(bucket.own[part], _rounded(bucket, part)) for bucket, part in parts])
+            dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+            counts = needed.tolist()
+        for (bucket, part), count, most in zip(parts, counts, room, strict=True):
             new = _rounded(bucket, part)
             pieces = [piece[part] for piece in bucket.weights.chunk(self.n_ranks)]
-            if count > most_longer(len(new)):
-                for piece, message in zip(pieces, self._gather(_bytes(new)), strict=True):
-                    _bytes(piece).copy_(message)
+            if count > most:
+                for piece, message in zip(pieces, self._gather(as_bytes(new)), strict=True):
+                    as_bytes(piece).copy_(message)
                 continue
             codes, longer = encode_changes(bucket.own[part], new, count)
-            for piece, message in zip(pieces, self._gather(torch.cat([codes, _bytes(longer)])), strict=True):
+            for piece, message in zip(pieces, self._gather(torch.cat([codes, as_bytes(longer)])), strict=True):
                 apply_changes(piece, message[: len(codes)], message[len(codes) :].clone().view(torch.int16))
 
     def _gather(self, message: Tensor) -> Tensor:
         """Returns the messages (R, m) of all ranks, each (m,)."""
-        messages = message.new_empty(self.n_ranks, len(message))
-        dist.all_gather_into_tensor(messages.view(-1), message)
+        messages = message[None]
+        for level in reversed(self.levels):
+            messages = level.gather(messages)
         return messages
 
     @torch.no_grad()
@@ -223,7 +200,7 @@ class Owners:
             bucket.master.grad = None
         self.missing = [len(bucket.parameters) for bucket in self.buckets]
         self.n_sent, self.is_last = 0, False
-        self.flights: deque[Flight] = deque()
+        self.flights: list[deque[tuple[Bucket, slice, Flight]]] = [deque() for _ in self.levels]
 
     # --- what is kept here -----------------------------------------------------------------------------------
 
@@ -272,7 +249,3 @@ def _grad(bucket: Bucket) -> Tensor:
 def _rounded(bucket: Bucket, part: slice) -> Tensor:
     """Returns the new weights of a part of this rank's piece, in their own dtype."""
     return bucket.master.detach()[part].to(bucket.own.dtype)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

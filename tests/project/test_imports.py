@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 KNOW_RANKS = {
     *("processes.ranks", "processes.lifeline", "distillation.teacher", "text.stream_loader"),
-    *("distillation.exchange", "distillation.owners", "distillation.buckets"),
+    *("distillation.exchange", "distillation.owners", "distillation.levels", "distillation.buckets"),
     *("data", "training_utils", "conversion.alignment", "preflight.checks.collectives"),
 }
 TYPE_OF_THE_OPTIMIZER = "torch.distributed.optim.ZeroRedundancyOptimizer"  # to name it is not to talk to ranks
