@@ -1,4 +1,4 @@
-"""Two real ranks of one node, for tests of what ranks agree on."""
+"""Real ranks, two of one node or as many as wanted, for tests of what ranks agree on."""
 
 import functools
 from collections.abc import Callable
@@ -12,9 +12,14 @@ from tests import fresh
 
 def on_two_ranks(work: Callable[[Ranks], dict], folder: Path) -> list[dict]:
     """Returns what `work` returns on each of two ranks."""
-    codes, text = fresh.ranks([], 2, functools.partial(_work, work, folder))
-    assert codes == [0, 0], text
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_ranks(work, folder, 2)
+
+
+def on_ranks(work: Callable[[Ranks], dict], folder: Path, n_ranks: int, ranks_per_node: int | None = None) -> list:
+    """Returns what `work` returns on each rank. ranks_per_node: all by default."""
+    codes, text = fresh.ranks([], n_ranks, functools.partial(_work, work, folder), ranks_per_node=ranks_per_node)
+    assert codes == [0] * n_ranks, text
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]
 
 
 def _work(work: Callable[[Ranks], dict], folder: Path) -> None:
