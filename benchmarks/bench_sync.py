@@ -5,15 +5,18 @@ which few rows are used, matrices, and a head; there is no work beside the excha
 allreduce       DDP and ZeroRedundancyOptimizer, as `--gradient_exchange allreduce`
 owners          `--gradient_exchange owners`
 owners, 8 bits  and 4 bits: with `--gradient_bits`
+owners, one level  on several nodes, as if all ranks were on one
 fsdp2           torch's fully_shard, for comparison; on gloo its reduce-scatter is an all-reduce inside
 powersgd        torch's PowerSGD hook of rank 4 under DDP, with ZeroRedundancyOptimizer
 
 seconds: of a step, the median over steps of the slowest rank. received_share: what a rank receives in a step, as a part
-of the bytes of the trained weights. ratio: of seconds, to allreduce. same: whether all ranks have the same weights.
+of the bytes of the trained weights; node_received_share: what a node receives from others, where there are several.
+ratio: of seconds, to allreduce. same: whether all ranks have the same weights.
 
     python benchmarks/bench_sync.py [--rounds N] [--json FILE] [--quick]
 """
 
+import functools
 import hashlib
 import json
 import statistics
@@ -29,8 +32,10 @@ import torch.nn.functional as F
 from harness import ROOT, parse_options, report
 from torch import nn
 
-CANDIDATES = ["allreduce", "owners", "owners, 8 bits", "owners, 4 bits", "fsdp2", "powersgd"]
-CASES = {f"{n} ranks, {rate} Mbit/s": (n, rate) for n in (2, 4) for rate in (200, 50)}
+ONE_LEVEL = "owners, one level"
+CANDIDATES = ["allreduce", "owners", "owners, 8 bits", "owners, 4 bits", ONE_LEVEL, "fsdp2", "powersgd"]
+CASES = {f"{n} ranks, {rate} Mbit/s": slow_links.Layout(n, rate) for n in (2, 4) for rate in (200, 50)}
+CASES["2 nodes of 2 ranks, 100 Mbit/s inside, 10 between"] = slow_links.Layout(4, 100, n_nodes=2, node_rate=10)
 WIDTH, LAYERS, VOCAB, STEPS = 512, 12, 2048, 5  # 5.2 M weights, of which the embedding is 20 %
 TOKENS = 64  # of a rank and step
 LONGEST_S = 900  # of a candidate's steps
@@ -57,11 +62,12 @@ def main() -> None:
         return
     found: dict[tuple[str, str], list[dict]] = {}
     for case in options.cases:
-        n_ranks, rate = CASES[case]
-        with slow_links.links([f"{rate}mbit"] * n_ranks):
+        layout = CASES[case]
+        candidates = [name for name in options.candidates if layout.n_nodes > 1 or name != ONE_LEVEL]
+        with slow_links.links(layout):
             for _ in range(options.rounds):
-                for candidate in options.candidates:
-                    found.setdefault((case, candidate), []).append(run(n_ranks, candidate))
+                for candidate in candidates:
+                    found.setdefault((case, candidate), []).append(run(layout, candidate))
                     print(f"{case}, {candidate}: {found[case, candidate][-1]}", file=sys.stderr, flush=True)
     report([row(found, *key) for key in found], options.json)
 
@@ -72,23 +78,24 @@ def row(found: dict[tuple[str, str], list[dict]], case: str, candidate: str) -> 
     if problems := [one["problem"] for one in [*rounds, *baseline] if "problem" in one]:
         return {"case": case, "candidate": candidate, "problem": problems[0]}
     ratios = [one["seconds"] / other["seconds"] for one, other in zip(rounds, baseline, strict=True)]
-    figures = {name: statistics.median(one[name] for one in rounds) for name in ("seconds", "received_share")}
+    names = [name for name in rounds[0] if name != "same"]
+    figures = {name: statistics.median(one[name] for one in rounds) for name in names}
     same = all(one["same"] for one in rounds)
     return {"case": case, "candidate": candidate, **figures, "ratio": statistics.median(ratios), "same": same}
 
 
-def run(n_ranks: int, candidate: str) -> dict:
+def run(layout: slow_links.Layout, candidate: str) -> dict:
     """Runs the ranks, and returns what they measured, the slowest one's seconds."""
-    script = [sys.executable, __file__, "--rank-of", candidate]
+    n_local = layout.n_ranks if candidate == ONE_LEVEL else layout.ranks_per_node
     ranks = [
         subprocess.Popen(
-            [*slow_links.inside(rank), *script],
-            env=slow_links.environment(rank, n_ranks) | {"PYTHONPATH": str(ROOT)},
+            [*slow_links.inside(rank), sys.executable, __file__, "--rank-of", candidate, node_of(rank, layout)],
+            env=slow_links.environment(rank, layout.n_ranks, n_local) | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(n_ranks)
+        for rank in range(layout.n_ranks)
     ]
     try:
         outputs = [rank.communicate(timeout=LONGEST_S) for rank in ranks]
@@ -100,33 +107,41 @@ def run(n_ranks: int, candidate: str) -> dict:
     if any(rank.returncode for rank in ranks):
         return {"problem": outputs[0][1].strip().splitlines()[-1][:200]}
     results = [json.loads(text.splitlines()[-1]) for text, _ in outputs]
-    return {
-        "seconds": max(one["seconds"] for one in results),
-        "received_share": max(one["received"] for one in results),
-        "same": len({one["hash"] for one in results}) == 1,
-    }
+    most = {name: max(one[name] for one in results) for name in results[0] if name != "hash"}
+    return {**most, "same": len({one["hash"] for one in results}) == 1}
+
+
+def node_of(rank: int, layout: slow_links.Layout) -> str:
+    """Returns the number of a rank's node, if there are several, for its command line."""
+    return str(layout.node_of(rank)) if layout.n_nodes > 1 else ""
 
 
 # --- a rank --------------------------------------------------------------------------------------------------
 
 
-def rank_main(candidate: str) -> None:
+def rank_main(candidate: str, node: str) -> None:
     """Takes the steps of a rank and prints what it measured."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = Words().to(torch.bfloat16)
     trained = sum(parameter.nbytes for parameter in model.parameters())
     step = BUILD[candidate.split(",")[0]](model, candidate)
+    counters = {"received_share": slow_links.received_bytes}
+    if node:
+        counters["node_received_share"] = functools.partial(slow_links.received_by_node, int(node))
     seconds, received = [], []
     for i in range(STEPS + 1):
         ids = torch.randint(VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(100 * i + dist.get_rank()))
+        before = [count() for count in counters.values()]
         dist.barrier()
-        start, before = time.perf_counter(), slow_links.received_bytes()
+        start = time.perf_counter()
         step(ids)
         seconds.append(time.perf_counter() - start)
         dist.barrier()
-        received.append(slow_links.received_bytes() - before)
-    figures = {"seconds": statistics.median(seconds[1:]), "received": statistics.median(received[1:]) / trained}
+        received.append([count() - was for count, was in zip(counters.values(), before, strict=True)])
+        dist.barrier()  # all have counted before anyone goes on
+    shares = [statistics.median(values) / trained for values in zip(*received[1:], strict=True)]
+    figures = {"seconds": statistics.median(seconds[1:]), **dict(zip(counters, shares, strict=True))}
     print(json.dumps({**figures, "hash": hash_of(model)}), flush=True)
     dist.destroy_process_group()
 
@@ -158,7 +173,7 @@ def build_owners(model: nn.Module, candidate: str) -> Callable[[torch.Tensor], N
     from distillation.owners import Owners
     from training_utils import parameter_groups
 
-    bits = 16 if candidate == "owners" else int(candidate.split()[1])
+    bits = int(candidate.split()[1]) if candidate.endswith("bits") else 16
     groups = parameter_groups(model, 0.1)
     order = list(model.parameters())[::-1]
     return stepping(model, Owners(order, groups, 1e-5, True, model.embedding.weight, bits, bucket_bytes=2**20))
@@ -196,6 +211,6 @@ BUILD = {"allreduce": build_allreduce, "powersgd": build_allreduce, "owners": bu
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of"]:
-        rank_main(sys.argv[2])
+        rank_main(*sys.argv[2:4])
     else:
         main()
