@@ -9,11 +9,13 @@ from arguments import EvalArguments, TrainArguments, free_options
 from conversion.options import MakeArguments
 from inputs.options_page import options_page
 from processes.exits import run_entry
+from selection.options import ChooseArguments
 
 ENTRIES = {
     "train_gpus.py": (TrainArguments, "train"),
     "eval_mmlu_hybrid.py": (EvalArguments, "eval"),
     "make_student.py": (MakeArguments, "common"),
+    "choose_layers.py": (ChooseArguments, "common"),
 }
 
 

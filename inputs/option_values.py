@@ -3,12 +3,13 @@ the command line.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from inputs.option_files import parse_content, read_config_file
-from inputs.options import StrictParser, make_parser
+from inputs.options import StrictParser, make_parser, options_of
 from inputs.value_types import some_text
 from paths import expanded
 
@@ -99,6 +100,8 @@ def preset_values(name: str, cls: type, section: str) -> dict[str, Any]:
     sections = _sections(file)
     try:
         content = {**sections["common"], **sections[section]}
+        fields = {field.name for field in dataclasses.fields(cls)}
+        content = _without(content, *(fields - options_of(cls).keys()))  # what is an option of other entries only
     except (LookupError, TypeError) as error:
         raise _unreadable(file, error) from error
     values = parse_content(str(file), content, make_parser(cls, "", {}), cls)

@@ -69,6 +69,12 @@ class Ranks:
         dist.gather_object(item, items if self.is_main else None, group=self.control)
         return items if self.is_main else []
 
+    def share(self, item: Any) -> list[Any]:
+        """Returns all ranks' items by rank, on every rank."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

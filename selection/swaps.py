@@ -53,9 +53,13 @@ class Swaps:
 
     def measure(self, sets: Sequence[Recurrent]) -> list[Figures]:
         """Returns the figures of some hybrids. They are fastest if the sets differ from each other in few layers."""
+        self.prepare(sets)
+        return [self.figures(recurrent) for recurrent in sets]
+
+    def prepare(self, sets: Sequence[Recurrent]) -> None:
+        """Stores the states that most of these sets, which are measured next, begin with."""
         if len(sets) > 1:
             self.states.move_to(self._kinds(common_base(sets)))
-        return [self.figures(recurrent) for recurrent in sets]
 
     @torch.no_grad()
     def figures(self, recurrent: Collection[int]) -> Figures:

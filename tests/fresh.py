@@ -22,7 +22,15 @@ from tests.launch import ROOT, Arm, Launch, Main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The entries, and what torch and transformers import only when they are used.
-IMPORTED = ["train_gpus", "eval_mmlu_hybrid", "tests.small_runs", "pytest", "scipy.io", "threadpoolctl"]
+IMPORTED = [
+    "train_gpus",
+    "eval_mmlu_hybrid",
+    "choose_layers",
+    "tests.small_runs",
+    "pytest",
+    "scipy.io",
+    "threadpoolctl",
+]
 
 
 class Process:

@@ -28,13 +28,17 @@ def answer(entry, *options):
     return process.returncode, "\n".join([process.stdout, *lines]), json.loads(loaded)
 
 
-@pytest.mark.parametrize("entry", ["train_gpus.py", "eval_mmlu_hybrid.py", "make_student.py", "doctor.py", "report.py"])
+@pytest.mark.parametrize(
+    "entry", ["train_gpus.py", "eval_mmlu_hybrid.py", "make_student.py", "choose_layers.py", "doctor.py", "report.py"]
+)
 def test_help_is_shown_before_torch_is_imported(entry):
     code, printed, loaded = answer(entry, "--help")
     assert (code, loaded) == (0, []) and "--help" in printed
 
 
-@pytest.mark.parametrize("entry", ["train_gpus.py", "eval_mmlu_hybrid.py", "make_student.py", "report.py"])
+@pytest.mark.parametrize(
+    "entry", ["train_gpus.py", "eval_mmlu_hybrid.py", "make_student.py", "choose_layers.py", "report.py"]
+)
 def test_an_unknown_option_is_reported_before_torch_is_imported(entry):
     """The doctor looks for packages first, whatever its options are."""
     code, printed, loaded = answer(entry, "--no_such_option", "value")

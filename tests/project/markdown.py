@@ -15,6 +15,7 @@ from pathlib import Path
 from arguments import EvalArguments, TrainArguments, parse_eval_args, parse_train_args
 from conversion.options import MakeArguments, parse_make_args
 from inputs.option_values import PRESETS
+from selection.options import ChooseArguments, parse_choose_args
 
 ROOT = Path(__file__).parents[2]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -22,6 +23,7 @@ SCRIPTS: dict[str, tuple[type, Callable, str]] = {
     "train_gpus.py": (TrainArguments, parse_train_args, "train"),
     "eval_mmlu_hybrid.py": (EvalArguments, parse_eval_args, "eval"),
     "make_student.py": (MakeArguments, parse_make_args, "common"),
+    "choose_layers.py": (ChooseArguments, parse_choose_args, "common"),
 }
 LAUNCHER = {"--standalone", "--nproc_per_node", "--master_port", "--master_addr", "--nnodes", "--node_rank"}
 LAUNCHER |= {"--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}

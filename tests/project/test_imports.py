@@ -26,7 +26,7 @@ HOUSE = (
     {"checkpointing"},
     {"monitoring"},
     {"preflight"},
-    {"list_options", "make_student", "train_gpus", "eval_mmlu_hybrid", "doctor", "report"},
+    {"list_options", "make_student", "choose_layers", "train_gpus", "eval_mmlu_hybrid", "doctor", "report"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # Where less is allowed than the floor allows.

@@ -1,0 +1,68 @@
+"""Chooses which of the teacher's layers a hybrid keeps, by measurement: forward passes alone, before any training.
+
+    torchrun --standalone --nproc_per_node=4 choose_layers.py --preset llama-1b --budget 4
+
+Prints the line `--layers ...` for train_gpus.py, and writes choice.json, the report choice.md and the picture
+choice.svg into a folder beside the student. The same command resumes a choice that was stopped.
+"""
+
+import sys
+
+from processes.exits import answer_early, run_entry
+from selection.options import ChooseArguments, parse_choose_args
+
+if __name__ == "__main__":
+    ARGS = answer_early(parse_choose_args)
+
+import functools
+import logging
+
+from processes.ranks import check_launch, is_main_rank, process_groups
+from selection.checks import Checked, check_choice, cost_of, is_held_out, planned_tokens, read_material
+from selection.cost import GB
+from selection.options import training_of
+from selection.report import layers_line
+from selection.running import make_choice
+from utils import setup_logging
+
+logger = logging.getLogger("train")
+
+
+def main(args: ChooseArguments | None = None) -> int:
+    """Makes the choice, prints it, and returns the exit code. args: the command line's if not given."""
+    args = args or parse_choose_args()
+    check_launch()
+    setup_logging(None, is_main_rank())
+    checked = check_choice(args)
+    planned = planned_tokens(training_of(args.preset))
+    if args.dry_run:
+        if is_main_rank():
+            print_plan(args, checked)
+        return 0
+    material = read_material(args, checked)
+    cost = cost_of(args, checked, material, planned)
+    logger.info("at most about %s", cost)
+    words = {
+        "text": f"{len(material.windows)} windows of {args.seq_length} tokens of {args.text}, split {args.text_split}",
+        "held_out": is_held_out(args, checked),
+        "cost": str(cost),
+    }
+    logger.info("text: %s; %s", words["text"], words["held_out"])
+    with process_groups(checked.device) as ranks:
+        choice = make_choice(args, checked, material, words, ranks)
+        if ranks.is_main:
+            print(f"{checked.folder}: choice.md, choice.svg, choice.json\n{layers_line(choice)}")
+    return 0
+
+
+def print_plan(args: ChooseArguments, checked: Checked) -> None:
+    """Prints what the choice would cost."""
+    cost = cost_of(args, checked, None, planned_tokens(training_of(args.preset)))
+    print(f"Keeps {checked.n_kept} of {checked.configs[1].n_layer} layers; result in {checked.folder}")
+    print(f"At most about {cost}")
+    print(f"Both models, before what they share: {cost.model_bytes / GB:.1f} GB on each rank's device")
+    print(f"Hidden states: {cost.state_bytes / GB:.2f} GB of each rank's host memory")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(functools.partial(main, ARGS)))

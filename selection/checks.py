@@ -1,0 +1,181 @@
+"""What can be wrong with a choice, found before a weight is read, and the texts that it is made on."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from arguments import TrainArguments
+from evaluation.held_out import check_not_trained_on_by, read_windows
+from inputs.context import shortest
+from llamba import LlambaConfig
+from llamba.export import STATE_FILE
+from model_utils import check_replacements, get_configs, get_tokenizer, locate_model
+from processes.devices import choose_device
+from selection.cost import PLANNED_RANKS, Cost, cache_bytes, choice_cost, most_layers
+from selection.made_with import digest, identity
+from selection.material import Material, build_probes, ids_of
+from selection.options import FOLDER, ChooseArguments, training_of
+from text.encoding import check_tokenizer
+from text.overlap import TrainedOn, check_not_trained_on
+from text.separators import choose_separator
+from text.sources import SourceFlags, TextSource, is_part
+
+logger = logging.getLogger("train")
+
+FLAGS = SourceFlags("--text", "--text_subset", "--text_split", "--text_revision", "--text_field", skip_bad_rows=None)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Holds what a choice is made of, before weights."""
+
+    teacher: str  # directories, or names on the hub
+    student: str
+    configs: tuple[PretrainedConfig, LlambaConfig]
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    n_kept: int
+    folder: Path
+
+
+def check_choice(args: ChooseArguments, flag: str | None = None) -> Checked:
+    """Finds what a user can get wrong. flag: what asked for the choice, for errors; None for choose_layers.py's own
+    options. Raises ValueError.
+    """
+    needs_weights = not args.dry_run
+    teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, needs_weights)
+    student = locate_model("--student_model", args.student_model, args.local_files_only, needs_weights)
+    configs = get_configs(teacher, student)
+    n_kept = budget_of(args, configs, flag)
+    tokenizer = get_tokenizer("--teacher_model", teacher)
+    for name, config in zip(("--teacher_model", "--student_model"), configs, strict=True):
+        check_tokenizer(tokenizer, name, config.vocab_size)
+    context = shortest({"the teacher": configs[0]})
+    if context is not None and args.seq_length > context[1]:
+        raise ValueError(
+            f"--seq_length {args.seq_length}: the teacher can read {context[1]} tokens at once, by its config; lower "
+            "--seq_length to that"
+        )
+    device = choose_device(args.device)
+    return Checked(teacher, student, configs, tokenizer, device, n_kept, folder_of_choice(args.output, student))
+
+
+def budget_of(args: ChooseArguments, configs: tuple[PretrainedConfig, LlambaConfig], flag: str | None) -> int:
+    """Returns how many layers are kept. Raises ValueError, also where this teacher cannot give the student layers."""
+    teacher, student = configs
+    if args.budget is None:
+        assert args.cache_bytes is not None
+        check_pair(configs, flag or f"--cache_bytes {args.cache_bytes}")
+        return most_layers(teacher, student, args.cache_bytes, args.context_length, args.dtype)
+    flag = flag or f"--budget {args.budget}"
+    check_pair(configs, flag)
+    if not 1 <= args.budget < student.n_layer:
+        raise ValueError(
+            f"{flag}: expected 1 to {student.n_layer - 1} layers of the teacher's; the student has {student.n_layer}"
+        )
+    return args.budget
+
+
+def check_pair(configs: tuple[PretrainedConfig, LlambaConfig], flag: str) -> None:
+    """Raises ValueError of one line that begins with `flag` if layers of this teacher cannot stand in this student."""
+    teacher, student = configs
+    if student.attention_layers:
+        raise ValueError(
+            f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} from its teacher; "
+            "start from a student without"
+        )
+    try:
+        check_replacements(student, teacher, [0])
+    except ValueError as error:
+        reason = str(error).splitlines()[0].removeprefix("--layers 0: ")
+        raise ValueError(f"{flag}: {reason}") from error
+    if teacher.num_hidden_layers != student.n_layer:
+        raise ValueError(
+            f"{flag}: the teacher has {teacher.num_hidden_layers} layers and the student {student.n_layer}; choose "
+            "among layers of a student that was made from this teacher"
+        )
+
+
+def folder_of_choice(output: str | None, student: str) -> Path:
+    """Returns where a choice is. Raises ValueError for a student that is a name on the hub."""
+    if output is None and not Path(student).is_dir():
+        raise ValueError(f"--output: is missing; --student_model {student} is no folder to put the choice in")
+    return Path(student) / FOLDER if output is None else Path(output)
+
+
+def read_material(args: ChooseArguments, checked: Checked) -> Material:
+    """Returns the texts of a choice. Raises ValueError."""
+    context = shortest({"the teacher": checked.configs[0]})
+    probes, left_out = build_probes(checked.tokenizer, args.probe_texts, args.seed, context and context[1])
+    separator = choose_separator(args.document_separator, checked.tokenizer)
+    windows = read_windows(text_of(args), checked.tokenizer, args.text_windows, args.seq_length, separator.token)
+    if len(windows) < 3:
+        raise ValueError(f"--text {args.text}: fills {len(windows)} windows of --seq_length; expected at least 3")
+    return Material(windows, probes, left_out)
+
+
+def text_of(args: ChooseArguments) -> TextSource:
+    """Returns the text of `--text`."""
+    assert args.text is not None
+    return TextSource(
+        args.text,
+        args.text_subset,
+        args.text_split,
+        text_field=args.text_field,
+        streaming=not is_part(args.text_split),
+        local_files_only=args.local_files_only,
+        flags=FLAGS,
+    )
+
+
+def is_held_out(args: ChooseArguments, checked: Checked, training: TrainArguments | None = None) -> str:
+    """Returns in words whether the text is held out from what the student has seen and will see, as far as known."""
+    source, training = text_of(args), training or training_of(args.preset)
+    who = f"the run of --preset {args.preset}"
+    try:
+        check_not_trained_on(source, TextSource.for_training(training), who)
+        if (Path(checked.student) / STATE_FILE).is_file():
+            check_not_trained_on_by(Path(checked.student), source, "--student_model")
+    except TrainedOn:
+        return f"not held out: {who}, or that of the student, trains on rows of it"
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        return f"whether it is held out is not known ({reason:.100})"
+    return f"held out from what {who} trains on; what a student was fitted on when it was built is not recorded"
+
+
+def planned_tokens(training: TrainArguments, world_size: int = PLANNED_RANKS) -> int:
+    """Returns how many tokens a run trains on at most, by its steps."""
+    per_step = training.batch_size * training.seq_length * training.grad_accumulation_steps * world_size
+    return training.max_steps * per_step
+
+
+def cost_of(args: ChooseArguments, checked: Checked, material: Material | None, planned: int) -> Cost:
+    """Returns what the choice costs. material: None before the text is read, which then counts as it is asked for."""
+    probes = (
+        build_probes(checked.tokenizer, args.probe_texts, args.seed, None)[0] if material is None else material.probes
+    )
+    n_text = args.text_windows * args.seq_length if material is None else material.windows[:, 1:].numel()
+    texts = (n_text, probes, 2)
+    return choice_cost(checked.configs, checked.n_kept, texts, args.ablation, planned, args.dtype)
+
+
+def settings_of(args: ChooseArguments, checked: Checked, material: Material) -> dict[str, Any]:
+    """Returns all that decides what is measured."""
+    return {
+        "teacher_model": identity("--teacher_model", checked.teacher),
+        "student_model": identity("--student_model", checked.student),
+        "dtype": args.dtype,
+        "device": checked.device.type,
+        "texts": digest(*ids_of(material)),
+    }
+
+
+def caches(args: ChooseArguments, checked: Checked) -> list[int]:
+    """Returns the bytes of a hybrid's cache by how many layers it keeps, from 0."""
+    n_layers = checked.configs[1].n_layer
+    return [cache_bytes(*checked.configs, k, args.context_length, args.dtype) for k in range(n_layers + 1)]

@@ -1,0 +1,213 @@
+"""A choice from beginning to end: which probes the teacher can do, what its heads do for them, what each of the
+student's layers costs in its place, sets by both directions of the search, and their figures on texts kept aside. The
+ranks measure one set or ablation each at a time; what is chosen does not depend on how many they are.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamba import LlambaForCausalLM
+from processes.ranks import Ranks
+from selection.ablation import Ablations, growth
+from selection.greedy import Direction, Objective, Step, greedy, pareto, ranked
+from selection.material import Material, usable
+from selection.measurements import Measured, name_of
+from selection.probes import Score
+from selection.statistics import estimate
+from selection.swaps import Figures, Recurrent, Swaps
+
+logger = logging.getLogger("train")
+
+DIRECTIONS: tuple[Direction, ...] = ("keep", "recur")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Says what is to be chosen, and on what."""
+
+    material: Material
+    n_kept: int
+    probe_weight: float
+    ablates: bool = True
+
+
+class Dealt:
+    """Deals what has to be measured to the ranks, and has all results on each of them. The main rank writes them."""
+
+    def __init__(self, ranks: Ranks, path: Path | None, shapes: Mapping[str, tuple[int, Mapping[str, int]]]) -> None:
+        self.ranks = ranks
+        self.rows = Measured(path if ranks.is_main else None, shapes)
+        self.rows.rows = ranks.share(self.rows.rows)[0]
+
+    def __call__(self, names: Sequence[str], measure: Callable[[int], Figures]) -> list[Figures]:
+        """Returns the figures of some names, of which those are measured, by their index, that have none."""
+        missing = [names.index(name) for name in dict.fromkeys(names) if name not in self.rows]
+        for start in range(0, len(missing), self.ranks.world_size):
+            turn = missing[start : start + self.ranks.world_size]
+            own = measure(turn[self.ranks.rank]) if self.ranks.rank < len(turn) else None
+            for i, figures in zip(turn, self.ranks.share(own), strict=False):
+                _check_finite(names[i], figures)
+                self.rows.put(names[i], figures)
+        return [self.rows[name] for name in names]
+
+    def sets(self, kind: str, swaps: Swaps) -> Callable[[Sequence[Recurrent]], list[Figures]]:
+        """Returns what measures sets of recurrent layers. kind: "choosing" or "aside", the texts of `swaps`."""
+
+        def measure(sets: Sequence[Recurrent]) -> list[Figures]:
+            names = [name_of(kind, sorted(one)) for one in sets]
+            swaps.prepare([one for one, name in zip(sets, names, strict=True) if name not in self.rows])
+            return self(names, lambda i: swaps.figures(sets[i]))
+
+        return measure
+
+
+def choose(
+    teacher: Any, student: LlambaForCausalLM, request: Request, ranks: Ranks, path: Path | None = None
+) -> dict[str, Any]:
+    """Returns the layers that are kept, and all that was found on the way, as JSON has it. path: of measured.jsonl.
+    Raises ValueError.
+    """
+    ablations = Ablations(teacher, request.material.part(False).probes)
+    material = usable(request.material, ranks.share(ablations.teacher_scores)[0])
+    choosing, aside = material.part(False), material.part(True)
+    shapes = {"ablation": (0, choosing.shape[1]), "choosing": choosing.shape, "aside": aside.shape}
+    dealt = Dealt(ranks, path, shapes)
+    found: dict[str, Any] = {"n_kept": request.n_kept, "probe_weight": request.probe_weight}
+    found |= {"left_out": material.left_out, "ablation": None}
+    if request.ablates and choosing.probes:
+        if len(choosing.probes) < len(request.material.probes):
+            ablations = Ablations(teacher, choosing.probes)
+        found["ablation"] = _ablate(dealt, ablations)
+    del ablations
+    swaps = Swaps(teacher, student, choosing.windows, choosing.probes)
+    objective = Objective(ranks.share(swaps.teacher_figures)[0], request.probe_weight)
+    found |= _search(dealt.sets("choosing", swaps), objective, swaps.n_layers, request.n_kept)
+    del swaps
+    swaps = Swaps(teacher, student, aside.windows, aside.probes)
+    found |= _last_figures(dealt.sets("aside", swaps), ranks.share(swaps.teacher_figures)[0], request, found)
+    dealt.rows.close()
+    return found
+
+
+def _ablate(dealt: Dealt, ablations: Ablations) -> dict[str, Any]:
+    """Returns the scores of each layer and each head of the teacher."""
+    own = dealt.ranks.share(ablations.teacher_scores)[0]
+    places: list[tuple[int, ...]] = [(layer,) for layer in range(ablations.n_layers)]
+    places += [(layer, head) for (layer,) in places for head in range(ablations.n_heads)]
+
+    def measure(i: int) -> Figures:
+        layer, *heads = places[i]
+        return Figures([], ablations.without(layer, heads or None))
+
+    logger.info("ablating %d heads and %d layers of the teacher", len(places) - ablations.n_layers, ablations.n_layers)
+    rows = dealt([name_of("ablation", place) for place in places], measure)
+    scored = [_ablation_row(place, row.probes, own) for place, row in zip(places, rows, strict=True)]
+    return {"layers": scored[: ablations.n_layers], "heads": scored[ablations.n_layers :]}
+
+
+def _ablation_row(place: tuple[int, ...], scores: dict[str, Score], own: dict[str, Score]) -> dict[str, Any]:
+    probes = {}
+    for name, teacher in own.items():
+        drop = [a - b for a, b in zip(teacher.acc, scores[name].acc, strict=True)]
+        growths = growth(scores[name], teacher)
+        probes[name] = {"growth": estimate(growths)._asdict(), "acc_drop": estimate(drop)._asdict()}
+    score = math.fsum(found["growth"]["mean"] for found in probes.values()) / len(probes)
+    return {"place": list(place), "score": score, "probes": probes}
+
+
+def _search(
+    measure: Callable[[Sequence[Recurrent]], list[Figures]], objective: Objective, n_layers: int, n_kept: int
+) -> dict[str, Any]:
+    """Returns the single swaps, all sets on the way to the chosen one, and that one."""
+    seen: dict[Recurrent, Figures] = {}
+
+    def noted(sets: Sequence[Recurrent]) -> list[Figures]:
+        found = measure(sets)
+        seen.update(zip(sets, found, strict=True))
+        return found
+
+    singles = [
+        Step(frozenset({layer}), figures, objective(figures))
+        for layer, figures in enumerate(noted([frozenset({layer}) for layer in range(n_layers)]))
+    ]
+    logger.info("single swaps measured: %d layers", n_layers)
+    steps: list[tuple[str, Step[Figures]]] = []
+    for direction in DIRECTIONS:
+        path = greedy(n_layers, noted, objective, n_kept, direction)
+        steps += [(direction, step) for step in path]
+        kept = _kept(path[-1].recurrent, n_layers)
+        logger.info("%s: %d sets, %s keeps layers %s", direction, len(path), f"{path[-1].value:.3f}", kept)
+    others = {"ranking": ranked([step.value for step in singles], n_kept), "evenly": evenly(n_layers, n_kept)}
+    for by, recurrent in others.items():
+        figures = noted([recurrent])[0]
+        steps.append((by, Step(recurrent, figures, objective(figures))))
+    last = {by: step for by, step in steps if len(step.recurrent) == n_layers - n_kept}
+    chosen = min(last, key=lambda by: last[by].value)
+    return {
+        "n_layers": n_layers,
+        "layers": _kept(last[chosen].recurrent, n_layers),
+        "chosen_by": chosen,
+        "teacher": _summary(objective.teacher),
+        "swaps": [{"layer": layer, **_row(step, n_layers)} for layer, step in enumerate(singles)],
+        "sets": [{"by": by, **_row(step, n_layers)} for by, step in steps],
+        "pareto": _pareto(seen, objective, n_layers, n_kept),
+    }
+
+
+def _pareto(
+    seen: Mapping[Recurrent, Figures], objective: Objective, n_layers: int, n_kept: int
+) -> list[dict[str, Any]]:
+    """Returns of all measured sets of the budget's size those that no other beats in both KL and probes."""
+    steps = [Step(one, found, objective(found)) for one, found in seen.items() if len(one) == n_layers - n_kept]
+    best = pareto([(objective.kl(step.figures), objective.growth(step.figures)) for step in steps])
+    rows = [{**_row(steps[i], n_layers), "growth": objective.growth(steps[i].figures)} for i in best]
+    return sorted(rows, key=lambda row: row["kl"]["mean"])
+
+
+def _last_figures(
+    measure: Callable[[Sequence[Recurrent]], list[Figures]], teacher: Figures, request: Request, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the figures of the sets of the budget's size on the texts that were kept aside."""
+    objective, every = Objective(teacher, request.probe_weight), frozenset(range(found["n_layers"]))
+    ends = [one for one in found["sets"] if len(one["kept"]) == request.n_kept]
+    sets = [every - set(one["kept"]) for one in ends]
+    rows = [
+        {"by": one["by"], **_row(Step(recurrent, figures, objective(figures)), found["n_layers"])}
+        for one, recurrent, figures in zip(ends, sets, measure(sets), strict=True)
+    ]
+    return {"aside": {"teacher": _summary(teacher), "sets": rows}}
+
+
+def evenly(n_layers: int, n_kept: int) -> Recurrent:
+    """Returns the recurrent layers of a hybrid that keeps layers at equal distances."""
+    return frozenset(range(n_layers)) - {(2 * i + 1) * n_layers // (2 * n_kept) for i in range(n_kept)}
+
+
+def _kept(recurrent: Recurrent, n_layers: int) -> list[int]:
+    return [layer for layer in range(n_layers) if layer not in recurrent]
+
+
+def _row(step: Step[Figures], n_layers: int) -> dict[str, Any]:
+    return {"kept": _kept(step.recurrent, n_layers), "value": step.value, **_summary(step.figures)}
+
+
+def _summary(figures: Figures) -> dict[str, Any]:
+    """Returns means and intervals: of the KL over windows, of a probe's loss and accuracy over its texts."""
+    probes = {
+        name: {"loss": estimate(score.loss)._asdict(), "acc": estimate(score.acc)._asdict()}
+        for name, score in figures.probes.items()
+    }
+    return {"kl": estimate(figures.kl)._asdict(), "probes": probes}
+
+
+def _check_finite(name: str, figures: Figures) -> None:
+    values = [*figures.kl, *(x for score in figures.probes.values() for x in (*score.loss, *score.acc))]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(
+            f"the figures of {name!r} (layers that are recurrent, or a layer and a head that are ablated) are not "
+            "finite; use --dtype float32, or another student"
+        )

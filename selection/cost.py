@@ -1,0 +1,86 @@
+"""What a choice takes, counted before anything runs: tokens that go forward, the part of the planned run that they are,
+memory, and the bytes of a hybrid's cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from inputs.model_files import parameter_sizes
+from llamba import LlambaConfig
+from model_utils import DTYPES
+from selection.probes import Probe
+
+GB = 1e9
+STATE_BYTES = 4  # of a number of a recurrent state, which is float32 whatever the dtype
+PLANNED_RANKS = 4  # of configs/production.yaml
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Says how many tokens go forward through a whole model, and what is held."""
+
+    tokens: int
+    planned: int  # tokens that the run trains on
+    model_bytes: int  # both models, before what they share
+    state_bytes: int  # hidden states, on the CPU
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens:,} tokens forward, {100 * self.tokens / self.planned:.2g}% of the {self.planned:,} that the "
+            "planned run trains on"
+        )
+
+
+def evaluations(n_layers: int, n_kept: int) -> int:
+    """Returns how many sets are measured on the texts for choosing: single swaps, and both directions' rounds."""
+    keep = 1 + sum(n_layers - i for i in range(n_kept))
+    recur = 1 + sum(n_layers - i for i in range(n_layers - n_kept))
+    return keep + recur + 2  # the first round of "recur" are the single swaps; ranking and evenly come to it
+
+
+def choice_cost(
+    configs: tuple[PretrainedConfig, LlambaConfig],
+    n_kept: int,
+    texts: tuple[int, Sequence[Probe], int],
+    ablates: bool,
+    planned: int,
+    dtype: str,
+) -> Cost:
+    """Returns the cost of a choice. texts: tokens of all windows, the probes, and how many parts of three choose."""
+    teacher, student = configs
+    n_layers, (n_text, probes, thirds) = student.n_layer, texts
+    n_probe = sum(probe.ids.numel() for probe in probes)
+    choosing, aside = (n_text + n_probe) * thirds // 3, (n_text + n_probe) * (3 - thirds) // 3
+    rounds = n_kept + (n_layers - n_kept) + 2
+    tokens = choosing * (evaluations(n_layers, n_kept) + rounds) // 2 + 5 * aside
+    if ablates:
+        tokens += n_probe * thirds // 3 * n_layers * (1 + teacher.num_attention_heads) // 2
+    size = DTYPES[dtype].itemsize
+    n_parameters = sum(sum(parameter_sizes(config).values()) for config in configs)
+    states = (n_layers + 1) * choosing * student.d_model * size
+    return Cost(tokens, planned, n_parameters * size, states)
+
+
+def cache_bytes(teacher: PretrainedConfig, student: LlambaConfig, n_kept: int, length: int, dtype: str) -> int:
+    """Returns the bytes of the cache of one sequence of `length` tokens, `n_kept` of whose layers are the teacher's:
+    keys and values there, and elsewhere the inputs of the convolution and the state.
+    """
+    size, ssm = DTYPES[dtype].itemsize, student.ssm_cfg
+    head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
+    attention = 2 * teacher.num_key_value_heads * head_dim * length * size
+    recurrent = student.d_xBC * ssm["d_conv"] * size + student.d_inner * ssm["d_state"] * STATE_BYTES
+    return n_kept * attention + (student.n_layer - n_kept) * recurrent
+
+
+def most_layers(teacher: PretrainedConfig, student: LlambaConfig, n_bytes: int, length: int, dtype: str) -> int:
+    """Returns how many layers a cache of `n_bytes` has room for. Raises ValueError if not for one."""
+    fits = [k for k in range(1, student.n_layer) if cache_bytes(teacher, student, k, length, dtype) <= n_bytes]
+    if not fits:
+        least = cache_bytes(teacher, student, 1, length, dtype)
+        raise ValueError(
+            f"--cache_bytes {n_bytes}: a single layer of the teacher's, with the states of the others, takes {least} "
+            f"at --context_length {length}; give at least that"
+        )
+    return max(fits)

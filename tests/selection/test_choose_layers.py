@@ -1,0 +1,207 @@
+"""choose_layers.py from its command line to its files: on one rank and two, stopped, resumed, and what it refuses."""
+
+import json
+import re
+import signal
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+import choose_layers
+from selection import material
+from selection.measurements import Measured
+from selection.options import parse_choose_args
+from tests import fresh
+from tests.faults.scenarios import signal_self
+from tests.launch import ROOT
+from tests.small_runs import make_models
+from tests.tiny import tiny_hybrid, tiny_student, tiny_teacher
+
+FILES = {"choice.json", "choice.md", "choice.svg", "measured.jsonl", "settings.json", ".lock"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = make_models(tmp_path_factory.mktemp("models"))
+    tiny_hybrid(teacher=tiny_teacher(vocab_size=1030), vocab_size=1024).save_pretrained(folder / "hybrid")
+    tiny_teacher(vocab_size=1030, num_hidden_layers=3).save_pretrained(folder / "shallow")
+    tiny_student(vocab_size=1024, d_model=16).save_pretrained(folder / "narrow")
+    return folder
+
+
+def command(models, output=None, **changes):
+    """Returns the options of a choice that takes a second."""
+    values = dict(teacher_model=models / "teacher", student_model=models / "student", dtype="float32", budget=2)
+    values |= dict(
+        text=models / "short.jsonl", text_windows=3, seq_length=24, probe_texts=3, output=output, device="cpu"
+    )
+    values |= dict(preset="tiny", local_files_only="", **changes)
+    return [word for name, value in values.items() if value is not None for word in [f"--{name}", str(value)] if word]
+
+
+def all_probes_count(rank):
+    material.ABOVE_CHANCE = -1.0
+
+
+def run(argv, n_ranks=1, arm=all_probes_count):
+    codes, log = fresh.ranks(argv, n_ranks, choose_layers.main, arm)
+    return codes, log
+
+
+@pytest.fixture(scope="module")
+def made(models, tmp_path_factory):
+    """Returns the folder of a choice and what was printed."""
+    folder = tmp_path_factory.mktemp("choice") / "out"
+    codes, log = run(command(models, folder))
+    assert codes == [0], log
+    return folder, log
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_it_prints_the_option_to_paste_and_writes_three_files(made):
+    folder, log = made
+    choice = json.loads((folder / "choice.json").read_text())
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert f"--layers {' '.join(map(str, choice['layers']))}\n" in log and len(choice["layers"]) == 2
+    assert re.search(
+        r"at most about [\d,]+ tokens forward, [\d.e+]+% of the 819,200 that the planned run trains on", log
+    )
+
+
+def test_the_report_says_what_was_measured_on_what(made):
+    report = (made[0] / "choice.md").read_text()
+    choice = json.loads((made[0] / "choice.json").read_text())
+    sections = re.findall("^## (.*)$", report, re.MULTILINE)
+    assert sections == [
+        "Sets of 2 layers, on texts that were kept aside", "How many layers", "KL against probes",
+        "Each layer by itself", "Layers of the teacher, ablated",
+        "Heads of the teacher, ablated", "Probes", "Made with",
+    ]  # fmt: skip
+    assert f"    --layers {' '.join(map(str, choice['layers']))}\n" in report
+    assert (
+        "nats per answer, over 2 texts." in report
+        and "copying: left out; its texts have 240 tokens, and the teacher reads 128." in report
+    )
+    assert "KL + 0.3 x growth" in report and "; held out from what the run of --preset tiny trains on" in report
+    tables = [block for block in report.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 6
+    for table in tables:  # every figure with its interval, in as many columns as the header has
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert report.count("±") > 40
+
+
+def test_the_picture_has_a_panel_for_heads_curves_and_caches(made):
+    text = (made[0] / "choice.svg").read_text()
+    ElementTree.fromstring(text)
+    for title in ("loss without a head", "KL to the teacher", "retrieval: right answers", "MB of the cache"):
+        assert title in text
+
+
+def test_two_ranks_choose_the_same(models, made, tmp_path):
+    codes, log = run(command(models, tmp_path), 2)
+    assert codes == [0, 0], log
+    ours, theirs = content(made[0]), content(tmp_path)
+    assert ours["choice.json"] == theirs["choice.json"] and ours["choice.svg"] == theirs["choice.svg"]
+    rows = [sorted(files["measured.jsonl"].splitlines()) for files in (ours, theirs)]
+    assert rows[0] == rows[1]
+
+
+def stop_after_five_rows(rank):
+    all_probes_count(rank)
+    put = Measured.put
+
+    def put_and_stop(rows, *args):
+        put(rows, *args)
+        if len(rows.rows) == 5:
+            signal_self(signal.SIGTERM)()
+
+    Measured.put = put_and_stop
+
+
+def test_a_signal_ends_it_and_its_rows_are_kept(models, made, tmp_path):
+    codes, log = run(command(models, tmp_path), arm=stop_after_five_rows)
+    assert codes == [75] and "stopped by SIGTERM" in log
+    assert len((tmp_path / "measured.jsonl").read_bytes().splitlines()) == 5
+    assert not (tmp_path / "choice.json").exists()
+    codes, log = run(command(models, tmp_path))
+    assert codes == [0], log
+    assert {**content(tmp_path), "settings.json": b""} == {**content(made[0]), "settings.json": b""}
+
+
+def test_a_finished_choice_is_used_and_other_models_are_refused(models, made):
+    folder, _ = made
+    before = content(folder)
+    codes, log = run(command(models, folder))
+    assert codes == [0] and "holds this choice already" in log and "--layers " in log and content(folder) == before
+    codes, log = run(command(models, folder, student_model=models / "plain"))
+    assert codes == [2] and "Traceback" not in log and content(folder) == before
+    [line] = [line for line in log.splitlines() if line.startswith("error:")]
+    assert f"--student_model {models / 'student'} (now {models / 'plain'})" in line and "another --output" in line
+    codes, log = run(command(models, folder, seq_length=20))
+    assert codes == [2] and "the choice there is with other texts" in log
+
+
+def refusal(argv):
+    """Returns the error of options that are refused before a weight is read."""
+    with pytest.raises(ValueError) as error:
+        choose_layers.main(parse_choose_args(argv))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"budget": 4}, "--budget 4: expected 1 to 3 layers of the teacher's; the student has 4"),
+        ({"budget": 0}, "--budget 0: expected at least 1"),
+        ({"budget": None}, "--budget: is missing; give how many"),
+        ({"cache_bytes": 10**6}, "--budget 2 --cache_bytes 1000000: both say how many layers; give one of them"),
+        ({"budget": None, "cache_bytes": 5}, "--cache_bytes 5: a single layer of the teacher's"),
+        ({"student_model": "hybrid"}, "--budget 2: --student_model is a hybrid already, with layers [1, 3]"),
+        ({"student_model": "narrow"}, "--budget 2: the teacher's layers are 32 wide and the student's 16"),
+        ({"teacher_model": "shallow"}, "--budget 2: the teacher has 3 layers and the student 4"),
+        ({"seq_length": 500}, "--seq_length 500: the teacher can read 128 tokens at once"),
+        ({"text_windows": 2}, "--text_windows 2: expected at least 3"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(models, changes, words):
+    changes = {name: models / value if isinstance(value, str) else value for name, value in changes.items()}
+    options = {"budget": changes.pop("budget", 2), "output": models / "nowhere"}
+    argv = command(models)
+    for name, value in {**options, **changes}.items():
+        while f"--{name}" in argv:
+            at = argv.index(f"--{name}")
+            del argv[at : at + 2]
+        argv += [] if value is None else [f"--{name}", str(value)]
+    if changes.get("teacher_model"):
+        (models / "shallow" / "tokenizer.json").write_bytes((models / "teacher" / "tokenizer.json").read_bytes())
+    assert words in refusal(argv)
+    assert not (models / "nowhere").exists()
+
+
+def test_layers_are_no_option_here(models):
+    with pytest.raises(ValueError, match="--layers"):
+        parse_choose_args([*command(models), "--layers", "1"])
+
+
+def test_a_folder_with_rows_of_nobody_is_left_alone(models, tmp_path):
+    (tmp_path / "measured.jsonl").write_text("{}\n")
+    assert "has files of a choice, but no settings.json" in refusal(command(models, tmp_path))
+    assert (tmp_path / "measured.jsonl").read_text() == "{}\n"
+
+
+def test_the_plan_reads_no_weights(models, tmp_path, capsys):
+    assert choose_layers.main(parse_choose_args([*command(models, tmp_path), "--dry_run"])) == 0
+    printed = capsys.readouterr().out
+    assert "Keeps 2 of 4 layers" in printed and "tokens forward" in printed and "GB" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_text_is_the_presets(models):
+    args = parse_choose_args(["--preset", "tiny", "--budget", "2"])
+    assert args.text == str(ROOT / "presets" / "tiny" / "text" / "heldout.jsonl") and args.text_split == "train"
+    args = parse_choose_args(["--budget", "2"])
+    assert (args.text, args.text_subset) == ("HuggingFaceFW/fineweb-edu", "CC-MAIN-2014-49")
+    assert parse_choose_args(["--budget", "2", "--text", "mine.jsonl"]).text_subset is None
