@@ -10,7 +10,8 @@ from inputs.bounds import LONGEST_CONTEXT, MOST_LAYERS, MOST_SEED, STEPS
 from inputs.groups import BEYOND, DATA, EVALUATION, GENERAL, IN_TRAINING, LOSS, MMLU, MODELS, OUTPUT, PLAN, TRAINING
 from inputs.option_checks import eval_problems, is_same_name, train_problems
 from inputs.option_values import option_values
-from inputs.options import BY_PRESET, option, options_of, out_of_bounds, path_option
+from inputs.options import BY_PRESET, option, out_of_bounds, path_option
+from inputs.teacher_parts import Heads, head_list, pairs_of, parse_heads
 from inputs.value_types import auto_or_int
 
 
@@ -32,13 +33,9 @@ class CommonArguments:
     )
     local_files_only: bool = option(False, "use only files on this disk, and no network", GENERAL, free=True)
     teacher_model: str = path_option(
-        BY_PRESET,
-        "name or directory of the teacher, a causal LM; a Llama, Mistral, Qwen2 or Qwen3 for --layers and alignment",
-        MODELS,
+        BY_PRESET, "name or directory of the teacher; Llama, Mistral, Qwen2 or Qwen3 for --layers or alignment", MODELS
     )
-    student_model: str = path_option(
-        BY_PRESET, "name or directory of a Llamba, or a run's checkpoint", MODELS, free=True
-    )
+    student_model: str = path_option(BY_PRESET, "name or directory of a Llamba, or a checkpoint", MODELS, free=True)
     layers: list[int] = option(
         BY_PRESET,
         "student layers that the teacher's replace, by index; -1 for none",
@@ -46,6 +43,9 @@ class CommonArguments:
         nargs="*",
         kept=True,
         most=MOST_LAYERS,
+    )
+    heads: list[str] = option(
+        [], "layer:head of each head of the teacher to keep, 13:18,15:11", MODELS, nargs="*", kept=True, parse=head_list
     )
     dtype: Literal["bfloat16", "float16", "float32"] = option(BY_PRESET, "weights and compute", MODELS, kept=True)
     document_separator: str = option(
@@ -58,6 +58,17 @@ class CommonArguments:
     def __post_init__(self) -> None:
         if self.layers and max(self.layers) < 0:
             self.layers = []
+        self.heads = pairs_of(self.kept_heads)
+
+    @property
+    def kept_heads(self) -> Heads:
+        """Returns the heads of each layer that --heads names."""
+        return parse_heads(self.heads)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Returns whether the student has layers or heads of the teacher."""
+        return bool(self.layers or self.heads)
 
 
 @dataclass(kw_only=True)
@@ -357,9 +368,9 @@ class EvalArguments(CommonArguments):
         self.retrieval_pairs = list(dict.fromkeys(self.retrieval_pairs))
 
     @property
-    def layers_given(self) -> bool:
-        """Returns whether the command line or --config gives --layers."""
-        return "layers" in self.given
+    def parts_given(self) -> bool:
+        """Returns whether the command line or --config gives --layers or --heads."""
+        return not self.given.isdisjoint(("layers", "heads"))
 
     def problems(self) -> list[str]:
         """Returns a line for each option, or pair of options, that cannot be used."""
@@ -385,19 +396,3 @@ def parse_eval_args(argv: list[str] | None = None) -> EvalArguments:
 def _raise_for(problems: list[str]) -> None:
     if problems:
         raise ValueError("\n  ".join(["these options cannot be used:", *problems]))
-
-
-# --- resuming ------------------------------------------------------------------------------------------------
-
-
-def kept_options(args: TrainArguments) -> set[str]:
-    """Returns the options that a resumed run must keep: another value would make it another run."""
-    cases = (True, "streams" if args.dataset_streaming else "caches")
-    return {name for name, about in options_of(args).items() if about.kept in cases}
-
-
-def free_options() -> set[str]:
-    """Returns the options that a resumed run may change and that need no warning: they change where it runs and how it
-    is watched, not what it computes.
-    """
-    return {name for name, about in options_of(TrainArguments).items() if about.free or about.group in (OUTPUT, PLAN)}

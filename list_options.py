@@ -5,8 +5,9 @@ python list_options.py > docs/options.md
 
 import sys
 
-from arguments import EvalArguments, TrainArguments, free_options
+from arguments import EvalArguments, TrainArguments
 from conversion.options import MakeArguments
+from inputs.options import free_options
 from inputs.options_page import options_page
 from processes.exits import run_entry
 from selection.options import ChooseArguments
@@ -20,7 +21,7 @@ ENTRIES = {
 
 
 def main() -> None:
-    print(options_page(ENTRIES, free_options()), end="")
+    print(options_page(ENTRIES, free_options(TrainArguments)), end="")
 
 
 if __name__ == "__main__":

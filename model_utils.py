@@ -25,7 +25,7 @@ from arguments import TrainArguments
 from inputs.loaded_models import check_all_used, check_weights
 from inputs.model_files import check_weight_files, dead_links, one_line, read_config
 from inputs.option_values import command_that_makes
-from inputs.teacher_parts import Heads, named_parts, pairs_of
+from inputs.teacher_parts import Heads, head_problems, named_parts
 from llamba import LlambaConfig, LlambaForCausalLM, whole_and_parts
 from llamba.families import other_form
 from llamba.kernels import kernels_for
@@ -121,7 +121,7 @@ def check_replacements(
     if not (layers or heads):
         return
     flag = named_parts(layers, heads)
-    problems = _head_problems(student, teacher, layers, heads)
+    problems = head_problems(student, teacher, layers, heads)
     n_layer = min(student.n_layer, teacher.num_hidden_layers)
     if outside := sorted(index for index in {*layers, *heads} if index >= n_layer):
         problems.append(
@@ -140,24 +140,6 @@ def check_replacements(
         )
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _head_problems(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int], heads: Heads) -> list[str]:
-    """Returns why a student cannot keep heads of the teacher."""
-    flag, problems = f"--heads {','.join(pairs_of(heads))}", []
-    n_heads, n_v_heads = getattr(teacher, "num_attention_heads", None), student.ssm_cfg["n_v_heads"]
-    if twice := sorted({*layers} & {*heads}):
-        problems.append(f"{flag}: --layers keeps {twice} whole; name a layer in one of them")
-    if n_heads is None or not heads:
-        return problems
-    if outside := [pair for pair in pairs_of(heads) if int(pair.split(":")[1]) >= n_heads]:
-        problems.append(f"{flag}: {','.join(outside)} out of range; the teacher's layers have heads 0 to {n_heads - 1}")
-    if n_heads != n_v_heads:
-        problems.append(
-            f"{flag}: a mixer of the student has {n_v_heads} heads and the teacher's attention {n_heads}; expected as "
-            "many, each in the place of one; make_student.py makes such a student, or keep whole --layers"
-        )
-    return problems
 
 
 def get_teacher_model(name: str, dtype: torch.dtype, device: torch.device, with_head: bool = True) -> PreTrainedModel:
@@ -247,7 +229,8 @@ def prepare_student(student: LlambaForCausalLM, args: TrainArguments) -> None:
     if args.freeze_mlp:
         freeze_student_mlps(student)
     if args.freeze_replaced_layers:
-        freeze_student_layers(student, args.layers)
+        freeze_student_layers(student, student.config.attention_layers)
+        freeze_kept_heads(student)
     check_trainable(student)
     if args.gradient_checkpointing:
         checkpoint_blocks(student, args.checkpoint_blocks)
@@ -265,6 +248,12 @@ def freeze_student_layers(student: LlambaForCausalLM, layers: list[int]) -> None
     """Freezes whole layers."""
     for index in layers:
         student.backbone.layers[index].requires_grad_(False)
+
+
+def freeze_kept_heads(student: LlambaForCausalLM) -> None:
+    """Freezes the teacher's heads of layers that keep some; what is around them has to learn with their mixers."""
+    for index in map(int, student.config.attention_heads):
+        student.backbone.layers[index].attention.requires_grad_(False)
 
 
 def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:

@@ -36,6 +36,7 @@ from distillation.models import Models, check_models
 from distillation.teacher import ask_ahead
 from inputs.option_checks import warmup_problems
 from inputs.option_files import as_yaml
+from inputs.teacher_parts import named_parts
 from llamba.parts import parameter_table
 from model_utils import adopt_special_tokens
 from monitoring.evaluator import read_material
@@ -136,7 +137,7 @@ def run(job: Job, checked: Checked) -> int:
     check_first_answer(args.teacher_model, lane, objective.model.teacher_head, batches.peek(), ranks)
     adopt_special_tokens(student, models.tokenizer)
     table = parameter_table(student, args.max_lr, args.copied_lr_factor)
-    logger.info("student with layers %s from the teacher\n%s", args.layers, table)
+    logger.info("student with %s from the teacher\n%s", named_parts(args.layers, args.kept_heads), table)
     learner = build_learner(job, objective, lane, total_steps, state.step, state.loss_scale)
     resume.restore(learner, ranks)
 
@@ -276,9 +277,10 @@ def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stoppe
     if bad:
         text += f"; the last {bad} update(s) were skipped, look at the windows named above"
     elif args.stage == "align":
-        layers = " ".join(map(str, args.layers)) or "-1"
         text += f"; the mixers are aligned, distil the student with --preset {args.preset} --teacher_model "
-        text += f"{args.teacher_model} --student_model {args.output_dir}/latest --layers {layers}"
+        text += (
+            f"{args.teacher_model} --student_model {args.output_dir}/latest {named_parts(args.layers, args.kept_heads)}"
+        )
     return Ending("complete", 0, text)
 
 

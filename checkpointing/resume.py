@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from arguments import TrainArguments, free_options, kept_options
+from arguments import TrainArguments
 from checkpointing.candidates import FRESH, followed, lone_copy, what_is_there
 from checkpointing.files import (
     SMALL,
@@ -20,6 +20,7 @@ from checkpointing.files import (
 from checkpointing.housekeeping import LINK, point_latest_to, set_bad_aside
 from checkpointing.state import COUNTERS, FORMAT, RunState, restore_optimizer, restore_random_state, versions
 from checkpointing.write_errors import only_logged
+from inputs.options import free_options, kept_options
 from processes.ranks import Ranks, is_main_rank
 from text.separators import AUTO
 from training_utils import Learner
@@ -28,6 +29,7 @@ logger = logging.getLogger("train")
 
 # What their runs did that had no such option.
 OF_EARLIER_VERSIONS = {
+    "heads": [],
     "stage": "distil",
     "copied_lr_factor": 1.0,
     "warmup_steps": None,
@@ -238,5 +240,5 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     if problems:
         raise ValueError(_other_run(args, problems))
     for name, value in changed.items():
-        if name not in free_options() and is_main_rank():
+        if name not in free_options(TrainArguments) and is_main_rank():
             logger.warning("resuming with --%s %s where the run had %s", name, value, before[name])

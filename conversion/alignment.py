@@ -57,10 +57,13 @@ def squares_of(x: Tensor) -> Tensor:
 
 
 def attention_error(block: LlambaBlock, traced: Traced) -> Tensor:
-    """Returns the squared relative error of a block's mixer: 0 equals the teacher's attention, 1 gives zeros."""
+    """Returns the squared relative error of a block's mixer, with the heads kept beside it: 0 equals the teacher's
+    attention, 1 gives zeros.
+    """
     with torch.no_grad():
         u = block.input_layernorm(traced.hidden)  # (B, S, D)
-    return relative_error(block.mixer(u), traced.attention, traced.hidden)
+    mixed = block.mix(u, position_embeddings=traced.angles)
+    return relative_error(mixed, traced.attention, traced.hidden)
 
 
 # --- gradients of ranks --------------------------------------------------------------------------------------
@@ -155,8 +158,8 @@ def load_alignment(
     dtype = DTYPES[args.dtype]
     weights = TeacherWeights(models.teacher, name=args.teacher_model)
     student = get_student_model(models.student, dtype, device, models.student_flag)
-    if args.layers and not student.config.attention_layers:
-        take_parts(student, weights.config, args.layers, {}, lambda index: weights.layer(index, dtype))
+    if args.takes_parts and not student.config.has_attention:
+        take_parts(student, weights.config, args.layers, args.kept_heads, lambda index: weights.layer(index, dtype))
     take_weights_of_rank_0(student)
     mixers = freeze_all_but_mixers(student)
     if args.compile:

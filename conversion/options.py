@@ -1,7 +1,7 @@
 """The options of make_student.py. Nothing heavy is imported, so that a mistake is reported at once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from arguments import CommonArguments, TrainArguments
@@ -29,6 +29,7 @@ class MakeArguments(CommonArguments):
         MODELS,
         nargs="*",
     )
+    heads: list[str] = field(default_factory=list)  # not an option here: train_gpus.py keeps them
     student_model: str = path_option(BY_PRESET, "default of --output, by a preset of a student that is built", STUDENT)
     output: str | None = path_option(
         None, "new folder for the student (default: that of a preset whose student is built of this teacher)", STUDENT

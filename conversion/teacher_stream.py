@@ -16,10 +16,11 @@ from llamba.llama import FrozenMLP, use_kernels
 
 
 class Traced:
-    """Holds what a layer of the teacher read and computed, each (B, S, D)."""
+    """Holds what a layer of the teacher read and computed, (B, S, D) where nothing else is said."""
 
-    def __init__(self, layer: DecoderLayer, hidden: Tensor, attention: Tensor) -> None:
+    def __init__(self, layer: DecoderLayer, hidden: Tensor, attention: Tensor, angles: tuple[Tensor, Tensor]) -> None:
         self.layer = layer
+        self.angles = angles  # cosines and sines of the rotary positions, (1, S, head_dim) each
         self.hidden = hidden  # its input, before the norm
         self.attention = attention  # what its attention adds to that
 
@@ -90,7 +91,7 @@ class TeacherStream:
         for layer in self.layers:
             with torch.no_grad():
                 attention, _ = layer.self_attn(layer.input_layernorm(hidden), rotary, None)  # causal without a mask
-            traced = Traced(layer, hidden, attention)
+            traced = Traced(layer, hidden, attention, rotary)
             yield traced
             hidden = traced.output
 

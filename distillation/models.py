@@ -46,7 +46,7 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     Raises ValueError.
     """
     runs_teacher = args.has_teacher
-    teacher_needed = runs_teacher or (bool(args.layers) and checkpoint is None)
+    teacher_needed = runs_teacher or (args.takes_parts and checkpoint is None)
     teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, teacher_needed)
     if checkpoint is None:
         student = locate_model("--student_model", args.student_model, args.local_files_only)
@@ -75,16 +75,16 @@ def load_models(
     """
     dtype, runs_teacher = DTYPES[args.dtype], args.kl_weight > 0
     student = get_student_model(models.student, dtype, ranks.device, models.student_flag)
-    takes_layers = bool(args.layers) and not student.config.attention_layers  # else a hybrid, trained before
+    takes_parts = args.takes_parts and not student.config.has_attention  # else a hybrid, trained before
     place = torch.device("meta")
     if runs_teacher and (ranks.owns_teacher or args.teacher_placement == "colocated"):
         place = teacher_device
-    elif takes_layers and ranks.is_main:
+    elif takes_parts and ranks.is_main:
         place = torch.device("cpu")
     teacher = get_teacher_model(models.teacher, dtype, place, with_head=runs_teacher)
-    if takes_layers:
-        apply_replacements(student, teacher, args.layers)
-        share_layers(student, args.layers)
+    if takes_parts:
+        apply_replacements(student, teacher, args.layers, args.kept_heads)
+        share_layers(student)
     prepare_student(student, args)
     if not runs_teacher:
         return student, None, NoTeacher(ranks.device)

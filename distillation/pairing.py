@@ -7,7 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from arguments import TrainArguments
 from inputs.context import shortest
 from inputs.model_files import folder_of
-from llamba import LlambaConfig
+from llamba import LlambaConfig, whole_and_parts
 from llamba.families import other_form
 from model_utils import check_replacements, get_tokenizer
 from processes.ranks import is_main_rank
@@ -22,7 +22,7 @@ PROBE = "The quick brown fox, naïve café.\n\tdef f(x):\n    return x**2  # 123
 
 def check_pair(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:
     """Checks the models of a run against each other and against its options. Raises ValueError."""
-    check_replacements(student, teacher, args.layers)
+    check_replacements(student, teacher, args.layers, args.kept_heads)
     if args.stage == "align":
         check_alignment(args, student, teacher)
     check_context(args, student, teacher)
@@ -43,7 +43,8 @@ def check_alignment(args: TrainArguments, student: LlambaConfig, teacher: Pretra
             f"--stage align: the student has {shapes[0][0]} layers of width {shapes[0][1]}, the teacher {shapes[1][0]} "
             f"of {shapes[1][1]}; expected as many of the same width, make_student.py makes such a student"
         )
-    if len(student.attention_layers or args.layers) == student.n_layer:
+    whole = student.attention_layers or whole_and_parts(args.layers, args.kept_heads, teacher.num_attention_heads)[0]
+    if len(whole) == student.n_layer:
         raise ValueError(
             f"--stage align: all {student.n_layer} layers are the teacher's, and no mixer is left to learn; name fewer "
             "--layers, or take a student that has mixers"
@@ -55,9 +56,9 @@ def check_context(args: TrainArguments, student: LlambaConfig, teacher: Pretrain
     student has from a teacher. Its other layers have no limit.
     """
     readers: dict[str, PretrainedConfig] = {}
-    if student.attention_layers:
+    if student.has_attention:
         readers["the layers that the student has from a teacher"] = student
-    elif args.layers:
+    elif args.takes_parts:
         readers["the layers that the student takes from the teacher"] = teacher
     if args.has_teacher:
         readers["the teacher"] = teacher

@@ -230,9 +230,9 @@ def open_lane(
     return head, TeacherLane(answers, ranks, prefetch)
 
 
-def share_layers(student: LlambaForCausalLM, layers: list[int]) -> None:
-    """Broadcasts the replaced layers from rank 0, which has read the teacher's weights for them."""
-    for index in layers:
+def share_layers(student: LlambaForCausalLM) -> None:
+    """Broadcasts the layers with attention from rank 0, which has read the teacher's weights for them."""
+    for index in student.config.layers_with_attention:
         for parameter in student.backbone.layers[index].parameters():
             dist.broadcast(parameter.data, src=0)
 

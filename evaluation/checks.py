@@ -25,6 +25,8 @@ from evaluation.partial_results import check_partial, is_interrupted
 from evaluation.report import output_files
 from inputs.context import context_length, stated_length
 from inputs.model_files import read_config
+from inputs.teacher_parts import Heads, named_parts, pairs_of, parse_heads
+from llamba import whole_and_parts
 from model_utils import check_replacements, get_tokenizer, locate_model, read_llamba_config
 from paths import readable
 from processes.devices import choose_device
@@ -43,6 +45,7 @@ class ModelSource(NamedTuple):
     path: str  # a directory, or a name on the hub
     config: PretrainedConfig
     layers: list[int] | None  # those that are the teacher's; None for the teacher itself
+    heads: Heads  # those of the teacher's that other layers keep
 
 
 @dataclass
@@ -121,7 +124,7 @@ def _find_teacher(args: EvalArguments) -> tuple[ModelSource, PreTrainedTokenizer
             f"--max_length: not given, and the config of --teacher_model {args.teacher_model} does not say how long "
             "its context is; give it"
         )
-    return ModelSource(path, config, None), tokenizer, max_length
+    return ModelSource(path, config, None, {}), tokenizer, max_length
 
 
 def _limited_readers(models: list[str], sources: dict[str, ModelSource | None]) -> dict[str, PretrainedConfig]:
@@ -133,7 +136,7 @@ def _limited_readers(models: list[str], sources: dict[str, ModelSource | None]) 
             readers["the teacher"] = source.config
         elif name == "hybrid" and (teacher := sources["teacher"]) is not None:
             readers["the hybrid's layers of the teacher"] = teacher.config
-        elif source is not None and source.layers:
+        elif source is not None and (source.layers or source.heads):
             readers[f"the layers that {name} has from a teacher"] = source.config.attention_config()
     return readers
 
@@ -144,7 +147,7 @@ def _find_student(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--student_model", config.vocab_size)
         warn_of_another_tokenizer(path, tokenizer)
-    return ModelSource(path, config, config.attention_layers)
+    return ModelSource(path, config, config.attention_layers, parse_heads(pairs_of(config.attention_heads)))
 
 
 def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
@@ -159,32 +162,34 @@ def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | N
     # A link such as `latest` may point to another checkpoint by the time the weights are read.
     path = os.path.realpath(locate_model("--ckpt", args.ckpt, local_files_only=True))
     config = read_llamba_config("--ckpt", args.ckpt, path)
-    if args.layers_given and sorted(args.layers) != config.attention_layers:
+    own = config.attention_layers, config.attention_heads
+    if args.parts_given and own != whole_and_parts(args.layers, args.kept_heads, config.n_teacher_heads):
         raise ValueError(
-            f"--layers {' '.join(map(str, args.layers)) or '-1'}: --ckpt {args.ckpt} was trained with layers "
-            f"{config.attention_layers}; leave --layers out, or give the checkpoint that has yours"
+            f"{named_parts(args.layers, args.kept_heads)}: --ckpt {args.ckpt} was trained with {named_parts(*own)}; "
+            "leave both out, or give the checkpoint that has yours"
         )
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--ckpt", config.vocab_size)
-    return ModelSource(path, config, config.attention_layers)
+    return ModelSource(path, config, config.attention_layers, parse_heads(pairs_of(config.attention_heads)))
 
 
 def _find_hybrid(
     args: EvalArguments, student: ModelSource, teacher: ModelSource, trained: ModelSource | None
 ) -> ModelSource:
-    """Returns the student as source of the untrained hybrid. Without --layers, its layers are those of the trained
-    hybrid, if that is measured too, so that the two differ by training alone.
+    """Returns the student as source of the untrained hybrid. Without --layers and --heads, they are those of the
+    trained hybrid, if that is measured too, so that the two differ by training alone.
     """
-    if student.layers:
+    if student.layers or student.heads:
+        own = named_parts(student.layers or [], student.heads)
         raise ValueError(
-            f"--which hybrid: --student_model {args.student_model} has layers {student.layers} of a "
-            "teacher already; give the student that it was made from, or score it as student or as --ckpt"
+            f"--which hybrid: --student_model {args.student_model} has {own} of a teacher already; give the student "
+            "that it was made from, or score it as student or as --ckpt"
         )
-    layers = sorted(args.layers)
-    if not args.layers_given and trained is not None and trained.layers is not None:
-        layers = trained.layers
-    check_replacements(student.config, teacher.config, layers)
-    return ModelSource(student.path, student.config, layers)
+    layers, heads = sorted(args.layers), args.kept_heads
+    if not args.parts_given and trained is not None and trained.layers is not None:
+        layers, heads = trained.layers, trained.heads
+    check_replacements(student.config, teacher.config, layers, heads)
+    return ModelSource(student.path, student.config, layers, heads)
 
 
 def _read_questions(args: EvalArguments) -> list[mmlu.Question]:
@@ -265,11 +270,13 @@ def settings_of(
 
 def _identity(source: ModelSource) -> dict[str, Any]:
     """Returns a model's path and its files' sizes and times: a checkpoint written again counts as another model."""
+    # Without heads as earlier versions have it, so that their results can be resumed.
+    parts = {"layers": source.layers, **({"heads": pairs_of(source.heads)} if source.heads else {})}
     if not Path(source.path).is_dir():
-        return {"path": source.path, "layers": source.layers}
+        return {"path": source.path, **parts}
     stats = [(file.name, file.stat()) for file in sorted(Path(source.path).iterdir()) if file.is_file()]
     files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return {"path": os.path.realpath(source.path), "layers": source.layers, "files": files}
+    return {"path": os.path.realpath(source.path), **parts, "files": files}
 
 
 def check_unchanged(name: str, inputs: CheckedInputs) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from arguments import EvalArguments
 from evaluation import mmlu, mmlu_files
 from evaluation.checks import CheckedInputs, check_unchanged
+from inputs.teacher_parts import pairs_of
 from model_utils import DTYPES, apply_replacements, get_student_model, get_teacher_model
 
 
@@ -28,7 +29,7 @@ def load_model(name: str, args: EvalArguments, inputs: CheckedInputs) -> PreTrai
         assert source.layers is not None
         # The teacher is loaded into main memory, so that the device has to hold the student alone.
         teacher = get_teacher_model(inputs.sources["teacher"].path, dtype, torch.device("cpu"), with_head=False)
-        apply_replacements(student, teacher, source.layers)
+        apply_replacements(student, teacher, source.layers, source.heads)
     return student.eval()
 
 
@@ -41,6 +42,7 @@ def provenance(name: str, args: EvalArguments, inputs: CheckedInputs) -> dict[st
         "student_model": args.student_model if name in ("student", "hybrid") else None,
         "ckpt": inputs.sources[name].path if name == "hybrid_ft" else None,
         "layers": inputs.sources[name].layers,
+        "heads": pairs_of(inputs.sources[name].heads),
         "max_length": inputs.max_length,
         "batch_size": args.batch_size or "auto",
         "dtype": args.dtype,

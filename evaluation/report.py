@@ -135,11 +135,12 @@ def options_text(config: dict[str, Any], *beginnings: str) -> str:
 
 def model_table(results: dict[str, dict]) -> Table:
     """Returns where each model comes from and what it ran with."""
-    table = [["model", "from", "teacher's layers", "dtype", "max_length", "versions"]]
+    table = [["model", "from", "teacher's layers and heads", "dtype", "max_length", "versions"]]
     for name, result in results.items():
         config = result["config"]
         source = config["ckpt"] or config["student_model"] or config["teacher_model"]
-        layers = "all" if config["layers"] is None else " ".join(map(str, config["layers"])) or "none"
+        parts = [*map(str, config["layers"] or []), *config.get("heads", [])]  # earlier versions had no heads
+        layers = "all" if config["layers"] is None else " ".join(parts) or "none"
         versions = ", ".join(f"{package} {release}" for package, release in config["versions"].items())
         table.append([name, source, layers, config["dtype"], str(config["max_length"]), versions])
     return table

@@ -12,7 +12,7 @@ def stated_length(config: PretrainedConfig) -> int | None:
     none. A Llamba has the context of its layers from a teacher.
     """
     if isinstance(config, LlambaConfig):
-        return stated_length(config.attention_config()) if config.attention_layers else None
+        return stated_length(config.attention_config()) if config.has_attention else None
     text = config.get_text_config()
     stated = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return stated if isinstance(stated, int) and stated > 0 else None  # XLNet says -1
@@ -33,7 +33,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     after it. (transformers' modeling_rope_utils.py; published configs differ, so this is the longest reading.)
     """
     if isinstance(config, LlambaConfig):
-        return context_length(config.attention_config()) if config.attention_layers else None
+        return context_length(config.attention_config()) if config.has_attention else None
     stated = stated_length(config)
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     factor = rope.get("factor")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from inputs.groups import OUTPUT, PLAN
 from inputs.value_types import SHOWN, number, some_text, whole_number
 from paths import expanded
 
@@ -90,6 +91,19 @@ def out_of_bounds(args: Any) -> list[str]:
         if about.bounds and (wrong := [item for item in values if not about.allows(item)]):
             found.append(f"--{name} {str(wrong[0]):.{SHOWN}}: expected {about.bounds}")
     return found
+
+
+def kept_options(args: Any) -> set[str]:
+    """Returns the options that a resumed run must keep: another value would make it another run."""
+    cases = (True, "streams" if args.dataset_streaming else "caches")
+    return {name for name, about in options_of(args).items() if about.kept in cases}
+
+
+def free_options(cls: Any) -> set[str]:
+    """Returns the options that a resumed run may change and that need no warning: they change where it runs and how it
+    is watched, not what it computes.
+    """
+    return {name for name, about in options_of(cls).items() if about.free or about.group in (OUTPUT, PLAN)}
 
 
 # --- how it becomes a flag -----------------------------------------------------------------------------------

@@ -5,9 +5,14 @@ from __future__ import annotations  # doctor.py reports a Python that is too old
 import argparse
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inputs.value_types import SHOWN
+
+if TYPE_CHECKING:  # arguments.py imports nothing heavy
+    from transformers import PretrainedConfig
+
+    from llamba import LlambaConfig
 
 Heads = dict[int, list[int]]  # layer -> query heads of the teacher
 PAIR = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
@@ -40,3 +45,21 @@ def named_parts(layers: Iterable[int], heads: Mapping[Any, list[int]]) -> str:
     """Returns the options that name whole layers and heads, such as "--layers 3 --heads 13:18,15:11"."""
     shown = f"--layers {' '.join(map(str, layers)) or '-1'}"
     return f"{shown} --heads {','.join(pairs_of(heads))}" if heads else shown
+
+
+def head_problems(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int], heads: Heads) -> list[str]:
+    """Returns why a student cannot keep heads of the teacher."""
+    flag, problems = f"--heads {','.join(pairs_of(heads))}", []
+    n_heads, n_v_heads = getattr(teacher, "num_attention_heads", None), student.ssm_cfg["n_v_heads"]
+    if twice := sorted({*layers} & {*heads}):
+        problems.append(f"{flag}: --layers keeps {twice} whole; name a layer in one of them")
+    if n_heads is None or not heads:
+        return problems
+    if outside := [pair for pair in pairs_of(heads) if int(pair.split(":")[1]) >= n_heads]:
+        problems.append(f"{flag}: {','.join(outside)} out of range; the teacher's layers have heads 0 to {n_heads - 1}")
+    if n_heads != n_v_heads:
+        problems.append(
+            f"{flag}: a mixer of the student has {n_v_heads} heads and the teacher's attention {n_heads}; expected as "
+            "many, each in the place of one; make_student.py makes such a student, or keep whole --layers"
+        )
+    return problems

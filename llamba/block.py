@@ -83,5 +83,6 @@ class LlambaBlock(GradientCheckpointingLayer):
 
         attention_inputs: of kept heads, `KeptHeads.forward`'s.
         """
-        mixed = self.mixer(u, states, token_mask, seq_idx)
-        return mixed if self.attention is None else mixed + self.attention(u, states, **attention_inputs)
+        if self.attention is None:
+            return self.mixer(u, states, token_mask, seq_idx)
+        return self.attention(u, states, **attention_inputs) + self.mixer(u, states, token_mask, seq_idx)

@@ -184,6 +184,11 @@ class LlambaConfig(PretrainedConfig):
         return bool(self.attention_layers or self.attention_heads)
 
     @property
+    def layers_with_attention(self) -> list[int]:
+        """Returns the layers that have attention, whole or by heads, in order."""
+        return sorted({*self.attention_layers, *map(int, self.attention_heads)})
+
+    @property
     def n_teacher_heads(self) -> int | None:
         """Returns the query heads of a teacher's layer, None without one."""
         return (self.attention_cfg or {}).get("num_attention_heads")

@@ -15,11 +15,15 @@ def parameters_by_part(model: LlambaForCausalLM) -> dict[str, list[nn.Parameter]
         "norms": [*model.backbone.final_layernorm.parameters()],
         "replaced layers": [],
     }
+    if model.config.attention_heads:
+        parts["kept heads"] = []
     for layer in model.backbone.layers:
         if not isinstance(layer, LlambaBlock):
             parts["replaced layers"] += layer.parameters()
             continue
         parts["mixers"] += layer.mixer.parameters()
+        if layer.attention is not None:
+            parts["kept heads"] += layer.attention.parameters()
         parts["MLPs"] += layer.mlp.parameters()
         parts["norms"] += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
     return parts

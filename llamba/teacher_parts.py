@@ -41,7 +41,7 @@ def take_parts(
     config.attention_layers, config.attention_heads = whole_and_parts(layers, heads, teacher.num_attention_heads)
     attention_config = config.attention_config()
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
-    for index in sorted({*config.attention_layers, *map(int, config.attention_heads)}):
+    for index in config.layers_with_attention:
         own, given = backbone.layers[index], layer_of(index)
         layer: nn.Module
         with torch.device("meta"):

@@ -11,6 +11,7 @@ from torch import nn
 from conversion.alignment import Alignment
 from llamba import DiscreteMamba2, LlambaForCausalLM
 from llamba.families import ATTENTIONS
+from llamba.kept_heads import KeptHeads
 
 # 10^12 dense operations per second in bfloat16 and float16 with sums in float32, by words of the name that
 # torch.cuda.get_device_name gives; the first that fits counts. From the vendors' data sheets and, for GeForce cards,
@@ -91,6 +92,7 @@ def alignment_operations_per_token(alignment: Alignment, seq_len: int) -> float:
     total = sum(_forward_operations(layer, seq_len) for layer in layers)
     total -= _forward_operations(layers[-1].mlp, seq_len)
     for block in alignment.blocks.values():
+        total += 0 if block.attention is None else _forward_operations(block.attention, seq_len)
         total += 3 * _forward_operations(block.mixer, seq_len) - 2 * block.mixer.in_proj.weight.numel()
     return total
 
@@ -102,14 +104,20 @@ def _forward_operations(module: nn.Module, seq_len: int) -> float:
 
 def _mixing_operations(module: nn.Module, seq_len: int) -> float:
     """Returns the forward operations per token of attention and scan; 0 for modules that mix no tokens."""
-    if isinstance(module, ATTENTIONS):  # scores and values, over the tokens that one sees on average
-        heads = module.config.num_attention_heads
-        return 4 * heads * module.head_dim * (seq_len + 1) / 2
+    if isinstance(module, ATTENTIONS):
+        return _attention_operations(module.config.num_attention_heads * module.head_dim, seq_len)
+    if isinstance(module, KeptHeads):
+        return _attention_operations(len(module.heads) * module.head_dim, seq_len)
     if isinstance(module, DiscreteMamba2):  # the scan in chunks: steps 1, 2 and 4 of llamba/ssd.py
         chunk = min(module.chunk_size, seq_len)
         inner = module.n_v_heads * module.headdim
         return 2 * (chunk * (module.n_qk_heads * module.d_state + inner) + 2 * inner * module.d_state)
     return 0.0
+
+
+def _attention_operations(width: int, seq_len: int) -> float:
+    """Returns those of scores and values, over the tokens that one sees on average. width: of all heads together."""
+    return 4 * width * (seq_len + 1) / 2
 
 
 class Gauges:

@@ -88,7 +88,7 @@ def measure_footprint(args: TrainArguments) -> Footprint:
     with torch.device("meta"):
         tokens = torch.zeros(shape, dtype=torch.int64)  # (B, S)
         batch = Batch(tokens, tokens.clone(), torch.ones(shape, dtype=torch.bool))
-    weights = weights_by_fate(student, args.layers)
+    weights = weights_by_fate(student)
     if args.stage == "align":
         traced = trace_alignment(args, teacher, student, batch, gpu_chunk_tokens(args.dtype, vocab))
         beside = TeacherFootprint(traced.held, 0, traced.teacher_operations, traced.teacher_moved, 0, 0)
@@ -144,8 +144,8 @@ def build_models(args: TrainArguments) -> tuple[PreTrainedModel, LlambaForCausal
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(teacher_config, **settings).eval().requires_grad_(False)
         student = LlambaForCausalLM._from_config(student_config, **settings)
-    if not student.config.attention_layers:
-        apply_replacements(student, teacher, args.layers)
+    if not student.config.has_attention:
+        apply_replacements(student, teacher, args.layers, args.kept_heads)
     if args.stage == "align":
         freeze_all_but_mixers(student)
     else:
@@ -202,8 +202,9 @@ def trace_step(model: DistillationModel, batch: Batch, answer: Tensor | None) ->
     return TracedStep(passes, left, dict(memory.operations), dict(memory.moved))
 
 
-def weights_by_fate(student: LlambaForCausalLM, layers: list[int]) -> Items:
+def weights_by_fate(student: LlambaForCausalLM) -> Items:
     """Returns the bytes of weights that are trained, that are frozen, and of replaced layers."""
+    layers = student.config.attention_layers
     replaced = {id(p) for index in layers for p in student.backbone.layers[index].parameters()}
     fates = {"weights, trained": 0, "weights, frozen": 0, "weights of replaced layers": 0}
     for parameter in student.parameters():

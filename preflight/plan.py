@@ -187,7 +187,7 @@ def alternatives(args: TrainArguments) -> Iterator[tuple[str, TrainArguments]]:
             text += f" {SUM_LIKE_WEIGHTS}"
             smaller = dataclasses.replace(smaller, grad_accumulation_dtype="weights")
         yield text, smaller
-    if is_distilled and not args.freeze_replaced_layers and args.layers:
+    if is_distilled and not args.freeze_replaced_layers and args.takes_parts:
         yield "--freeze_replaced_layers", dataclasses.replace(args, freeze_replaced_layers=True)
     if is_distilled and not args.freeze_mlp:
         yield "--freeze_mlp", dataclasses.replace(args, freeze_mlp=True)

@@ -83,7 +83,7 @@ def budget_of(args: ChooseArguments, configs: tuple[PretrainedConfig, LlambaConf
 def check_pair(configs: tuple[PretrainedConfig, LlambaConfig], flag: str) -> None:
     """Raises ValueError of one line that begins with `flag` if layers of this teacher cannot stand in this student."""
     teacher, student = configs
-    if student.attention_layers:
+    if student.has_attention:
         raise ValueError(
             f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} from its teacher; "
             "start from a student without"

@@ -123,7 +123,7 @@ def model_files(run: PlannedRun) -> list[ModelFiles]:
     """Returns the teacher and the student of a run; the student of a resumed one is its checkpoint."""
     args = offline(run)
     resumes = args.student_model != run.args.student_model
-    teacher_needed = args.has_teacher or (bool(args.layers) and not resumes)
+    teacher_needed = args.has_teacher or (args.takes_parts and not resumes)
     return [
         ModelFiles("--teacher_model", args.teacher_model, teacher_needed, read_config),
         ModelFiles("--resume" if resumes else "--student_model", args.student_model, True, read_llamba_config),

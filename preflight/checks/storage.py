@@ -132,7 +132,7 @@ def check_host_memory(run: PlannedRun) -> Iterator[Finding]:
     held += checkpoint_bytes(student) - n_bytes(student.parameters()) if on_cpu else 0  # master weights and moments
     if args.stage == "align":
         held += n_ranks * not_shared(args, teacher, student) if on_cpu else 0
-    elif args.teacher_device == "cpu" or (args.kl_weight > 0 and on_cpu) or (args.kl_weight == 0 and args.layers):
+    elif args.teacher_device == "cpu" or (args.kl_weight > 0 and on_cpu) or (args.kl_weight == 0 and args.takes_parts):
         n_teachers = n_ranks if on_cpu and args.kl_weight > 0 and args.teacher_placement == "colocated" else 1
         held += n_teachers * n_bytes(teacher.parameters())
     available = available_memory()

@@ -23,8 +23,8 @@ def save_teacher(folder, **changes):
     return teacher
 
 
-def student_of(teacher, dtype=torch.float32, layers=()):
-    """Returns a student with random mixers, and at `layers` with the teacher's."""
+def student_of(teacher, dtype=torch.float32, layers=(), heads=None):
+    """Returns a student with random mixers, and with the teacher's `layers` and `heads`."""
     torch.manual_seed(3)
     student = LlambaForCausalLM(student_config(teacher.config)).to(dtype)
     names = {"model.embed_tokens.weight": "backbone.embedding.weight"}
@@ -35,8 +35,8 @@ def student_of(teacher, dtype=torch.float32, layers=()):
             twin = own.get(names.get(name, name.replace("model.layers", "backbone.layers")))
             if twin is not None:
                 twin.copy_(tensor)
-    if layers:
-        take_parts(student, teacher.config, list(layers), {}, teacher.model.layers.__getitem__)
+    if layers or heads:
+        take_parts(student, teacher.config, list(layers), heads or {}, teacher.model.layers.__getitem__)
     return student
 
 

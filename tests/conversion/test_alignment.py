@@ -98,15 +98,20 @@ def plain_errors(teacher, student, ids):
         layer(states[i], position_embeddings=rotary)
         hook.remove()
         mixed = block.mixer(block.input_layernorm(states[i]))
+        if kept := student.config.heads_of(i):
+            attention = copy.deepcopy(layer.self_attn)
+            others = [head for head in range(4) if head not in kept]
+            attention.o_proj.weight.data.unflatten(1, (4, -1))[:, others] = 0.0
+            mixed = mixed + attention(layer.input_layernorm(states[i]), rotary, attention_mask=None)[0]
         by_window = [(mixed[b] - seen[0][b]).norm() ** 2 / seen[0][b].norm() ** 2 for b in range(len(ids))]
         errors[i] = torch.stack(by_window).mean()
     return errors
 
 
-@pytest.mark.parametrize("layers", [(), (2,)])
-def test_errors_and_gradients_are_those_of_plain_autograd(tmp_path, one_rank, layers):
+@pytest.mark.parametrize("layers,heads", [((), {}), ((2,), {}), ((2,), {0: [1, 2, 3], 1: [0]})])
+def test_errors_and_gradients_are_those_of_plain_autograd(tmp_path, one_rank, layers, heads):
     teacher = save_teacher(tmp_path).requires_grad_(False)
-    student, batch = student_of(teacher, layers=layers), batch_of(3, 13)
+    student, batch = student_of(teacher, layers=layers, heads=heads), batch_of(3, 13)
     alignment = alignment_of(tmp_path, student)
     plain = copy.deepcopy(student)
     alignment.begin((3, 13))

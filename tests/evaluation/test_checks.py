@@ -44,7 +44,7 @@ def error_of_checks(options: dict[str, list[str]]) -> str:
         ({"ckpt": None}, ["hybrid_ft", "--ckpt"]),
         ({"ckpt": ["nowhere"]}, ["--ckpt nowhere: not a directory"]),
         ({"ckpt": [str(TINY / "text")]}, ["--ckpt", "no config.json"]),
-        ({"layers": ["1"]}, ["--layers 1: --ckpt", "[0, 2]"]),
+        ({"layers": ["1"]}, ["--layers 1: --ckpt", "was trained with --layers 0 2;"]),
         ({"layers": ["0", "9"], "which": ["hybrid"], "ckpt": None}, ["--layers 0 9", "[9] out of range"]),
         ({"teacher_model": [str(TINY / "text")]}, ["--teacher_model", "no config.json"]),
         ({"student_model": [str(TINY / "text")]}, ["--student_model", "no config.json"]),

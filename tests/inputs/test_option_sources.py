@@ -243,6 +243,13 @@ def test_what_a_run_writes_down_repeats_it(tmp_path, line):
     assert train_options(config(tmp_path, as_yaml(args)) + " --seed 5").seed == 5
 
 
+def test_heads_in_a_file(tmp_path):
+    for text in ("heads: 13:18,15:11", "heads: [13:18, 15:11]", "heads: ['13:18', '15:11']"):
+        args = train_options(config(tmp_path, text))
+        assert args.kept_heads == {13: [18], 15: [11]}
+        assert train_options(config(tmp_path, as_yaml(args))).heads == args.heads
+
+
 def test_layers_in_a_file_count_as_given(tmp_path):
-    assert eval_options(config(tmp_path, "layers: [3]")).layers_given is True
-    assert eval_options(config(tmp_path, "limit: 3")).layers_given is False
+    assert eval_options(config(tmp_path, "layers: [3]")).parts_given is True
+    assert eval_options(config(tmp_path, "limit: 3")).parts_given is False

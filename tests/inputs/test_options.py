@@ -28,6 +28,7 @@ PRODUCTION_OPTIONS = {
     "teacher_model": "meta-llama/Llama-3.1-8B-Instruct",
     "student_model": "goombalab/Llamba-8B-untied-unaligned",
     "layers": [14, 16, 17, 30],
+    "heads": [],
     "dtype": "bfloat16",
     "document_separator": "auto",
     "teacher_device": None,
@@ -166,10 +167,24 @@ def test_every_choice_can_be_made(name, choices):
 
 def test_evaluation_knows_whether_layers_were_given():
     args = eval_options()
-    assert (args.layers, args.layers_given) == ([14, 16, 17, 30], False)
-    assert eval_options("--layers 14 16 17 30").layers_given is True
-    assert eval_options("--layers -1").layers_given is True
-    assert "--layers_given" in eval_error("--layers_given")
+    assert (args.layers, args.parts_given) == ([14, 16, 17, 30], False)
+    assert eval_options("--layers 14 16 17 30").parts_given is True
+    assert eval_options("--layers -1").parts_given is True
+    assert eval_options("--heads 3:1").parts_given is True
+
+
+def test_heads_are_named_with_commas_or_spaces():
+    for line in ("--heads 13:18,15:11,13:2", "--heads 15:11 13:18 13:2,13:18", "--heads 15:11,13:2 13:18"):
+        args = train_options(line)
+        assert args.heads == ["13:2", "13:18", "15:11"] and args.kept_heads == {13: [2, 18], 15: [11]}
+    assert train_options("--layers -1 --heads 1:0").takes_parts and train_options("--layers 1").takes_parts
+    assert not train_options("--layers -1 --heads").takes_parts
+    for text in ("13", "13:", "13:18:2", "13-18", "-1", "a:b", "13:18,", "13:1e3"):
+        assert "expected heads as LAYER:HEAD" in train_error(f"--heads={text}")
+
+
+def test_evaluation_has_no_option_for_what_was_given():
+    assert "--parts_given" in eval_error("--parts_given")
 
 
 @pytest.mark.parametrize("choice", ["teacher", "student", "hybrid", "hybrid_ft", "all"])

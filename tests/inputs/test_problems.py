@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from arguments import free_options, kept_options
+from arguments import TrainArguments
+from inputs.options import free_options, kept_options
 from tests.parsing import eval_error, eval_options, train_error, train_options
 
 BOUNDS = [
@@ -148,7 +149,7 @@ def test_where_held_out_text_comes_from(line, text):
     assert train_options(f"{line} --eval_interval 5").held_out_text() == text
 
 
-OF_A_RUN = {"seed", "stage", "layers", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
+OF_A_RUN = {"seed", "stage", "layers", "heads", "dtype", "freeze_mlp", "freeze_replaced_layers", "master_weights"}
 OF_A_RUN |= {"dataset_name", "dataset_subset", "dataset_split", "dataset_revision", "dataset_text_field"}
 OF_A_RUN |= {"dataset_streaming", "seq_length", "document_separator"}
 
@@ -159,7 +160,7 @@ def test_what_a_resumed_run_must_keep():
 
 
 def test_what_a_resumed_run_may_change_without_a_warning():
-    free = free_options()
+    free = free_options(TrainArguments)
     assert {"preset", "config", "local_files_only", "student_model", "dataset_cache_dir", "time_limit"} <= free
     assert {"resume", "resume_step", "teacher_prefetch", "wandb", "save_interval", "plan_json"} <= free
     assert not free & {*OF_A_RUN, "shuffle_buffer", "skip_bad_rows", "max_lr", "teacher_model", "eval_interval"}

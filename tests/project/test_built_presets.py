@@ -67,7 +67,7 @@ def test_the_plan_counts_the_biases_of_a_built_student():
     attention = 2 * D * D + 2 * D * 192
     shared = 49152 * D + D + 30 * (2 * D + 3 * D * 1536)
     expected = 4 * (shared + mixers * mixer + (30 - mixers) * attention)
-    assert sum(weights_by_fate(student, args.layers).values()) == expected
+    assert sum(weights_by_fate(student).values()) == expected
 
 
 @pytest.mark.parametrize("name", BUILT)
