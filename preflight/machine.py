@@ -7,7 +7,8 @@ import torch
 from arguments import TrainArguments
 from model_utils import DTYPES
 from monitoring.speed import memory_rate, peak_operations
-from preflight.transport import GB, Link, find_link
+from preflight.transport import GB, RATES, Link, find_link, way_inside
+from preflight.wire import Seats
 from processes.ranks import launched_world_size, local_world_size, was_launched
 
 # Without visible GPUs: the machine of the README's long run, five H100.
@@ -27,11 +28,16 @@ class Machine:
     n_nodes: int = 1
     n_students: int | None = None  # that torchrun has started on each node, if it has
     memory_rate: float = REACHED_OF_MEMORY * MEMORY_PEAK  # bytes per second that passes over a GPU's memory reach
-    link: Link = Link(5 * GB, "assumed")  # of a rank to the others
+    link: Link = Link(5 * GB, "assumed")  # of a rank to the others; of a node, where there are several
+    inside_rate: float | None = None  # of a rank to others of its node, where there are several; None: as the link's
 
     def seconds(self, operations: float, moved: float) -> float:
         """Returns how long a GPU takes for so many operations of products and, beside them, so many bytes."""
         return operations / self.speed + moved / self.memory_rate
+
+    def seats(self, n_students: int) -> Seats:
+        """Returns the ranks, with so many students on each node, and their links."""
+        return Seats(n_students * self.n_nodes, self.link.rate, self.n_nodes, self.inside_rate)
 
 
 def find_machine(args: TrainArguments) -> Machine:
@@ -54,6 +60,7 @@ def find_machine(args: TrainArguments) -> Machine:
             f"--gpus {n_gpus}: too few, this run takes {needed}; one GPU holds both models with "
             "--teacher_placement colocated"
         )
+    link = find_link(args.link_gb_per_s, n_nodes)
     return Machine(
         n_gpus,
         gpu_bytes if args.gpu_gb is None else args.gpu_gb * GB,
@@ -62,7 +69,8 @@ def find_machine(args: TrainArguments) -> Machine:
         n_students,
         # Of a GPU that is not known, in an H100's proportion.
         REACHED_OF_MEMORY * (memory or MEMORY_PEAK * peak / PEAK),
-        find_link(args.link_gb_per_s, n_nodes),
+        link,
+        max(RATES[way_inside()], link.rate) if n_nodes > 1 else None,
     )
 
 

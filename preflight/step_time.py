@@ -101,7 +101,7 @@ def step_time(
         answers=answers,
         ahead=prefetch_of(args, placement) if placement == "dedicated" else 0,
         update=machine.seconds(0, optimizer.moved),
-        traffic=traffic_of(args, footprint.student, n_students * machine.n_nodes, machine.link.rate),
+        traffic=traffic_of(args, footprint.student, machine.seats(n_students)),
     )
 
 

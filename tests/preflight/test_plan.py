@@ -22,7 +22,7 @@ from preflight.plan import Plan, asked_placement, make_plan
 from preflight.plan_report import advice, disk_advice, machine_text, print_plan, run_table, seats
 from preflight.step_time import StepTime
 from preflight.time_report import assumptions
-from preflight.transport import Link
+from preflight.transport import RATES, SOCKETS, Link
 from preflight.wire import NOTHING
 from tests import fresh
 from tests.parsing import train_options
@@ -70,7 +70,7 @@ def test_without_gpus_it_is_the_machine_of_the_long_run(visible, no_torchrun):
     assert found.speed == pytest.approx(650e12, rel=0.01) and found.memory_rate == pytest.approx(3e12, rel=0.01)
     described = find_machine(train_options("--dry_run --gpus 3 --gpu_gb 24 --tflops 100 --nodes 2 --link_gb_per_s 1.5"))
     assert (described.n_gpus, described.gpu_bytes, described.n_nodes) == (3, 24e9, 2)
-    assert described.link == Link(1.5e9, "--link_gb_per_s")
+    assert described.link == Link(1.5e9, "--link_gb_per_s") and described.inside_rate >= RATES[SOCKETS]
     part = 100 / 989
     assert described.speed / found.speed == pytest.approx(part) == described.memory_rate / found.memory_rate
 

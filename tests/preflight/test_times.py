@@ -20,7 +20,7 @@ from preflight.step_time import ANSWERS, STUDENTS, TEACHER, WIRE, StepTime
 from preflight.time_report import accumulation_table, accumulations, bottleneck
 from preflight.transport import HOST_MEMORY, RATES, SOCKETS, Link, find_link
 from preflight.update_footprint import NORM_AND_CLEARING, gradient_bytes, optimizer_footprint
-from preflight.wire import NOTHING, Traffic, all_reduce_and_broadcasts, traffic_of
+from preflight.wire import NOTHING, Seats, Traffic, all_reduce_and_broadcasts, traffic_of
 from tests.parsing import train_options
 from tests.preflight.test_footprint import folder, options
 
@@ -182,7 +182,7 @@ def test_the_last_gradients_are_never_hidden():
 def test_owners_are_sent_what_the_prototype_measured(bits, share):
     """As a part of the bytes of trained weights: with four ranks, and rows for 2048 of the embedding's 128,256."""
     args = train_options(f"--gradient_exchange owners --gradient_bits {bits} --batch_size 2 --seq_length 1024")
-    traffic = traffic_of(args, student_of_8b(), 4, 5e9)
+    traffic = traffic_of(args, student_of_8b(), Seats(4, 5e9))
     assert sum(traffic.received.values()) / GRADIENTS == pytest.approx(share, rel=0.03)
     assert traffic.received["rows of the embedding"] == pytest.approx(0.75 * 2048 * 4096 * 2, rel=1e-6)
     # Changes of weights are not hidden, nor the last bucket and the rows.
@@ -194,9 +194,29 @@ def test_owners_are_sent_what_the_prototype_measured(bits, share):
     )
 
 
+@pytest.mark.parametrize("bits,coded", [(16, 1.0), (8, 130 / 256), (4, 18 / 64)])
+def test_a_node_receives_gradients_once_for_all_its_ranks(bits, coded):
+    """And what its ranks send each other, which is in their own dtype, passes faster links."""
+    args = train_options(f"--gradient_exchange owners --gradient_bits {bits} --batch_size 2 --seq_length 1024")
+    student, dense, row = student_of_8b(), GRADIENTS - 2 * 128256 * 4096, 2048 * 4096 * 2
+    traffic = traffic_of(args, student, Seats(16, 5e9, n_nodes=2, inside_rate=20e9))
+    assert traffic.received == pytest.approx(
+        {
+            "gradients": 7 / 8 * dense + coded * dense / 2 / 8,
+            "rows of the embedding": 7 / 8 * row + row / 2,
+            "changed weights": 0.14 * GRADIENTS * (7 / 8 + 1 / 2 / 8),
+        }
+    )
+    inside, between = 7 / 8 * (dense + row), (coded * dense + 8 * row) / 2
+    assert traffic.gradients == pytest.approx(inside / 20e9 + between / 5e9)
+    assert traffic.weights == pytest.approx(0.14 * GRADIENTS * (7 / 8 / 20e9 + 1 / 2 / 5e9))
+    # With one rank a node, or one node, all ranks exchange with all others.
+    assert traffic_of(args, student, Seats(2, 5e9, n_nodes=2)) == traffic_of(args, student, Seats(2, 5e9))
+
+
 def test_an_embedding_that_is_the_head_or_frozen_has_no_rows():
     args = train_options("--gradient_exchange owners")
-    assert traffic_of(args, student_of_8b(embedding_learns=False), 4, 5e9).received["rows of the embedding"] == 0
+    assert traffic_of(args, student_of_8b(embedding_learns=False), Seats(4, 5e9)).received["rows of the embedding"] == 0
 
 
 def test_owners_have_equal_shards_however_many_they_are(folder):
@@ -212,7 +232,7 @@ def test_owners_have_equal_shards_however_many_they_are(folder):
 
 @pytest.mark.parametrize("exchange", ["allreduce", "owners"])
 def test_one_rank_sends_nothing(exchange):
-    assert traffic_of(train_options(f"--gradient_exchange {exchange}"), student_of_8b(), 1, 5e9) == NOTHING
+    assert traffic_of(train_options(f"--gradient_exchange {exchange}"), student_of_8b(), Seats(1, 5e9)) == NOTHING
 
 
 def test_what_a_rank_receives(folder):
