@@ -1,6 +1,6 @@
 """Which layers are recurrent, by search: one layer after another becomes recurrent, or is given back to the teacher,
-each time the one whose set measures best. Layers act together, so that every set is measured anew; ranking layers by
-their single swaps is there to compare with.
+each time the one whose set measures best. Layers act together, so that what a layer changes is measured anew in each
+round, from the most promising on; ranking layers by their single swaps is there to compare with.
 """
 
 import math
@@ -12,6 +12,7 @@ from selection.swaps import Figures, Recurrent
 
 F = TypeVar("F")
 Direction = Literal["keep", "recur"]  # from all layers recurrent, or from none
+AT_ONCE = 4  # sets: a turn of several ranks; the same for any number of them, so that the choice is
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,30 @@ def greedy(
 ) -> list[Step[F]]:
     """Returns the sets on the way to `n_kept` of the teacher's layers, the start first. The last is the chosen one.
 
-    measure: figures of sets of recurrent layers, given all candidates of a round at once. Of equal values the layer of
-    the lowest index is taken.
+    A round measures layers in the order of what each changed when it was last measured, `AT_ONCE` at a time, until none
+    of the rest was as good as the best of this round is now. Where layers cost the more, the fewer of the teacher's are
+    left, that is the layer a full round finds (lazy greedy: Minoux 1978); a hybrid's do, but for noise and spares.
+
+    measure: figures of sets of recurrent layers, given those that can be measured at once.
     """
     assert 0 <= n_kept <= n_layers
     every = frozenset(range(n_layers))
     current: Recurrent = every if direction == "keep" else frozenset()
     path = [Step(current, figures, value(figures)) for figures in measure([current])]
+    change = dict.fromkeys(sorted(every), -math.inf)  # of the value, by a layer, when it was last measured
     while len(every - current) != n_kept:
-        movable = sorted(current if direction == "keep" else every - current)
-        sets = [current ^ {layer} for layer in movable]
-        round_ = [Step(one, found, value(found)) for one, found in zip(sets, measure(sets), strict=True)]
-        path.append(min(round_, key=lambda step: step.value))  # the first of equals
+        movable = current if direction == "keep" else every - current
+        waiting = sorted(movable, key=lambda layer: (change[layer], layer))
+        found: dict[int, Step[F]] = {}
+        best = math.inf
+        while waiting and change[waiting[0]] < best:
+            turn, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
+            sets = [current ^ {layer} for layer in turn]
+            for layer, one, figures in zip(turn, sets, measure(sets), strict=True):
+                found[layer] = Step(one, figures, value(figures))
+                change[layer] = found[layer].value - path[-1].value
+            best = min(change[layer] for layer in found)
+        path.append(found[min(found, key=lambda layer: (found[layer].value, layer))])
         current = path[-1].recurrent
     return path
 

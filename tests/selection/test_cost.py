@@ -38,5 +38,5 @@ def test_as_many_layers_as_fit():
 def test_the_plan_counts_what_is_measured(n_kept):
     measured = []
     for direction in ("keep", "recur"):
-        greedy(6, one_by_one(lambda one: measured.append(one) or len(measured)), float, n_kept, direction)
+        greedy(6, one_by_one(lambda one: measured.append(one) or 2 ** len(measured)), float, n_kept, direction)
     assert evaluations(6, n_kept) == len(measured) + 2
