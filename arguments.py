@@ -12,7 +12,7 @@ from inputs.option_checks import eval_problems, is_same_name, train_problems
 from inputs.option_values import option_values
 from inputs.options import BY_PRESET, option, out_of_bounds, path_option
 from inputs.teacher_parts import Heads, head_list, pairs_of, parse_heads
-from inputs.value_types import auto_or_int
+from inputs.value_types import AutoLayers, auto_or_int, layer_or_auto
 
 
 @dataclass(kw_only=True)
@@ -38,11 +38,12 @@ class CommonArguments:
     student_model: str = path_option(BY_PRESET, "name or directory of a Llamba, or a checkpoint", MODELS, free=True)
     layers: list[int] = option(
         BY_PRESET,
-        "student layers that the teacher's replace, by index; -1 for none",
+        "student layers that the teacher's replace, by index; -1 for none; auto:K, alone: K of them, by measurement",
         MODELS,
         nargs="*",
         kept=True,
         most=MOST_LAYERS,
+        parse=layer_or_auto,
     )
     heads: list[str] = option(
         [], "layer:head of each head of the teacher to keep, 13:18,15:11", MODELS, nargs="*", kept=True, parse=head_list
@@ -55,7 +56,11 @@ class CommonArguments:
         kept=True,
     )
 
+    auto_layers: int | None = None  # not an option: how many layers `--layers auto:K` leaves to be chosen
+
     def __post_init__(self) -> None:
+        if len(self.layers) == 1 and isinstance(self.layers[0], AutoLayers):
+            self.layers, self.auto_layers = [], int(self.layers[0])
         if self.layers and max(self.layers) < 0:
             self.layers = []
         self.heads = pairs_of(self.kept_heads)

@@ -18,7 +18,15 @@ import functools
 import logging
 
 from processes.ranks import check_launch, is_main_rank, process_groups
-from selection.checks import Checked, check_choice, cost_of, is_held_out, planned_tokens, read_material
+from selection.checks import (
+    Checked,
+    check_choice,
+    cost_of,
+    is_held_out,
+    planned_tokens,
+    read_material,
+    words_of_text,
+)
 from selection.cost import GB
 from selection.options import training_of
 from selection.report import layers_line
@@ -40,10 +48,10 @@ def main(args: ChooseArguments | None = None) -> int:
             print_plan(args, checked)
         return 0
     material = read_material(args, checked)
-    cost = cost_of(args, checked, material, planned)
+    cost = cost_of(args, checked.configs, checked.n_kept, material, planned)
     logger.info("at most about %s", cost)
     words = {
-        "text": f"{len(material.windows)} windows of {args.seq_length} tokens of {args.text}, split {args.text_split}",
+        "text": words_of_text(args, material),
         "held_out": is_held_out(args, checked),
         "cost": str(cost),
     }
@@ -57,7 +65,7 @@ def main(args: ChooseArguments | None = None) -> int:
 
 def print_plan(args: ChooseArguments, checked: Checked) -> None:
     """Prints what the choice would cost."""
-    cost = cost_of(args, checked, None, planned_tokens(training_of(args.preset)))
+    cost = cost_of(args, checked.configs, checked.n_kept, None, planned_tokens(training_of(args.preset)))
     print(f"Keeps {checked.n_kept} of {checked.configs[1].n_layer} layers; result in {checked.folder}")
     print(f"At most about {cost}")
     print(f"Both models, before what they share: {cost.model_bytes / GB:.1f} GB on each rank's device")

@@ -46,6 +46,7 @@ from monitoring.watchers import Watchers, build_watchers
 from preflight.plan_report import print_plan
 from processes.devices import check_compiler, choose_devices
 from processes.ranks import check_launch, is_main_rank, launched_rank, launched_world_size, process_groups
+from selection import auto
 from text.batch import Batch
 from text.separators import choose_separator
 from text.stream_loader import StreamingLoader
@@ -84,6 +85,7 @@ def main(args: TrainArguments | None = None) -> int:
             refuse = functools.partial(run_folder.write_refusal, Path(args.output_dir))
             ranks = stack.enter_context(process_groups(checked.device, on_mistake=refuse))
             warnings.write_to(Path(args.output_dir))
+            checked = checked._replace(**auto.chosen(checked.args, checked.device, ranks))
             return run(Job(checked.args, ranks, stop), checked)
 
 
@@ -95,6 +97,7 @@ def check(args: TrainArguments) -> Checked:
     if is_main_rank():
         check_trackers(args)
     resume = Resume(args, launched_world_size())
+    args = auto.check_auto(args, resume.layers)
     models = check_models(args, resume.checkpoint)
     separator = choose_separator(resume.document_separator(models.tokenizer.eos_token), models.tokenizer)
     logger.info("each document ends with %s: %s", separator, separator.why)

@@ -85,6 +85,11 @@ class Resume:
             raise ValueError(_other_run(self.args, [_changed("document_separator", given, self.checkpoint, before)]))
         return before
 
+    @property
+    def layers(self) -> list[int] | None:
+        """Returns the layers that a resumed run has from its teacher; None for a run that starts anew."""
+        return None if self.checkpoint is None else self._states[self.checkpoint]["arguments"]["layers"]
+
     def choose(self, ranks: Ranks) -> None:
         """Settles on the first candidate whose large files are what was written. Those before it are set aside, so
         that this run can write its own in their place. Called by all ranks. Raises ValueError if all are bad.
@@ -227,9 +232,14 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     """
     before: dict[str, Any] = {**OF_EARLIER_VERSIONS, **state["arguments"]}
     kept = kept_options(args)
+    if args.auto_layers is not None and len(before["layers"]) == args.auto_layers:
+        before.pop("layers")  # they were chosen then
+    before.pop("auto_layers", None)
     if args.document_separator == AUTO:  # which leaves it to the checkpoint
         before.pop("document_separator", None)
     changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
+    if "layers" in changed and args.auto_layers is not None:
+        changed["layers"] = f"auto:{args.auto_layers}"
     problems = [_changed(name, value, checkpoint, before[name]) for name, value in changed.items() if name in kept]
     if args.dataset_streaming and state["world_size"] != world_size:
         problems.append(

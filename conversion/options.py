@@ -9,6 +9,7 @@ from inputs.bounds import LONGEST_CONTEXT
 from inputs.groups import MODELS, PLAN
 from inputs.option_values import command_that_makes, option_values, preset_values
 from inputs.options import BY_PRESET, option, out_of_bounds, path_option
+from inputs.value_types import layer_or_auto
 
 STUDENT = "the student"
 CALIBRATION = "calibration"
@@ -28,6 +29,7 @@ class MakeArguments(CommonArguments):
         "--preset. The student has none of the teacher's: train_gpus.py puts them in",
         MODELS,
         nargs="*",
+        parse=layer_or_auto,
     )
     heads: list[str] = field(default_factory=list)  # not an option here: train_gpus.py keeps them
     student_model: str = path_option(BY_PRESET, "default of --output, by a preset of a student that is built", STUDENT)
@@ -67,6 +69,8 @@ class MakeArguments(CommonArguments):
         return [*out_of_bounds(self), *self._pairs()]
 
     def _pairs(self) -> Iterator[str]:
+        if self.auto_layers is not None:
+            yield f"--layers auto:{self.auto_layers}: is for train_gpus.py; name layers, or -1"
         if self.output is None:
             yield (
                 f"--output: has no default with --teacher_model {self.teacher_model} and --preset {self.preset}, which "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs.option_values import preset_values
+from inputs.value_types import AutoLayers
 
 WARMUP = "warmup_steps"
 FEWEST_TOKENS = 16  # of an MMLU prompt: about what the letters of its choices and "Answer:" take
@@ -21,6 +22,11 @@ def train_problems(args: Any) -> Iterator[str]:
 def eval_problems(args: Any) -> Iterator[str]:
     """Yields what does not go together in the options of an evaluation."""
     yield from _layer_problems(args)
+    if args.auto_layers is not None and {"hybrid", "all"} & set(args.which) and args.ckpt is None:
+        yield (
+            f"--layers auto:{args.auto_layers}: an evaluation chooses no layers; give those of choice.json, or a "
+            "--ckpt, which has its own"
+        )
     if args.ckpt is not None and not {"hybrid_ft", "all"} & set(args.which):
         which = f"--which {' '.join(args.which)}"
         yield f"--ckpt {args.ckpt}: {which} does not score it; add hybrid_ft, or leave --ckpt out"
@@ -40,7 +46,11 @@ def eval_problems(args: Any) -> Iterator[str]:
 
 def _layer_problems(args: Any) -> Iterator[str]:
     shown = f"--layers {' '.join(map(str, args.layers))}"
-    if any(index < 0 for index in args.layers):
+    if any(isinstance(index, AutoLayers) for index in args.layers):
+        yield f"{shown}: auto:K stands alone"
+    elif args.auto_layers is not None and args.auto_layers < 1:
+        yield f"--layers auto:{args.auto_layers}: expected at least 1 layer; -1 is for none"
+    elif any(index < 0 for index in args.layers):
         yield f"{shown}: a negative index means no layer and stands alone"
     elif len(set(args.layers)) != len(args.layers):
         yield f"{shown}: expected each index once"

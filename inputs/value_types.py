@@ -33,6 +33,26 @@ def auto_or_int(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r:.{SHOWN}}: expected a whole number, or auto") from error
 
 
+class AutoLayers(int):
+    """Says that so many layers are chosen by measurement: "auto:4"."""
+
+    def __str__(self) -> str:
+        return f"auto:{int(self)}"
+
+    __repr__ = __str__
+
+
+def layer_or_auto(text: str) -> int:
+    """Returns the index of a layer, or the number in a text such as "auto:4" as AutoLayers."""
+    is_auto = text.startswith("auto:")
+    try:
+        return AutoLayers(whole_number(text.removeprefix("auto:"))) if is_auto else whole_number(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.{SHOWN}}: expected the index of a layer, such as 14, or how many to choose, such as auto:4"
+        ) from error
+
+
 def some_text(text: str) -> str:
     """Returns a text that is not blank, and has no zero byte."""
     if not text.strip() or "\0" in text:

@@ -19,7 +19,7 @@ from checkpointing.run_folder import DiskRoom, disk_room
 from llamba.parts import parameter_table
 from paths import readable
 from preflight.alignment_footprint import shares_tensors
-from preflight.footprint import measure_footprint
+from preflight.footprint import find_configs, measure_footprint
 from preflight.machine import Machine, find_machine
 from preflight.plan import (
     Moments,
@@ -36,6 +36,7 @@ from preflight.speedups import PRICES, best_of, faster_options, speedups
 from preflight.time_report import accumulation_table, accumulations, assumptions, bottleneck, time_lines
 from preflight.transport import GB
 from preflight.update_footprint import gradient_bytes
+from selection.auto import for_plan
 
 # --- the parts of a plan -------------------------------------------------------------------------------------
 
@@ -179,6 +180,7 @@ def print_plan(args: TrainArguments) -> int:
         with readable(what, folder):
             if not folder.is_dir():
                 raise ValueError(f"{what}: its folder is not there; make it, or name another file")
+    args, note = for_plan(args, find_configs(args))
     machine = find_machine(args)
     footprint = measure_footprint(args)
     asked = make_plan(args, footprint, machine, asked_placement(args, machine))
@@ -204,7 +206,7 @@ def print_plan(args: TrainArguments) -> int:
         advice(asked, others, machine, has_choice=args.stage == "distil"),
         disk_advice(args, room),
     ]
-    print("\n\n".join(part for part in parts if part))
+    print("\n\n".join(part for part in [note, *parts] if part))
     for plan in too_large:
         what = "the alignment" if args.stage == "align" else plan.placement
         print("\n" + remedy_table(what, plan, remedies(machine, plan, changes), machine))

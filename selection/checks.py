@@ -9,7 +9,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import TrainArguments
+from evaluation.copying import WORDS
 from evaluation.held_out import check_not_trained_on_by, read_windows
+from evaluation.retrieval import QUESTIONS_PER_CONTEXT
 from inputs.context import shortest
 from llamba import LlambaConfig
 from llamba.export import STATE_FILE
@@ -17,7 +19,7 @@ from model_utils import check_replacements, get_configs, get_tokenizer, locate_m
 from processes.devices import choose_device
 from selection.cost import PLANNED_RANKS, Cost, cache_bytes, choice_cost, most_layers
 from selection.made_with import digest, identity
-from selection.material import Material, build_probes, ids_of
+from selection.material import RETRIEVAL_LENGTH, Material, build_probes, ids_of
 from selection.options import FOLDER, ChooseArguments, training_of
 from text.encoding import check_tokenizer
 from text.overlap import TrainedOn, check_not_trained_on
@@ -132,10 +134,15 @@ def text_of(args: ChooseArguments) -> TextSource:
     )
 
 
+def words_of_text(args: ChooseArguments, material: Material) -> str:
+    """Returns which text a choice is made on, in words."""
+    return f"{len(material.windows)} windows of {args.seq_length} tokens of {args.text}, split {args.text_split}"
+
+
 def is_held_out(args: ChooseArguments, checked: Checked, training: TrainArguments | None = None) -> str:
     """Returns in words whether the text is held out from what the student has seen and will see, as far as known."""
+    who = f"the run of --preset {args.preset}" if training is None else "this run"
     source, training = text_of(args), training or training_of(args.preset)
-    who = f"the run of --preset {args.preset}"
     try:
         check_not_trained_on(source, TextSource.for_training(training), who)
         if (Path(checked.student) / STATE_FILE).is_file():
@@ -154,14 +161,23 @@ def planned_tokens(training: TrainArguments, world_size: int = PLANNED_RANKS) ->
     return training.max_steps * per_step
 
 
-def cost_of(args: ChooseArguments, checked: Checked, material: Material | None, planned: int) -> Cost:
-    """Returns what the choice costs. material: None before the text is read, which then counts as it is asked for."""
-    probes = (
-        build_probes(checked.tokenizer, args.probe_texts, args.seed, None)[0] if material is None else material.probes
-    )
-    n_text = args.text_windows * args.seq_length if material is None else material.windows[:, 1:].numel()
-    texts = (n_text, probes, 2)
-    return choice_cost(checked.configs, checked.n_kept, texts, args.ablation, planned, args.dtype)
+def cost_of(
+    args: ChooseArguments,
+    configs: tuple[PretrainedConfig, LlambaConfig],
+    n_kept: int,
+    material: Material | None,
+    planned: int,
+) -> Cost:
+    """Returns what the choice costs. material: None before the texts are read, which then count as they are asked for.
+    planned: tokens that the run trains on.
+    """
+    if material is None:
+        n_text = args.text_windows * args.seq_length
+        n_probe = args.probe_texts * (2 * WORDS + QUESTIONS_PER_CONTEXT * RETRIEVAL_LENGTH)
+    else:
+        n_text = material.windows[:, 1:].numel()
+        n_probe = sum(probe.ids.numel() for probe in material.probes)
+    return choice_cost(configs, n_kept, (n_text, n_probe), args.ablation, planned, args.dtype)
 
 
 def settings_of(args: ChooseArguments, checked: Checked, material: Material) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 memory, and the bytes of a hybrid's cache.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -10,7 +9,6 @@ from transformers import PretrainedConfig
 from inputs.model_files import parameter_sizes
 from llamba import LlambaConfig
 from model_utils import DTYPES
-from selection.probes import Probe
 
 GB = 1e9
 STATE_BYTES = 4  # of a number of a recurrent state, which is float32 whatever the dtype
@@ -27,10 +25,9 @@ class Cost:
     state_bytes: int  # hidden states, on the CPU
 
     def __str__(self) -> str:
-        return (
-            f"{self.tokens:,} tokens forward, {100 * self.tokens / self.planned:.2g}% of the {self.planned:,} that the "
-            "planned run trains on"
-        )
+        percent = 100 * self.tokens / self.planned
+        share = f"{percent:,.0f}%" if percent >= 10 else f"{percent:.2g}%"
+        return f"{self.tokens:,} tokens forward, {share} of the {self.planned:,} that the planned run trains on"
 
 
 def evaluations(n_layers: int, n_kept: int) -> int:
@@ -43,20 +40,19 @@ def evaluations(n_layers: int, n_kept: int) -> int:
 def choice_cost(
     configs: tuple[PretrainedConfig, LlambaConfig],
     n_kept: int,
-    texts: tuple[int, Sequence[Probe], int],
+    n_tokens: tuple[int, int],
     ablates: bool,
     planned: int,
     dtype: str,
 ) -> Cost:
-    """Returns the cost of a choice. texts: tokens of all windows, the probes, and how many parts of three choose."""
+    """Returns the cost of a choice. n_tokens: of all windows, and of all probes; two thirds of both choose."""
     teacher, student = configs
-    n_layers, (n_text, probes, thirds) = student.n_layer, texts
-    n_probe = sum(probe.ids.numel() for probe in probes)
-    choosing, aside = (n_text + n_probe) * thirds // 3, (n_text + n_probe) * (3 - thirds) // 3
+    n_layers = student.n_layer
+    choosing, aside = 2 * sum(n_tokens) // 3, sum(n_tokens) // 3
     rounds = n_kept + (n_layers - n_kept) + 2
     tokens = choosing * (evaluations(n_layers, n_kept) + rounds) // 2 + 5 * aside
     if ablates:
-        tokens += n_probe * thirds // 3 * n_layers * (1 + teacher.num_attention_heads) // 2
+        tokens += 2 * n_tokens[1] // 3 * n_layers * (1 + teacher.num_attention_heads) // 2
     size = DTYPES[dtype].itemsize
     n_parameters = sum(sum(parameter_sizes(config).values()) for config in configs)
     states = (n_layers + 1) * choosing * student.d_model * size

@@ -1,6 +1,7 @@
 """The folder of a choice: what it was made with, its rows while it is made, and its result."""
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from utils import finite, lock_dir, write_whole
 logger = logging.getLogger("train")
 
 RESULT, REPORT, PICTURE = "choice.json", "choice.md", "choice.svg"
-FILES = (RESULT, REPORT, PICTURE, made_with.FILE, measurements.FILE)
 MAKE_ANOTHER = "run choose_layers.py with another --output, or move that folder away"
 
 
@@ -35,10 +35,26 @@ def read_choice(folder: Path) -> dict[str, Any] | None:
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError if the folder holds another choice, finished or not."""
     earlier = made_with.read_settings(folder)
-    if earlier is None and any((folder / name).exists() for name in FILES):
+    if earlier is None and any((folder / name).exists() for name in (RESULT, measurements.FILE)):
         raise ValueError(f"--output {folder}: has files of a choice, but no {made_with.FILE}; {MAKE_ANOTHER}")
     if earlier is not None and (different := made_with.differences(earlier, settings)):
         raise ValueError(f"--output {folder}: the choice there is with {', '.join(different)}; {MAKE_ANOTHER}")
+
+
+def set_rows_aside(folder: Path, settings: dict[str, Any]) -> None:
+    """Gives the rows of a choice that was stopped another name, if they are of the same models and of other texts: then
+    a new choice can be made here, and they are not lost.
+    """
+    earlier = made_with.read_settings(folder)
+    if earlier is None or (folder / RESULT).exists() or earlier == settings:
+        return
+    if any(earlier.get(name) != settings[name] for name in made_with.MODELS):
+        return  # which `check_folder` says
+    for name in (measurements.FILE, made_with.FILE):
+        if (folder / name).exists():
+            free = next(n for n in itertools.count(1) if not (folder / f"{n}-{name}").exists())
+            (folder / name).rename(folder / f"{free}-{name}")
+            logger.warning("%s is of a stopped choice on other texts; it is now %d-%s", folder / name, free, name)
 
 
 @contextlib.contextmanager

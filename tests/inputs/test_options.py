@@ -29,6 +29,7 @@ PRODUCTION_OPTIONS = {
     "student_model": "goombalab/Llamba-8B-untied-unaligned",
     "layers": [14, 16, 17, 30],
     "heads": [],
+    "auto_layers": None,
     "dtype": "bfloat16",
     "document_separator": "auto",
     "teacher_device": None,

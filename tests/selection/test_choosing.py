@@ -133,6 +133,11 @@ def test_what_was_run_is_what_the_plan_says(monkeypatch):
     choice(n_kept=2)
     teacher, student = models()
     cost = choice_cost(
-        (teacher.config, student.config), 2, (texts.windows[:, 1:].numel(), texts.probes, 2), True, 1, "float32"
+        (teacher.config, student.config),
+        2,
+        (texts.windows[:, 1:].numel(), texts.probes[0].ids.numel()),
+        True,
+        1,
+        "float32",
     )
     assert sum(states.tokens_run for states in all_states) / 4 == pytest.approx(cost.tokens, rel=0.2)

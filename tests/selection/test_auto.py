@@ -1,0 +1,149 @@
+"""`--layers auto:K` of train_gpus.py: made before training, used, resumed, and refused."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+import train_gpus
+from arguments import parse_eval_args, parse_train_args
+from conversion.options import parse_make_args
+from inputs.value_types import AutoLayers
+from selection import material
+from tests import fresh
+from tests.selection.test_choose_layers import all_probes_count, stop_after_five_rows
+from tests.small_runs import make_models, options
+from tests.tiny import tiny_hybrid, tiny_teacher
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = make_models(tmp_path_factory.mktemp("models"))
+    tiny_hybrid(teacher=tiny_teacher(vocab_size=1030), vocab_size=1024).save_pretrained(folder / "hybrid")
+    return folder
+
+
+@pytest.fixture
+def student(models, tmp_path):
+    """Returns a student whose folder is this test's own."""
+    return shutil.copytree(models / "plain", tmp_path / "student")
+
+
+def argv_of(models, student, folder, **changes):
+    values = dict(student_model=student, layers="auto:2", max_steps=2, save_interval=2)
+    return options(models, folder, **{**values, **changes})
+
+
+def train(argv, n_ranks=1, arm=all_probes_count):
+    return fresh.ranks(argv, n_ranks, arm=arm)
+
+
+def attention_layers(folder):
+    return json.loads((folder / "latest" / "config.json").read_text())["attention_layers"]
+
+
+def test_a_run_chooses_its_layers_and_a_resumed_one_keeps_them(models, student, tmp_path):
+    folder = tmp_path / "run"
+    codes, log = train(argv_of(models, student, folder), 2)
+    assert codes == [0, 0], log
+    choice = json.loads((student / "choice" / "choice.json").read_text())
+    layers = choice["layers"]
+    assert len(layers) == 2 and attention_layers(folder) == layers
+    assert yaml.safe_load((folder / "args.yaml").read_text())["layers"] == layers
+    assert "--layers auto:2: no choice in" in log and f"--layers auto:2: layers {layers}, of" in log
+    assert "not held out: this run, or that of the student, trains on rows of it" in choice["held_out"]
+    assert choice["cost"].endswith("of the 256 that the planned run trains on")  # 2 steps of 2 ranks' 2 x 32 tokens
+
+    shutil.rmtree(student / "choice")  # a resumed run needs none
+    codes, log = train(argv_of(models, student, folder, max_steps=4, resume="auto"))
+    assert codes == [0] and "no choice in" not in log, log
+    assert attention_layers(folder) == layers and not (student / "choice").exists()
+    codes, log = train(argv_of(models, student, folder, max_steps=6, resume="auto", layers="auto:1"))
+    assert codes == [2] and "--layers auto:1: the run of" in log and "this would be another run" in log
+
+
+def test_a_choice_that_is_there_is_used(models, student, tmp_path):
+    (student / "choice").mkdir()
+    codes, log = train(argv_of(models, student, tmp_path / "first"))
+    assert codes == [0], log
+    before = (student / "choice" / "choice.json").read_bytes()
+    config = tmp_path / "config.yaml"
+    config.write_text("layers: auto:2\n")
+    codes, log = train([*argv_of(models, student, tmp_path / "second", layers=None), "--config", str(config)])
+    assert codes == [0] and "no choice in" not in log and "made before training" not in log
+    assert (student / "choice" / "choice.json").read_bytes() == before
+    assert attention_layers(tmp_path / "first") == attention_layers(tmp_path / "second")
+
+    codes, log = train(argv_of(models, student, tmp_path / "third", layers="auto:1"))  # of the same rows
+    assert codes == [0] and "it is made again, of the rows in measured.jsonl" in log
+    assert len(attention_layers(tmp_path / "third")) == 1
+
+    tiny_teacher(vocab_size=1030, initializer_range=0.1).save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(models / "teacher" / name, tmp_path / "other")
+    codes, log = train(argv_of(models, student, tmp_path / "fourth", teacher_model=tmp_path / "other"))
+    [line] = [line for line in log.splitlines() if line.startswith("error:")]
+    assert codes == [2] and f"--teacher_model {models / 'teacher'} (now {tmp_path / 'other'})" in line
+    assert "--layers auto:2" in line and "python choose_layers.py" in line and not (tmp_path / "fourth").exists()
+
+
+def test_a_stopped_choice_is_no_obstacle(models, student, tmp_path):
+    argv = argv_of(models, student, tmp_path / "run")
+    codes, log = train(argv, arm=stop_after_five_rows)
+    assert codes == [75], log
+    rows = (student / "choice" / "measured.jsonl").read_bytes()
+    assert len(rows.splitlines()) == 5
+    codes, log = train(argv)
+    assert codes == [0] and (student / "choice" / "measured.jsonl").read_bytes().startswith(rows), log
+
+    (student / "choice" / "choice.json").unlink()
+    codes, log = train(argv_of(models, student, tmp_path / "other", seq_length=20))
+    assert codes == [0] and "is of a stopped choice on other texts" in log, log
+    assert (student / "choice" / "1-measured.jsonl").read_bytes().startswith(rows)
+
+
+@pytest.mark.parametrize(
+    "layers,student,words",
+    [
+        ("auto:4", "plain", "--layers auto:4: expected auto:1 to auto:3; the student has 4 layers"),
+        ("auto:2", "hybrid", "--layers auto:2: --student_model is a hybrid already, with layers [1, 3]"),
+    ],
+)
+@pytest.mark.parametrize("plan", [True, False])
+def test_what_cannot_be_chosen_is_one_line(models, tmp_path, layers, student, words, plan):
+    argv = argv_of(models, models / student, tmp_path / "run", layers=layers, dry_run=plan)
+    with pytest.raises(ValueError) as error:
+        train_gpus.main(parse_train_args(argv))
+    assert words in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "layers,words",
+    [
+        ("auto:0", "--layers auto:0: expected at least 1 layer"),
+        ("auto:2 3", "--layers auto:2 3: auto:K stands alone"),
+        ("auto:x", "'auto:x': expected the index of a layer, such as 14, or how many to choose, such as auto:4"),
+    ],
+)
+def test_an_option_that_says_nothing_is_refused(layers, words):
+    with pytest.raises(ValueError) as error:
+        parse_train_args(["--layers", *layers.split()])
+    assert words in str(error.value)
+
+
+def test_other_entries_choose_nothing():
+    with pytest.raises(ValueError, match="--layers auto:2: an evaluation chooses no layers"):
+        parse_eval_args(["--preset", "tiny", "--which", "hybrid", "--layers", "auto:2"])
+    assert parse_eval_args(["--preset", "tiny", "--ckpt", "runs/x", "--layers", "auto:2"]).layers == []
+    with pytest.raises(ValueError, match="--layers auto:2: is for train_gpus.py"):
+        parse_make_args(["--preset", "tiny", "--output", "x", "--layers", "auto:2"])
+    assert str(AutoLayers(3)) == "auto:3" and material.ABOVE_CHANCE == 0.2
+
+
+def test_the_plan_says_what_is_chosen_first(models, student, tmp_path, capsys):
+    argv = argv_of(models, student, tmp_path / "run", dry_run=True)
+    assert train_gpus.main(parse_train_args(argv)) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("--layers auto:2: they are chosen first, at most about ") and "equal distances" in printed
+    assert not (student / "choice").exists() and not (tmp_path / "run").exists()
