@@ -24,6 +24,7 @@ from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding,
 from preflight.checks.machine import GB, default_nproc
 from preflight.footprint import build_models, find_configs
 from preflight.update_footprint import n_bytes
+from selection.auto import for_plan
 from text.encoding import Encoder, check_tokenizer
 from text.separators import Separator, choose_separator
 
@@ -161,12 +162,12 @@ def _download_size(run: PlannedRun, flag: str) -> str:
 
 def check_configs(run: PlannedRun) -> Iterator[Finding]:
     """Checks teacher and student together, as a run has them when training begins; built without weights."""
-    configs(run)
-    _, student = build_models(offline(run))
+    args, chosen = for_plan(offline(run), configs(run))
+    _, student = build_models(args)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     total, layers = sum(p.numel() for p in student.parameters()), student.config.attention_layers
     found = f"hybrid of {total:,} parameters, {trained:,} trained, layers {layers} from the teacher"
-    yield Finding(OK, "teacher and student together", found)
+    yield Finding(OK, "teacher and student together", f"{found}; {chosen.removesuffix('.')}" if chosen else found)
 
 
 # --- tokens --------------------------------------------------------------------------------------------------

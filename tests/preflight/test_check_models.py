@@ -70,6 +70,13 @@ def test_windows_beyond_the_context(copy_of):
     assert bad.found.startswith("--seq_length 65: ") and "64 tokens at once" in bad.found
 
 
+def test_layers_that_are_chosen_first():
+    (well,) = found(models.check_configs, "--layers", "auto:2")
+    assert "layers [1, 4] from the teacher; --layers auto:2: they are chosen first, at most about" in well.found
+    bad = the_bad_one(found(models.check_configs, "--layers", "auto:6"))
+    assert "--layers auto:6: expected auto:1 to auto:5" in bad.found
+
+
 def test_models_that_do_not_go_together(copy_of, tmp_path):
     interval = ("--layer_map_interval", 5)
     bad = the_bad_one(found(models.check_configs, "--layers", 1, 9))
