@@ -24,12 +24,7 @@ class CommonArguments:
         None, "YAML file, option: value; the command line overrides it", GENERAL, free=True
     )
     seed: int = option(
-        0,
-        "seed of all random choices: data order, dropout, retrieval probe",
-        GENERAL,
-        kept=True,
-        least=0,
-        most=MOST_SEED,
+        0, "seed of all random choices: data order, dropout, probes", GENERAL, kept=True, least=0, most=MOST_SEED
     )
     local_files_only: bool = option(False, "use only files on this disk, and no network", GENERAL, free=True)
     teacher_model: str = path_option(

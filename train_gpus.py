@@ -194,8 +194,8 @@ def begin(job: Job, learner: Learner, state: RunState, saver: Saver | NoSaver) -
     """Brings the learner to its first step, and saves the student of a new run as it is."""
     learner.objective.begin((job.args.batch_size, job.args.seq_length))
     state = dataclasses.replace(state, loss_chunk_tokens=learner.objective.model.chunk_tokens)
-    text = "%d optimizer steps of %d micro steps, from step %d"
-    logger.info(text, learner.total_steps, learner.accumulate, state.step)
+    counts = (learner.total_steps, learner.accumulate, state.step)
+    logger.info("%d optimizer steps of %d micro steps, from step %d", *counts)
     if state.micro_step == 0:
         saver.save(state)
         saver.wait()  # a folder that can take no checkpoint is found out before the first step
@@ -281,9 +281,8 @@ def how_it_ended(args: TrainArguments, state: RunState, total_steps: int, stoppe
         text += f"; the last {bad} update(s) were skipped, look at the windows named above"
     elif args.stage == "align":
         text += f"; the mixers are aligned, distil the student with --preset {args.preset} --teacher_model "
-        text += (
-            f"{args.teacher_model} --student_model {args.output_dir}/latest {named_parts(args.layers, args.kept_heads)}"
-        )
+        text += f"{args.teacher_model} --student_model {args.output_dir}/latest "
+        text += named_parts(args.layers, args.kept_heads)
     return Ending("complete", 0, text)
 
 
@@ -293,8 +292,7 @@ def ending(job: Job, state: RunState, total_steps: int) -> int:
     if job.ranks.is_main:
         is_well = code == 0 and state.step >= total_steps and not state.bad_in_a_row
         logger.log(logging.INFO if is_well else logging.WARNING, text)
-        folder = Path(job.args.output_dir)
-        run_folder.write_status(folder, status, code, micro_step=state.micro_step, text=text)
+        run_folder.write_status(Path(job.args.output_dir), status, code, micro_step=state.micro_step, text=text)
     return code
 
 

@@ -20,8 +20,7 @@ FOLDER = "choice"  # beside the student
 class ChooseArguments(CommonArguments):
     """Holds the options of choose_layers.py."""
 
-    layers: list[int] = dataclasses.field(default_factory=list)  # no options: they are what is asked for
-    heads: list[str] = dataclasses.field(default_factory=list)
+    layers: list[int] = dataclasses.field(default_factory=list)  # no option: they are what is asked for
     heads: list[str] = dataclasses.field(default_factory=list)  # no option: whole layers are chosen
     dtype: Literal["bfloat16", "float16", "float32"] = option(BY_PRESET, "weights and compute", MODELS)
 
