@@ -40,23 +40,22 @@ class LlambaBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         kept = config.heads_of(layer_idx)
-        self.mixer = DiscreteMamba2(config, len(kept))
-        self.attention: KeptHeads | None = None
+        teachers = None
         if kept:
             assert attention_config is not None
             teachers = attention_layer(attention_config, layer_idx)
-            # The mixer's bias, where it has one, is fitted to all of attention's output, so that it includes this one.
-            with_bias = self.mixer.out_proj.bias is None
-            self.attention = KeptHeads(teachers.self_attn, kept, with_bias)
-            self.input_layernorm, self.post_attention_layernorm, self.mlp = (
-                teachers.input_layernorm,
-                teachers.post_attention_layernorm,
-                teachers.mlp,
-            )
-        else:
-            self.input_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
-            self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        eps = config.norm_epsilon
+        # The norm comes first: parameters are drawn, and their gradients exchanged, in the order that they always had.
+        self.input_layernorm = RMSNorm(config.d_model, eps=eps) if teachers is None else teachers.input_layernorm
+        self.mixer = DiscreteMamba2(config, len(kept))
+        self.attention: KeptHeads | None = None
+        if teachers is None:
+            self.post_attention_layernorm = RMSNorm(config.d_model, eps=eps)
             self.mlp = LlambaMLP(config)
+        else:
+            # The mixer's bias, where it has one, is fitted to all of attention's output, so that it includes this one.
+            self.attention = KeptHeads(teachers.self_attn, kept, with_bias=self.mixer.out_proj.bias is None)
+            self.post_attention_layernorm, self.mlp = teachers.post_attention_layernorm, teachers.mlp
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(
