@@ -83,19 +83,20 @@ def model_card(
     state: training_state.json of the checkpoint, or None. near: the checkpoint's folder; a name is taken for a path if
     it exists below this folder or one of its parents. Raises KeyError or TypeError if `state` is not that of a run.
     """
-    attention = config.attention_layers
     facts = {
         "parameters": f"{n_parameters:,}",
         "dtype": ", ".join(sorted(dtypes)),
         "vocabulary": f"{config.vocab_size:,}",
         "width": f"{config.d_model:,}",
         "layers": config.n_layer,
-        "attention layers": ", ".join(map(str, attention)) or "none",
+        "attention layers": ", ".join(map(str, config.attention_layers)) or "none",
     }
+    if config.attention_heads:
+        facts["attention heads beside mixers"] = _heads(config)
     run = None if state is None else state["arguments"]
     card = CARD.format(
         front_matter=_front_matter(run, near),
-        title="A hybrid Llamba" if attention else "A Llamba",
+        title="A hybrid Llamba" if config.has_attention else "A Llamba",
         summary=_summary(config),
         facts=_rows(facts),
         code=f"{LOAD_BOTH}\n\n{GENERATE}" if has_tokenizer else LOAD_ALONE,
@@ -113,13 +114,19 @@ def _summary(config: LlambaConfig) -> str:
     recurrent = "Mamba-2 mixers, whose memory per sequence does not grow with its length"
     text = "A causal language model: a transformer whose attention has been replaced by Mamba-2 mixers "
     text += "([Llamba](https://arxiv.org/abs/2502.14458)). "
-    if not n_attention:
+    if not config.has_attention:
         return text + f"All {n_layer} layers are {recurrent}."
-    family = FAMILIES[config.attention_config().model_type].title
-    return text + (
-        f"{n_layer - n_attention} of its {n_layer} layers are {recurrent}; {n_attention} are a {family}'s attention "
-        "layers, taken over whole: norms, attention, MLP. Layers count from 0."
-    )
+    family, n_parts = FAMILIES[config.attention_config().model_type].title, len(config.attention_heads)
+    parts = [f"{n_layer - n_attention - n_parts} of its {n_layer} layers are {recurrent}"]
+    if n_attention:
+        parts.append(f"{n_attention} are a {family}'s attention layers, taken over whole: norms, attention, MLP")
+    if n_parts:
+        parts.append(f"{n_parts} have some of a {family}'s attention heads beside a mixer of the others")
+    return text + "; ".join(parts) + ". Layers and heads count from 0."
+
+
+def _heads(config: LlambaConfig) -> str:
+    return ", ".join(f"{layer}:{head}" for layer, kept in config.attention_heads.items() for head in kept)
 
 
 def _front_matter(run: dict[str, Any] | None, near: Path) -> str:
@@ -152,6 +159,7 @@ def _start(run: dict[str, Any], near: Path) -> dict[str, Any]:
         "teacher": teacher,
         "student at the start": student,
         "layers from the teacher": " ".join(map(str, run["layers"])) or "none",
+        "heads from the teacher": " ".join(run.get("heads", [])) or "none",  # earlier versions had none
         "data": data,
         "sequence length": run["seq_length"],
     }

@@ -18,6 +18,7 @@ from distillation.losses import shared_vocab
 from distillation.pairing import SAME_TOKENIZER, own_tokenizer, tokenizer_difference
 from inputs.model_files import folder_of, read_config
 from inputs.option_values import command_that_makes
+from inputs.teacher_parts import named_parts
 from llamba import LlambaConfig, LlambaForCausalLM
 from model_utils import get_tokenizer, locate_model, read_llamba_config
 from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding, PlannedRun
@@ -165,8 +166,9 @@ def check_configs(run: PlannedRun) -> Iterator[Finding]:
     args, chosen = for_plan(offline(run), configs(run))
     _, student = build_models(args)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    total, layers = sum(p.numel() for p in student.parameters()), student.config.attention_layers
-    found = f"hybrid of {total:,} parameters, {trained:,} trained, layers {layers} from the teacher"
+    total = sum(p.numel() for p in student.parameters())
+    parts = named_parts(student.config.attention_layers, student.config.attention_heads)
+    found = f"hybrid of {total:,} parameters, {trained:,} trained, with {parts} from the teacher"
     yield Finding(OK, "teacher and student together", f"{found}; {chosen.removesuffix('.')}" if chosen else found)
 
 

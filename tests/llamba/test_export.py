@@ -249,6 +249,14 @@ def test_the_card_says_what_the_model_is_and_how_it_was_made(exported, hybrid):
     assert "optimizer step 12 (micro step 24), when 4,096 tokens" in body
 
 
+def test_the_card_says_which_heads_are_beside_mixers(fresh):
+    _, body = parts_of_card(fresh / "half")
+    assert "0 of its 4 layers are Mamba-2 mixers" in body
+    assert "2 have some of a Llama's attention heads beside a mixer of the others" in body
+    assert "| attention heads beside mixers | 0:1, 2:0, 2:2, 2:3 |" in body
+    assert "| heads from the teacher | none |" in body  # of the options of its run
+
+
 @pytest.mark.parametrize(("target", "words"), [("attention", "output of the attention"), ("block", "its layer")])
 def test_the_card_of_an_alignment_says_what_was_trained(hybrid, tmp_path, target, words):
     folder = save_checkpoint(tmp_path / "run", hybrid, world_size=1)

@@ -64,6 +64,17 @@ def test_own_asks_each_layer_alone(models):
 
 
 @torch.no_grad()
+def test_a_layer_with_heads_reads_the_teachers_input_in_all_its_parts():
+    teacher = Teacher(tiny_teacher(), "hidden", vocab=50)
+    student = tiny_hybrid(teacher=teacher.model, heads={2: [0, 3]})
+    states = teacher.hidden_states(tokens())
+    before, after = states[2], states[3]
+    angles = student.backbone.rotary_emb(before, torch.arange(before.shape[1])[None])
+    expected = relative(student.backbone.layers[2](before, position_embeddings=angles) - after, after - before)
+    assert layer_map(student, tokens(), states)["own"][2] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
 def test_a_layer_that_does_nothing_errs_by_one(models):
     student, teacher = models
     layer = student.backbone.layers[2]

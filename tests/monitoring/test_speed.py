@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from arguments import parse_train_args
 from inputs.option_values import PRESETS
 from llamba import DiscreteMamba2
+from llamba.kept_heads import KeptHeads
 from monitoring.speed import (
     MEMORY_RATES,
     PEAKS,
@@ -44,8 +45,13 @@ def four_layers_of_8b(folder):
     ]
 
 
-@pytest.mark.parametrize("more", [[], FROZEN], ids=["all trained", "frozen"])
-@pytest.mark.parametrize("preset", ["tiny", "llamba-8b"])
+@pytest.mark.parametrize(
+    "preset,more",
+    [
+        *(("tiny", []), ("tiny", FROZEN), ("llamba-8b", []), ("llamba-8b", FROZEN)),
+        ("tiny", ["--heads", "0:1,0:2,4:0,4:2,4:3", *FROZEN]),
+    ],
+)
 def test_operations_are_those_of_a_real_step(tmp_path, preset, more):
     """What a step multiplies beyond the student's own: the teacher's head in the loss, the scan once more in backward,
     and the scores of attention once more there, for its five products against the forward's two.
@@ -53,12 +59,12 @@ def test_operations_are_those_of_a_real_step(tmp_path, preset, more):
     shapes = four_layers_of_8b(tmp_path) if preset == "llamba-8b" else []
     args = parse_train_args(["--preset", preset, "--batch_size", "1", "--seq_length", "1024", *shapes, *more])
     footprint = measure_footprint(args)
-    mixing = {kind: 0.0 for kind in (DiscreteMamba2, LlamaAttention)}
+    mixing = {kind: 0.0 for kind in (DiscreteMamba2, LlamaAttention, KeptHeads)}
     for module in footprint.student.modules():
         if type(module) in mixing:
             mixing[type(module)] += _mixing_operations(module, args.seq_length)
     teacher_head = 2 * footprint.teacher.head / torch.finfo(footprint.student.dtype).bits * 8
-    beyond = teacher_head + mixing[DiscreteMamba2] + mixing[LlamaAttention] / 2
+    beyond = teacher_head + mixing[DiscreteMamba2] + (mixing[LlamaAttention] + mixing[KeptHeads]) / 2
     expected = sum(footprint.operations.values()) / args.seq_length - beyond
     assert student_operations_per_token(footprint.student, args.seq_length) == pytest.approx(expected, rel=0.005)
 
