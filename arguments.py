@@ -11,7 +11,7 @@ from inputs.groups import BEYOND, DATA, EVALUATION, GENERAL, IN_TRAINING, LOSS, 
 from inputs.option_checks import eval_problems, is_same_name, train_problems
 from inputs.option_values import option_values
 from inputs.options import BY_PRESET, option, out_of_bounds, path_option
-from inputs.teacher_parts import Heads, head_list, pairs_of, parse_heads
+from inputs.teacher_parts import Heads, head_list, parse_heads, without_auto
 from inputs.value_types import AutoLayers, auto_or_int, layer_or_auto
 
 
@@ -41,7 +41,7 @@ class CommonArguments:
         parse=layer_or_auto,
     )
     heads: list[str] = option(
-        [], "layer:head of each head of the teacher to keep, 13:18,15:11", MODELS, nargs="*", kept=True, parse=head_list
+        [], "heads of the teacher to keep, 13:18,15:11; or auto:K", MODELS, nargs="*", kept=True, parse=head_list
     )
     dtype: Literal["bfloat16", "float16", "float32"] = option(BY_PRESET, "weights and compute", MODELS, kept=True)
     document_separator: str = option(
@@ -51,14 +51,15 @@ class CommonArguments:
         kept=True,
     )
 
-    auto_layers: int | None = None  # not an option: how many layers `--layers auto:K` leaves to be chosen
+    auto_layers: int | None = None  # not options: how many layers and heads `auto:K` leaves to be chosen
+    auto_heads: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.layers) == 1 and isinstance(self.layers[0], AutoLayers):
             self.layers, self.auto_layers = [], int(self.layers[0])
         if self.layers and max(self.layers) < 0:
             self.layers = []
-        self.heads = pairs_of(self.kept_heads)
+        self.heads, self.auto_heads = without_auto(self.heads, self.auto_heads)
 
     @property
     def kept_heads(self) -> Heads:

@@ -97,7 +97,7 @@ def check(args: TrainArguments) -> Checked:
     if is_main_rank():
         check_trackers(args)
     resume = Resume(args, launched_world_size())
-    args = auto.check_auto(args, resume.layers)
+    args = auto.check_auto(args, resume.parts)
     models = check_models(args, resume.checkpoint)
     separator = choose_separator(resume.document_separator(models.tokenizer.eos_token), models.tokenizer)
     logger.info("each document ends with %s: %s", separator, separator.why)

@@ -86,9 +86,12 @@ class Resume:
         return before
 
     @property
-    def layers(self) -> list[int] | None:
-        """Returns the layers that a resumed run has from its teacher; None for a run that starts anew."""
-        return None if self.checkpoint is None else self._states[self.checkpoint]["arguments"]["layers"]
+    def parts(self) -> tuple[list[int], list[str]] | None:
+        """Returns the layers and heads that a resumed run has from its teacher; None for a run that starts anew."""
+        if self.checkpoint is None:
+            return None
+        before = {**OF_EARLIER_VERSIONS, **self._states[self.checkpoint]["arguments"]}
+        return before["layers"], before["heads"]
 
     def choose(self, ranks: Ranks) -> None:
         """Settles on the first candidate whose large files are what was written. Those before it are set aside, so
@@ -232,14 +235,15 @@ def check_same_run(checkpoint: Path, state: dict[str, Any], args: TrainArguments
     """
     before: dict[str, Any] = {**OF_EARLIER_VERSIONS, **state["arguments"]}
     kept = kept_options(args)
-    if args.auto_layers is not None and len(before["layers"]) == args.auto_layers:
-        before.pop("layers")  # they were chosen then
-    before.pop("auto_layers", None)
+    auto = {"layers": args.auto_layers, "heads": args.auto_heads}
+    for name, number in auto.items():
+        if number is not None and len(before[name]) == number:
+            before.pop(name)  # they were chosen then
+        before.pop(f"auto_{name}", None)
     if args.document_separator == AUTO:  # which leaves it to the checkpoint
         before.pop("document_separator", None)
     changed = {name: now for name, now in vars(args).items() if name in before and not _is_same(before[name], now)}
-    if "layers" in changed and args.auto_layers is not None:
-        changed["layers"] = f"auto:{args.auto_layers}"
+    changed |= {name: f"auto:{number}" for name, number in auto.items() if name in changed and number is not None}
     problems = [_changed(name, value, checkpoint, before[name]) for name, value in changed.items() if name in kept]
     if args.dataset_streaming and state["world_size"] != world_size:
         problems.append(

@@ -22,11 +22,12 @@ def train_problems(args: Any) -> Iterator[str]:
 def eval_problems(args: Any) -> Iterator[str]:
     """Yields what does not go together in the options of an evaluation."""
     yield from _layer_problems(args)
-    if args.auto_layers is not None and {"hybrid", "all"} & set(args.which) and args.ckpt is None:
-        yield (
-            f"--layers auto:{args.auto_layers}: an evaluation chooses no layers; give those of choice.json, or a "
-            "--ckpt, which has its own"
-        )
+    for name, number in (("layers", args.auto_layers), ("heads", args.auto_heads)):
+        if number is not None and {"hybrid", "all"} & set(args.which) and args.ckpt is None:
+            yield (
+                f"--{name} auto:{number}: an evaluation chooses no {name}; give those of choice.json, or a --ckpt, "
+                "which has its own"
+            )
     if args.ckpt is not None and not {"hybrid_ft", "all"} & set(args.which):
         which = f"--which {' '.join(args.which)}"
         yield f"--ckpt {args.ckpt}: {which} does not score it; add hybrid_ft, or leave --ckpt out"
@@ -46,6 +47,10 @@ def eval_problems(args: Any) -> Iterator[str]:
 
 def _layer_problems(args: Any) -> Iterator[str]:
     shown = f"--layers {' '.join(map(str, args.layers))}"
+    if any(text.startswith("auto:") for text in args.heads):
+        yield f"--heads {' '.join(args.heads)}: auto:K stands alone"
+    if args.auto_heads is not None and args.auto_heads < 1:
+        yield f"--heads auto:{args.auto_heads}: expected at least 1 head; leave --heads out for none"
     if any(isinstance(index, AutoLayers) for index in args.layers):
         yield f"{shown}: auto:K stands alone"
     elif args.auto_layers is not None and args.auto_layers < 1:

@@ -15,16 +15,29 @@ if TYPE_CHECKING:  # arguments.py imports nothing heavy
     from llamba import LlambaConfig
 
 Heads = dict[int, list[int]]  # layer -> query heads of the teacher
+AUTO = re.compile(r"auto:([0-9]{1,6})")
 PAIR = re.compile(r"([0-9]{1,6}):([0-9]{1,6})")
 
 
 def head_list(text: str) -> str:
-    """Returns a text such as "13:18,15:11" as it is. Raises ArgumentTypeError if it is no list of LAYER:HEAD."""
-    if not all(PAIR.fullmatch(pair) for pair in text.split(",")):
+    """Returns a text such as "13:18,15:11", or "auto:16", as it is. Raises ArgumentTypeError if it is no list of
+    LAYER:HEAD.
+    """
+    if not AUTO.fullmatch(text) and not all(PAIR.fullmatch(pair) for pair in text.split(",")):
         raise argparse.ArgumentTypeError(
-            f"{text!r:.{SHOWN}}: expected heads as LAYER:HEAD, with commas or spaces, such as 13:18,15:11"
+            f"{text!r:.{SHOWN}}: expected heads as LAYER:HEAD, with commas or spaces, such as 13:18,15:11, or how many "
+            "to choose, such as auto:16"
         )
     return text
+
+
+def without_auto(texts: list[str], number: int | None) -> tuple[list[str], int | None]:
+    """Returns the heads that texts name, as `pairs_of` does, and how many they leave to be chosen: the number in
+    "auto:16", else `number`. Where it does not stand alone, the texts are returned as they are.
+    """
+    if len(texts) == 1 and (auto := AUTO.fullmatch(texts[0])):
+        return [], int(auto[1])
+    return (texts if any(map(AUTO.fullmatch, texts)) else pairs_of(parse_heads(texts))), number
 
 
 def parse_heads(texts: Iterable[str]) -> Heads:

@@ -1,5 +1,5 @@
-"""`--layers auto:K` of train_gpus.py: the choice beside the student is used, or made before training. A choice that was
-stopped resumes, and a resumed run keeps its layers.
+"""`--layers auto:K` and `--heads auto:K` of train_gpus.py: the choice beside the student is used, or made before
+training. One that was stopped resumes, and a resumed run keeps its layers and heads.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from arguments import TrainArguments
 from distillation.models import check_models
+from inputs.teacher_parts import head_problems, named_parts
 from llamba import LlambaConfig
 from model_utils import get_configs, locate_model
 from processes.ranks import Ranks
@@ -35,14 +36,14 @@ from selection.running import make_choice
 logger = logging.getLogger("train")
 
 
-def check_auto(args: TrainArguments, of_checkpoint: list[int] | None) -> TrainArguments:
-    """Returns the options with the layers of the checkpoint that a run resumes from, if any, in place of `auto:K`. Else
-    they stay as they are, and are checked: raises ValueError of one line before anything is loaded.
+def check_auto(args: TrainArguments, of_checkpoint: tuple[list[int], list[str]] | None) -> TrainArguments:
+    """Returns the options with the layers and heads of the checkpoint that a run resumes from, if any, in place of
+    `auto:K`. Else they stay as they are, and are checked: raises ValueError of one line before anything is loaded.
     """
-    if args.auto_layers is None:
+    if not _is_asked(args):
         return args
     if of_checkpoint is not None:
-        return dataclasses.replace(args, layers=of_checkpoint, auto_layers=None)
+        return _resolved(args, *of_checkpoint)
     paths = _paths(args)
     check_budget(args, get_configs(*paths))
     _finished(args, paths)
@@ -50,10 +51,10 @@ def check_auto(args: TrainArguments, of_checkpoint: list[int] | None) -> TrainAr
 
 
 def chosen(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    """Returns the `args` with the chosen layers in place of `auto:K`, and the `models` checked for them; nothing if no
-    choice was asked for. All ranks call it. Raises ValueError.
+    """Returns the `args` with the chosen layers and heads in place of `auto:K`, and the `models` checked for them;
+    nothing if no choice was asked for. All ranks call it. Raises ValueError.
     """
-    if args.auto_layers is None:
+    if not _is_asked(args):
         return {}
     found = ranks.share(_finished(args, _paths(args)) if ranks.is_main else None)[0]
     folder = folder_of_run(args)
@@ -63,40 +64,84 @@ def chosen(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    logger.info("%s: layers %s, of %s", _flag(args), found["layers"], folder / RESULT)
-    args = dataclasses.replace(args, layers=found["layers"], auto_layers=None)
+    flag, args = _flag(args), _resolved(args, found["layers"], strongest_heads(args, found))
+    logger.info("%s: %s, of %s", flag, named_parts(args.layers, args.kept_heads), folder / RESULT)
     return {"args": args, "models": check_models(args, None)}
 
 
-def for_plan(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig]) -> tuple[TrainArguments, str]:
-    """Returns the options that a plan counts with, and what it says of `auto:K`: the layers of a choice that is there,
-    else as many at equal distances, which take as much memory.
+def strongest_heads(args: TrainArguments, choice: dict[str, Any]) -> list[str]:
+    """Returns as many heads as `--heads auto:K` says, without which the teacher's probes lose most, of layers that are
+    not kept whole. Raises ValueError if no probe could be used.
     """
-    if args.auto_layers is None:
+    if args.auto_heads is None:
+        return []
+    if choice["ablation"] is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["left_out"].items())
+        raise ValueError(
+            f"{_flag(args)}: no probe could be used to compare heads ({reasons}); name heads, or keep layers"
+        )
+    whole = args.layers if args.auto_layers is None else choice["layers"]
+    rows = [row for row in choice["ablation"]["heads"] if row["place"][0] not in whole]
+    rows.sort(key=lambda row: (-row["score"], row["place"]))
+    return ["{}:{}".format(*row["place"]) for row in rows[: args.auto_heads]]
+
+
+def for_plan(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig]) -> tuple[TrainArguments, str]:
+    """Returns the options that a plan counts with, and what it says of `auto:K`: the layers and heads of a choice that
+    is there, else as many at equal distances, which take as much memory.
+    """
+    if not _is_asked(args):
         return args, ""
     check_budget(args, configs)
     folder = folder_of_run(args)
     choice = _finished(args, _paths(args)) if (folder / RESULT).exists() else None
     if choice is not None:
-        layers = choice["layers"]
-        words = f"layers {' '.join(map(str, layers))}, of {folder / RESULT}"
-    else:
-        n_layer = configs[1].n_layer
-        layers = sorted(set(range(n_layer)) - evenly(n_layer, args.auto_layers))
-        cost = cost_of(options_of_choice(args), configs, args.auto_layers, None, planned_tokens(args))
-        words = f"they are chosen first, at most about {cost}; the plan has as many at equal distances"
-    return dataclasses.replace(args, layers=layers, auto_layers=None), f"{_flag(args)}: {words}."
+        known = _resolved(args, choice["layers"], strongest_heads(args, choice))
+        return known, f"{_flag(args)}: {named_parts(known.layers, known.kept_heads)}, of {folder / RESULT}."
+    n_layer, n_heads = configs[1].n_layer, configs[0].num_attention_heads
+    layers = (
+        args.layers if args.auto_layers is None else sorted(set(range(n_layer)) - evenly(n_layer, args.auto_layers))
+    )
+    places = [f"{layer}:{head}" for head in range(n_heads) for layer in range(n_layer) if layer not in layers]
+    asked = options_of_choice(args)
+    assert asked.budget is not None
+    cost = cost_of(asked, configs, asked.budget, None, planned_tokens(args))
+    words = f"{_flag(args)}: they are chosen first, at most about {cost}; the plan has as many at equal distances."
+    return _resolved(args, layers, places[: args.auto_heads or 0]), words
 
 
 def check_budget(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig]) -> None:
-    """Raises ValueError of one line if this teacher cannot give this student so many layers."""
+    """Raises ValueError of one line if this teacher cannot give this student so many layers or heads."""
     check_pair(configs, _flag(args))
-    assert args.auto_layers is not None
-    if not 1 <= args.auto_layers < configs[1].n_layer:
+    teacher, student = configs
+    n_layer, n_whole = student.n_layer, len(args.layers) if args.auto_layers is None else args.auto_layers
+    if args.auto_layers is not None and not 1 <= args.auto_layers < n_layer:
         raise ValueError(
-            f"{_flag(args)}: expected auto:1 to auto:{configs[1].n_layer - 1}; the student has {configs[1].n_layer} "
-            "layers"
+            f"{_flag(args)}: expected --layers auto:1 to auto:{n_layer - 1}; the student has {n_layer} layers"
         )
+    if args.auto_heads is not None:
+        most = teacher.num_attention_heads * (n_layer - n_whole)
+        if not 1 <= args.auto_heads <= most:
+            raise ValueError(
+                f"{_flag(args)}: expected --heads auto:1 to auto:{most}, those of layers that are not whole"
+            )
+        if problems := head_problems(student, teacher, [], {0: [0]}):
+            raise ValueError(f"{_flag(args)}: {problems[0].removeprefix('--heads 0:0: ')}")
+
+
+def _is_asked(args: TrainArguments) -> bool:
+    return args.auto_layers is not None or args.auto_heads is not None
+
+
+def _resolved(args: TrainArguments, layers: list[int], heads: list[str]) -> TrainArguments:
+    """Returns the options with these in place of `auto:K`."""
+    return dataclasses.replace(
+        args,
+        layers=args.layers if args.auto_layers is None else layers,
+        heads=args.heads if args.auto_heads is None else heads,
+        auto_layers=None,
+        auto_heads=None,
+    )
 
 
 def folder_of_run(args: TrainArguments) -> Path:
@@ -116,7 +161,7 @@ def options_of_choice(args: TrainArguments) -> ChooseArguments:
         student_model=args.student_model,
         dtype=args.dtype,
         document_separator=args.document_separator,
-        budget=args.auto_layers,
+        budget=max(1, len(args.layers)) if args.auto_layers is None else args.auto_layers,
         output=str(folder_of_run(args)),
         text=text,
         text_subset=subset,
@@ -160,9 +205,11 @@ def _finished(args: TrainArguments, paths: tuple[str, str]) -> dict[str, Any] | 
         again = f"python choose_layers.py --teacher_model {args.teacher_model} --student_model {args.student_model}"
         raise ValueError(
             f"{_flag(args)}: {error}; move {folder} away, and it is made again before training, or by "
-            f"`{again} --budget {args.auto_layers}`"
+            f"`{again} --budget {options_of_choice(args).budget}`"
         ) from error
-    return choice if choice["request"]["n_kept"] == args.auto_layers else None
+    if args.auto_layers not in (None, choice["request"]["n_kept"]):
+        return None
+    return None if args.auto_heads is not None and not choice["request"]["ablation"] else choice
 
 
 def _paths(args: TrainArguments) -> tuple[str, str]:
@@ -172,4 +219,5 @@ def _paths(args: TrainArguments) -> tuple[str, str]:
 
 
 def _flag(args: TrainArguments) -> str:
-    return f"--layers auto:{args.auto_layers}"
+    asked = {"layers": args.auto_layers, "heads": args.auto_heads}
+    return " ".join(f"--{name} auto:{number}" for name, number in asked.items() if number is not None)

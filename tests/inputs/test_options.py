@@ -30,6 +30,7 @@ PRODUCTION_OPTIONS = {
     "layers": [14, 16, 17, 30],
     "heads": [],
     "auto_layers": None,
+    "auto_heads": None,
     "dtype": "bfloat16",
     "document_separator": "auto",
     "teacher_device": None,

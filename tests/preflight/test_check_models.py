@@ -74,7 +74,7 @@ def test_layers_that_are_chosen_first():
     (well,) = found(models.check_configs, "--layers", "auto:2")
     assert "with --layers 1 4 from the teacher; --layers auto:2: they are chosen first, at most about" in well.found
     bad = the_bad_one(found(models.check_configs, "--layers", "auto:6"))
-    assert "--layers auto:6: expected auto:1 to auto:5" in bad.found
+    assert "--layers auto:6: expected --layers auto:1 to auto:5" in bad.found
 
 
 def test_models_that_do_not_go_together(copy_of, tmp_path):

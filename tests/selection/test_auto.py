@@ -51,7 +51,9 @@ def test_a_run_chooses_its_layers_and_a_resumed_one_keeps_them(models, student, 
     layers = choice["layers"]
     assert len(layers) == 2 and attention_layers(folder) == layers
     assert yaml.safe_load((folder / "args.yaml").read_text())["layers"] == layers
-    assert "--layers auto:2: no choice in" in log and f"--layers auto:2: layers {layers}, of" in log
+    assert (
+        "--layers auto:2: no choice in" in log and f"--layers auto:2: --layers {' '.join(map(str, layers))}, of" in log
+    )
     assert "not held out: this run, or that of the student, trains on rows of it" in choice["held_out"]
     assert choice["cost"].endswith("of the 256 that the planned run trains on")  # 2 steps of 2 ranks' 2 x 32 tokens
 
@@ -88,6 +90,45 @@ def test_a_choice_that_is_there_is_used(models, student, tmp_path):
     assert "--layers auto:2" in line and "python choose_layers.py" in line and not (tmp_path / "fourth").exists()
 
 
+def test_a_run_keeps_the_strongest_heads_of_layers_that_are_not_whole(models, student, tmp_path):
+    argv = argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3")
+    codes, log = train(argv)
+    assert codes == [0], log
+    choice = json.loads((student / "choice" / "choice.json").read_text())
+    scores = {tuple(row["place"]): row["score"] for row in choice["ablation"]["heads"] if row["place"][0] != 3}
+    best = sorted(scores, key=lambda place: -scores[place])[:3]
+    config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
+    kept = {(int(layer), head) for layer, heads in config["attention_heads"].items() for head in heads}
+    assert kept == set(best) and config["attention_layers"] == [3]
+    options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert set(options["heads"]) == {f"{layer}:{head}" for layer, head in best} and options["layers"] == [3]
+    codes, log = train(
+        [*argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3", max_steps=4), "--resume", "auto"]
+    )
+    assert codes == [0] and "no choice in" not in log, log
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(heads="auto:0"), "--heads auto:0: expected at least 1 head"),
+        (dict(heads="auto:2 1:3"), "--heads auto:2 1:3: auto:K stands alone"),
+        (dict(heads="auto:13", layers="3"), "--heads auto:13: expected --heads auto:1 to auto:12"),
+        (dict(heads="auto:13", layers="auto:1"), "--layers auto:1 --heads auto:13: expected --heads auto:1 to auto:12"),
+    ],
+)
+def test_heads_that_cannot_be_chosen_are_one_line(models, tmp_path, changes, words):
+    argv = argv_of(models, models / "plain", tmp_path / "run", **{"layers": "-1", **changes})
+    with pytest.raises(ValueError) as error:
+        train_gpus.main(parse_train_args(argv))
+    assert words in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_heads_need_a_probe_that_the_teacher_can_do(models, student, tmp_path):
+    codes, log = train(argv_of(models, student, tmp_path / "run", layers="-1", heads="auto:2"), arm=None)
+    assert codes == [2] and "--heads auto:2: no probe could be used to compare heads (copying: its texts" in log
+
+
 def test_a_stopped_choice_is_no_obstacle(models, student, tmp_path):
     argv = argv_of(models, student, tmp_path / "run")
     codes, log = train(argv, arm=stop_after_five_rows)
@@ -106,7 +147,7 @@ def test_a_stopped_choice_is_no_obstacle(models, student, tmp_path):
 @pytest.mark.parametrize(
     "layers,student,words",
     [
-        ("auto:4", "plain", "--layers auto:4: expected auto:1 to auto:3; the student has 4 layers"),
+        ("auto:4", "plain", "--layers auto:4: expected --layers auto:1 to auto:3; the student has 4 layers"),
         ("auto:2", "hybrid", "--layers auto:2: --student_model is a hybrid already, with layers [1, 3]"),
     ],
 )
@@ -147,3 +188,6 @@ def test_the_plan_says_what_is_chosen_first(models, student, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("--layers auto:2: they are chosen first, at most about ") and "equal distances" in printed
     assert not (student / "choice").exists() and not (tmp_path / "run").exists()
+    argv = argv_of(models, student, tmp_path / "run", heads="auto:3", dry_run=True)
+    assert train_gpus.main(parse_train_args(argv)) == 0
+    assert capsys.readouterr().out.startswith("--layers auto:2 --heads auto:3: they are chosen first")
