@@ -22,6 +22,7 @@ CERTAINTY = 0.25  # of times, which are estimates until they have been measured
 ALLOWANCE = {"CUDA, NCCL (allowance)": int(1.5 * GB)}
 
 NOT_SHARED = "teacher's weights, not shared"
+OF_OTHERS, MESSAGES = "gradients of others", "messages under way"
 RECOMPUTE = "--gradient_checkpointing"
 SUM_LIKE_WEIGHTS = "--grad_accumulation_dtype weights"
 
@@ -136,8 +137,6 @@ def student_moments(
     gradients = gradient_bytes(footprint.student)
     teacher, colocated = footprint.teacher, placement == "colocated"
     always = {**footprint.weights, "gradients": gradients, "masters and moments": optimizer.kept}
-    if optimizer.arrived:
-        always["gradients of others"] = optimizer.arrived
     if needs_sums(args):
         always["sums of gradients"] = bytes_of_sums(footprint.student)
     if teacher is not None:
@@ -145,10 +144,30 @@ def student_moments(
         weights = "teacher's weights" if args.stage == "distil" else NOT_SHARED
         always |= {weights: teacher.weights} if colocated else {"teacher's head": teacher.head}
     always |= ALLOWANCE
-    moments = {name: {**always, **items} for name, items in footprint.passes.items()}
+    passes = {**footprint.passes, **sending(footprint, optimizer)}
+    moments = {name: {**always, **items} for name, items in passes.items()}
     moments["update"] = {**always, **footprint.left, "optimizer's work": optimizer.work}
+    if optimizer.arrived:
+        moments["update"][OF_OTHERS] = optimizer.arrived
     if teacher is not None and colocated and args.stage == "distil":  # before the student's forward
         moments = {"teacher": {**always, **footprint.left, "teacher's work": teacher.work}, **moments}
+    return moments
+
+
+def sending(footprint: Footprint, optimizer: OptimizerFootprint) -> Moments:
+    """Returns what a backward pass holds while gradients are sent: as soon as the most messages are under way, and at
+    its end. What it began with goes as gradients come; an alignment has one layer at a time until the end.
+    """
+    if not optimizer.in_flight:
+        return {}
+    is_distilled = "backward" in footprint.passes
+    name = "backward" if is_distilled else "micro step"
+    moments = {}
+    for moment, part in ((f"{name}, sending", optimizer.full_after), (f"{name}'s end", 1.0)):
+        left = 1.0 - part if is_distilled else 1.0
+        items = {item: round(left * size) for item, size in footprint.passes[name].items()}
+        arrived = round(part * optimizer.arrived)
+        moments[moment] = {**items, MESSAGES: optimizer.in_flight, OF_OTHERS: arrived}
     return moments
 
 

@@ -14,9 +14,10 @@ from distillation.buckets import WHOLE
 from distillation.changes import apply_changes, count_longer, encode_changes
 from distillation.gradient_codes import gradient_code
 from distillation.owners import BUCKET_BYTES, IN_FLIGHT
+from llamba import LlambaForCausalLM
 from model_utils import DTYPES
 from preflight.live_memory import LiveMemory
-from training_utils import parameter_groups
+from training_utils import parameter_groups, sparse_embedding
 
 NORM_AND_CLEARING = 2  # passes over gradients in an update
 
@@ -28,6 +29,8 @@ class OptimizerFootprint(NamedTuple):
     work: int  # what a step takes besides
     moved: int  # what a step reads and writes
     arrived: int = 0  # gradients that other ranks have sent, from backward to the step
+    in_flight: int = 0  # of an exchange in the backward pass: messages under way, and what their coding takes
+    full_after: float = 1.0  # the part of the backward pass after which so much is under way
 
 
 def n_bytes(tensors: Iterable[Tensor]) -> int:
@@ -44,7 +47,7 @@ def bytes_of_sums(student: nn.Module) -> int:
     return sum(4 * p.numel() for p in student.parameters() if p.requires_grad)
 
 
-def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
+def optimizer_footprint(student: LlambaForCausalLM, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
     """Measures an optimizer step; gradients are those of all ranks, and the norm is of all of them."""
     if args.gradient_exchange == "owners":
         return owners_footprint(student, args, n_ranks)
@@ -53,7 +56,7 @@ def optimizer_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) 
     return measured._replace(moved=measured.moved + NORM_AND_CLEARING * gradient_bytes(student))
 
 
-def owners_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
+def owners_footprint(student: LlambaForCausalLM, args: TrainArguments, n_ranks: int) -> OptimizerFootprint:
     """Measures an optimizer step on an equal piece of all trained weights, in float32, with the coding of what is sent;
     and the gradients that are under way at most.
     """
@@ -62,31 +65,55 @@ def owners_footprint(student: nn.Module, args: TrainArguments, n_ranks: int) -> 
     measured = _measure_optimizer([piece], master_weights=True)
     masters = 0 if trained[0].dtype == torch.float32 else piece.nbytes
     moved = measured.moved + NORM_AND_CLEARING * gradient_bytes(student)
-    arrived = piece.nbytes
-    if n_ranks > 1:
-        moved += coding_bytes(piece.numel(), args, n_ranks)
-        arrived += min(2 * IN_FLIGHT * BUCKET_BYTES, 2 * gradient_bytes(student))
-    return OptimizerFootprint(measured.kept + masters, measured.work, moved, arrived)
+    step = OptimizerFootprint(measured.kept + masters, measured.work, moved, piece.nbytes)
+    if n_ranks == 1:
+        return step
+    embedding, all_bytes = sparse_embedding(student), gradient_bytes(student)
+    by_rows = 0 if embedding is None else embedding.nbytes
+    in_buckets = max(all_bytes - by_rows, 1)
+    # Weights of a piece that are coded at once, of the largest bucket.
+    at_once = min(BUCKET_BYTES, max(in_buckets, by_rows)) // trained[0].element_size() // n_ranks
+    coding = measure_coding(piece.numel(), args, n_ranks)
+    sent_at_once, in_flight = (min(n * BUCKET_BYTES, in_buckets) / trained[0].element_size() for n in (1, IN_FLIGHT))
+    return step._replace(
+        work=max(measured.work, round(coding.of_changes * at_once)),
+        moved=moved + coding.moved,
+        in_flight=round(2 * coding.message * in_flight + coding.of_gradients * sent_at_once),
+        full_after=min(IN_FLIGHT * BUCKET_BYTES / in_buckets, 1.0),
+    )
 
 
-def coding_bytes(n: int, args: TrainArguments, n_ranks: int) -> int:
-    """Returns the bytes that a rank reads and writes to code and decode what is sent for pieces of n weights, operation
-    by operation: gradients for all ranks and from all, and, of 16-bit weights, changes of its own piece and of all.
+class Coding(NamedTuple):
+    """Holds what the coding of an exchange takes, in bytes: in all, and for each weight that is coded at once."""
+
+    moved: int  # read and written in a step
+    message: float  # of a gradient on its way
+    of_gradients: float  # memory, while one is encoded
+    of_changes: float  # while what an update has changed is encoded, or decoded
+
+
+def measure_coding(n: int, args: TrainArguments, n_ranks: int) -> Coding:
+    """Measures the coding of what is sent for pieces of n weights, operation by operation: gradients for all ranks and
+    from all, and, of 16-bit weights, changes of its own piece and of all.
     """
-    n, dtype = n // WHOLE * WHOLE, DTYPES[args.dtype]
+    n, dtype = max(n // WHOLE, 1) * WHOLE, DTYPES[args.dtype]
     code = gradient_code(args.gradient_bits, dtype)
     old, total = torch.empty(n, dtype=dtype, device="meta"), torch.empty(n, device="meta")
-    with LiveMemory([old, total]) as of_each:
-        total += code.decode(code.encode(old[None])[0])
-    moved = n_ranks * of_each.moved.total()
-    if dtype != torch.float32:
-        with LiveMemory([old, total]) as of_own:
-            count_longer(old, total.to(dtype))
-            codes, longer = encode_changes(old, total.to(dtype), n // 32)  # 3 %, as the prototype found at most
-        with LiveMemory([old, codes, longer]) as of_each:
-            apply_changes(old, codes, longer)
-        moved += of_own.moved.total() + n_ranks * of_each.moved.total()
-    return moved
+    with LiveMemory([old, total]) as of_gradients:
+        message = code.encode(old[None])[0]
+        encoding = of_gradients.peak
+        total += code.decode(message)
+    moved = n_ranks * of_gradients.moved.total()
+    if dtype == torch.float32:
+        return Coding(moved, message.nbytes / n, encoding / n, n_ranks * old.element_size())
+    with LiveMemory([old, total]) as of_own:
+        count_longer(old, total.to(dtype))
+        codes, longer = encode_changes(old, total.to(dtype), n // 32)  # 3 %, as the prototype found at most
+    with LiveMemory([old, codes, longer]) as of_each:
+        apply_changes(old, codes, longer)
+    moved += of_own.moved.total() + n_ranks * of_each.moved.total()
+    of_changes = max(of_own.peak, n_ranks * (codes.nbytes + longer.nbytes) + of_each.peak)
+    return Coding(moved, message.nbytes / n, encoding / n, of_changes / n)
 
 
 def _measure_optimizer(shard: list[nn.Parameter], master_weights: bool) -> OptimizerFootprint:
