@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from tests import fresh
+from tests.faults.scenarios import spoil_loss
 from tests.small_runs import keep_final_weights, make_models, options, read_metrics
+from tests.tiny import tiny_student
 
 SHORT = dict(max_steps=6, grad_accumulation_steps=2, save_interval=6, warmup_ratio=0.0, health_interval=3)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
+    folder = make_models(tmp_path_factory.mktemp("models"))
+    tiny_student(vocab_size=1024, tie_embeddings=True).save_pretrained(folder / "tied")
+    return folder
 
 
 def train(models, folder, n_ranks=2, **changes):
@@ -54,11 +58,14 @@ CASES = {
     "bfloat16": dict(dtype="bfloat16"),
     "float16": dict(dtype="float16"),
     "align": dict(dtype="float32", stage="align", student_model="plain"),
+    "tied": dict(dtype="float32", student_model="tied"),
+    "clipped, with layer maps": dict(dtype="float32", grad_clip=0.05, layer_map_interval=3),
 }
 
 
 def changes_of(case, models):
-    return {**CASES[case], **({"student_model": models / "plain"} if case == "align" else {})}
+    changes = CASES[case]
+    return {**changes, **({"student_model": models / changes["student_model"]} if "student_model" in changes else {})}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,6 +78,32 @@ def test_both_exchanges_train_alike(run, models, case):
         assert one == pytest.approx(two, rel=tolerance)
     here, there = weights(ours), weights(ours, 1)
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_layer_maps_are_the_same(run, models):
+    maps = []
+    for exchange in ("allreduce", "owners"):
+        rows = read_metrics(run(exchange, **changes_of("clipped, with layer maps", models)))
+        maps.append([row["layer_map"]["stream"] for row in rows if "layer_map" in row])
+    assert len(maps[0]) == len(maps[1]) == 2
+    for one, other in zip(*maps, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def spoil_on_rank_1(rank):
+    keep_final_weights(rank)
+    if rank == 1:
+        spoil_loss(4, 4, float("nan"))
+
+
+@pytest.mark.parametrize("exchange", ["allreduce", "owners"])
+def test_all_ranks_skip_what_is_not_finite_on_one(models, tmp_path, exchange):
+    argv = options(models, tmp_path / "out", **SHORT, gradient_exchange=exchange, student_model=models / "plain")
+    codes, log = fresh.ranks(argv, 2, arm=spoil_on_rank_1)
+    assert codes == [0, 0], log[-4000:]
+    assert [row["skipped_updates"] for row in read_metrics(tmp_path / "out")][-1] == 1
+    here, there = weights(tmp_path / "out"), weights(tmp_path / "out", 1)
+    assert all(torch.equal(here[name], there[name]) and torch.isfinite(here[name]).all() for name in here)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
