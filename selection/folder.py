@@ -10,7 +10,6 @@ from typing import Any
 
 from inputs.model_files import one_line
 from selection import made_with, measurements
-from selection.picture import picture
 from selection.report import format_report
 from utils import finite, lock_dir, write_whole
 
@@ -81,6 +80,8 @@ def finished(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
 def write_choice(folder: Path, choice: dict[str, Any]) -> None:
     """Writes the report and the picture, then what says that the choice is finished."""
     write_whole(folder / REPORT, format_report(choice).encode())
+    from selection.picture import picture  # loads matplotlib, which a run that uses a choice does not need
+
     write_whole(folder / PICTURE, picture(choice))
     write_whole(folder / RESULT, _as_json(finite(choice)))
 

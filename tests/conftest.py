@@ -4,6 +4,8 @@ of a plain run. Slow files are collected first.
 
 import logging
 import os
+import socket
+import threading
 from unittest import mock
 
 import pytest
@@ -16,6 +18,7 @@ SLOW_FILES = [
     *["test_readme_commands.py", "test_evaluator.py", "test_plan.py", "test_lm_eval.py", "test_harness.py"],
     *["test_data.py", "test_eval_script.py", "test_eval_resume.py", "test_fused_loss.py", "test_export.py"],
     *["test_scoring.py", "test_generation.py", "test_security.py"],
+    *["test_exchanges.py", "test_align_runs.py", "test_auto.py"],
 ]
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -66,3 +69,16 @@ def no_torchrun():
         for name in RANK_NAMES:
             os.environ.pop(name, None)
         yield
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fails a test that connects to anything. A library's thread that an earlier test has left behind may."""
+    connect, own_thread = socket.socket.connect, threading.current_thread()
+
+    def refuse(*args):
+        if threading.current_thread() is own_thread:
+            pytest.fail("touched the network")
+        return connect(*args)
+
+    monkeypatch.setattr("socket.socket.connect", refuse)

@@ -197,8 +197,7 @@ def test_special_tokens_come_from_the_tokenizer(tmp_path):
     assert LlambaConfig.from_pretrained(tmp_path).bos_token_id == 3
 
 
-def test_a_missing_model_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("touched the network"))
+def test_a_missing_model_is_one_clear_error(tmp_path, monkeypatch, no_network):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="--teacher_model meta-llama/Nothing: neither a directory nor complete"):
         locate_model("--teacher_model", "meta-llama/Nothing", local_files_only=True)

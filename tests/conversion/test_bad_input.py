@@ -188,9 +188,8 @@ def test_a_gguf_file_that_is_not_there(tmp_path):
 # --- the plan ------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_of_8b_needs_no_network_and_no_large_machine(monkeypatch, tmp_path, capsys):
+def test_a_plan_of_8b_needs_no_network_and_no_large_machine(monkeypatch, no_network, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("touched the network"))
     assert make_student.main(parse_make_args(["--preset", "llama-8b", "--dry_run"])) == 0
     printed = capsys.readouterr().out
     assert "32 layers, width 4096" in printed and "32 heads of 128, state 128, with biases" in printed

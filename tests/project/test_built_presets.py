@@ -29,9 +29,8 @@ def preset(name):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_made(tmp_path, monkeypatch):
+def nothing_is_made(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("touched the network"))
 
 
 @pytest.mark.parametrize("name", BUILT)
