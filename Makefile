@@ -108,8 +108,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Runs every benchmark but bench_gpu.py and bench_conversion.py (docs/conversion.md), in hours, on a machine that should
-# do nothing else. Each prints a table and writes its rows to runs/bench/. project_wire.py measures nothing.
+# Runs every benchmark but bench_gpu.py, bench_conversion.py (docs/conversion.md) and bench_choice.py, which measures no
+# time, in hours, on a machine that should do nothing else. Each prints a table and writes its rows to runs/bench/.
+# project_wire.py measures nothing.
 bench: .venv/installed-bench
 	for name in loss step wire overlap launches sync data save mmlu; do \
 		$(BIN)/python benchmarks/bench_$$name.py --json $(BENCH)/$$name.json $(BENCH_OPTIONS) || exit 1; \
