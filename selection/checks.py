@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from arguments import TrainArguments
 from evaluation.copying import WORDS
 from evaluation.held_out import check_not_trained_on_by, read_windows
-from evaluation.retrieval import QUESTIONS_PER_CONTEXT
 from inputs.context import shortest
 from llamba import LlambaConfig
 from llamba.export import STATE_FILE
@@ -87,8 +86,8 @@ def check_pair(configs: tuple[PretrainedConfig, LlambaConfig], flag: str) -> Non
     teacher, student = configs
     if student.has_attention:
         raise ValueError(
-            f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} from its teacher; "
-            "start from a student without"
+            f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} and heads "
+            f"{student.attention_heads} from its teacher; start from a student without"
         )
     try:
         check_replacements(student, teacher, [0])
@@ -173,7 +172,7 @@ def cost_of(
     """
     if material is None:
         n_text = args.text_windows * args.seq_length
-        n_probe = args.probe_texts * (2 * WORDS + QUESTIONS_PER_CONTEXT * RETRIEVAL_LENGTH)
+        n_probe = args.probe_texts * (2 * WORDS + RETRIEVAL_LENGTH)
     else:
         n_text = material.windows[:, 1:].numel()
         n_probe = sum(probe.ids.numel() for probe in material.probes)

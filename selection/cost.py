@@ -2,16 +2,17 @@
 memory, and the bytes of a hybrid's cache.
 """
 
+import copy
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+import llamba
 from inputs.model_files import parameter_sizes
-from llamba import LlambaConfig
+from llamba import LlambaConfig, attention_cfg_from
 from model_utils import DTYPES
 
 GB = 1e9
-STATE_BYTES = 4  # of a number of a recurrent state, which is float32 whatever the dtype
 PLANNED_RANKS = 4  # of configs/production.yaml
 
 
@@ -60,14 +61,10 @@ def choice_cost(
 
 
 def cache_bytes(teacher: PretrainedConfig, student: LlambaConfig, n_kept: int, length: int, dtype: str) -> int:
-    """Returns the bytes of the cache of one sequence of `length` tokens, `n_kept` of whose layers are the teacher's:
-    keys and values there, and elsewhere the inputs of the convolution and the state.
-    """
-    size, ssm = DTYPES[dtype].itemsize, student.ssm_cfg
-    head_dim = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
-    attention = 2 * teacher.num_key_value_heads * head_dim * length * size
-    recurrent = student.d_xBC * ssm["d_conv"] * size + student.d_inner * ssm["d_state"] * STATE_BYTES
-    return n_kept * attention + (student.n_layer - n_kept) * recurrent
+    """Returns the bytes of the cache of one sequence of `length` tokens, `n_kept` of whose layers are the teacher's."""
+    hybrid = copy.deepcopy(student)
+    hybrid.attention_layers, hybrid.attention_cfg = list(range(n_kept)), attention_cfg_from(teacher)
+    return llamba.cache_bytes(hybrid, 1, length, DTYPES[dtype])
 
 
 def most_layers(teacher: PretrainedConfig, student: LlambaConfig, n_bytes: int, length: int, dtype: str) -> int:

@@ -93,23 +93,49 @@ def copying_probe(tokenizer: PreTrainedTokenizerBase, n_texts: int, seed: int) -
 def retrieval_probe(
     tokenizer: PreTrainedTokenizerBase, n_texts: int, length: int, n_pairs: int, seed: int
 ) -> Probe | None:
-    """Returns the retrieval probe: contexts of `length` tokens, QUESTIONS_PER_CONTEXT questions about each. None if the
-    pairs do not fit. An answer is right by itself, not as the likeliest of the context's codes.
+    """Returns the retrieval probe: contexts of at most `length` tokens, each with its questions and answers, one after
+    another, so that it runs once for all of them. None if the pairs do not fit. An answer is right by itself, not as
+    the likeliest of the context's codes.
+    """
+    room = length
+    while True:
+        texts = _questioned(tokenizer, n_texts, room, n_pairs, seed)
+        longest = max((len(ids) for ids, _ in texts), default=0)
+        if longest <= length:
+            break
+        room -= longest - length  # build_contexts leaves room for one question, not for all
+    if not texts:
+        return None
+    padded = torch.zeros(len(texts), longest, dtype=torch.int64)  # (n, L)
+    answer = torch.full_like(padded, NOT_AN_ANSWER)
+    for row, (ids, places) in enumerate(texts):
+        padded[row, : len(ids)] = torch.tensor(ids)
+        for i, place in enumerate(places):
+            answer[row, place] = i
+    return Probe("retrieval", padded, answer, tuple(range(len(texts))), 1 / n_pairs)
+
+
+def _questioned(
+    tokenizer: PreTrainedTokenizerBase, n_texts: int, length: int, n_pairs: int, seed: int
+) -> list[tuple[list[int], list[slice]]]:
+    """Returns contexts of `length` tokens with their questions answered behind them: token ids, and the places of the
+    answers in them.
     """
     n_questions = n_texts * min(retrieval.QUESTIONS_PER_CONTEXT, n_pairs)
-    rows: list[tuple[int, list[int], int]] = []  # text, ids, tokens before the answer
-    for text, context in enumerate(retrieval.build_contexts(tokenizer, length, n_pairs, n_questions, seed)):
+    texts = []
+    for context in retrieval.build_contexts(tokenizer, length, n_pairs, n_questions, seed):
+        text, edges = context.text, []
         for question, code in retrieval.questions_of(context):
-            before, whole = (tokenizer(part).input_ids for part in (question, question + code))
-            pairs = enumerate(zip(before, whole, strict=False))
-            n_shared = next((i for i, pair in pairs if pair[0] != pair[1]), len(before))
-            rows.append((text, whole, n_shared))
-    if not rows:
-        return None
-    longest = max(len(ids) for _, ids, _ in rows)
-    padded = torch.zeros(len(rows), longest, dtype=torch.int64)  # (n, L)
-    answer = torch.full_like(padded, NOT_AN_ANSWER)
-    for row, (_, ids, n_before) in enumerate(rows):
-        padded[row, : len(ids)] = torch.tensor(ids)
-        answer[row, n_before : len(ids)] = 0
-    return Probe("retrieval", padded, answer, tuple(text for text, _, _ in rows), 1 / n_pairs)
+            text += question.removeprefix(context.text)
+            edges.append((text, text + code))
+            text += f"{code}."
+        ids = tokenizer(text).input_ids
+        places = [slice(*(_shared(tokenizer(edge).input_ids, ids) for edge in pair)) for pair in edges]
+        texts.append((ids, places))
+    return texts
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns how many token ids two texts begin with that are the same."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -52,7 +52,8 @@ def _aside(choice: dict[str, Any]) -> str:
     rows = [[BY[row["by"]], _layers(row["kept"]), *_figures(row)] for row in aside["sets"]]
     rows.append(["the teacher", "all", *_figures(aside["teacher"], is_teacher=True)])
     title = f"## Sets of {len(choice['layers'])} layers, on texts that were kept aside"
-    note = f"Nothing was chosen on these {aside['teacher']['kl']['n']} windows and on these texts of the probes."
+    probes = " and texts of the probes" if choice["teacher"]["probes"] else ""
+    note = f"Nothing was chosen on these {aside['teacher']['kl']['n']} windows{probes}."
     return _section(title, note, ["found", "layers kept", *_columns(choice)], rows)
 
 

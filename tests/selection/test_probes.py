@@ -39,20 +39,21 @@ def test_words_are_said_twice_and_the_second_are_answers(tokenizer):
 
 def test_each_question_has_its_code_as_its_answer(tokenizer):
     probe = retrieval_probe(tokenizer, 2, 200, 4, seed=1)
-    assert probe.text == (0, 0, 0, 0, 1, 1, 1, 1) and probe.chance == 0.25 and probe.n_texts == 2
+    assert probe.text == (0, 1) and probe.chance == 0.25 and probe.ids.shape[1] <= 200
     codes = set()
     for ids, answer in zip(probe.ids, probe.answer, strict=True):
-        code = tokenizer.decode(ids[answer == 0])
-        assert code.strip().isdigit() and len(code.strip()) == 3
-        text = tokenizer.decode(ids[: int((answer == 0).nonzero().max()) + 1])
-        assert text.count(f"{code}") == 2  # where it is stated, and at the end
-        codes.add(code)
+        for question in range(4):
+            code = tokenizer.decode(ids[answer == question])
+            assert code.strip().isdigit() and len(code.strip()) == 3
+            text = tokenizer.decode(ids[: int((answer == question).nonzero().max()) + 1])
+            assert text.count(f"{code}") == 2  # where it is stated, and at the end
+            codes.add(code)
     assert len(codes) == 8 and retrieval_probe(tokenizer, 2, 40, 4, seed=1) is None
 
 
 def test_an_answer_is_right_if_all_its_tokens_are(tokenizer):
     probe = retrieval_probe(tokenizer, 2, 200, 4, seed=1)
-    places = [(row, int((probe.answer[row] == 0).nonzero()[0])) for row in (1, 4, 5)]
+    places = [(row, int((probe.answer[row] == question).nonzero()[0])) for row, question in ((0, 1), (1, 0), (1, 1))]
     assert score(probe, places).acc == [0.75, 0.5]
     sure = score(probe)
     assert sure.acc == [1, 1] and max(sure.loss) < 12 and score(probe, places).loss[1] > sure.loss[1] + 2
