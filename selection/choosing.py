@@ -33,6 +33,7 @@ class Request:
     n_kept: int
     probe_weight: float
     ablates: bool = True
+    directions: tuple[Direction, ...] = DIRECTIONS
 
 
 class Dealt:
@@ -85,7 +86,7 @@ def choose(
     del ablations
     swaps = Swaps(teacher, student, choosing.windows, choosing.probes)
     objective = Objective(ranks.share(swaps.teacher_figures)[0], request.probe_weight)
-    found |= _search(dealt.sets("choosing", swaps), objective, swaps.n_layers, request.n_kept)
+    found |= _search(dealt.sets("choosing", swaps), objective, swaps.n_layers, request)
     del swaps
     swaps = Swaps(teacher, student, aside.windows, aside.probes)
     found |= _last_figures(dealt.sets("aside", swaps), ranks.share(swaps.teacher_figures)[0], request, found)
@@ -120,9 +121,10 @@ def _ablation_row(place: tuple[int, ...], scores: dict[str, Score], own: dict[st
 
 
 def _search(
-    measure: Callable[[Sequence[Recurrent]], list[Figures]], objective: Objective, n_layers: int, n_kept: int
+    measure: Callable[[Sequence[Recurrent]], list[Figures]], objective: Objective, n_layers: int, request: Request
 ) -> dict[str, Any]:
     """Returns the single swaps, all sets on the way to the chosen one, and that one."""
+    n_kept = request.n_kept
     seen: dict[Recurrent, Figures] = {}
 
     def noted(sets: Sequence[Recurrent]) -> list[Figures]:
@@ -136,7 +138,7 @@ def _search(
     ]
     logger.info("single swaps measured: %d layers", n_layers)
     steps: list[tuple[str, Step[Figures]]] = []
-    for direction in DIRECTIONS:
+    for direction in request.directions:
         path = greedy(n_layers, noted, objective, n_kept, direction)
         steps += [(direction, step) for step in path]
         kept = _kept(path[-1].recurrent, n_layers)
