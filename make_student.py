@@ -46,7 +46,8 @@ def main(args: MakeArguments | None = None) -> int:
         print(format_plan(args, *configs))
         return 0
     assert args.output is not None
-    recipe = Recipe(args.init, args.d_state, args.ssm_bias, args.dtype, tuple(sorted(args.layers)), args.seed)
+    layers = tuple(sorted(args.layers))
+    recipe = Recipe(args.init, args.d_state, args.ssm_bias, args.dtype, layers, args.seed, args.kept_heads)
     known = {"teacher": {"name": args.teacher_model}, **recipe.made_with(device)}
     check_output(Path(args.output), known)  # before a file is converted, or a text downloaded
     warn_of_few_tokens(args, configs[1])

@@ -118,10 +118,10 @@ def check_replacements(
                 "teacher; name those, or start from a student without"
             )
         return
-    if not (layers or heads):
-        return
     flag = named_parts(layers, heads)
     problems = head_problems(student, teacher, layers, heads)
+    if not (layers or heads or problems):
+        return
     n_layer = min(student.n_layer, teacher.num_hidden_layers)
     if outside := sorted(index for index in {*layers, *heads} if index >= n_layer):
         problems.append(

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from conversion.calibration import Windows
-from conversion.closed_form import copy_projections, fit_decay, fit_mixer
+from conversion.closed_form import Beside, copy_projections, empty_heads, fit_decay, fit_mixer
 from conversion.heads import constant_norms, plain_heads
 from conversion.measure import HeldOutStreams, add_mlp, attend, in_parts
 from conversion.student_config import student_config
 from conversion.teacher_weights import TeacherWeights
 from conversion.unfinished import FIGURES, UnfinishedStudent, finished_figures
+from inputs.teacher_parts import Heads, pairs_of
 from llamba import DiscreteMamba2, LlambaBlock, LlambaConfig, LlambaModel
 from llamba.families import DecoderLayer
+from llamba.teacher_parts import copied_heads
 from model_utils import DTYPES
 from utils import finite, format_duration
 
@@ -42,10 +44,12 @@ class Recipe:
     dtype: str = "bfloat16"  # of the weights that are written
     layers: tuple[int, ...] = ()  # the hybrid with these of the teacher's is measured too
     seed: int = 0  # of random mixers
+    heads: Heads = field(default_factory=dict)  # of the teacher, that will stand beside the mixers
 
     def made_with(self, device: torch.device) -> dict[str, Any]:
         """Returns all that decides what the student becomes, but for teacher and text, as JSON has it."""
-        return {**asdict(self), "layers": list(self.layers), "device": device.type}
+        made_with = {**asdict(self), "layers": list(self.layers), "heads": pairs_of(self.heads), "device": device.type}
+        return {name: value for name, value in made_with.items() if name != "heads" or value}  # students made earlier
 
 
 def build_student(
@@ -60,6 +64,7 @@ def build_student(
     made there before with all of the same is left as it is. Raises ValueError.
     """
     config = student_config(teacher.config, recipe.d_state, recipe.ssm_bias)
+    config.fitted_beside = {str(layer): heads for layer, heads in recipe.heads.items()}
     device = torch.device(device)
     made_with = {"teacher": _identity(teacher), **recipe.made_with(device), "text": _digest(windows)}
     if (figures := finished_figures(output, made_with)) is not None and output.is_dir():
@@ -113,10 +118,10 @@ class _Building:
             attended = in_parts(functools.partial(attend, layer, angles=self.angles), calibration.teacher)
             block = self._block(index, layer, calibration, attended)
             errors.append(streams.advance(index, layer, block, self.angles))
-            calibration = Calibration(
-                in_parts(functools.partial(add_mlp, layer), calibration.teacher + attended),
-                in_parts(block, calibration.student) if self.recipe.init == "closed_form" else calibration.student,
-            )
+            own = calibration.student
+            if self.recipe.init == "closed_form":
+                own = in_parts(functools.partial(_through, block, self.angles), own)
+            calibration = Calibration(in_parts(functools.partial(add_mlp, layer), calibration.teacher + attended), own)
             self._check_finite(index, errors[-1], calibration.teacher, streams.states["teacher"])
             of_calibration = {f"calibration.{name}": states for name, states in calibration._asdict().items()}
             self.work.save_progress({**of_calibration, **streams.states}, {"errors": errors})
@@ -151,9 +156,11 @@ class _Building:
         return Calibration(*both(windows.calibration)), held_out, []
 
     def _block(self, index: int, layer: DecoderLayer, calibration: Calibration, attended: Tensor) -> LlambaBlock:
-        """Returns the student's layer as it is written, in float32. attended: what attention adds to the teacher's
-        hidden states.
+        """Returns the student's layer as it is written, in float32, with the heads that will stand beside its mixer.
+        attended: what attention adds to the teacher's hidden states.
         """
+        heads = self.recipe.heads.get(index, [])
+        kept = copied_heads(layer.self_attn, heads) if heads else None
         with torch.device("meta"):
             block = LlambaBlock(self.config, index)
         block.mixer = new_mixer(self.config, self.recipe.seed + index).to(self.device)
@@ -162,16 +169,19 @@ class _Building:
         inputs = in_parts(layer.input_layernorm, calibration.teacher)  # (n, S, D)
         if self.recipe.init == "closed_form":
             own_inputs = in_parts(layer.input_layernorm, calibration.student)
-            fit_mixer(block.mixer, layer.self_attn, inputs, own_inputs, attended)
+            beside = None if kept is None else Beside(heads, functools.partial(kept, position_embeddings=self.angles))
+            fit_mixer(block.mixer, layer.self_attn, inputs, own_inputs, attended, beside)
         elif self.recipe.init == "projections":
             plain = plain_heads(block.mixer.n_v_heads, self.device)
             plain = plain._replace(norms=constant_norms(layer.self_attn, inputs))
             copy_projections(block.mixer, layer.self_attn, plain)
             if block.mixer.in_proj.bias is None:
                 fit_decay(block.mixer, plain.horizon, inputs.flatten(0, 1))
+        empty_heads(block.mixer, heads)
         block.eval().requires_grad_(False).to(self.dtype)
         prefix = f"backbone.layers.{index}."
         self.work.write_shard(index + 1, {prefix + name: tensor.cpu() for name, tensor in block.state_dict().items()})
+        block.attention = None if kept is None else kept.to(self.dtype)
         return block.float()
 
     def _check_finite(self, index: int, error: dict[str, float], *states: Tensor) -> None:
@@ -198,6 +208,10 @@ class _Building:
         del tensors
         rounded = self.teacher.norm(self.dtype, self.device).float()
         return streams.figures((norm, rounded), (head, head.to(self.dtype).float()), labels)
+
+
+def _through(block: LlambaBlock, angles: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    return block(x, position_embeddings=angles)
 
 
 def new_mixer(config: LlambaConfig, seed: int) -> DiscreteMamba2:

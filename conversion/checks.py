@@ -18,7 +18,7 @@ from inputs.model_files import one_line, read_config
 from inputs.option_values import PRESETS, preset_values
 from llamba import LlambaConfig, LlambaForCausalLM
 from llamba.families import TeacherConfig, other_form
-from model_utils import DTYPES, locate_model
+from model_utils import DTYPES, check_replacements, locate_model
 from paths import readable
 
 logger = logging.getLogger("train")
@@ -36,7 +36,7 @@ def check_conversion(args: MakeArguments) -> tuple[TeacherConfig, LlambaConfig]:
         student = student_config(teacher, args.d_state, args.ssm_bias)
     except ValueError as error:
         raise ValueError(f"{TEACHER} {args.teacher_model}: no student can be made of it: {error}") from error
-    problems = [*_problems_of_options(args, teacher)]
+    problems = [*_problems_of_options(args, teacher, student)]
     if not args.dry_run:
         problems += _problems_of_output(args, student)
     if problems:
@@ -77,13 +77,12 @@ def teacher_config(args: MakeArguments) -> TeacherConfig:
     return config
 
 
-def _problems_of_options(args: MakeArguments, teacher: TeacherConfig) -> list[str]:
+def _problems_of_options(args: MakeArguments, teacher: TeacherConfig, student: LlambaConfig) -> list[str]:
     problems = []
-    if outside := [index for index in args.layers if index >= teacher.num_hidden_layers]:
-        problems.append(
-            f"--layers {' '.join(map(str, args.layers))}: {outside} out of range; the teacher has "
-            f"{teacher.num_hidden_layers} layers, so expected 0 to {teacher.num_hidden_layers - 1}"
-        )
+    try:
+        check_replacements(student, teacher, args.layers, args.kept_heads)
+    except ValueError as error:
+        problems.append(str(error))
     context = shortest({"the teacher": teacher})
     if context is not None and args.seq_length > context[1]:
         problems.append(

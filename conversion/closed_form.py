@@ -13,6 +13,8 @@ Glossary: D width, H query heads, P width of an attention head, N state of a mix
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,13 @@ TOKENS_AT_ONCE = 2048  # whose scan is in memory
 TOKENS_FOR_HORIZONS = 1024  # to choose three numbers and a horizon for each head; more are no better
 TOKENS_FOR_HEADS = 2048  # to fit the taps, and the weights of each pair
 LONGEST_WINDOW = 1024  # whose scores are in memory
+
+
+class Beside(NamedTuple):
+    """Holds the heads of an attention that stand beside a mixer, and what they give: inputs (B, S, D) -> (B, S, D)."""
+
+    heads: list[int]
+    outputs: Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -95,6 +104,12 @@ def rows_for_state(width: int, n_state: int) -> Tensor:
     return torch.stack([slowest_first, slowest_first + width // 2], 1).flatten()[:n_state]  # (at most N,)
 
 
+@torch.no_grad()
+def empty_heads(mixer: DiscreteMamba2, heads: list[int]) -> None:
+    """Has some heads of a mixer give nothing."""
+    _heads_of_output(mixer)[:, heads] = 0
+
+
 def _heads_of_output(mixer: DiscreteMamba2) -> Tensor:
     """Returns out_proj's weight by head, as a view: (D, H, channels)."""
     return mixer.out_proj.weight.unflatten(1, (-1, mixer.headdim))
@@ -132,14 +147,16 @@ class Moments:
     least-squares fit of out_proj needs.
     """
 
-    def __init__(self, mixer: DiscreteMamba2) -> None:
+    def __init__(self, mixer: DiscreteMamba2, left_out: Sequence[int] = ()) -> None:
+        """left_out: heads of the mixer whose features are zeros."""
+        self.left_out = list(left_out)
         device, n = mixer.out_proj.weight.device, mixer.d_inner + 1  # the last feature is a constant 1
         self.features = torch.zeros(n, n, dtype=torch.float64, device=device)  # (E + 1, E + 1)
         self.targets = torch.zeros(n, len(mixer.out_proj.weight), dtype=torch.float64, device=device)  # (E + 1, D)
 
     @torch.no_grad()
     def add(self, mixer: DiscreteMamba2, inputs: Tensor, outputs: Tensor) -> None:
-        """Adds inputs (B, S, D) of the mixer, and the outputs (B, S, D) that attention has for them."""
+        """Adds inputs (B, S, D) of the mixer, and the outputs (B, S, D) that it should have for them."""
         seen: list[Tensor] = []
         hook = mixer.out_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
@@ -147,6 +164,7 @@ class Moments:
         finally:
             hook.remove()
         gated = seen[0].flatten(0, 1).double()  # (T, E)
+        gated.unflatten(1, (mixer.n_v_heads, -1))[:, self.left_out] = 0
         gated = torch.cat([gated, gated.new_ones(len(gated), 1)], dim=1)  # (T, E + 1)
         self.features += gated.T @ gated
         self.targets += gated.T @ outputs.flatten(0, 1).double()
@@ -183,7 +201,8 @@ def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _scale(gram: Tensor) -> Tensor:
-    mean = gram.diagonal().mean()
+    """Returns the mean of the diagonal, without features that are nothing but zeros."""
+    mean = gram.diagonal().sum() / (gram.diagonal() > 0).sum().clamp(min=1)
     return torch.where(mean > 0, mean, torch.ones_like(mean))  # of nothing but zeros, zero is the solution
 
 
@@ -217,21 +236,29 @@ def choose_heads(attention: Attention, inputs: Tensor, kept: Tensor, n_taps: int
 
 
 @torch.no_grad()
-def fit_mixer(mixer: DiscreteMamba2, attention: Attention, inputs: Tensor, own_inputs: Tensor, outputs: Tensor) -> None:
+def fit_mixer(
+    mixer: DiscreteMamba2,
+    attention: Attention,
+    inputs: Tensor,
+    own_inputs: Tensor,
+    outputs: Tensor,
+    kept: Beside | None = None,
+) -> None:
     """Makes a mixer come as close to an attention layer as it can without a gradient step.
 
     inputs, outputs: of the attention on some windows, (n, S, D) float32. own_inputs: what the mixer has in place of
     inputs in a student whose layers before are recurrent too. out_proj is fitted on both, so that it takes back a part
-    of the others' errors, and stays right where the layers before are the teacher's.
+    of the others' errors, and stays right where the layers before are the teacher's. kept: heads of the attention that
+    stand beside the mixer. It learns what they leave, without the heads in whose place they are.
     """
     fit = choose_heads(attention, inputs, rows_for_state(attention.head_dim, mixer.d_state - 1), mixer.d_conv)
     copy_projections(mixer, attention, fit)
     if mixer.in_proj.bias is None:
         fit_decay(mixer, fit.horizon, inputs.flatten(0, 1))
-    moments = Moments(mixer)
+    moments = Moments(mixer, () if kept is None else kept.heads)
     at_once = max(1, TOKENS_AT_ONCE // inputs.shape[1])  # windows
     for some in (inputs, own_inputs):
         for part, expected in zip(some.split(at_once), outputs.split(at_once), strict=True):
-            moments.add(mixer, part, expected)
+            moments.add(mixer, part, expected if kept is None else expected - kept.outputs(part))
     fit_output(mixer, moments)
     spread_decay(mixer, fit.horizon)

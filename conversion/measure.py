@@ -42,11 +42,11 @@ class HeldOutStreams:
         """Moves every stream through layer `index`, and returns the layer's own errors, as means over tokens:
 
         own: ||f_s(h) - f_t(h)|| / ||f_t(h) - h||, of the whole layer given the teacher's h, as in a layer map.
-        mixer: ||mixer(u) - attention(u)|| / ||attention(u)||, of the mixer alone.
+        mixer: ||mixer(u) - attention(u)|| / ||attention(u)||, of the mixer alone, or with the heads beside it.
         """
         before = self.states["teacher"]
         attention = in_parts(lambda x: attend(teacher, x, angles), before)
-        mixed = in_parts(lambda x: block.mixer(block.input_layernorm(x)), before)
+        mixed = in_parts(lambda x: block.mix(block.input_layernorm(x), position_embeddings=angles), before)
         after = in_parts(lambda x: add_mlp(teacher, x), before + attention)
         own = in_parts(lambda x: add_mlp(block, x), before + mixed)
 
@@ -59,7 +59,7 @@ class HeldOutStreams:
             elif name.endswith("no_mixers"):
                 self.states[name] = in_parts(lambda x: add_mlp(block, x), state)
             else:
-                self.states[name] = in_parts(block, state)
+                self.states[name] = in_parts(lambda x: block(x, position_embeddings=angles), state)
         return {
             "own": relative_to(after - before, own - after, before).item(),
             "mixer": relative_to(attention, mixed - attention, before).item(),

@@ -1,7 +1,7 @@
 """The options of make_student.py. Nothing heavy is imported, so that a mistake is reported at once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from arguments import CommonArguments, TrainArguments
@@ -9,6 +9,7 @@ from inputs.bounds import LONGEST_CONTEXT
 from inputs.groups import MODELS, PLAN
 from inputs.option_values import command_that_makes, option_values, preset_values
 from inputs.options import BY_PRESET, option, out_of_bounds, path_option
+from inputs.teacher_parts import head_list
 from inputs.value_types import layer_or_auto
 
 STUDENT = "the student"
@@ -31,7 +32,14 @@ class MakeArguments(CommonArguments):
         nargs="*",
         parse=layer_or_auto,
     )
-    heads: list[str] = field(default_factory=list)  # not an option here: train_gpus.py keeps them
+    heads: list[str] = option(
+        [],
+        "heads of the teacher that will stand beside the mixers, 13:18,15:11: the mixers are fitted to what these "
+        "leave, and train_gpus.py needs the same --heads",
+        MODELS,
+        nargs="*",
+        parse=head_list,
+    )
     student_model: str = path_option(BY_PRESET, "default of --output, by a preset of a student that is built", STUDENT)
     output: str | None = path_option(
         None, "new folder for the student (default: that of a preset whose student is built of this teacher)", STUDENT
@@ -71,6 +79,8 @@ class MakeArguments(CommonArguments):
     def _pairs(self) -> Iterator[str]:
         if self.auto_layers is not None:
             yield f"--layers auto:{self.auto_layers}: is for train_gpus.py; name layers, or -1"
+        if self.auto_heads is not None:
+            yield f"--heads auto:{self.auto_heads}: is for train_gpus.py; name heads, as choose_layers.py ranks them"
         if self.output is None:
             yield (
                 f"--output: has no default with --teacher_model {self.teacher_model} and --preset {self.preset}, which "

@@ -24,6 +24,8 @@ def format_figures(figures: dict[str, Any]) -> str:
 
     layers = " ".join(map(str, figures["made_with"]["layers"]))
     names = {name: title.format(layers=layers) for name, title in STUDENTS.items() if name in held_out}
+    if heads := figures["made_with"].get("heads"):
+        names["all_recurrent"] += f" beside {len(heads)} heads"
     width = max(map(len, names.values())) + 2
     tokens = held_out["teacher"]["tokens"]
     lines.append(f"{f'{tokens} held-out tokens':<{width}}{'KL':>8}{'agreement':>11}{'perplexity':>12}")

@@ -152,7 +152,7 @@ def differences(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Returns name -> words for each part of `now` that was other earlier. A teacher may have its name alone."""
     found = {
         name: f"--{name} {_words(earlier.get(name))} (now {_words(value)})"
-        for name, value in now.items()
+        for name, value in {**dict.fromkeys(earlier), **now}.items()
         if name not in ("teacher", "text") and earlier.get(name) != value
     }
     before, teacher = earlier["teacher"], now["teacher"]

@@ -63,6 +63,12 @@ def named_parts(layers: Iterable[int], heads: Mapping[Any, list[int]]) -> str:
 def head_problems(student: LlambaConfig, teacher: PretrainedConfig, layers: list[int], heads: Heads) -> list[str]:
     """Returns why a student cannot keep heads of the teacher."""
     flag, problems = f"--heads {','.join(pairs_of(heads))}", []
+    kept = {*pairs_of(heads), *pairs_of({layer: student.fitted_beside.get(str(layer), []) for layer in layers})}
+    if missing := [pair for pair in pairs_of(student.fitted_beside) if pair not in kept]:
+        problems.append(
+            f"{named_parts(layers, heads)}: the mixers of --student_model were fitted beside heads of the teacher, and "
+            f"give nothing in their place; add --heads {','.join(missing)}, or take a student made without --heads"
+        )
     n_heads, n_v_heads = getattr(teacher, "num_attention_heads", None), student.ssm_cfg["n_v_heads"]
     if twice := sorted({*layers} & {*heads}):
         problems.append(f"{flag}: --layers keeps {twice} whole; name a layer in one of them")

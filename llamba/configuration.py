@@ -3,7 +3,8 @@ layers listed in `attention_layers`, which are whole decoder layers of a teacher
 `attention_heads`, which a layer keeps of the teacher's attention beside a mixer of the other heads.
 
 The published `config.json` files are read unchanged; `attention_layers`, `attention_heads` and `attention_cfg` are
-what a hybrid adds to them. Every dimension that the model needs is derived here, once.
+what a hybrid adds to them, and `fitted_beside` what a student does that waits for heads. Every dimension that the
+model needs is derived here, once.
 """
 
 from collections.abc import Iterable, Mapping
@@ -66,6 +67,8 @@ class LlambaConfig(PretrainedConfig):
     attention_heads: layer, as text, to the indices of the teacher's query heads that it keeps. A layer that keeps all
         of them is a whole layer, and is moved to `attention_layers`.
     attention_cfg: the teacher's family and settings for those layers and heads (`attention_cfg_from`), or None.
+    fitted_beside: as `attention_heads`, heads that the student is still without. Its mixers were fitted to what these
+        leave, and give nothing in their place.
 
     Raises ValueError where a value is of the wrong kind or absurd, sizes do not divide, a key is unknown, or an index
     is out of range.
@@ -94,6 +97,7 @@ class LlambaConfig(PretrainedConfig):
     attention_layers: list[int] = field(default_factory=list)
     attention_heads: dict[str, list[int]] = field(default_factory=dict)
     attention_cfg: dict[str, Any] | None = None
+    fitted_beside: dict[str, list[int]] = field(default_factory=dict)
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -141,8 +145,9 @@ class LlambaConfig(PretrainedConfig):
                 problems.append(f"{name}={values[name]!r}: expected one of {', '.join(known)}")
         if type(self.attention_layers) is not list or any(type(i) is not int for i in self.attention_layers):
             problems.append(f"attention_layers={self.attention_layers!r}: expected a list of whole numbers")
-        if not _is_layers_to_heads(self.attention_heads):
-            problems.append(f"attention_heads={self.attention_heads!r}: expected a list of heads for each layer")
+        for name in ("attention_heads", "fitted_beside"):
+            if not _is_layers_to_heads(values[name]):
+                problems.append(f"{name}={values[name]!r}: expected a list of heads for each layer")
         if problems:
             raise ValueError("; ".join(problems))
         if self.attention_cfg is not None:

@@ -39,6 +39,7 @@ def take_parts(
     config, backbone = student.config, student.backbone
     config.attention_cfg = attention_cfg_from(teacher)
     config.attention_layers, config.attention_heads = whole_and_parts(layers, heads, teacher.num_attention_heads)
+    config.fitted_beside = {}
     attention_config = config.attention_config()
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
     for index in config.layers_with_attention:
@@ -76,6 +77,15 @@ def _of_block(block: LlambaBlock, given: DecoderLayer) -> Iterator[Pair]:
         yield from zip(block.get_submodule(name).parameters(), given.get_submodule(name).parameters(), strict=True)
     assert block.attention is not None
     yield from _of_heads(block.attention, given.self_attn)
+
+
+@torch.no_grad()
+def copied_heads(attention: Attention, heads: list[int]) -> KeptHeads:
+    """Returns a copy of some heads of an attention, without a bias of o_proj."""
+    own = KeptHeads(attention, heads, with_bias=False).to(attention.o_proj.weight)
+    for new, old in _of_heads(own, attention):
+        _copy(new, old)
+    return own.eval()
 
 
 def _of_heads(own: KeptHeads, given: Attention) -> Iterator[Pair]:

@@ -75,7 +75,20 @@ def test_a_tokenizer_beyond_the_vocabulary(tmp_path, teacher):
 def test_layers_that_the_teacher_has_not(tmp_path, teacher):
     n = json.loads((teacher / "config.json").read_text())["num_hidden_layers"]
     message = error_of(tmp_path, "--layers", 1, n)
-    assert message == f"--layers 1 {n}: [{n}] out of range; the teacher has {n} layers, so expected 0 to {n - 1}"
+    expected = f"[{n}] out of range; the student has {n} layers and the teacher {n}, so expected 0 to {n - 1}"
+    assert message == f"--layers 1 {n}: {expected}"
+
+
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        (["--heads", "0:0,1:9"], "--heads 0:0,1:9: 1:9 out of range; the teacher's layers have heads 0 to "),
+        (["--layers", 1, "--heads", "1:0"], "--heads 1:0: --layers keeps [1] whole; name a layer in one of them"),
+        (["--heads", "auto:3"], "--heads auto:3: is for train_gpus.py; name heads, as choose_layers.py ranks them"),
+    ],
+)
+def test_heads_that_cannot_stand_beside_mixers(tmp_path, teacher, given, expected):
+    assert expected in error_of(tmp_path, *given)
 
 
 def test_windows_that_the_teacher_cannot_read(tmp_path, teacher):

@@ -88,13 +88,24 @@ def test_what_is_copied_has_the_bits_of_the_teacher(make):
     assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
 
 
+HEADS = {0: [1, 2], 2: [3]}
+
+
 @pytest.mark.parametrize(
-    "recipe", [FLOAT32, Recipe(layers=(0,)), Recipe("random", dtype="float32"), Recipe(ssm_bias=False)]
+    "recipe",
+    [
+        FLOAT32,
+        Recipe(layers=(0,)),
+        Recipe("random", dtype="float32"),
+        Recipe(ssm_bias=False),
+        Recipe(dtype="float32", layers=(1,), heads=HEADS),
+        Recipe("projections", dtype="float32", ssm_bias=False, heads=HEADS),
+    ],
 )
 @torch.no_grad()
 def test_the_figures_are_those_of_whole_models(make, recipe):
-    """KL and errors against the models loaded whole: the student as it was written, its hybrid, and both without
-    mixers.
+    """KL and errors against the models loaded whole: the student as it was written, with the heads that it waits for,
+    its hybrid, and both without mixers.
     """
     teacher, student, figures = make(recipe)
     assert student.dtype == getattr(torch, recipe.dtype)
@@ -104,16 +115,17 @@ def test_the_figures_are_those_of_whole_models(make, recipe):
     last = teacher.model.layers[-1](
         states[-2], position_embeddings=teacher.model.rotary_emb(states[-2], torch.arange(16)[None])
     )
+    written = copy.deepcopy(student)
+    apply_replacements(student, teacher, [], recipe.heads)
     own = layer_map(student, ids, [*states[:-1], last])["own"]
     assert [layer["own"] for layer in figures["layers"]] == pytest.approx(own, rel=1e-3)
 
     expected = teacher(ids).logits.log_softmax(-1)
-    models = {"all_recurrent": student, "no_mixers": without_mixers(student)}
-    if recipe.layers:
-        for name in list(models):
-            hybrid = copy.deepcopy(models[name])
-            apply_replacements(hybrid, teacher, list(recipe.layers))
-            models[name.replace("all_recurrent", "hybrid").replace("no_mixers", "hybrid_no_mixers")] = hybrid
+    models = {"all_recurrent": student, "no_mixers": without_mixers(written)}
+    if layers := list(recipe.layers):
+        models |= {"hybrid": copy.deepcopy(written), "hybrid_no_mixers": copy.deepcopy(models["no_mixers"])}
+        apply_replacements(models["hybrid"], teacher, layers, recipe.heads)
+        apply_replacements(models["hybrid_no_mixers"], teacher, layers)
     assert set(figures["held_out"]) == {"teacher", *models}
     for name, model in models.items():
         found, log_p = figures["held_out"][name], model(ids).logits.log_softmax(-1)
@@ -127,6 +139,7 @@ def test_the_figures_are_those_of_whole_models(make, recipe):
 
 def without_mixers(student):
     emptied = copy.deepcopy(student)
+    emptied.config.fitted_beside = {}
     for layer in emptied.backbone.layers:
         for parameter in layer.mixer.out_proj.parameters():
             parameter.zero_()

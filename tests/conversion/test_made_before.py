@@ -39,6 +39,7 @@ OTHERS = [
     ("--layers -1 --seed 3 --d_state 8", "--d_state None (now 8), --seed 0 (now 3)"),
     ("--layers -1 --no_ssm_bias --dtype float32", "--ssm_bias True (now False), --dtype bfloat16 (now float32)"),
     ("--layers 1 2", "--layers -1 (now 1 2)"),
+    ("--layers -1 --heads 1:2,0:3", "--heads None (now 0:3 1:2)"),
 ]
 
 
@@ -50,6 +51,11 @@ def test_one_that_was_begun_with_others(tmp_path, monkeypatch, more, expected):
         f"--output {tmp_path / 'made'}: {tmp_path / 'made.unfinished'} was begun with {expected}; give the same to "
         "resume it, delete it, or give another name"
     )
+
+
+def test_one_that_waits_for_heads(tmp_path, monkeypatch):
+    save(tmp_path / "made", FIGURES, {"made_with": {**MADE, "heads": ["0:3"]}})
+    assert "was made with --heads 0:3 (now None); give" in error_of(tmp_path, monkeypatch, "--layers -1")
 
 
 def test_a_finished_one(tmp_path, monkeypatch):
