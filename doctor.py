@@ -113,7 +113,19 @@ def all_findings(run: PlannedRun) -> Iterator[Finding]:
 
 def all_checks() -> dict[str, Check]:
     """Returns the checks by name, the cheap ones first. They are imported only here, after their packages."""
-    from preflight.checks import alignment, kernels, links, loss, machine, models, separator, storage, text, weights
+    from preflight.checks import (
+        alignment,
+        coding,
+        kernels,
+        links,
+        loss,
+        machine,
+        models,
+        separator,
+        storage,
+        text,
+        weights,
+    )
 
     return {
         "optional packages": check_optional_packages,
@@ -143,6 +155,7 @@ def all_checks() -> dict[str, Check]:
         "loss of equal models": loss.check_equal_models,
         "alignment": alignment.check_alignment,
         "kernels": kernels.check_kernels,
+        "coding": coding.check_coding,
         "links": links.check_links,
         "collectives": links.check_collectives,
     }

@@ -37,8 +37,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from distillation import changes, gradient_codes
 from distillation.fused_loss import _chunk_losses_to_fuse
 from distillation.losses import LossWeights
+from distillation.owners import BUCKET_BYTES
 from llamba import LlambaConfig, elementwise
 
 TOKENS, VOCAB = 1024, 128256  # a chunk of an 8B student on a GPU, by `choose_chunk_tokens`
@@ -98,7 +100,21 @@ def cases() -> dict[str, Case]:
         name: Case(_chunk_losses_to_fuse, chunk_inputs(has_teacher, weights), TOKENS * VOCAB)
         for name, (has_teacher, weights) in LOSSES.items()
     }
-    return losses | elementwise_cases(LlambaConfig())
+    return losses | elementwise_cases(LlambaConfig()) | coding_cases()
+
+
+def coding_cases(n: int = BUCKET_BYTES // 4) -> dict[str, Case]:
+    """Returns what is compiled of the coding between two ranks, for their pieces of n weights."""
+    with FakeTensorMode():
+        old, new = torch.empty(n, dtype=torch.int16), torch.empty(n, dtype=torch.int16)
+        gradients = torch.empty(2, n // 128, 128, dtype=torch.bfloat16)
+        fours, inverse = gradients.view(2, -1, 32), [torch.empty(2, n // block) for block in (128, 32)]
+        return {
+            "changes": Case(changes._plain_codes, (old, new), n // 4),
+            "changes, applied": Case(changes._plain_stepped, (old, torch.empty(n // 4, dtype=torch.uint8)), n // 4),
+            "gradients in 8 bits": Case(gradient_codes._plain_rounded_8, (gradients, inverse[0]), n),
+            "gradients in 4 bits": Case(gradient_codes._plain_rounded_4, (fours, inverse[1]), n),
+        }
 
 
 def elementwise_cases(config: LlambaConfig, batch: int = 2, length: int = 1024) -> dict[str, Case]:

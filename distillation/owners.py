@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from distillation.adamw import MasterWeightAdamW
 from distillation.buckets import WHOLE, Bucket
-from distillation.changes import apply_changes, count_longer, encode_changes, most_longer
+from distillation.changes import KERNELS, apply_changes, count_longer, encode_changes, most_longer
+from distillation.compiled import DEVICES, Compiled
 from distillation.exchange import Kept, Owned
+from distillation.gradient_codes import kernels_of
 from distillation.levels import Flight, as_bytes, make_levels
 from processes.ranks import local_world_size
 
@@ -61,9 +63,19 @@ class Owners:
         room = bucket_bytes // (self.n_ranks * self.buckets[0].weights.element_size())
         self.at_once = max(WHOLE, room // WHOLE * WHOLE)
         self.number = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket.parameters}
+        self._compile(gradient_bits)
         for parameter in self.number:
             parameter.register_post_accumulate_grad_hook(self._has_gradient)
         self.clear()
+
+    def _compile(self, gradient_bits: int) -> None:
+        """Has the coding compiled now, not within the first backward pass."""
+        own = self.buckets[0].own
+        if self.n_ranks > 1 and own.device.type in DEVICES:
+            # Between nodes travels what is summed inside them, in float32.
+            dtype = own.dtype if len(self.levels) == 1 else torch.float32
+            for function, read in coding_kernels(gradient_bits, own.dtype, dtype):
+                function.why_plain(own.device, read)
 
     # --- gradients to their owners ---------------------------------------------------------------------------
 
@@ -224,6 +236,13 @@ class Owners:
 
     def _has_master(self, bucket: Bucket) -> bool:
         return self.master_weights and bucket.own.dtype != torch.float32
+
+
+def coding_kernels(gradient_bits: int, dtype: torch.dtype, summed: torch.dtype) -> list[tuple[Compiled, torch.dtype]]:
+    """Returns what is compiled of the coding, with the dtype that each reads. dtype: of the weights. summed: of the
+    gradients that travel in so many bits.
+    """
+    return kernels_of(gradient_bits, summed) + (KERNELS if dtype != torch.float32 else [])
 
 
 def make_buckets(parameters: list[nn.Parameter], by_rows: nn.Parameter | None, bucket_bytes: int) -> list[Bucket]:

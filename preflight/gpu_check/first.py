@@ -15,7 +15,8 @@ from preflight.gpu_check.results import NO_GPU_HERE, NOT_APPLICABLE, Result, Ses
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NUMERICS = ("products", "mixer", "block", "scan", "operators")  # checks of numerics.py, each in a process of its own
+# Checks of numerics.py, each in a process of its own.
+NUMERICS = ("products", "mixer", "block", "scan", "operators", "coding")
 
 
 def check(session: Session) -> Iterator[Result]:

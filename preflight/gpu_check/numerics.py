@@ -15,6 +15,7 @@ from distillation.fused_loss import add_product
 from llamba import LlambaConfig
 from llamba.kernels import kernels_for, plain_kernels
 from preflight.checks.basics import FAILURE, OK, WARNING, Finding, PlannedRun, run_check
+from preflight.checks.coding import judge_coding
 from preflight.checks.kernels import LENGTH, TOLERANCE, block_errors, draw_scan, mixer_errors, scan_errors
 from preflight.checks.machine import run_device
 from preflight.gpu_check.children import emit
@@ -118,12 +119,18 @@ def check_operators(run: PlannedRun) -> Iterator[Finding]:
         yield Finding(OK, f"operator of the scan{title}", "passes torch.library.opcheck")
 
 
+def check_coding(run: PlannedRun) -> Iterator[Finding]:
+    """Checks the coding of gradients in every number of bits, and of what changes in weights."""
+    yield judge_coding(run_device(), {16, 8, 4}, [torch.float32, DTYPE])
+
+
 CHECKS = {
     "products": check_products,
     "mixer": check_mixer,
     "block": check_block,
     "scan": check_scan,
     "operators": check_operators,
+    "coding": check_coding,
 }
 
 
