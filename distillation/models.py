@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arguments import TrainArguments
 from distillation.losses import shared_vocab
-from distillation.pairing import check_pair, warn_of_another_tokenizer
+from distillation.pairing import check_pair, warn_of_another_tokenizer, warn_of_cut_mixers
 from distillation.teacher import Lane, NoTeacher, open_lane, share_layers
 from inputs.model_files import downloaded
 from llamba import LlambaForCausalLM
@@ -58,6 +58,7 @@ def check_models(args: TrainArguments, checkpoint: Path | None) -> Models:
     check_tokenizer(tokenizer, "--student_model", student_config.vocab_size)
     if checkpoint is None:  # a checkpoint has the teacher's
         warn_of_another_tokenizer(student, tokenizer)
+        warn_of_cut_mixers(args, student_config)
     if not runs_teacher:
         return Models(teacher, student, student_config.vocab_size, tokenizer)
     check_tokenizer(tokenizer, "--teacher_model", teacher_config.vocab_size)

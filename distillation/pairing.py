@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from arguments import TrainArguments
 from inputs.context import shortest
 from inputs.model_files import folder_of
+from inputs.teacher_parts import pairs_of
 from llamba import LlambaConfig, whole_and_parts
 from llamba.families import other_form
 from model_utils import check_replacements, get_tokenizer
@@ -87,6 +88,19 @@ def check_layer_map(interval: int, student: LlambaConfig, teacher: PretrainedCon
             f"--layer_map_interval {interval}: the student has {shapes[0][0]} layers of width "
             f"{shapes[0][1]}, the teacher {shapes[1][0]} of {shapes[1][1]}; expected as many of the same width, leave "
             "the option out"
+        )
+
+
+def warn_of_cut_mixers(args: TrainArguments, student: LlambaConfig) -> None:
+    """Logs a warning, on rank 0, if mixers are to lose heads beside which they were never fitted or trained. What is
+    left of such a mixer is further from what the heads leave of the attention than the whole was from all of it.
+    """
+    cut = sorted({*pairs_of(args.kept_heads)} - {*pairs_of(student.fitted_beside)})
+    if cut and not student.has_attention and args.stage != "align" and is_main_rank():
+        logger.warning(
+            "--heads %s: the mixers of --student_model were not fitted beside these heads, and the hybrid may begin "
+            "far from the teacher; make a student with `make_student.py --heads ...`, or align this one first",
+            ",".join(cut),
         )
 
 

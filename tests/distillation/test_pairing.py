@@ -8,7 +8,13 @@ import pytest
 from transformers import AutoTokenizer, GPT2Config, MambaConfig
 
 from arguments import parse_train_args
-from distillation.pairing import check_pair, own_tokenizer, tokenizer_difference, warn_of_another_tokenizer
+from distillation.pairing import (
+    check_pair,
+    own_tokenizer,
+    tokenizer_difference,
+    warn_of_another_tokenizer,
+    warn_of_cut_mixers,
+)
 from tests.model_files import cache_of_the_hub, change_json
 from tests.tiny import tiny_config, tiny_hybrid, tiny_teacher
 
@@ -148,3 +154,29 @@ def test_a_damaged_tokenizer_of_a_student_does_not_stop_a_run(student, tokenizer
     warn_of_another_tokenizer(str(student), tokenizer)
     (record,) = caplog.records
     assert f"not compared with the teacher's: --student_model {student}: cannot read its tokenizer" in record.message
+
+
+# --- heads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line,config,cut",
+    [
+        ("--heads 1:2,0:3", {}, "0:3,1:2"),
+        ("--heads 1:2,0:3", {"fitted_beside": {"0": [3]}}, "1:2"),
+        ("--heads 1:2,0:3", {"fitted_beside": {"0": [3], "1": [2]}}, None),
+        ("--heads 1:2 --stage align", {}, None),  # which is what the warning tells to do
+        ("--layers 1", {}, None),
+    ],
+)
+def test_mixers_that_lose_heads_beside_which_they_were_not_fitted(caplog, line, config, cut):
+    warn_of_cut_mixers(parse_train_args(["--preset", "tiny", *line.split()]), tiny_config(**config))
+    assert len(caplog.messages) == (cut is not None)
+    if cut is not None:
+        assert caplog.messages[0].startswith(f"--heads {cut}: the mixers of --student_model were not fitted beside")
+
+
+def test_a_hybrid_has_learned_beside_its_heads(caplog):
+    args = parse_train_args(["--preset", "tiny", "--heads", "0:1"])
+    warn_of_cut_mixers(args, tiny_hybrid(heads={0: [1]}).config)
+    assert not caplog.messages
