@@ -23,7 +23,9 @@ class Compiled:
     def __init__(
         self, title: str, plain: Callable, samples: Callable[[torch.device, torch.dtype], Iterable[Inputs]]
     ) -> None:
-        """title: for a warning. samples: inputs with all cases, for a device and the dtype of the first input."""
+        """title: for a warning. samples: inputs with all cases, for a device and the dtype of the first input; and with
+        each dimension that may be 1 once so, for which torch.compile makes another kernel.
+        """
         self.title, self.plain, self.samples = title, plain, samples
         self.tried: dict[tuple[torch.device, torch.dtype], str | None] = {}
 
@@ -34,8 +36,14 @@ class Compiled:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         first = inputs[0]
-        is_plain = first.device.type not in DEVICES or self.why_plain(first.device, first.dtype) is not None
-        return (self.plain if is_plain else self.compiled)(*inputs)
+        if first.device.type not in DEVICES or self.why_plain(first.device, first.dtype) is not None:
+            return self.plain(*inputs)
+        return self._of_kernel(inputs)
+
+    def _of_kernel(self, inputs: Inputs) -> Any:
+        # Each as if it were not a part of another tensor: for those torch.compile makes kernels of their own, at their
+        # first call, that no sample has tried.
+        return self.compiled(*map(torch.from_dlpack, inputs))
 
     @torch.no_grad()
     def why_plain(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -52,7 +60,7 @@ class Compiled:
     def _why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             for inputs in self.samples(device, dtype):
-                pairs = zip(_as_tuple(self.compiled(*inputs)), _as_tuple(self.plain(*inputs)), strict=True)
+                pairs = zip(_as_tuple(self._of_kernel(inputs)), _as_tuple(self.plain(*inputs)), strict=True)
                 if not all(have_same_bits(one, other) for one, other in pairs):
                     return "the kernel that torch.compile made gives other bits"
         except torch.OutOfMemoryError:

@@ -137,12 +137,15 @@ def _blocks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor]]
         yield (blocks,)
         blocks[0, 2, 3], blocks[1, 3, 5], blocks[1, 4, 7] = torch.nan, torch.inf, -torch.inf
         yield (blocks,)
+        yield (blocks[:, 1:2].contiguous(),)
 
 
 def _blocks_with_inverse(bits: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     blocks = _draw(device, dtype, BLOCK[bits])
     scale = (_plain_largest(blocks) / TOP[bits]).to(torch.bfloat16).float()
-    yield blocks, 1 / scale.clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = 1 / scale.clamp_min(torch.finfo(torch.float32).tiny)
+    yield blocks, inverse
+    yield blocks[:, 1:2].contiguous(), inverse[:, 1:2].contiguous()
 
 
 def _bytes(bits: int, device: torch.device, _dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -151,6 +154,7 @@ def _bytes(bits: int, device: torch.device, _dtype: torch.dtype) -> Iterator[tup
     scale = torch.logspace(-40, 30, len(packed), device=device).to(torch.bfloat16).float()
     scale[1], scale[2], scale[3] = torch.nan, torch.inf, 0
     yield packed, scale
+    yield packed[4:5], scale[4:5]
 
 
 _largest = Compiled("the scale of gradients", _plain_largest, _blocks)

@@ -1,10 +1,14 @@
 """Functions that are compiled on a GPU: the kernel is used only if it has the bits of the plain function on samples."""
 
+import itertools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from distillation import changes, compiled, gradient_codes
 from distillation.compiled import Compiled, have_same_bits
+from distillation.gradient_codes import BlockIntegers
 from distillation.owners import coding_kernels
 from preflight.checks import coding
 from preflight.checks.basics import OK, WARNING
@@ -87,16 +91,37 @@ def test_any_nan_equals_any_other():
     assert have_same_bits(one, other) and not have_same_bits(one, other + 1)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_what_is_compiled_of_the_coding_has_the_bits_of_the_plain_form(monkeypatch, backend):
-    """aot_eager traces the same graphs, for any length at once, and runs them without a compiler."""
-    if backend == "inductor" and not can_compile("cpu"):
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def counted(request, monkeypatch):
+    """Returns a function that says how often a graph was compiled. aot_eager traces the same ones, and runs them
+    without a compiler.
+    """
+    if request.param == "inductor" and not can_compile("cpu"):
         pytest.skip("there is no C++ compiler")
-    make = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda plain, **options: make(plain, backend=backend, **options))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(request.param)
+    for function, _ in ALL:
+        monkeypatch.setattr(function, "tried", {})
+        monkeypatch.setitem(vars(function), "compiled", torch.compile(function.plain, dynamic=True, backend=counter))
+    return lambda: counter.frame_count
+
+
+def test_the_coding_is_compiled_with_the_bits_of_the_plain_form_and_only_when_it_is_tried(counted):
+    """Otherwise a bucket of another size or place could have a kernel of its own, which nobody has compared."""
     for function, dtype in ALL:
-        own = Compiled(function.title, function.plain, function.samples)
-        assert own.why_plain(CPU, dtype) is None, function.title
+        assert function.why_plain(CPU, dtype) is None, function.title
+    before = counted()
+    assert before > len(ALL)
+    for n_ranks, n in itertools.product((2, 3), (128, 256, 1152)):
+        own, new = torch.randn(2, n_ranks, n).bfloat16()
+        for code in (BlockIntegers(8), BlockIntegers(4)):
+            for message in code.encode(own):
+                code.decode(message)
+        for old_piece, new_piece in zip(own, new, strict=True):
+            count = int(changes.count_longer(old_piece, new_piece))
+            changes.apply_changes(old_piece, *changes.encode_changes(old_piece, new_piece, count))
+        assert torch.equal(own, new)
+    assert counted() == before
 
 
 SPOILED = {
