@@ -19,7 +19,7 @@ import torch
 
 import training_utils
 from checkpointing import files, resume, saver
-from distillation import objective, teacher
+from distillation import objective, owners, teacher
 from monitoring.health import SpikeWatch
 from tests.faults.traps import trap
 from tests.launch import Launch
@@ -30,8 +30,9 @@ from text import encoding
 FORWARD = (objective.DistillationModel, "forward")
 SETTLING = 2  # forward passes before the first micro step
 STEPS = 12  # of a run, unless a scenario says otherwise
-WORLDS = dict(max_steps=1000, save_interval=0)
-ACCUMULATED = dict(grad_accumulation_steps=2, save_interval=10, max_steps=9)
+OWNERS = dict(gradient_exchange="owners")  # where an exchange may matter; the others have the default
+WORLDS = dict(max_steps=1000, save_interval=0, **OWNERS)
+ACCUMULATED = dict(grad_accumulation_steps=2, save_interval=10, max_steps=9, **OWNERS)
 
 
 class Scene:
@@ -169,7 +170,7 @@ def spoil_loss(first: int, last: int, value: float) -> None:
 
 
 def two_bad_steps(scene: Scene) -> None:
-    scene.run(arm=on_rank(1, lambda: spoil_loss(4, 5, float("nan"))))
+    scene.run(arm=on_rank(1, lambda: spoil_loss(4, 5, float("nan"))), **OWNERS)
 
 
 def diverged(scene: Scene) -> None:
@@ -200,7 +201,8 @@ def a_rank_raises(scene: Scene) -> None:
 
 
 def a_rank_is_killed(scene: Scene) -> None:
-    scene.run(3, on_rank(1, lambda: at_micro_step(4, signal_self(signal.SIGKILL))))
+    """Kills rank 1 within an exchange: of its two buckets of gradients in a step it has sent one."""
+    scene.run(3, on_rank(1, lambda: trap(owners.Owners, "_send", 4, signal_self(signal.SIGKILL))), **OWNERS)
 
 
 def rank_0_is_killed(scene: Scene) -> None:
