@@ -57,7 +57,7 @@ class Level(NamedTuple):
 
     def mean_of_rows(self, pieces: Tensor) -> Tensor:
         """Returns the mean (R' / S, k, D) in float32 of rows (R', k, D). Only those that are not zero are sent, with
-        their numbers.
+        their numbers. The host waits for the device, because it has to know how many these are.
         """
         rows = self._by_receiver(pieces.to(self.dtype))  # (S, R' / S, k, D)
         has_value = rows.view(INTEGERS[rows.dtype]).ne(0).any(dim=-1).view(self.size, -1)  # (S, R' / S * k)

@@ -47,7 +47,9 @@ class Owners:
         their way; 16 sends them as they are. bucket_bytes: of gradients that are sent at once.
         """
         self.n_ranks, self.master_weights = dist.get_world_size(), master_weights
-        self.levels = make_levels(gradient_bits, groups[0]["params"][0].dtype, local_world_size())
+        dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
+        assert len(dtypes) == 1, f"parameters of {dtypes} do not fit into buckets of one dtype"
+        self.levels = make_levels(gradient_bits, *dtypes, local_world_size())
         place = {parameter: i for i, parameter in enumerate(order)}
         self.buckets: list[Bucket] = []
         stepped = []

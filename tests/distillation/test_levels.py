@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 
-from distillation.levels import make_levels
 from distillation.owners import Owners
 from tests import fresh
 from tests.distillation.few_words import Words, backward_order, groups_of, learn, weights
@@ -100,13 +99,30 @@ def test_all_nodes_see_what_is_not_finite_on_one_rank(tmp_path):
         assert math.isnan(bad) and same and good == found[0][0][1] and math.isfinite(good)
 
 
-def sizes(ranks):
-    return [level.size for level in make_levels(16, torch.float32, ranks.local_world_size)]
+def by_layout(ranks):
+    """Returns sizes of levels, norms and weights, by dtype and ranks per node. Of the bucket of vectors rank 0 owns
+    all, and the others padding.
+    """
+    found = {}
+    for dtype, n_local in itertools.product((torch.float32, torch.bfloat16), (6, 3, 2, 1)):
+        model = Words(dtype)
+        with mock.patch("distillation.owners.local_world_size", lambda n=n_local: n):
+            exchange = Owners(backward_order(model), groups_of(model), 1e-2, True, model.embedding.weight)
+        norms = learn(model, exchange, ranks.rank, steps=3)
+        found[dtype, n_local] = ([level.size for level in exchange.levels], norms, weights(model))
+    return found
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_one_rank_a_node_and_one_node_take_one_level(tmp_path, ranks_per_node):
-    assert on_ranks(sizes, tmp_path, 2, ranks_per_node) == [[2]] * 2
+def test_three_nodes_and_nodes_of_three_learn_like_one(tmp_path):
+    found = on_ranks(by_layout, tmp_path, 6)
+    for dtype, rtol, atol in ((torch.float32, 1e-5, 1e-5), (torch.bfloat16, 5e-3, 4e-3)):
+        _, one_norms, one = found[0][dtype, 6]
+        for n_local, expected in {6: [6], 3: [3, 2], 2: [2, 3], 1: [6]}.items():
+            sizes, norms, learnt = found[0][dtype, n_local]
+            assert sizes == expected and norms == pytest.approx(one_norms, rel=rtol)
+            for name, value in learnt.items():
+                torch.testing.assert_close(value, one[name], rtol=0.02, atol=atol)
+                assert all(torch.equal(of_rank[dtype, n_local][2][name], value) for of_rank in found)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------

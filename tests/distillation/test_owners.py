@@ -186,6 +186,14 @@ def test_a_pass_that_was_not_begun_sends_nothing(no_torchrun):
         assert exchange.missing == [len(bucket.parameters) for bucket in exchange.buckets]
 
 
+def test_parameters_of_two_dtypes_are_not_cast_in_silence(no_torchrun):
+    with process_groups(torch.device("cpu")):
+        model = Words(torch.bfloat16)
+        model.inner.float()
+        with pytest.raises(AssertionError, match="one dtype"):
+            Owners(backward_order(model), groups_of(model), 1e-4)
+
+
 def sent_after_each_layer(ranks):
     """Returns how many buckets have been sent when each layer's gradients are there, by the order of the layers."""
     found = []
