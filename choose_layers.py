@@ -15,25 +15,14 @@ if __name__ == "__main__":
     ARGS = answer_early(parse_choose_args)
 
 import functools
-import logging
 
 from processes.ranks import check_launch, is_main_rank, process_groups
-from selection.checks import (
-    Checked,
-    check_choice,
-    cost_of,
-    is_held_out,
-    planned_tokens,
-    read_material,
-    words_of_text,
-)
+from selection.checks import Checked, check_choice, cost_of, planned_tokens
 from selection.cost import GB
 from selection.options import training_of
 from selection.report import layers_line
 from selection.running import make_choice
 from utils import setup_logging
-
-logger = logging.getLogger("train")
 
 
 def main(args: ChooseArguments | None = None) -> int:
@@ -42,22 +31,12 @@ def main(args: ChooseArguments | None = None) -> int:
     check_launch()
     setup_logging(None, is_main_rank())
     checked = check_choice(args)
-    planned = planned_tokens(training_of(args.preset))
     if args.dry_run:
         if is_main_rank():
             print_plan(args, checked)
         return 0
-    material = read_material(args, checked)
-    cost = cost_of(args, checked.configs, checked.n_kept, material, planned)
-    logger.info("at most about %s", cost)
-    words = {
-        "text": words_of_text(args, material),
-        "held_out": is_held_out(args, checked),
-        "cost": str(cost),
-    }
-    logger.info("text: %s; %s", words["text"], words["held_out"])
     with process_groups(checked.device) as ranks:
-        choice = make_choice(args, checked, material, words, ranks)
+        choice = make_choice(args, checked, ranks)
         if ranks.is_main:
             print(f"{checked.folder}: choice.md, choice.svg, choice.json\n{layers_line(choice)}")
     return 0

@@ -207,16 +207,16 @@ def sums_on_device(inputs: LossInputs, temperature: float, chunk_tokens: int) ->
     sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
     for start in range(0, len(labels), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        logits = _logits(hidden[chunk], head, bias)  # (n, vocab)
+        logits = wide_logits(hidden[chunk], head, bias)  # (n, vocab)
         teacher_logits = None
         if signal is not None:
-            teacher_logits = signal[chunk] if teacher_head is None else _logits(signal[chunk], teacher_head, None)
+            teacher_logits = signal[chunk] if teacher_head is None else wide_logits(signal[chunk], teacher_head, None)
         columns = _token_figures(logits, teacher_logits, labels[chunk], temperature)  # (4, n)
         sums += torch.where(mask[chunk], columns, 0.0).sum(dim=1, dtype=torch.float64)
     return sums
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+def wide_logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     """Returns logits (n, vocab) in float32 or better: rounded to 16 bits the two largest would often be equal."""
     if hidden.device.type in ("cuda", "meta") and hidden.dtype in (torch.bfloat16, torch.float16):
         logits = torch.mm(hidden, head.T, out_dtype=torch.float32)  # a widened head would take twice its memory

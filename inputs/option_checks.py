@@ -57,8 +57,8 @@ def _layer_problems(args: Any) -> Iterator[str]:
         yield f"--layers auto:{args.auto_layers}: expected at least 1 layer; -1 is for none"
     elif args.auto_layers is not None and args.heads:
         yield (
-            f"--layers auto:{args.auto_layers} --heads {','.join(args.heads)}: the choice may fall on the layers of "
-            "these heads; give one of them, or --layers by index"
+            f"--layers auto:{args.auto_layers} --heads {','.join(args.heads)}: layers are chosen as if no heads were "
+            "kept, maybe those of these heads; give --heads auto:K, or name the --layers"
         )
     elif any(index < 0 for index in args.layers):
         yield f"{shown}: a negative index means no layer and stands alone"

@@ -5,6 +5,7 @@ training. One that was stopped resumes, and a resumed run keeps its layers and h
 import dataclasses
 import gc
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,14 @@ from inputs.teacher_parts import head_problems, named_parts
 from llamba import LlambaConfig
 from model_utils import get_configs, locate_model
 from processes.ranks import Ranks
-from selection.checks import (
-    check_choice,
-    check_pair,
-    cost_of,
-    is_held_out,
-    planned_tokens,
-    read_material,
-    settings_of,
-    words_of_text,
-)
+from selection.checks import check_choice, check_pair, cost_of, planned_tokens
 from selection.choosing import evenly
-from selection.folder import RESULT, read_choice, set_rows_aside
+from selection.folder import RESULT, read_choice
 from selection.made_with import MODELS, differences, identity
+from selection.material import no_probe
 from selection.options import FOLDER, ChooseArguments
 from selection.running import make_choice
+from text.sources import TextSource
 
 logger = logging.getLogger("train")
 
@@ -43,7 +37,7 @@ def check_auto(args: TrainArguments, of_checkpoint: tuple[list[int], list[str]] 
     if not _is_asked(args):
         return args
     if of_checkpoint is not None:
-        return _resolved(args, *of_checkpoint)
+        return _with_parts(args, *of_checkpoint)
     paths = _paths(args)
     check_budget(args, get_configs(*paths))
     _finished(args, paths)
@@ -64,8 +58,8 @@ def chosen(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    flag, args = _flag(args), _resolved(args, found["layers"], strongest_heads(args, found))
-    logger.info("%s: %s, of %s", flag, named_parts(args.layers, args.kept_heads), folder / RESULT)
+    flag, args = _flag(args), _resolved(args, found)
+    logger.info("%s: %s, of %s", flag, named_parts(args.layers, args.kept_heads), folder)
     return {"args": args, "models": check_models(args, None)}
 
 
@@ -76,10 +70,7 @@ def strongest_heads(args: TrainArguments, choice: dict[str, Any]) -> list[str]:
     if args.auto_heads is None:
         return []
     if choice["ablation"] is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["left_out"].items())
-        raise ValueError(
-            f"{_flag(args)}: no probe could be used to compare heads ({reasons}); name heads, or keep layers"
-        )
+        raise ValueError(f"{_flag(args)}: {no_probe(choice['left_out'])}")
     whole = args.layers if args.auto_layers is None else choice["layers"]
     rows = [row for row in choice["ablation"]["heads"] if row["place"][0] not in whole]
     rows.sort(key=lambda row: (-row["score"], row["place"]))
@@ -96,18 +87,16 @@ def for_plan(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig
     folder = folder_of_run(args)
     choice = _finished(args, _paths(args)) if (folder / RESULT).exists() else None
     if choice is not None:
-        known = _resolved(args, choice["layers"], strongest_heads(args, choice))
+        known = _resolved(args, choice)
         return known, f"{_flag(args)}: {named_parts(known.layers, known.kept_heads)}, of {folder / RESULT}."
     n_layer, n_heads = configs[1].n_layer, configs[0].num_attention_heads
     layers = (
         args.layers if args.auto_layers is None else sorted(set(range(n_layer)) - evenly(n_layer, args.auto_layers))
     )
     places = [f"{layer}:{head}" for head in range(n_heads) for layer in range(n_layer) if layer not in layers]
-    asked = options_of_choice(args)
-    assert asked.budget is not None
-    cost = cost_of(asked, configs, asked.budget, None, planned_tokens(args))
+    cost = cost_of(options_of_choice(args), configs, args.auto_layers or 0, None, planned_tokens(args))
     words = f"{_flag(args)}: they are chosen first, at most about {cost}; the plan has as many at equal distances."
-    return _resolved(args, layers, places[: args.auto_heads or 0]), words
+    return _with_parts(args, layers, places[: args.auto_heads or 0]), words
 
 
 def check_budget(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig]) -> None:
@@ -133,7 +122,12 @@ def _is_asked(args: TrainArguments) -> bool:
     return args.auto_layers is not None or args.auto_heads is not None
 
 
-def _resolved(args: TrainArguments, layers: list[int], heads: list[str]) -> TrainArguments:
+def _resolved(args: TrainArguments, choice: dict[str, Any]) -> TrainArguments:
+    """Returns the options with what was chosen in place of `auto:K`. Raises ValueError as `strongest_heads` does."""
+    return _with_parts(args, choice.get("layers", []), strongest_heads(args, choice))
+
+
+def _with_parts(args: TrainArguments, layers: list[int], heads: list[str]) -> TrainArguments:
     """Returns the options with these in place of `auto:K`."""
     return dataclasses.replace(
         args,
@@ -145,14 +139,16 @@ def _resolved(args: TrainArguments, layers: list[int], heads: list[str]) -> Trai
 
 
 def folder_of_run(args: TrainArguments) -> Path:
-    """Returns where the choice of a run is: beside its student, or, if that is a name on the hub, in --output_dir."""
+    """Returns where the choice of a run is: beside its student, or in --output_dir, if the student is a name on the hub
+    or has no choice and its folder cannot be written.
+    """
     student = Path(args.student_model)
-    return (student if student.is_dir() else Path(args.output_dir)) / FOLDER
+    is_beside = student.is_dir() and ((student / FOLDER / RESULT).exists() or os.access(student, os.W_OK))
+    return (student if is_beside else Path(args.output_dir)) / FOLDER
 
 
 def options_of_choice(args: TrainArguments) -> ChooseArguments:
-    """Returns the options of the choice that a run makes: on its held-out text, if it has one."""
-    text, subset, split = args.held_out_text()
+    """Returns the options of the choice that a run makes. Its text is the run's held-out text, if it has one."""
     return ChooseArguments(
         preset=args.preset,
         seed=args.seed,
@@ -161,32 +157,22 @@ def options_of_choice(args: TrainArguments) -> ChooseArguments:
         student_model=args.student_model,
         dtype=args.dtype,
         document_separator=args.document_separator,
-        budget=max(1, len(args.layers)) if args.auto_layers is None else args.auto_layers,
+        budget=args.auto_layers,
         output=str(folder_of_run(args)),
-        text=text,
-        text_subset=subset,
-        text_split=split,
-        text_field=args.dataset_text_field,
         seq_length=min(args.seq_length, ChooseArguments.seq_length),
     )
 
 
 def _make(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    """Makes the choice on all ranks, on the devices of their students."""
-    asked = options_of_choice(args)
-    checked = dataclasses.replace(check_choice(asked, _flag(args)), device=device)
-    material = read_material(asked, checked)
-    planned = planned_tokens(args, ranks.world_size)
-    cost = cost_of(asked, checked.configs, checked.n_kept, material, planned)
-    logger.info("%s: at most about %s", _flag(args), cost)
-    words = {
-        "text": words_of_text(asked, material),
-        "held_out": is_held_out(asked, checked, args),
-        "cost": str(cost),
-    }
-    if ranks.is_main:
-        set_rows_aside(checked.folder, settings_of(asked, checked, material))
-    return make_choice(asked, checked, material, words, ranks)
+    """Makes the choice on all ranks, on the devices of their students. Raises ValueError that begins with `auto:K`: the
+    flags of choose_layers.py are none here. Where the choice's folder is taken, that of the run is still its own.
+    """
+    asked, text = options_of_choice(args), TextSource.for_evaluation_in_training(args)
+    checked = dataclasses.replace(check_choice(asked, _flag(args), text), device=device)
+    try:
+        return make_choice(asked, checked, ranks, args)
+    except ValueError as error:
+        raise ValueError(f"{_flag(args)}: {str(error).removeprefix('--output ')}") from error
 
 
 def _finished(args: TrainArguments, paths: tuple[str, str]) -> dict[str, Any] | None:
@@ -202,11 +188,7 @@ def _finished(args: TrainArguments, paths: tuple[str, str]) -> dict[str, Any] | 
         if different := differences(choice["made_with"], now):
             raise ValueError(f"{folder / RESULT} is with {', '.join(different)}")
     except ValueError as error:
-        again = f"python choose_layers.py --teacher_model {args.teacher_model} --student_model {args.student_model}"
-        raise ValueError(
-            f"{_flag(args)}: {error}; move {folder} away, and it is made again before training, or by "
-            f"`{again} --budget {options_of_choice(args).budget}`"
-        ) from error
+        raise ValueError(f"{_flag(args)}: {error}; move {folder} away, and it is made again before training") from error
     if args.auto_layers not in (None, choice["request"]["n_kept"]):
         return None
     return None if args.auto_heads is not None and not choice["request"]["ablation"] else choice

@@ -12,6 +12,7 @@ from arguments import TrainArguments
 from evaluation.copying import WORDS
 from evaluation.held_out import check_not_trained_on_by, read_windows
 from inputs.context import shortest
+from inputs.teacher_parts import named_parts
 from llamba import LlambaConfig
 from llamba.export import STATE_FILE
 from model_utils import check_replacements, get_configs, get_tokenizer, locate_model
@@ -39,13 +40,15 @@ class Checked:
     configs: tuple[PretrainedConfig, LlambaConfig]
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    n_kept: int
+    n_kept: int  # 0: no layers are chosen, only heads compared
     folder: Path
+    text: TextSource
 
 
-def check_choice(args: ChooseArguments, flag: str | None = None) -> Checked:
-    """Finds what a user can get wrong. flag: what asked for the choice, for errors; None for choose_layers.py's own
-    options. Raises ValueError.
+def check_choice(args: ChooseArguments, flag: str | None = None, text: TextSource | None = None) -> Checked:
+    """Finds what a user can get wrong. Raises ValueError.
+
+    flag: what asked for the choice, for errors; None for choose_layers.py's own options. text: if not that of `--text`.
     """
     needs_weights = not args.dry_run
     teacher = locate_model("--teacher_model", args.teacher_model, args.local_files_only, needs_weights)
@@ -61,19 +64,23 @@ def check_choice(args: ChooseArguments, flag: str | None = None) -> Checked:
             f"--seq_length {args.seq_length}: the teacher can read {context[1]} tokens at once, by its config; lower "
             "--seq_length to that"
         )
-    device = choose_device(args.device)
-    return Checked(teacher, student, configs, tokenizer, device, n_kept, folder_of_choice(args.output, student))
+    folder = folder_of_choice(args.output, args.student_model)
+    return Checked(
+        teacher, student, configs, tokenizer, choose_device(args.device), n_kept, folder, text or text_of(args)
+    )
 
 
 def budget_of(args: ChooseArguments, configs: tuple[PretrainedConfig, LlambaConfig], flag: str | None) -> int:
-    """Returns how many layers are kept. Raises ValueError, also where this teacher cannot give the student layers."""
+    """Returns how many layers are kept; 0 if nothing says so. Raises ValueError, also where this teacher cannot give
+    the student layers.
+    """
     teacher, student = configs
-    if args.budget is None:
-        assert args.cache_bytes is not None
-        check_pair(configs, flag or f"--cache_bytes {args.cache_bytes}")
-        return most_layers(teacher, student, args.cache_bytes, args.context_length, args.dtype)
-    flag = flag or f"--budget {args.budget}"
+    flag = flag or (f"--budget {args.budget}" if args.cache_bytes is None else f"--cache_bytes {args.cache_bytes}")
     check_pair(configs, flag)
+    if args.cache_bytes is not None:
+        return most_layers(teacher, student, args.cache_bytes, args.context_length, args.dtype)
+    if args.budget is None:
+        return 0
     if not 1 <= args.budget < student.n_layer:
         raise ValueError(
             f"{flag}: expected 1 to {student.n_layer - 1} layers of the teacher's; the student has {student.n_layer}"
@@ -85,9 +92,10 @@ def check_pair(configs: tuple[PretrainedConfig, LlambaConfig], flag: str) -> Non
     """Raises ValueError of one line that begins with `flag` if layers of this teacher cannot stand in this student."""
     teacher, student = configs
     if student.has_attention:
+        own = named_parts(student.attention_layers, student.attention_heads)
         raise ValueError(
-            f"{flag}: --student_model is a hybrid already, with layers {student.attention_layers} and heads "
-            f"{student.attention_heads} from its teacher; start from a student without"
+            f"{flag}: --student_model is a hybrid already, with {own} of its teacher; name those, or start from a "
+            "student without"
         )
     try:
         check_replacements(student, teacher, [0])
@@ -113,9 +121,13 @@ def read_material(args: ChooseArguments, checked: Checked) -> Material:
     context = shortest({"the teacher": checked.configs[0]})
     probes, left_out = build_probes(checked.tokenizer, args.probe_texts, args.seed, context and context[1])
     separator = choose_separator(args.document_separator, checked.tokenizer)
-    windows = read_windows(text_of(args), checked.tokenizer, args.text_windows, args.seq_length, separator.token)
+    text = checked.text
+    windows = read_windows(text, checked.tokenizer, args.text_windows, args.seq_length, separator.token)
     if len(windows) < 3:
-        raise ValueError(f"--text {args.text}: fills {len(windows)} windows of --seq_length; expected at least 3")
+        raise ValueError(
+            f"{text.flags.name} {text.name}: fills {len(windows)} windows of {args.seq_length + 1} tokens; expected at "
+            "least 3, use more text"
+        )
     return Material(windows, probes, left_out)
 
 
@@ -133,15 +145,10 @@ def text_of(args: ChooseArguments) -> TextSource:
     )
 
 
-def words_of_text(args: ChooseArguments, material: Material) -> str:
-    """Returns which text a choice is made on, in words."""
-    return f"{len(material.windows)} windows of {args.seq_length} tokens of {args.text}, split {args.text_split}"
-
-
 def is_held_out(args: ChooseArguments, checked: Checked, training: TrainArguments | None = None) -> str:
     """Returns in words whether the text is held out from what the student has seen and will see, as far as known."""
     who = f"the run of --preset {args.preset}" if training is None else "this run"
-    source, training = text_of(args), training or training_of(args.preset)
+    source, training = checked.text, training or training_of(args.preset)
     try:
         check_not_trained_on(source, TextSource.for_training(training), who)
         if (Path(checked.student) / STATE_FILE).is_file():
@@ -167,8 +174,8 @@ def cost_of(
     material: Material | None,
     planned: int,
 ) -> Cost:
-    """Returns what the choice costs. material: None before the texts are read, which then count as they are asked for.
-    planned: tokens that the run trains on.
+    """Returns what the choice costs. n_kept: 0 where only heads are compared. material: None before the texts are read,
+    which then count as they are asked for. planned: tokens that the run trains on.
     """
     if material is None:
         n_text = args.text_windows * args.seq_length

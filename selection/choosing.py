@@ -14,7 +14,7 @@ from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
 from selection.ablation import Ablations, growth
 from selection.greedy import Direction, Objective, Step, greedy, pareto, ranked
-from selection.material import Material, usable
+from selection.material import Material, no_probe, usable
 from selection.measurements import Measured, name_of
 from selection.probes import Score
 from selection.statistics import estimate
@@ -33,6 +33,7 @@ class Request:
     n_kept: int
     probe_weight: float
     ablates: bool = True
+    needs_probes: bool = False  # to compare heads: then it is an error that none can be used
     directions: tuple[Direction, ...] = DIRECTIONS
 
 
@@ -51,7 +52,9 @@ class Dealt:
             turn = missing[start : start + self.ranks.world_size]
             own = measure(turn[self.ranks.rank]) if self.ranks.rank < len(turn) else None
             for i, figures in zip(turn, self.ranks.share(own), strict=False):
-                _check_finite(names[i], figures)
+                _check_finite(
+                    f"{names[i]!r} (layers that are recurrent, or a layer and a head that are ablated)", figures
+                )
                 self.rows.put(names[i], figures)
         return [self.rows[name] for name in names]
 
@@ -72,26 +75,54 @@ def choose(
     """Returns the layers that are kept, and all that was found on the way, as JSON has it. path: of measured.jsonl.
     Raises ValueError.
     """
+    dealt, material, found = _begin(teacher, request, ranks, path)
+    found |= {"n_kept": request.n_kept, "probe_weight": request.probe_weight}
+    choosing, aside = material.part(False), material.part(True)
+    swaps = Swaps(teacher, student, choosing.windows, choosing.probes)
+    objective = Objective(_of_teacher(swaps, ranks), request.probe_weight)
+    found |= _search(dealt.sets("choosing", swaps), objective, swaps.n_layers, request)
+    del swaps
+    swaps = Swaps(teacher, student, aside.windows, aside.probes)
+    found |= _last_figures(dealt.sets("aside", swaps), _of_teacher(swaps, ranks), request, found)
+    dealt.rows.close()
+    return found
+
+
+def compare_heads(teacher: Any, request: Request, ranks: Ranks, path: Path | None = None) -> dict[str, Any]:
+    """Returns what ablations of the teacher have found, as `choose` does, and chooses no layers. Raises ValueError."""
+    dealt, _, found = _begin(teacher, request, ranks, path)
+    dealt.rows.close()
+    return found
+
+
+def _begin(teacher: Any, request: Request, ranks: Ranks, path: Path | None) -> tuple[Dealt, Material, dict[str, Any]]:
+    """Returns what deals, the texts without probes that the teacher cannot do, and what ablations have found."""
     ablations = Ablations(teacher, request.material.part(False).probes)
     material = usable(request.material, ranks.share(ablations.teacher_scores)[0])
     choosing, aside = material.part(False), material.part(True)
+    for name, reason in material.left_out.items():
+        logger.warning("the probe %s is left out: %s", name, reason)
+    if not choosing.probes and request.needs_probes:
+        raise ValueError(no_probe(material.left_out))
+    if not choosing.probes and request.probe_weight:
+        logger.warning("no probe could be used: layers are chosen by the KL alone, which hardly sees copying")
     shapes = {"ablation": (0, choosing.shape[1]), "choosing": choosing.shape, "aside": aside.shape}
     dealt = Dealt(ranks, path, shapes)
-    found: dict[str, Any] = {"n_kept": request.n_kept, "probe_weight": request.probe_weight}
-    found |= {"left_out": material.left_out, "ablation": None}
+    found: dict[str, Any] = {"left_out": material.left_out, "ablation": None}
     if request.ablates and choosing.probes:
         if len(choosing.probes) < len(request.material.probes):
             ablations = Ablations(teacher, choosing.probes)
         found["ablation"] = _ablate(dealt, ablations)
-    del ablations
-    swaps = Swaps(teacher, student, choosing.windows, choosing.probes)
-    objective = Objective(ranks.share(swaps.teacher_figures)[0], request.probe_weight)
-    found |= _search(dealt.sets("choosing", swaps), objective, swaps.n_layers, request)
-    del swaps
-    swaps = Swaps(teacher, student, aside.windows, aside.probes)
-    found |= _last_figures(dealt.sets("aside", swaps), ranks.share(swaps.teacher_figures)[0], request, found)
-    dealt.rows.close()
-    return found
+    return dealt, material, found
+
+
+def _of_teacher(swaps: Swaps, ranks: Ranks) -> Figures:
+    """Returns the teacher's figures, the same on all ranks. Raises ValueError if they are not finite: a hybrid compared
+    with NaN would seem to lose nothing.
+    """
+    figures = ranks.share(swaps.teacher_figures)[0]
+    _check_finite("the teacher", figures)
+    return figures
 
 
 def _ablate(dealt: Dealt, ablations: Ablations) -> dict[str, Any]:
@@ -206,10 +237,7 @@ def _summary(figures: Figures) -> dict[str, Any]:
     return {"kl": estimate(figures.kl)._asdict(), "probes": probes}
 
 
-def _check_finite(name: str, figures: Figures) -> None:
+def _check_finite(what: str, figures: Figures) -> None:
     values = [*figures.kl, *(x for score in figures.probes.values() for x in (*score.loss, *score.acc))]
     if not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"the figures of {name!r} (layers that are recurrent, or a layer and a head that are ablated) are not "
-            "finite; use --dtype float32, or another student"
-        )
+        raise ValueError(f"the figures of {what} are not finite; use --dtype float32 or bfloat16, or other models")

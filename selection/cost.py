@@ -46,14 +46,19 @@ def choice_cost(
     planned: int,
     dtype: str,
 ) -> Cost:
-    """Returns the cost of a choice. n_tokens: of all windows, and of all probes; two thirds of both choose."""
+    """Returns the cost of a choice. n_kept: 0 where only heads are compared, by the probes alone. n_tokens: of all
+    windows, and of all probes; two thirds of both choose.
+    """
     teacher, student = configs
-    n_layers = student.n_layer
-    choosing, aside = 2 * sum(n_tokens) // 3, sum(n_tokens) // 3
-    rounds = n_kept + (n_layers - n_kept) + 2
-    tokens = choosing * (evaluations(n_layers, n_kept) + rounds) // 2 + 5 * aside
+    n_layers, tokens = student.n_layer, 0
+    choosing, aside = 2 * (sum(n_tokens) if n_kept else n_tokens[1]) // 3, sum(n_tokens) // 3
+    if n_kept:
+        rounds = n_kept + (n_layers - n_kept) + 2
+        tokens += choosing * (evaluations(n_layers, n_kept) + rounds) // 2 + 5 * aside
     if ablates:
-        tokens += 2 * n_tokens[1] // 3 * n_layers * (1 + teacher.num_attention_heads) // 2
+        n_ablations = n_layers * (1 + teacher.num_attention_heads)
+        n_passes = n_ablations * (n_layers + 1) // (2 * n_layers) + 1  # one of the whole, and of the rest of each
+        tokens += 2 * n_tokens[1] // 3 * n_passes
     size = DTYPES[dtype].itemsize
     n_parameters = sum(sum(parameter_sizes(config).values()) for config in configs)
     states = (n_layers + 1) * choosing * student.d_model * size

@@ -16,6 +16,7 @@ from utils import finite, lock_dir, write_whole
 logger = logging.getLogger("train")
 
 RESULT, REPORT, PICTURE = "choice.json", "choice.md", "choice.svg"
+NEEDED = {"layers", "request", "made_with", "ablation", "left_out"}  # what a run reads of a result
 MAKE_ANOTHER = "run choose_layers.py with another --output, or move that folder away"
 
 
@@ -26,6 +27,8 @@ def read_choice(folder: Path) -> dict[str, Any] | None:
         return None
     with one_line(f"{file}: is no choice of choose_layers.py, or damaged", "move it away, and start again"):
         content = json.loads(file.read_text(encoding="utf-8"))
+        if missing := sorted(NEEDED - content.keys()):
+            raise ValueError(f"it has no {', '.join(missing)}")
         if any(not isinstance(layer, int) for layer in content["layers"]) or not isinstance(content["request"], dict):
             raise ValueError("its layers are no numbers")
         return content
@@ -57,9 +60,13 @@ def set_rows_aside(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def taken(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Keeps the folder for this process. Raises ValueError if another has it, or if it holds another choice."""
+def taken(folder: Path, settings: dict[str, Any], is_of_run: bool = False) -> Iterator[None]:
+    """Keeps the folder for this process. Raises ValueError if another has it, or if it holds another choice.
+    is_of_run: the rows of a choice that was stopped make room.
+    """
     with lock_dir("--output", folder):
+        if is_of_run:
+            set_rows_aside(folder, settings)
         check_folder(folder, settings)
         write_whole(folder / made_with.FILE, _as_json(settings))
         yield

@@ -77,6 +77,12 @@ def usable(material: Material, scores: dict[str, Score]) -> Material:
     return Material(material.windows, [p for p in material.probes if reasons[p.name] is None], left_out)
 
 
+def no_probe(left_out: dict[str, str]) -> str:
+    """Returns the error on heads that no probe can compare. left_out: why, by the name of the probe."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    return f"no probe could be used to compare heads ({reasons}); name heads, or keep layers"
+
+
 def ids_of(material: Material) -> list[Tensor]:
     """Returns all token ids, and which of them are answers."""
     return [material.windows, *(torch.stack([probe.ids, probe.answer]) for probe in material.probes)]

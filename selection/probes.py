@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from evaluation import copying, retrieval
+from evaluation.held_out import wide_logits
 
 ABOVE_CHANCE = 0.2  # a teacher that is right less often than chance and this cannot do a probe
 NOT_AN_ANSWER = -1
@@ -58,7 +59,7 @@ class Probe:
             place = (self.answer[row] != NOT_AN_ANSWER).nonzero()[:, 0]  # (T,)
             answer = self.answer[row, place].to(head.weight.device)  # (T,)
             read = hidden[row, (place - 1).to(hidden.device)].to(head.weight.device)  # (T, D)
-            logits = head(read).float()  # (T, V)
+            logits = wide_logits(read, head.weight, head.bias)  # (T, V)
             target = self.ids[row, place].to(logits.device)  # (T,)
             log_p = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]  # (T,)
             is_likeliest = (logits.argmax(-1) == target).to(log_p.dtype)

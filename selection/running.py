@@ -1,56 +1,79 @@
-"""Makes a choice in its folder: loads both models, chooses, writes the result. What was chosen before is used."""
+"""Makes a choice in its folder: reads the texts, loads both models, chooses, writes the result. What was chosen before
+is used.
+"""
 
 import contextlib
 import logging
 from typing import Any
 
+from arguments import TrainArguments
 from model_utils import DTYPES, get_student_model, get_teacher_model
 from processes.ranks import Ranks
-from selection.checks import Checked, caches, settings_of
-from selection.choosing import Request, choose
+from selection.checks import Checked, caches, cost_of, is_held_out, planned_tokens, read_material, settings_of
+from selection.choosing import Request, choose, compare_heads
+from selection.cost import GB, PLANNED_RANKS
 from selection.folder import finished, taken, write_choice
-from selection.material import Material
 from selection.measurements import FILE
-from selection.options import ChooseArguments
+from selection.options import ChooseArguments, training_of
 from selection.swaps import share_models
 
 logger = logging.getLogger("train")
 
-GB = 1e9
-
 
 def make_choice(
-    args: ChooseArguments, checked: Checked, material: Material, words: dict[str, str], ranks: Ranks
+    args: ChooseArguments, checked: Checked, ranks: Ranks, training: TrainArguments | None = None
 ) -> dict[str, Any]:
-    """Returns the choice that the options ask for, on every rank. words: what the report says of text and cost."""
-    settings = settings_of(args, checked, material)
-    request = {
+    """Returns the choice that the options ask for, on every rank; where no layers are asked for, what was found out of
+    heads alone. training: the run that needs it; None for choose_layers.py. Raises ValueError.
+    """
+    material = read_material(args, checked)
+    settings, text = settings_of(args, checked, material), checked.text
+    if not ranks.all_have(settings["texts"].encode()):
+        raise ValueError(
+            f"{text.flags.name} {text.name}: is not the same on all nodes; expected the same files on each"
+        )
+    n_ranks = PLANNED_RANKS if training is None else ranks.world_size
+    planned = planned_tokens(training or training_of(args.preset), n_ranks)
+    words = {
+        "text": f"{len(material.windows)} windows of {args.seq_length} tokens of {text.name}, split {text.split}",
+        "held_out": is_held_out(args, checked, training),
+        "cost": str(cost_of(args, checked.configs, checked.n_kept, material, planned)),
+    }
+    logger.info("at most about %s; text: %s; %s", words["cost"], words["text"], words["held_out"])
+    asked = {
         "n_kept": checked.n_kept,
         "probe_weight": args.probe_weight,
         "ablation": args.ablation,
         "context_length": args.context_length,
     }
-    if not ranks.all_have(settings["texts"].encode()):
-        raise ValueError(f"--text {args.text}: is not the same on all nodes; expected the same files on each")
-    with taken(checked.folder, settings) if ranks.is_main else contextlib.nullcontext():
-        found = ranks.share(finished(checked.folder, request) if ranks.is_main else None)[0]
-        if found is None:
-            found = _chosen(args, checked, material, ranks)
-            found |= {"made_with": settings, "request": request, "models": [args.teacher_model, args.student_model]}
+    needs_probes = training is not None and training.auto_heads is not None
+    request = Request(material, checked.n_kept, args.probe_weight, args.ablation, needs_probes)
+    is_of_run = training is not None
+    with taken(checked.folder, settings, is_of_run) if ranks.is_main else contextlib.nullcontext():
+        found = ranks.share(finished(checked.folder, asked) if ranks.is_main and checked.n_kept else None)[0]
+        if found is not None:
+            logger.info("%s holds this choice already", checked.folder)
+        elif not checked.n_kept:
+            found = _compared(args, checked, request, ranks)
+        else:
+            found = _chosen(args, checked, request, ranks)
+            found |= {"made_with": settings, "request": asked, "models": [args.teacher_model, args.student_model]}
             found |= {"context_length": args.context_length, "cache_bytes": caches(args, checked), **words}
             if ranks.is_main:
                 write_choice(checked.folder, found)
-        else:
-            logger.info("%s holds this choice already", checked.folder)
         ranks.maximum(0)  # no rank goes on before the files are there
     return found
 
 
-def _chosen(args: ChooseArguments, checked: Checked, material: Material, ranks: Ranks) -> dict[str, Any]:
+def _compared(args: ChooseArguments, checked: Checked, request: Request, ranks: Ranks) -> dict[str, Any]:
+    teacher = get_teacher_model(checked.teacher, DTYPES[args.dtype], checked.device)
+    return compare_heads(teacher, request, ranks, checked.folder / FILE)
+
+
+def _chosen(args: ChooseArguments, checked: Checked, request: Request, ranks: Ranks) -> dict[str, Any]:
     dtype = DTYPES[args.dtype]
     teacher = get_teacher_model(checked.teacher, dtype, checked.device)
     student = get_student_model(checked.student, dtype, checked.device).eval().requires_grad_(False)
     freed = share_models(student, teacher)
     logger.info("%.2f GB of the student are the teacher's own, and held once", freed / GB)
-    request = Request(material, checked.n_kept, args.probe_weight, args.ablation)
     return choose(teacher, student, request, ranks, checked.folder / FILE)

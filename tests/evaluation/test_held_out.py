@@ -257,8 +257,8 @@ def test_sums_of_parts_add_up_and_masked_windows_count_nothing():
 
 
 def test_no_more_logits_than_a_chunk_exist(monkeypatch):
-    made, real = [], held_out._logits
-    monkeypatch.setattr(held_out, "_logits", lambda *args: made.append(real(*args)) or made[-1])
+    made, real = [], held_out.wide_logits
+    monkeypatch.setattr(held_out, "wide_logits", lambda *args: made.append(real(*args)) or made[-1])
     held_out_sums(case(), 1.0, 5)
     assert {len(logits) for logits in made} == {5, 2}  # of 22 tokens
 

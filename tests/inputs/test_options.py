@@ -187,7 +187,7 @@ def test_heads_are_named_with_commas_or_spaces():
 
 def test_layers_that_are_yet_to_be_chosen_go_without_heads():
     message = train_error("--layers auto:3 --heads 1:0,2:1")
-    assert "--layers auto:3 --heads 1:0,2:1: the choice may fall on the layers of these heads" in message
+    assert "--layers auto:3 --heads 1:0,2:1: layers are chosen as if no heads were kept, maybe those" in message
 
 
 def test_evaluation_has_no_option_for_what_was_given():

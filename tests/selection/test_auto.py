@@ -1,20 +1,28 @@
 """`--layers auto:K` of train_gpus.py: made before training, used, resumed, and refused."""
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_gpus
 from arguments import parse_eval_args, parse_train_args
 from conversion.options import parse_make_args
 from inputs.value_types import AutoLayers
-from selection import material
+from selection import auto, material
+from selection.ablation import Ablations, mean_growth
+from selection.material import Material, build_probes
 from tests import fresh
+from tests.selection.one_rank import RANK
 from tests.selection.test_choose_layers import all_probes_count, stop_after_five_rows
 from tests.small_runs import make_models, options
 from tests.tiny import tiny_hybrid, tiny_teacher
+from text.sources import TextSource
+from utils import lock_dir
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +45,12 @@ def argv_of(models, student, folder, **changes):
 
 def train(argv, n_ranks=1, arm=all_probes_count):
     return fresh.ranks(argv, n_ranks, arm=arm)
+
+
+def probes_of(models):
+    """Returns the probes of a run, those of their texts that it chooses on."""
+    probes, _ = build_probes(AutoTokenizer.from_pretrained(models / "teacher"), 6, 1234, 128)
+    return Material(torch.zeros(3, 2), probes).part(False).probes
 
 
 def attention_layers(folder):
@@ -87,15 +101,19 @@ def test_a_choice_that_is_there_is_used(models, student, tmp_path):
     codes, log = train(argv_of(models, student, tmp_path / "fourth", teacher_model=tmp_path / "other"))
     [line] = [line for line in log.splitlines() if line.startswith("error:")]
     assert codes == [2] and f"--teacher_model {models / 'teacher'} (now {tmp_path / 'other'})" in line
-    assert "--layers auto:2" in line and "python choose_layers.py" in line and not (tmp_path / "fourth").exists()
+    assert "--layers auto:2" in line and "is made again before training" in line and not (tmp_path / "fourth").exists()
 
 
 def test_a_run_keeps_the_strongest_heads_of_layers_that_are_not_whole(models, student, tmp_path):
     argv = argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3")
-    codes, log = train(argv)
-    assert codes == [0], log
-    choice = json.loads((student / "choice" / "choice.json").read_text())
-    scores = {tuple(row["place"]): row["score"] for row in choice["ablation"]["heads"] if row["place"][0] != 3}
+    codes, log = train(argv, 2)
+    assert codes == [0, 0] and "--heads auto:3: at most about" not in log, log
+    rows = (student / "choice" / "measured.jsonl").read_text().splitlines()
+    names = [json.loads(row)["name"].split() for row in rows]
+    assert {kind for kind, _ in names} == {"ablation"} and len(names) == 20  # no layers were searched for
+    assert not (student / "choice" / "choice.json").exists()
+    scored = Ablations(AutoModelForCausalLM.from_pretrained(models / "teacher"), probes_of(models))
+    scores = {(i, j): mean_growth(scored.without(i, [j]), scored.teacher_scores) for i in range(3) for j in range(4)}
     best = sorted(scores, key=lambda place: -scores[place])[:3]
     config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
     kept = {(int(layer), head) for layer, heads in config["attention_heads"].items() for head in heads}
@@ -106,6 +124,11 @@ def test_a_run_keeps_the_strongest_heads_of_layers_that_are_not_whole(models, st
         [*argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3", max_steps=4), "--resume", "auto"]
     )
     assert codes == [0] and "no choice in" not in log, log
+
+    codes, log = train(argv_of(models, student, tmp_path / "both", layers="auto:1", heads="auto:2"))
+    assert codes == [0], log
+    later = (student / "choice" / "measured.jsonl").read_text().splitlines()
+    assert later[: len(rows)] == rows and not any('"ablation' in row for row in later[len(rows) :])
 
 
 @pytest.mark.parametrize(
@@ -124,9 +147,48 @@ def test_heads_that_cannot_be_chosen_are_one_line(models, tmp_path, changes, wor
     assert words in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_heads_need_a_probe_that_the_teacher_can_do(models, student, tmp_path):
-    codes, log = train(argv_of(models, student, tmp_path / "run", layers="-1", heads="auto:2"), arm=None)
+@pytest.mark.parametrize("layers", ["-1", "auto:2"])
+def test_heads_need_a_probe_that_the_teacher_can_do(models, student, tmp_path, layers):
+    codes, log = train(argv_of(models, student, tmp_path / "run", layers=layers, heads="auto:2"), arm=None)
     assert codes == [2] and "--heads auto:2: no probe could be used to compare heads (copying: its texts" in log
+    assert "single swaps measured" not in log  # it is said before an hour of measuring
+
+
+def test_an_error_of_the_choice_names_what_the_run_has(models, student, tmp_path):
+    with lock_dir("--output", student / "choice"):
+        codes, log = train(argv_of(models, student, tmp_path / "run"))
+    assert codes == [2] and f"--layers auto:2: {student / 'choice'}: another run is writing there" in log
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "refused"
+    (tmp_path / "one.jsonl").write_text((models / "short.jsonl").read_text().splitlines()[0])
+    changes = dict(eval_dataset_name=tmp_path / "one.jsonl", eval_interval=1)
+    codes, log = train(argv_of(models, student, tmp_path / "run", **changes))
+    words = f"--layers auto:2: --eval_dataset_name '{tmp_path / 'one.jsonl'}': split 'train' does not fill one window"
+    assert codes == [2] and words in log
+
+
+def test_the_text_is_read_as_the_run_reads_it(models, student, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(auto, "make_choice", lambda asked, checked, *_: found.append(checked.text))
+    changes = dict(skip_bad_rows=True, dataset_revision="abc", dataset_text_field="body")
+    args = parse_train_args(argv_of(models, student, tmp_path, **changes))
+    auto._make(args, torch.device("cpu"), RANK)
+    assert found == [TextSource.for_evaluation_in_training(args)]
+    assert (found[0].skip_bad_rows, found[0].revision, found[0].flags.name) == (True, "abc", "--dataset_name")
+
+
+def test_a_student_that_cannot_be_written_has_its_choice_in_the_run(models, student, tmp_path, monkeypatch):
+    args = parse_train_args(argv_of(models, student, tmp_path / "run"))
+    assert auto.folder_of_run(args) == student / "choice"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert auto.folder_of_run(args) == tmp_path / "run" / "choice"
+    (student / "choice").mkdir()
+    (student / "choice" / "choice.json").touch()
+    assert auto.folder_of_run(args) == student / "choice"
+    with pytest.raises(ValueError, match=r"choice.json: is no choice .*; move .* away, and it is made again before"):
+        auto.check_auto(args, None)
+    (student / "choice" / "choice.json").write_text('{"layers": [1, 2], "request": {"n_kept": 2}}')
+    with pytest.raises(ValueError, match=r"it has no ablation, left_out, made_with"):
+        auto.check_auto(args, None)
 
 
 def test_a_stopped_choice_is_no_obstacle(models, student, tmp_path):
@@ -148,7 +210,11 @@ def test_a_stopped_choice_is_no_obstacle(models, student, tmp_path):
     "layers,student,words",
     [
         ("auto:4", "plain", "--layers auto:4: expected --layers auto:1 to auto:3; the student has 4 layers"),
-        ("auto:2", "hybrid", "--layers auto:2: --student_model is a hybrid already, with layers [1, 3]"),
+        (
+            "auto:2",
+            "hybrid",
+            "--layers auto:2: --student_model is a hybrid already, with --layers 1 3 of its teacher",
+        ),
     ],
 )
 @pytest.mark.parametrize("plan", [True, False])

@@ -4,11 +4,12 @@ import json
 import re
 import signal
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
 import choose_layers
-from selection import material
+from selection import checks, material
 from selection.measurements import Measured
 from selection.options import parse_choose_args
 from tests import fresh
@@ -35,7 +36,7 @@ def command(models, output=None, **changes):
     values |= dict(
         text=models / "short.jsonl", text_windows=3, seq_length=24, probe_texts=3, output=output, device="cpu"
     )
-    values |= dict(preset="tiny", local_files_only="", **changes)
+    values |= dict(preset="tiny", local_files_only="") | changes
     return [word for name, value in values.items() if value is not None for word in [f"--{name}", str(value)] if word]
 
 
@@ -159,7 +160,10 @@ def refusal(argv):
         ({"budget": None}, "--budget: is missing; give how many"),
         ({"cache_bytes": 10**6}, "--budget 2 --cache_bytes 1000000: both say how many layers; give one of them"),
         ({"budget": None, "cache_bytes": 5}, "--cache_bytes 5: a single layer of the teacher's"),
-        ({"student_model": "hybrid"}, "--budget 2: --student_model is a hybrid already, with layers [1, 3]"),
+        (
+            {"student_model": "hybrid"},
+            "--budget 2: --student_model is a hybrid already, with --layers 1 3 of its teacher",
+        ),
         ({"student_model": "narrow"}, "--budget 2: the teacher's layers are 32 wide and the student's 16"),
         ({"teacher_model": "shallow"}, "--budget 2: the teacher has 3 layers and the student 4"),
         ({"seq_length": 500}, "--seq_length 500: the teacher can read 128 tokens at once"),
@@ -179,6 +183,13 @@ def test_what_cannot_be_used_is_one_line(models, changes, words):
         (models / "shallow" / "tokenizer.json").write_bytes((models / "teacher" / "tokenizer.json").read_bytes())
     assert words in refusal(argv)
     assert not (models / "nowhere").exists()
+
+
+def test_a_student_of_the_hub_has_no_folder_to_write_into(models, monkeypatch):
+    """Its files may be in the cache all the same, where nobody looks for a choice."""
+    monkeypatch.setattr(checks, "locate_model", lambda flag, name, *_: str(models / Path(name).name))
+    argv = command(models, student_model="org/student")
+    assert "--output: is missing; --student_model org/student is no folder" in refusal(argv)
 
 
 def test_layers_are_no_option_here(models):

@@ -7,13 +7,13 @@ import math
 import pytest
 
 from selection.ablation import Ablations, mean_growth
-from selection.choosing import evenly
+from selection.choosing import Request, compare_heads, evenly
 from selection.cost import choice_cost
 from selection.greedy import Objective
 from selection.hidden_states import HiddenStates
 from selection.material import Material
 from selection.swaps import Swaps
-from tests.selection.one_rank import choice, material, models
+from tests.selection.one_rank import RANK, choice, material, models
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,16 @@ def test_what_no_measured_set_of_the_size_beats_is_shown(found):
     assert all(len(row["kept"]) == 2 for row in found["pareto"])
 
 
-def test_a_probe_that_the_teacher_cannot_do_is_left_out_and_named():
+def test_a_probe_that_the_teacher_cannot_do_is_left_out_and_named(caplog):
     texts = material()
     able = texts.probes[0]
     hard = type(able)("hard", able.ids, able.answer, able.text, 0.9)
     found = choice(texts=Material(texts.windows, [hard], {"other": "too long"}))
     assert list(found["left_out"]) == ["other", "hard"] and found["ablation"] is None
     assert "1.10 are needed (chance 0.90)" in found["left_out"]["hard"]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 3 and "the probe other is left out: too long" in warned
+    assert warned[2] == "no probe could be used: layers are chosen by the KL alone, which hardly sees copying"
     assert all(row["value"] == row["kl"]["mean"] and row["probes"] == {} for row in found["sets"])
 
 
@@ -112,6 +115,19 @@ def test_figures_that_are_not_finite_are_one_line(monkeypatch):
         choice()
 
 
+def test_a_teacher_whose_figures_are_not_finite_is_no_reference(monkeypatch):
+    """Nothing is larger than NaN: each hybrid would seem to do the probes as well."""
+    init = Swaps.__init__
+
+    def broken(self, *args):
+        init(self, *args)
+        self.teacher_figures.probes["copying"].loss[0] = math.nan
+
+    monkeypatch.setattr(Swaps, "__init__", broken)
+    with pytest.raises(ValueError, match="the figures of the teacher are not finite; use --dtype float32"):
+        choice()
+
+
 @pytest.mark.parametrize(
     "n_layers,n_kept,kept", [(4, 1, {2}), (6, 3, {1, 3, 5}), (5, 5, set(range(5))), (30, 2, {7, 22})]
 )
@@ -119,7 +135,8 @@ def test_equal_distances(n_layers, n_kept, kept):
     assert set(range(n_layers)) - evenly(n_layers, n_kept) == kept
 
 
-def test_what_was_run_is_what_the_plan_says(monkeypatch):
+@pytest.mark.parametrize("n_kept", [0, 2])
+def test_what_was_run_is_what_the_plan_says(monkeypatch, n_kept):
     """To a fifth: which layers a round measures decides where its sets start."""
     texts, all_states = material(), []
     init = HiddenStates.__init__
@@ -130,11 +147,14 @@ def test_what_was_run_is_what_the_plan_says(monkeypatch):
         init(self, *args)
 
     monkeypatch.setattr(HiddenStates, "__init__", remembered)
-    choice(n_kept=2)
     teacher, student = models()
+    if n_kept:
+        choice(n_kept=n_kept)
+    else:
+        compare_heads(teacher, Request(texts, 0, 0.3), RANK)
     cost = choice_cost(
         (teacher.config, student.config),
-        2,
+        n_kept,
         (texts.windows[:, 1:].numel(), texts.probes[0].ids.numel()),
         True,
         1,

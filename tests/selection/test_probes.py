@@ -1,5 +1,7 @@
 """Probes against small models that know all answers, and against the tokenizer of a preset."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,15 @@ def test_an_answer_is_right_if_all_its_tokens_are(tokenizer):
     assert score(probe, places).acc == [0.75, 0.5]
     sure = score(probe)
     assert sure.acc == [1, 1] and max(sure.loss) < 12 and score(probe, places).loss[1] > sure.loss[1] + 2
+
+
+def test_logits_of_16_bits_are_not_rounded():
+    """In bfloat16 both logits would be 16, and the first token the likeliest."""
+    head = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    head.weight.data = torch.tensor([[16.0, 0.0], [16.0, 0.03125]], dtype=torch.bfloat16)
+    probe = repeated([[1, 1]], 1, 0)
+    found = probe.score(torch.ones(1, 2, 2, dtype=torch.bfloat16), head)
+    assert found.acc == [1] and found.loss[0] == pytest.approx(math.log1p(math.exp(-0.03125)))
 
 
 def test_the_units_are_texts():
