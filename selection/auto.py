@@ -20,8 +20,7 @@ from model_utils import get_configs, locate_model
 from processes.ranks import Ranks
 from selection.checks import check_choice, check_pair, cost_of, planned_tokens
 from selection.choosing import evenly
-from selection.folder import RESULT, read_choice
-from selection.made_with import MODELS, differences, identity
+from selection.folder import MODELS, RESULT, differences, identity, read_choice
 from selection.material import no_probe
 from selection.options import FOLDER, ChooseArguments
 from selection.running import make_choice

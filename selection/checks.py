@@ -18,7 +18,7 @@ from llamba.export import STATE_FILE
 from model_utils import check_replacements, get_configs, get_tokenizer, locate_model
 from processes.devices import choose_device
 from selection.cost import PLANNED_RANKS, Cost, cache_bytes, choice_cost, most_layers
-from selection.made_with import digest, identity
+from selection.folder import digest, identity
 from selection.material import RETRIEVAL_LENGTH, Material, build_probes, ids_of
 from selection.options import FOLDER, ChooseArguments, training_of
 from text.encoding import check_tokenizer

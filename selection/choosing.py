@@ -12,7 +12,7 @@ from typing import Any
 
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
-from selection.ablation import Ablations, growth
+from selection.ablation import Ablations, growth, mean_growth
 from selection.greedy import Direction, Objective, Step, greedy, pareto, ranked
 from selection.material import Material, no_probe, usable
 from selection.measurements import Measured, name_of
@@ -147,8 +147,7 @@ def _ablation_row(place: tuple[int, ...], scores: dict[str, Score], own: dict[st
         drop = [a - b for a, b in zip(teacher.acc, scores[name].acc, strict=True)]
         growths = growth(scores[name], teacher)
         probes[name] = {"growth": estimate(growths)._asdict(), "acc_drop": estimate(drop)._asdict()}
-    score = math.fsum(found["growth"]["mean"] for found in probes.values()) / len(probes)
-    return {"place": list(place), "score": score, "probes": probes}
+    return {"place": list(place), "score": mean_growth(scores, own), "probes": probes}
 
 
 def _search(

@@ -50,11 +50,6 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def one_by_one(objective: Callable[[Recurrent], F]) -> Callable[[Sequence[Recurrent]], list[F]]:
-    """Returns what measures several sets by measuring each."""
-    return lambda sets: [objective(recurrent) for recurrent in sets]
-
-
 def greedy(
     n_layers: int,
     measure: Callable[[Sequence[Recurrent]], Sequence[F]],

@@ -103,6 +103,13 @@ def test_a_choice_that_is_there_is_used(models, student, tmp_path):
     assert codes == [2] and f"--teacher_model {models / 'teacher'} (now {tmp_path / 'other'})" in line
     assert "--layers auto:2" in line and "is made again before training" in line and not (tmp_path / "fourth").exists()
 
+    args = parse_train_args(argv_of(models, student.rename(tmp_path / "moved"), tmp_path / "fifth", layers="auto:1"))
+    auto.check_auto(args, None)  # the same files, under another name
+    assert auto._finished(args, auto._paths(args))["layers"] == attention_layers(tmp_path / "third")
+    os.utime(tmp_path / "moved" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is with --student_model .*/student \(now .*/moved\); move"):
+        auto.check_auto(args, None)
+
 
 def test_a_run_keeps_the_strongest_heads_of_layers_that_are_not_whole(models, student, tmp_path):
     argv = argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3")

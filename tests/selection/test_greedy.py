@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from selection.greedy import Objective, greedy, one_by_one, pareto, ranked
+from selection.greedy import Objective, greedy, pareto, ranked
 from selection.probes import Score
 from selection.swaps import Figures
 
@@ -13,11 +13,11 @@ from selection.swaps import Figures
 def search(value, n_kept, direction, n_layers=6):
     measured = []
 
-    def objective(recurrent):
-        measured.append(recurrent)
-        return value(recurrent)
+    def measure(sets):
+        measured.extend(sets)
+        return [value(recurrent) for recurrent in sets]
 
-    return greedy(n_layers, one_by_one(objective), float, n_kept, direction), measured
+    return greedy(n_layers, measure, float, n_kept, direction), measured
 
 
 @pytest.mark.parametrize("direction", ["keep", "recur"])
