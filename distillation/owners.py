@@ -49,7 +49,7 @@ class Owners:
         self.n_ranks, self.master_weights = dist.get_world_size(), master_weights
         dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
         assert len(dtypes) == 1, f"parameters of {dtypes} do not fit into buckets of one dtype"
-        self.levels = make_levels(gradient_bits, *dtypes, local_world_size())
+        self.levels = make_levels(gradient_bits, dtypes.pop(), local_world_size())
         place = {parameter: i for i, parameter in enumerate(order)}
         self.buckets: list[Bucket] = []
         stepped = []
