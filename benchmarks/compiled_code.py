@@ -110,8 +110,10 @@ def coding_cases(n: int = BUCKET_BYTES // 4) -> dict[str, Case]:
         gradients = torch.empty(2, n // 128, 128, dtype=torch.bfloat16)
         fours, inverse = gradients.view(2, -1, 32), [torch.empty(2, n // block) for block in (128, 32)]
         return {
+            "changes, counted": Case(changes._plain_count, (old, new), n),
             "changes": Case(changes._plain_codes, (old, new), n // 4),
             "changes, applied": Case(changes._plain_stepped, (old, torch.empty(n // 4, dtype=torch.uint8)), n // 4),
+            "scale of gradients": Case(gradient_codes._plain_largest, (gradients,), n),
             "gradients in 8 bits": Case(gradient_codes._plain_rounded_8, (gradients, inverse[0]), n),
             "gradients in 4 bits": Case(gradient_codes._plain_rounded_4, (fours, inverse[1]), n),
         }

@@ -10,10 +10,10 @@ from torch import nn
 
 from distillation.changes import apply_changes, count_longer, encode_changes, most_longer
 from distillation.gradient_codes import gradient_code
-from distillation.owners import Owners
+from distillation.owners import IN_FLIGHT, Owners
 from processes.ranks import process_groups
 from tests.distillation.few_words import Words, backward_order, groups_of, learn, weights
-from tests.two_ranks import on_two_ranks
+from tests.two_ranks import on_ranks, on_two_ranks
 
 
 def test_any_two_weights_are_coded():
@@ -192,6 +192,30 @@ def test_parameters_of_two_dtypes_are_not_cast_in_silence(no_torchrun):
         model.inner.float()
         with pytest.raises(AssertionError, match="one dtype"):
             Owners(backward_order(model), groups_of(model), 1e-4)
+
+
+def most_under_way(ranks):
+    """Returns how many messages are under way at most, with one level and with two."""
+    most = []
+    for n_local in (4, 2):
+        model = Words(torch.bfloat16)
+        with mock.patch("distillation.owners.local_world_size", lambda n=n_local: n):
+            exchange = Owners(backward_order(model), groups_of(model), 1e-2, bucket_bytes=200)
+        depart, counts = exchange._depart, []
+
+        def counting(*message, exchange=exchange, depart=depart, counts=counts):
+            depart(*message)
+            counts.append(sum(map(len, exchange.flights)))
+
+        with mock.patch.object(exchange, "_depart", counting):
+            learn(model, exchange, ranks.rank, steps=1)
+        most.append(max(counts))
+    return most
+
+
+def test_few_messages_are_under_way_at_a_time(tmp_path):
+    """What `--dry_run` counts; there are many more to send."""
+    assert on_ranks(most_under_way, tmp_path, 4) == [[IN_FLIGHT, IN_FLIGHT]] * 4
 
 
 def sent_after_each_layer(ranks):
