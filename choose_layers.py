@@ -14,11 +14,13 @@ from selection.options import ChooseArguments, parse_choose_args
 if __name__ == "__main__":
     ARGS = answer_early(parse_choose_args)
 
+import contextlib
 import functools
 
 from processes.ranks import check_launch, is_main_rank, process_groups
 from selection.checks import Checked, check_choice, cost_of, planned_tokens
 from selection.cost import GB
+from selection.folder import taken
 from selection.options import training_of
 from selection.report import layers_line
 from selection.running import make_choice
@@ -36,7 +38,8 @@ def main(args: ChooseArguments | None = None) -> int:
             print_plan(args, checked)
         return 0
     with process_groups(checked.device) as ranks:
-        choice = make_choice(args, checked, ranks)
+        with taken(checked.folder) if ranks.is_main else contextlib.nullcontext():
+            choice = make_choice(args, checked, ranks)
         if ranks.is_main:
             print(f"{checked.folder}: choice.md, choice.svg, choice.json\n{layers_line(choice)}")
     return 0

@@ -2,10 +2,12 @@
 training. One that was stopped resumes, and a resumed run keeps its layers and heads.
 """
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from model_utils import get_configs, locate_model
 from processes.ranks import Ranks
 from selection.checks import check_choice, check_pair, cost_of, planned_tokens
 from selection.choosing import evenly
-from selection.folder import MODELS, RESULT, differences, identity, read_choice
+from selection.folder import MODELS, RESULT, differences, identity, read_choice, taken
 from selection.material import no_probe
 from selection.options import FOLDER, ChooseArguments
 from selection.running import make_choice
@@ -49,11 +51,15 @@ def chosen(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str
     """
     if not _is_asked(args):
         return {}
-    found = ranks.share(_finished(args, _paths(args)) if ranks.is_main else None)[0]
     folder = folder_of_run(args)
-    if found is None:
+
+    def there() -> dict[str, Any] | None:
+        return ranks.share(_finished(args, _paths(args)) if ranks.is_main else None)[0]
+
+    if (found := there()) is None:
         logger.info("%s: no choice in %s yet; it is made before training", _flag(args), folder)
-        found = _make(args, device, ranks)
+        with _errors_of(args), taken(folder, waits=True) if ranks.is_main else contextlib.nullcontext():
+            found = there() or _make(args, device, ranks)  # which another run may have made meanwhile
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -163,15 +169,20 @@ def options_of_choice(args: TrainArguments) -> ChooseArguments:
 
 
 def _make(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    """Makes the choice on all ranks, on the devices of their students. Raises ValueError that begins with `auto:K`: the
-    flags of choose_layers.py are none here. Where the choice's folder is taken, that of the run is still its own.
-    """
+    """Makes the choice on all ranks, on the devices of their students."""
     asked, text = options_of_choice(args), TextSource.for_evaluation_in_training(args)
     checked = dataclasses.replace(check_choice(asked, _flag(args), text), device=device)
+    return make_choice(asked, checked, ranks, args)
+
+
+@contextlib.contextmanager
+def _errors_of(args: TrainArguments) -> Iterator[None]:
+    """Has errors begin with `auto:K`: the flags of choose_layers.py are none of a run."""
     try:
-        return make_choice(asked, checked, ranks, args)
+        yield
     except ValueError as error:
-        raise ValueError(f"{_flag(args)}: {str(error).removeprefix('--output ')}") from error
+        text = str(error).removeprefix("--output ").removeprefix(f"{_flag(args)}: ")
+        raise ValueError(f"{_flag(args)}: {text}") from error
 
 
 def _finished(args: TrainArguments, paths: tuple[str, str]) -> dict[str, Any] | None:

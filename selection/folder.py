@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch import Tensor
 from inputs.model_files import downloaded, one_line, weight_files
 from selection import measurements
 from selection.report import format_report
-from utils import finite, lock_dir, write_whole
+from utils import TakenError, finite, lock_dir, write_whole
 
 logger = logging.getLogger("train")
 
 SETTINGS, MODELS = "settings.json", ("teacher_model", "student_model")
 RESULT, REPORT, PICTURE = "choice.json", "choice.md", "choice.svg"
 NEEDED = {"layers", "request", "made_with", "ablation", "left_out"}  # what a run reads of a result
+WAIT_S = 10.0  # before another look at a folder that another run has
 MAKE_ANOTHER = "run choose_layers.py with another --output, or move that folder away"
 
 
@@ -67,16 +69,32 @@ def set_rows_aside(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def taken(folder: Path, settings: dict[str, Any], is_of_run: bool = False) -> Iterator[None]:
-    """Keeps the folder for this process. Raises ValueError if another has it, or if it holds another choice.
-    is_of_run: the rows of a choice that was stopped make room.
+def taken(folder: Path, waits: bool = False) -> Iterator[None]:
+    """Keeps the folder for this process. waits: until another process that has it gives it back. Raises ValueError if
+    it cannot be written, TakenError if another has it.
     """
-    with lock_dir("--output", folder):
-        if is_of_run:
-            set_rows_aside(folder, settings)
-        check_folder(folder, settings)
-        write_whole(folder / SETTINGS, _as_json(settings))
+    while True:
+        try:
+            lock = lock_dir("--output", folder)
+            break
+        except TakenError:
+            if not waits:
+                raise
+        logger.info("another run is making a choice in %s; this one waits for it", folder)
+        time.sleep(WAIT_S)
+    with lock:
         yield
+
+
+def prepare(folder: Path, settings: dict[str, Any], is_of_run: bool) -> None:
+    """Makes the folder, which this process has taken, that of a choice. is_of_run: the rows of a choice that was
+    stopped make room. Raises ValueError if it holds another choice, or cannot be written.
+    """
+    if is_of_run:
+        set_rows_aside(folder, settings)
+    check_folder(folder, settings)
+    with _writing(folder):
+        write_whole(folder / SETTINGS, _as_json(settings))
 
 
 def finished(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -92,12 +110,24 @@ def finished(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def write_choice(folder: Path, choice: dict[str, Any]) -> None:
-    """Writes the report and the picture, then what says that the choice is finished."""
-    write_whole(folder / REPORT, format_report(choice).encode())
+    """Writes the report and the picture, then what says that the choice is finished. Raises ValueError if it cannot."""
     from selection.picture import picture  # loads matplotlib, which a run that uses a choice does not need
 
-    write_whole(folder / PICTURE, picture(choice))
-    write_whole(folder / RESULT, _as_json(finite(choice)))
+    report, drawn = format_report(choice).encode(), picture(choice)
+    with _writing(folder):
+        write_whole(folder / REPORT, report)
+        write_whole(folder / PICTURE, drawn)
+        write_whole(folder / RESULT, _as_json(finite(choice)))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--output {folder}: cannot be written ({error}); correct that, and start again: what was measured is kept"
+        ) from error
 
 
 def _as_json(content: Any) -> bytes:

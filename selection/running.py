@@ -2,7 +2,6 @@
 is used.
 """
 
-import contextlib
 import logging
 from typing import Any
 
@@ -12,7 +11,7 @@ from processes.ranks import Ranks
 from selection.checks import Checked, caches, cost_of, is_held_out, planned_tokens, read_material, settings_of
 from selection.choosing import Request, choose, compare_heads
 from selection.cost import GB, PLANNED_RANKS
-from selection.folder import finished, taken, write_choice
+from selection.folder import finished, prepare, write_choice
 from selection.measurements import FILE
 from selection.options import ChooseArguments, training_of
 from selection.swaps import share_models
@@ -24,7 +23,8 @@ def make_choice(
     args: ChooseArguments, checked: Checked, ranks: Ranks, training: TrainArguments | None = None
 ) -> dict[str, Any]:
     """Returns the choice that the options ask for, on every rank; where no layers are asked for, what was found out of
-    heads alone. training: the run that needs it; None for choose_layers.py. Raises ValueError.
+    heads alone. training: the run that needs it; None for choose_layers.py. The main rank
+    has taken the folder. Raises ValueError.
     """
     material = read_material(args, checked)
     settings, text = settings_of(args, checked, material), checked.text
@@ -48,20 +48,20 @@ def make_choice(
     }
     needs_probes = training is not None and training.auto_heads is not None
     request = Request(material, checked.n_kept, args.probe_weight, args.ablation, needs_probes)
-    is_of_run = training is not None
-    with taken(checked.folder, settings, is_of_run) if ranks.is_main else contextlib.nullcontext():
-        found = ranks.share(finished(checked.folder, asked) if ranks.is_main and checked.n_kept else None)[0]
-        if found is not None:
-            logger.info("%s holds this choice already", checked.folder)
-        elif not checked.n_kept:
-            found = _compared(args, checked, request, ranks)
-        else:
-            found = _chosen(args, checked, request, ranks)
-            found |= {"made_with": settings, "request": asked, "models": [args.teacher_model, args.student_model]}
-            found |= {"context_length": args.context_length, "cache_bytes": caches(args, checked), **words}
-            if ranks.is_main:
-                write_choice(checked.folder, found)
-        ranks.maximum(0)  # no rank goes on before the files are there
+    if ranks.is_main:
+        prepare(checked.folder, settings, training is not None)
+    found = ranks.share(finished(checked.folder, asked) if ranks.is_main and checked.n_kept else None)[0]
+    if found is not None:
+        logger.info("%s holds this choice already", checked.folder)
+    elif not checked.n_kept:
+        found = _compared(args, checked, request, ranks)
+    else:
+        found = _chosen(args, checked, request, ranks)
+        found |= {"made_with": settings, "request": asked, "models": [args.teacher_model, args.student_model]}
+        found |= {"context_length": args.context_length, "cache_bytes": caches(args, checked), **words}
+        if ranks.is_main:
+            write_choice(checked.folder, found)
+    ranks.maximum(0)  # no rank goes on before the files are there
     return found
 
 

@@ -13,7 +13,7 @@ import train_gpus
 from arguments import parse_eval_args, parse_train_args
 from conversion.options import parse_make_args
 from inputs.value_types import AutoLayers
-from selection import auto, material
+from selection import auto, folder, material
 from selection.ablation import Ablations, mean_growth
 from selection.material import Material, build_probes
 from tests import fresh
@@ -22,7 +22,7 @@ from tests.selection.test_choose_layers import all_probes_count, stop_after_five
 from tests.small_runs import make_models, options
 from tests.tiny import tiny_hybrid, tiny_teacher
 from text.sources import TextSource
-from utils import lock_dir
+from utils import TakenError, lock_dir
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +162,28 @@ def test_heads_need_a_probe_that_the_teacher_can_do(models, student, tmp_path, l
 
 
 def test_an_error_of_the_choice_names_what_the_run_has(models, student, tmp_path):
-    with lock_dir("--output", student / "choice"):
-        codes, log = train(argv_of(models, student, tmp_path / "run"))
-    assert codes == [2] and f"--layers auto:2: {student / 'choice'}: another run is writing there" in log
+    (student / "choice").touch()
+    codes, log = train(argv_of(models, student, tmp_path / "run"))
+    assert codes == [2] and f"error: --layers auto:2: {student / 'choice'}: cannot be written (File exists)" in log
+    (student / "choice").unlink()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "refused"
     (tmp_path / "one.jsonl").write_text((models / "short.jsonl").read_text().splitlines()[0])
     changes = dict(eval_dataset_name=tmp_path / "one.jsonl", eval_interval=1)
     codes, log = train(argv_of(models, student, tmp_path / "run", **changes))
     words = f"--layers auto:2: --eval_dataset_name '{tmp_path / 'one.jsonl'}': split 'train' does not fill one window"
     assert codes == [2] and words in log
+
+
+def test_a_run_waits_for_the_choice_of_another(models, student, tmp_path, monkeypatch):
+    """Runs of a sweep begin at the same time."""
+    args = parse_train_args(argv_of(models, student, tmp_path / "run"))
+    lock, finished = lock_dir("--output", student / "choice"), {"layers": [0, 3], "ablation": None}
+    calls = iter([None, finished])
+    monkeypatch.setattr(auto, "_finished", lambda *_: next(calls))
+    monkeypatch.setattr(folder.time, "sleep", lambda _: lock.close())
+    assert auto.chosen(args, torch.device("cpu"), RANK)["args"].layers == [0, 3]
+    with folder.taken(student / "choice"), pytest.raises(TakenError), folder.taken(student / "choice"):
+        pass
 
 
 def test_the_text_is_read_as_the_run_reads_it(models, student, tmp_path, monkeypatch):

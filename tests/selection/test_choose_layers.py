@@ -203,6 +203,17 @@ def test_a_folder_with_rows_of_nobody_is_left_alone(models, tmp_path):
     assert (tmp_path / "measured.jsonl").read_text() == "{}\n"
 
 
+def test_a_result_that_cannot_be_written_is_one_line_and_its_rows_are_kept(models, tmp_path):
+    (tmp_path / "choice.svg").mkdir()
+    codes, log = run(command(models, tmp_path))
+    [line] = [line for line in log.splitlines() if line.startswith("error:")]
+    assert codes == [2] and f"--output {tmp_path}: cannot be written" in line and "what was measured is kept" in line
+    (tmp_path / "choice.svg").rmdir()
+    rows = (tmp_path / "measured.jsonl").read_bytes()
+    codes, log = run(command(models, tmp_path))
+    assert codes == [0] and (tmp_path / "measured.jsonl").read_bytes() == rows
+
+
 def test_the_plan_reads_no_weights(models, tmp_path, capsys):
     assert choose_layers.main(parse_choose_args([*command(models, tmp_path), "--dry_run"])) == 0
     printed = capsys.readouterr().out
