@@ -1,0 +1,178 @@
+"""Compares hybrids that keep single heads of a real teacher, cut out of a student or with mixers that were fitted
+beside them, and after training with a hybrid of whole layers. From the repository's folder, with what `make demo-real`
+has made:
+
+    python -m benchmarks.real_heads --teacher teachers/smollm2-135m --student runs/demo-real/students/closed_form \\
+        --text runs/demo-real/text --output runs/heads --heads 11 32 --groups 11
+
+Heads are those without which the teacher's probes lose most; groups are all heads of a key/value head, which have one
+cache. With `--align 60 --distil 120` each hybrid is trained so many steps of 512 tokens, and so is one with the whole
+`--layers`. All figures are of texts that nothing was chosen on. The same command resumes: what is made stays.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import make_student
+from benchmarks.harness import ROOT, Row, report
+from conversion.options import parse_make_args
+from inputs.teacher_parts import Heads, named_parts
+from model_utils import apply_replacements, get_student_model, get_teacher_model
+from selection.ablation import ablation_scores
+from selection.checks import check_choice, read_material
+from selection.material import Material
+from selection.options import parse_choose_args
+from selection.statistics import estimate
+from utils import write_whole
+
+CPU = torch.device("cpu")
+PRESET = "smollm2-135m"  # windows, batches and rates
+WINDOWS_AT_ONCE = 4
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Prints the table, and returns its rows."""
+    args = parse(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    models = ["--teacher_model", args.teacher, "--student_model", args.student, "--local_files_only"]
+    texts = ["--text", str(args.text / "heldout.jsonl"), "--text_windows", "12", "--probe_texts", str(args.probe_texts)]
+    options = parse_choose_args([*models, *texts, "--output", str(args.output), "--dtype", "float32", "--budget", "1"])
+    material = read_material(options, check_choice(options))
+    teacher = get_teacher_model(args.teacher, torch.float32, CPU)
+    hybrids = Hybrids(args, teacher)
+    parts = named(args, scores_of(teacher, material.part(False), args.output / "ablation.json"), teacher.config)
+    rows = [figures_of("the teacher", teacher, teacher, material.part(True))]
+    for name, layers, heads in parts:
+        for how, hybrid in hybrids.of(name, layers, heads):
+            rows.append(figures_of(f"{name}{how}", hybrid, teacher, material.part(True)))
+            print(rows[-1], flush=True)
+    report(rows, args.json)
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("teacher", "student"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="folder of train.jsonl and heldout.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder of what is measured and trained")
+    parser.add_argument("--heads", type=int, nargs="*", default=[], help="numbers of heads")
+    parser.add_argument("--groups", type=int, nargs="*", default=[], help="numbers of groups, each with all its heads")
+    parser.add_argument("--layers", type=int, nargs="*", default=[], help="whole layers to compare with")
+    parser.add_argument("--align", type=int, default=0, help="steps of alignment")
+    parser.add_argument("--distil", type=int, default=0, help="steps of distillation after it")
+    parser.add_argument("--probe_texts", type=int, default=12, help="of each probe; a third is not chosen on")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file")
+    return parser.parse_args(argv)
+
+
+def scores_of(teacher: Any, material: Material, file: Path) -> list[list[float]]:
+    """Returns how much the probes lose without each head, (L, H)."""
+    if not file.exists():
+        write_whole(file, json.dumps(ablation_scores(teacher, material.probes)[1]).encode())
+    return json.loads(file.read_text())
+
+
+def named(args: argparse.Namespace, scores: list[list[float]], config: Any) -> list[tuple[str, list[int], Heads]]:
+    """Returns the names of hybrids with their layers and heads."""
+    size = config.num_attention_heads // config.num_key_value_heads
+    found: list[tuple[str, list[int], Heads]] = [("no heads", [], {})]
+    found += [(f"{n} heads", [], strongest(scores, n, 1)) for n in args.heads]
+    found += [(f"{n} groups of {size}", [], strongest(scores, n, size)) for n in args.groups]
+    return [*found, *([(f"{len(args.layers)} layers", args.layers, {})] if args.layers else [])]
+
+
+def strongest(scores: list[list[float]], n: int, size: int) -> Heads:
+    """Returns the heads of the `n` groups of `size` heads with the largest sums of scores."""
+    sums = {
+        (layer, first): sum(row[first : first + size])
+        for layer, row in enumerate(scores)
+        for first in range(0, len(row), size)
+    }
+    heads: Heads = {}
+    for layer, first in sorted(sorted(sums, key=lambda place: (-sums[place], place))[:n]):
+        heads.setdefault(layer, []).extend(range(first, first + size))
+    return heads
+
+
+class Hybrids:
+    """Makes hybrids of a student and its teacher, in folders that stay."""
+
+    def __init__(self, args: argparse.Namespace, teacher: Any) -> None:
+        self.args, self.teacher = args, teacher
+
+    def of(self, name: str, layers: list[int], heads: Heads) -> Iterator[tuple[str, Any]]:
+        """Yields a hybrid as it is without training, and with heads also beside mixers fitted for it; then trained."""
+        folder = self.args.output / name.replace(" ", "-")
+        student = Path(self.args.student)
+        yield " cut out" if heads else "", self._with_parts(student, layers, heads)
+        if heads:
+            student = self._fitted(folder / "student", heads)
+            yield " fitted beside", self._with_parts(student, [], heads)
+        if self.args.align and self.args.distil and (layers or heads):
+            last = self._trained(folder, student, named_parts(layers, heads).split())
+            yield ", trained", get_student_model(str(last), torch.float32, CPU).eval()
+
+    def _with_parts(self, student: Path, layers: list[int], heads: Heads) -> Any:
+        hybrid = get_student_model(str(student), torch.float32, CPU).eval()
+        apply_replacements(hybrid, self.teacher, layers, heads)
+        return hybrid
+
+    def _fitted(self, folder: Path, heads: Heads) -> Path:
+        text = ["--calibration", str(self.args.text / "train.jsonl"), "--output", str(folder)]
+        line = [*self._models(), *text, *named_parts([], heads).split()]
+        if make_student.main(parse_make_args(line)) != 0:
+            raise RuntimeError(f"{folder} was not made")
+        return folder
+
+    def _trained(self, folder: Path, student: Path, parts: list[str]) -> Path:
+        """Returns the checkpoint of a run that aligns, then distils."""
+        text = ["--dataset_name", str(self.args.text / "train.jsonl"), "--no_dataset_streaming"]
+        schedule = ["--warmup_steps", "3", "--decay_ratio", "0.75", "--save_interval", "40", "--save_total_limit", "1"]
+        common = [*self._models(), *text, *schedule, *parts, "--teacher_placement", "colocated", "--resume", "auto"]
+        stages = {
+            "align": ["--stage", "align", "--max_steps", str(self.args.align)],
+            "distil": ["--max_steps", str(self.args.distil), "--max_lr", "0.0001"],
+        }
+        for stage, options in stages.items():
+            line = [*common, *options, "--student_model", str(student), "--output_dir", str(folder / stage)]
+            subprocess.run([sys.executable, str(ROOT / "train_gpus.py"), *line], check=True)
+            student = folder / stage / "latest"
+        return student
+
+    def _models(self) -> list[str]:
+        return ["--preset", PRESET, "--teacher_model", self.args.teacher, "--local_files_only", "--dtype", "float32"]
+
+
+@torch.no_grad()
+def figures_of(case: str, model: Any, teacher: Any, material: Material) -> Row:
+    """Returns a row: key/value heads that are kept, the KL with half of its interval over windows, and the share of
+    right answers of each probe.
+    """
+    kls = [kl for some in material.windows.split(WINDOWS_AT_ONCE) for kl in kl_of(model, teacher, some)]
+    kl, config = estimate(kls), model.config
+    of_layer = getattr(config, "n_kv_heads_of", lambda _: config.num_key_value_heads)
+    row: Row = {"case": case, "key/value heads": sum(map(of_layer, range(config.num_hidden_layers)))}
+    row |= {"kl": kl.mean, "+-": kl.half}
+    for probe in material.probes:
+        hidden = model.base_model(probe.ids, use_cache=False).last_hidden_state
+        row[probe.name] = estimate(probe.score(hidden, model.get_output_embeddings()).acc).mean
+    return row
+
+
+def kl_of(model: Any, teacher: Any, windows: torch.Tensor) -> list[float]:
+    """Returns KL(teacher || model) of each window (n, S + 1), the mean over tokens in nats."""
+    own, given = (m(windows[:, :-1], use_cache=False).logits.log_softmax(-1) for m in (model, teacher))
+    return F.kl_div(own, given, log_target=True, reduction="none").sum(-1).mean(-1).tolist()
+
+
+if __name__ == "__main__":
+    main()
