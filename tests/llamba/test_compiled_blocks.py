@@ -51,15 +51,17 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def make_run(checkpointing, freezing, compiles=True):
-    """Returns a student of 6 layers under DDP, as train_gpus.py has it, and what descends its loss."""
+def make_run(checkpointing, freezing, compiles=True, heads=None):
+    """Returns a student of 6 layers under DDP, as train_gpus.py has it, and what descends its loss. heads: of layers,
+    that it keeps of the teacher.
+    """
     options = ["--layers", "1", "4", "--kl_weight", "0", "--save_interval", "0"]
     options += ["--compile"] * compiles + ["--gradient_checkpointing"] * checkpointing
     options += ["--freeze_mlp" if freezing else "--no_freeze_mlp"]
     options += ["--freeze_replaced_layers" if freezing else "--no_freeze_replaced_layers"]
     args = parse_train_args(options)
     student = tiny_student(n_layer=6).train()
-    apply_replacements(student, tiny_teacher(num_hidden_layers=6, intermediate_size=48), args.layers)
+    apply_replacements(student, tiny_teacher(num_hidden_layers=6, intermediate_size=48), args.layers, heads)
     prepare_student(student, args)
     model = DistillationModel(student, None, 50, dataclasses.replace(args, compile=False))  # the loss is not a block
     return student, Distillation(model, CPU)
@@ -88,6 +90,17 @@ def test_a_kind_of_block_is_one_graph(one_rank, graphs, monkeypatch, checkpointi
     step(run)
     assert len(graphs) == 2 and not counters["graph_break"]
 
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(step(run), first)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_with_kept_heads_are_a_graph_for_each_way_of_sharing(one_rank, graphs, checkpointing):
+    _, run = make_run(checkpointing, freezing=True, heads={2: [0, 1], 3: [2, 3], 5: [0, 2, 3]})
+    run.begin((2, LENGTH))
+    first = step(run)
+    assert len(graphs) == 4 and not counters["graph_break"]  # of mixers alone, whole layers, and two ways of sharing
+    assert torch.equal(step(run), first) and len(graphs) == 4
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(step(run), first)
 

@@ -51,6 +51,7 @@ CASES = {
             ("wide", f"{FLOAT32} --freeze_mlp --freeze_replaced_layers"),
             ("wide", f"{FLOAT32} --grad_accumulation_steps 2"),
             ("wide", f"{FLOAT32} --layers -1 --teacher_signal logits"),
+            ("made", f"{FLOAT32} --heads 0:1,0:6,1:0,1:1,1:5"),
             ("narrow", f"{BFLOAT16} --kl_weight 0"),
             ("narrow", f"{BFLOAT16} --kl_weight 0 --no_master_weights"),
             ("made", f"{FLOAT32} --stage align"),
@@ -123,7 +124,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     save_teacher_and_student(folder, "wide", d_model=256, n_heads=16)
     save_teacher_and_student(folder, "narrow", d_model=128, n_heads=16)
-    save_teacher_and_student(folder, "made", d_model=256, n_heads=16)
+    save_teacher_and_student(folder, "made", d_model=256, n_heads=8)
     return folder
 
 
