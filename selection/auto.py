@@ -153,8 +153,9 @@ def folder_of_run(args: TrainArguments) -> Path:
 
 
 def options_of_choice(args: TrainArguments) -> ChooseArguments:
-    """Returns the options of the choice that a run makes. Its text is the run's held-out text, if it has one. Its probes
-    are not drawn with the run's seed: runs of several seeds can use what was measured.
+    """Returns the options of the choice that a run makes. Its text is the run's held-out text, if it has one.
+
+    Its probes are not drawn with the run's seed: runs of several seeds can use what was measured.
     """
     return ChooseArguments(
         preset=args.preset,
