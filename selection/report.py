@@ -111,7 +111,17 @@ def _ablation(choice: dict[str, Any]) -> str:
         n_more = len(choice["ablation"][what]) - len(ranked)
         shown = f", {n_more} more in choice.json" * (n_more > 0)
         parts.append(_section(f"## {title} of the teacher, ablated{shown}", note, [first, *columns], rows))
-    return "\n".join(parts)
+    return "\n".join([*parts, _heads_line(choice)])
+
+
+def _heads_line(choice: dict[str, Any]) -> str:
+    ranked = sorted(choice["ablation"]["heads"], key=lambda row: -row["score"])
+    places = [row["place"] for row in ranked if row["place"][0] not in choice["layers"]]
+    heads = ",".join("{}:{}".format(*place) for place in places[:MOST_HEADS])
+    return (
+        "To keep single heads beside the layers above, take as many of these as the cache has room for, from the first "
+        f"on; `make_student.py` fits the mixers beside them:\n\n    --heads {heads}\n"
+    )
 
 
 def _probes(choice: dict[str, Any]) -> str:

@@ -82,6 +82,10 @@ def test_the_report_says_what_was_measured_on_what(made):
         "Heads of the teacher, ablated", "Probes", "Made with",
     ]  # fmt: skip
     assert f"    --layers {' '.join(map(str, choice['layers']))}\n" in report
+    (heads,) = re.findall(r"^    --heads (.*)$", report, re.MULTILINE)
+    score = {"{}:{}".format(*row["place"]): row["score"] for row in choice["ablation"]["heads"]}
+    others = [place for place in score if int(place.split(":")[0]) not in choice["layers"]]
+    assert heads.split(",") == sorted(others, key=lambda place: -score[place])[:20]
     assert (
         "nats per answer, over 2 texts." in report
         and "copying: left out; its texts have 240 tokens, and the teacher reads 128." in report
