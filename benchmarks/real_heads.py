@@ -7,7 +7,7 @@ has made:
 
 Heads are those without which the teacher's probes lose most; groups are all heads of a key/value head, which have one
 cache. With `--align 60 --distil 120` each hybrid is trained so many steps of 512 tokens, and so is one with the whole
-`--layers`. All figures are of texts that nothing was chosen on. The same command resumes: what is made stays.
+`--layers`. All figures are of texts that no head was chosen on. The same command resumes: what is made stays.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from conversion.options import parse_make_args
 from inputs.teacher_parts import Heads, named_parts
 from model_utils import apply_replacements, get_student_model, get_teacher_model
 from selection.ablation import ablation_scores
-from selection.checks import check_choice, read_material
-from selection.material import Material
+from selection.checks import Checked, check_choice, read_material
+from selection.material import Material, build_probes
 from selection.options import parse_choose_args
 from selection.statistics import estimate
 from utils import write_whole
 
 CPU = torch.device("cpu")
 PRESET = "smollm2-135m"  # windows, batches and rates
-WINDOWS_AT_ONCE = 4
+WINDOWS_AT_ONCE, TEXTS_TO_RANK_ON = 4, 4
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -43,16 +43,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     models = ["--teacher_model", args.teacher, "--student_model", args.student, "--local_files_only"]
-    texts = ["--text", str(args.text / "heldout.jsonl"), "--text_windows", "12", "--probe_texts", str(args.probe_texts)]
+    texts = ["--text", str(args.text / "heldout.jsonl"), "--probe_texts", str(args.probe_texts), "--seed", "1"]
     options = parse_choose_args([*models, *texts, "--output", str(args.output), "--dtype", "float32", "--budget", "1"])
-    material = read_material(options, check_choice(options))
+    checked = check_choice(options)
+    material = read_material(options, checked)
     teacher = get_teacher_model(args.teacher, torch.float32, CPU)
     hybrids = Hybrids(args, teacher)
-    parts = named(args, scores_of(teacher, material.part(False), args.output / "ablation.json"), teacher.config)
-    rows = [figures_of("the teacher", teacher, teacher, material.part(True))]
-    for name, layers, heads in parts:
+    rows = [figures_of("the teacher", teacher, teacher, material)]
+    for name, layers, heads in named(args, scores_of(teacher, checked, args.output / "ablation.json"), teacher.config):
         for how, hybrid in hybrids.of(name, layers, heads):
-            rows.append(figures_of(f"{name}{how}", hybrid, teacher, material.part(True)))
+            rows.append(figures_of(f"{name}{how}", hybrid, teacher, material))
             print(rows[-1], flush=True)
     report(rows, args.json)
     return rows
@@ -69,15 +69,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="whole layers to compare with")
     parser.add_argument("--align", type=int, default=0, help="steps of alignment")
     parser.add_argument("--distil", type=int, default=0, help="steps of distillation after it")
-    parser.add_argument("--probe_texts", type=int, default=12, help="of each probe; a third is not chosen on")
+    parser.add_argument("--probe_texts", type=int, default=12, help="of each probe, others than heads are ranked on")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file")
     return parser.parse_args(argv)
 
 
-def scores_of(teacher: Any, material: Material, file: Path) -> list[list[float]]:
-    """Returns how much the probes lose without each head, (L, H)."""
+def scores_of(teacher: Any, checked: Checked, file: Path) -> list[list[float]]:
+    """Returns how much the probes lose without each head, (L, H), on texts of their own."""
     if not file.exists():
-        write_whole(file, json.dumps(ablation_scores(teacher, material.probes)[1]).encode())
+        probes, _ = build_probes(checked.tokenizer, TEXTS_TO_RANK_ON, 0, teacher.config.max_position_embeddings)
+        write_whole(file, json.dumps(ablation_scores(teacher, probes)[1]).encode())
     return json.loads(file.read_text())
 
 

@@ -1,4 +1,4 @@
-"""A student without biases has the names and shapes that the official loader asks for, which loads with strict=True:
+"""A student without biases in its mixers has the names and shapes that the official loader asks for:
 `LlambaLMHeadModel` of cartesia-pytorch (github.com/cartesia-ai/edge, commit 95d8276), read on 2026-12-01.
 """
 
@@ -37,13 +37,18 @@ def official_shapes(config):
         "mlp.up_proj.weight": (width, D),
         "mlp.down_proj.weight": (D, width),
     }
+    if config["mlp_cfg"]["bias"]:
+        of_layer |= {"mlp.gate_proj.bias": (width,), "mlp.up_proj.bias": (width,), "mlp.down_proj.bias": (D,)}
     shapes = {"backbone.embedding.weight": (V, D), "backbone.final_layernorm.weight": (D,)}
     for index in range(config["n_layer"]):
         shapes |= {f"backbone.layers.{index}.{name}": shape for name, shape in of_layer.items()}
     return shapes if config["tie_embeddings"] else shapes | {"lm_head.weight": (V, D)}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"head_dim": 12}, {"num_key_value_heads": 1}])
+CASES = [{}, {"tie_word_embeddings": True}, {"head_dim": 12}, {"num_key_value_heads": 1}, {"mlp_bias": True}]
+
+
+@pytest.mark.parametrize("changes", CASES)
 def test_names_and_shapes_are_those_of_the_official_loader(tmp_path, changes):
     tiny_teacher(**changes).save_pretrained(tmp_path / "teacher")
     weights = TeacherWeights(str(tmp_path / "teacher"))
