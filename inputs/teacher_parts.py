@@ -23,7 +23,7 @@ def head_list(text: str) -> str:
     """Returns a text such as "13:18,15:11", or "auto:16", as it is. Raises ArgumentTypeError if it is no list of
     LAYER:HEAD.
     """
-    if not AUTO.fullmatch(text) and not all(PAIR.fullmatch(pair) for pair in text.split(",")):
+    if not AUTO.fullmatch(text) and not all(map(PAIR.fullmatch, text.replace(",", " ").split() or [text])):
         raise argparse.ArgumentTypeError(
             f"{text!r:.{SHOWN}}: expected heads as LAYER:HEAD, with commas or spaces, such as 13:18,15:11, or how many "
             "to choose, such as auto:16"

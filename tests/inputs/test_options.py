@@ -176,12 +176,13 @@ def test_evaluation_knows_whether_layers_were_given():
 
 
 def test_heads_are_named_with_commas_or_spaces():
-    for line in ("--heads 13:18,15:11,13:2", "--heads 15:11 13:18 13:2,13:18", "--heads 15:11,13:2 13:18"):
-        args = train_options(line)
+    for words in ("13:18,15:11,13:2", "15:11 13:18 13:2,13:18", "15:11,13:2 13:18", "13:18, 15:11, 13:2"):
+        args = train_options(f"--heads {words}")
+        assert args == parse_train_args(["--heads", words])  # in quotes
         assert args.heads == ["13:2", "13:18", "15:11"] and args.kept_heads == {13: [2, 18], 15: [11]}
     assert train_options("--layers -1 --heads 1:0").takes_parts and train_options("--layers 1").takes_parts
     assert not train_options("--layers -1 --heads").takes_parts
-    for text in ("13", "13:", "13:18:2", "13-18", "-1", "a:b", "13:18,", "13:1e3"):
+    for text in ("13", "13:", "13:18:2", "13-18", "-1", "a:b", ",", "13:1e3", "auto:2,auto:3"):
         assert "expected heads as LAYER:HEAD" in train_error(f"--heads={text}")
 
 
