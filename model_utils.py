@@ -272,7 +272,11 @@ def checkpoint_blocks(student: LlambaForCausalLM, n_blocks: int | None) -> None:
 def compile_modules(student: LlambaForCausalLM, modules: Iterable[nn.Module]) -> None:
     """Compiles each of the student's `modules`, such as its blocks, by itself: those of one kind share their graph, and
     saved weights keep their names. The kernels are chosen first, because logging that choice would break the graph.
+
+    Blocks that keep other numbers of heads are of other kinds, and torch would run all after the eighth uncompiled.
     """
+    modules = list(modules)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(modules))
     weight = student.backbone.embedding.weight
     kernels_for(weight.device.type, weight.dtype)
     for module in modules:

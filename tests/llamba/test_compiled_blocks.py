@@ -105,6 +105,16 @@ def test_blocks_with_kept_heads_are_a_graph_for_each_way_of_sharing(one_rank, gr
         torch.testing.assert_close(step(run), first)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_every_kind_of_block_is_compiled_however_many_there_are(graphs):
+    """torch gives a function up after so many graphs, else eight, and would run the other blocks as they are."""
+    student = tiny_student(n_layer=3)
+    apply_replacements(student, tiny_teacher(num_hidden_layers=3), [], {1: [0], 2: [0, 1]})
+    prepare_student(student, parse_train_args(["--compile"]))
+    student(tokens(2, LENGTH), use_cache=False)
+    assert len(graphs) == 3
+
+
 def test_without_compile_only_the_regions_are_compiled_and_once(one_rank, graphs, monkeypatch):
     """SwiGLU, the gate and their gradients, for all blocks, and whichever thread runs backward: on a GPU it is not the
     main one.
