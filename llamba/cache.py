@@ -114,6 +114,15 @@ class LlambaCache(Cache):
     def __init__(self, config: LlambaConfig) -> None:
         super().__init__(layers=[_layer_of(config, index) for index in range(config.n_layer)])
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens, where every layer has attention alone. Raises ValueError elsewhere, and changes
+        nothing.
+        """
+        for layer in self.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         for index, layer in enumerate(self.layers):
