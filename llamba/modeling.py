@@ -37,6 +37,12 @@ class LlambaPreTrainedModel(PreTrainedModel):
             if module.z_bias is not None:
                 init.zeros_(module.z_bias)
 
+    def set_attn_implementation(self, *args, **kwargs) -> None:
+        """Has the layers and heads of a teacher attend as transformers' method of this name says."""
+        super().set_attn_implementation(*args, **kwargs)
+        if (rotary := self.base_model.rotary_emb) is not None:  # its config is that of everything that attends
+            rotary.config._attn_implementation = self.config._attn_implementation
+
     @classmethod
     def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
         """Loads as transformers does. Raises ValueError that lists missing, unexpected and misshapen weights."""

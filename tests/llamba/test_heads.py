@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from llamba import LlambaBlock, LlambaCache, LlambaConfig, SharedPrefix, cache_bytes, can_share
 from llamba.kept_heads import KeptHeads
@@ -183,6 +184,19 @@ def test_rows_of_a_cache_are_chosen_and_repeated():
         made(ids, past_key_values=LlambaCache(tiny_student().config))
 
 
+@torch.no_grad()
+def test_a_cache_that_cannot_be_cut_back_stays_whole():
+    made, ids = hybrid(layers=[0], heads={1: [2]}), tokens(2, 9)
+    cache = made(ids[:, :8], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cut back"):
+        cache.crop(-3)
+    expected = made(ids, use_cache=False).logits[:, 8:]
+    torch.testing.assert_close(made(ids[:, 8:], past_key_values=cache).logits, expected, **TOLERANCE)
+    cache = hybrid(layers=[0, 1, 2, 3], heads={})(ids, use_cache=True).past_key_values
+    cache.crop(-3)
+    assert cache.get_seq_length() == 6
+
+
 # --- saving, training, refusals ------------------------------------------------------------------------------
 
 
@@ -194,6 +208,24 @@ def test_it_is_saved_and_loaded_in_its_layout(tmp_path):
     assert loaded.config.attention_heads == {"0": [1], "1": [0, 2, 3], "3": [2, 3]}
     assert loaded.config.attention_layers == [2]
     assert torch.equal(loaded(tokens()).logits, made(tokens()).logits)
+
+
+def test_the_form_of_attention_can_be_changed_for_all_that_attend(monkeypatch):
+    made, called = hybrid(layers=[2]), []
+    expected = made(tokens(), use_cache=False).logits
+    made.set_attn_implementation("eager")
+    for module in "llamba.kept_heads", "transformers.models.llama.modeling_llama":
+        monkeypatch.setattr(f"{module}.eager_attention_forward", spy(eager_attention_forward, called))
+    torch.testing.assert_close(made(tokens(), use_cache=False).logits, expected, **TOLERANCE)
+    assert [module.layer_idx for module in called] == [0, 1, 2, 3]
+
+
+def spy(attend, called):
+    def attend_and_note(module, *args, **kwargs):
+        called.append(module)
+        return attend(module, *args, **kwargs)
+
+    return attend_and_note
 
 
 def test_recomputed_gradients_are_the_same_and_reach_every_weight():
