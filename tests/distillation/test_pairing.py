@@ -167,6 +167,7 @@ def test_a_damaged_tokenizer_of_a_student_does_not_stop_a_run(student, tokenizer
         ("--heads 1:2,0:3", {"fitted_beside": {"0": [3], "1": [2]}}, None),
         ("--heads 1:2 --stage align", {}, None),  # which is what the warning tells to do
         ("--layers 1", {}, None),
+        ("--heads 1:0,1:1,1:2,1:3", {}, None),  # a whole layer, without a mixer
     ],
 )
 def test_mixers_that_lose_heads_beside_which_they_were_not_fitted(caplog, line, config, cut):
