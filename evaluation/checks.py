@@ -176,20 +176,19 @@ def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | N
 def _find_hybrid(
     args: EvalArguments, student: ModelSource, teacher: ModelSource, trained: ModelSource | None
 ) -> ModelSource:
-    """Returns the student as source of the untrained hybrid. Without --layers and --heads, they are those of the
-    trained hybrid, if that is measured too, so that the two differ by training alone.
-    """
+    """Returns the student as untrained hybrid. Without --layers and --heads, it has the trained one's, if any."""
     if student.layers or student.heads:
         own = named_parts(student.layers or [], student.heads)
         raise ValueError(
             f"--which hybrid: --student_model {args.student_model} has {own} of a teacher already; give the student "
             "that it was made from, or score it as student or as --ckpt"
         )
-    layers, heads = sorted(args.layers), args.kept_heads
+    layers, heads = args.layers, args.kept_heads
     if not args.parts_given and trained is not None and trained.layers is not None:
         layers, heads = trained.layers, trained.heads
     check_replacements(student.config, teacher.config, layers, heads)
-    return ModelSource(student.path, student.config, layers, heads)
+    layers, parts = whole_and_parts(layers, heads, student.config.ssm_cfg["n_v_heads"])  # as its config will have them
+    return ModelSource(student.path, student.config, layers, parse_heads(pairs_of(parts)))
 
 
 def _read_questions(args: EvalArguments) -> list[mmlu.Question]:

@@ -134,6 +134,12 @@ def test_a_checkpoint_decides_which_layers_the_untrained_hybrid_has(models, opti
     assert inputs.sources["hybrid"].layers == inputs.sources["hybrid_ft"].layers == [0, 2]
 
 
+def test_a_layer_of_which_all_heads_are_named_is_a_whole_one_in_the_results(options):
+    options |= {"layers": ["2"], "heads": ["0:0,0:1,0:2,0:3"]}
+    hybrid, trained = map(check_inputs(parse_eval_args(command_line(options))).sources.get, ("hybrid", "hybrid_ft"))
+    assert (hybrid.layers, hybrid.heads) == (trained.layers, trained.heads) == ([0, 2], {})
+
+
 def test_a_link_is_followed_once(models, options, tmp_path):
     """During training, `latest` may have moved by the time the weights are read."""
     latest = tmp_path / "latest"
