@@ -23,10 +23,10 @@ def eval_problems(args: Any) -> Iterator[str]:
     """Yields what does not go together in the options of an evaluation."""
     yield from _layer_problems(args)
     for name, number in (("layers", args.auto_layers), ("heads", args.auto_heads)):
-        if number is not None and {"hybrid", "all"} & set(args.which) and args.ckpt is None:
+        if number is not None and (name in args.given or ({"hybrid", "all"} & set(args.which) and args.ckpt is None)):
             yield (
-                f"--{name} auto:{number}: an evaluation chooses no {name}; give those of choice.json, or a --ckpt, "
-                "which has its own"
+                f"--{name} auto:{number}: an evaluation chooses no {name}; give those of choice.json, or leave the "
+                "option out, with a --ckpt, which has its own"
             )
     if args.ckpt is not None and not {"hybrid_ft", "all"} & set(args.which):
         which = f"--which {' '.join(args.which)}"

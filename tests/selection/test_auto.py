@@ -262,7 +262,8 @@ def test_an_option_that_says_nothing_is_refused(layers, words):
 def test_other_entries_choose_nothing():
     with pytest.raises(ValueError, match="--layers auto:2: an evaluation chooses no layers"):
         parse_eval_args(["--preset", "tiny", "--which", "hybrid", "--layers", "auto:2"])
-    assert parse_eval_args(["--preset", "tiny", "--ckpt", "runs/x", "--layers", "auto:2"]).layers == []
+    with pytest.raises(ValueError, match="--heads auto:2: .* or leave the option out, with a --ckpt"):
+        parse_eval_args(["--preset", "tiny", "--ckpt", "runs/x", "--heads", "auto:2"])
     with pytest.raises(ValueError, match="--layers auto:2: is for train_gpus.py"):
         parse_make_args(["--preset", "tiny", "--output", "x", "--layers", "auto:2"])
     assert str(AutoLayers(3)) == "auto:3" and material.ABOVE_CHANCE == 0.2
