@@ -12,7 +12,7 @@ from arguments import TrainArguments
 from evaluation.copying import WORDS
 from evaluation.held_out import check_not_trained_on_by, read_windows
 from inputs.context import shortest
-from inputs.teacher_parts import named_parts
+from inputs.teacher_parts import named_parts, pairs_of
 from llamba import LlambaConfig
 from llamba.export import STATE_FILE
 from model_utils import check_replacements, get_configs, get_tokenizer, locate_model
@@ -96,6 +96,11 @@ def check_pair(configs: tuple[PretrainedConfig, LlambaConfig], flag: str) -> Non
         raise ValueError(
             f"{flag}: --student_model is a hybrid already, with {own} of its teacher; name those, or start from a "
             "student without"
+        )
+    if beside := ",".join(pairs_of(student.fitted_beside)):
+        raise ValueError(
+            f"{flag}: the mixers of --student_model were fitted beside heads of the teacher, and cannot be compared "
+            f"without; name --layers and --heads, {beside} among these, or take a student made without --heads"
         )
     try:
         check_replacements(student, teacher, [0])

@@ -20,7 +20,7 @@ from tests import fresh
 from tests.selection.one_rank import RANK
 from tests.selection.test_choose_layers import all_probes_count, stop_after_five_rows
 from tests.small_runs import make_models, options
-from tests.tiny import tiny_hybrid, tiny_teacher
+from tests.tiny import tiny_hybrid, tiny_student, tiny_teacher
 from text.sources import TextSource
 from utils import TakenError, lock_dir
 
@@ -29,6 +29,7 @@ from utils import TakenError, lock_dir
 def models(tmp_path_factory):
     folder = make_models(tmp_path_factory.mktemp("models"))
     tiny_hybrid(teacher=tiny_teacher(vocab_size=1030), vocab_size=1024).save_pretrained(folder / "hybrid")
+    tiny_student(vocab_size=1024, fitted_beside={"0": [1]}).save_pretrained(folder / "beside")
     return folder
 
 
@@ -234,6 +235,10 @@ def test_a_stopped_choice_is_no_obstacle(models, student, tmp_path):
             "auto:2",
             "hybrid",
             "--layers auto:2: --student_model is a hybrid already, with --layers 1 3 of its teacher",
+        ),
+        *(
+            (f"{layers} --heads auto:2", "beside", "auto:2: the mixers of --student_model were fitted beside heads")
+            for layers in ("auto:2", "3")
         ),
     ],
 )
