@@ -4,6 +4,8 @@ those of the published checkpoints; loading is exact: a missing, unexpected or m
 it.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -36,6 +38,13 @@ class LlambaPreTrainedModel(PreTrainedModel):
             init.ones_(module.D)
             if module.z_bias is not None:
                 init.zeros_(module.z_bias)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes as transformers does, to as many rows as a model that is loaded from the same config has."""
+        multiple = math.lcm(self.config.pad_vocab_size_multiple, pad_to_multiple_of or 1)
+        return super().resize_token_embeddings(new_num_tokens, multiple, mean_resizing)
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
         """Has the layers and heads of a teacher attend as transformers' method of this name says."""

@@ -134,6 +134,17 @@ def test_a_hybrid_survives_saving_and_loading(hybrid, tmp_path, max_shard_size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("multiple,rows", [(None, 64), (12, 72)])
+def test_a_model_with_more_tokens_survives_saving_and_loading(tmp_path, multiple, rows):
+    student = tiny_student(lm_head_bias=True)
+    student.resize_token_embeddings(61, pad_to_multiple_of=multiple)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.vocab_size == student.get_input_embeddings().num_embeddings == rows
+    assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
 def test_pytorch_bin_loads_like_safetensors(tmp_path, tied):
     student = tiny_student(tie_embeddings=tied)
