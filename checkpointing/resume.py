@@ -211,7 +211,8 @@ def _is_same(before: Any, now: Any) -> bool:
 
 
 def _changed(name: str, value: Any, checkpoint: Path, before: Any) -> str:
-    return f"--{name} {value}: the run of {checkpoint} has {before}; give the same"
+    given, had = (" ".join(map(str, v)) or "none" if isinstance(v, list) else v for v in (value, before))
+    return f"--{name} {given}: the run of {checkpoint} has {had}; give the same"
 
 
 def _other_run(args: TrainArguments, problems: list[str]) -> str:

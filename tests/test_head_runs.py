@@ -82,7 +82,7 @@ def test_a_killed_run_is_resumed_and_no_other_heads_are_taken(models, straight):
     codes, log = fresh.ranks(options(models, killed), 2, arm=kill_in_the_third_update)
     assert codes == [-9, -9], log[-4000:]
     codes, log = fresh.ranks(options(models, killed, heads="1:0"), 2)
-    assert 2 in codes and "--heads ['1:0']: the run of" in log and f"has {PAIRS}" in log
+    assert 2 in codes and "--heads 1:0: the run of" in log and f"has {' '.join(PAIRS)}; give" in log
     train(options(models, killed))
     assert differences(straight, killed, 4) == []
 
