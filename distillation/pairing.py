@@ -8,7 +8,7 @@ from arguments import TrainArguments
 from inputs.context import shortest
 from inputs.model_files import folder_of
 from inputs.teacher_parts import pairs_of
-from llamba import LlambaConfig, whole_and_parts
+from llamba import LlambaConfig, attention_cfg_from, whole_and_parts
 from llamba.families import other_form
 from model_utils import check_replacements, get_tokenizer
 from processes.ranks import is_main_rank
@@ -44,12 +44,30 @@ def check_alignment(args: TrainArguments, student: LlambaConfig, teacher: Pretra
             f"--stage align: the student has {shapes[0][0]} layers of width {shapes[0][1]}, the teacher {shapes[1][0]} "
             f"of {shapes[1][1]}; expected as many of the same width, make_student.py makes such a student"
         )
+    check_same_teacher("--stage align: --student_model", student, teacher)
     whole = student.attention_layers or whole_and_parts(args.layers, args.kept_heads, teacher.num_attention_heads)[0]
     if len(whole) == student.n_layer:
         raise ValueError(
             f"--stage align: all {student.n_layer} layers are the teacher's, and no mixer is left to learn; name fewer "
             "--layers, or take a student that has mixers"
         )
+
+
+def check_same_teacher(subject: str, student: LlambaConfig, teacher: PretrainedConfig) -> None:
+    """Raises ValueError, which begins with `subject`, if the layers and heads that a student has are of another teacher
+    than this one, by what they compute.
+    """
+    if not student.has_attention:
+        return
+    own, given = attention_cfg_from(student.attention_config()), {"model_type": teacher.model_type}
+    if own["model_type"] == teacher.model_type:
+        given |= attention_cfg_from(teacher)
+    for name, value in given.items():
+        if own[name] != value and name != "max_position_embeddings":
+            raise ValueError(
+                f"{subject} has layers or heads of another teacher, of which {name} is {own[name]}, and {value} of "
+                "--teacher_model; give the teacher that it was made with"
+            )
 
 
 def check_context(args: TrainArguments, student: LlambaConfig, teacher: PretrainedConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import EvalArguments
-from distillation.pairing import warn_of_another_tokenizer
+from distillation.pairing import check_same_teacher, warn_of_another_tokenizer
 from evaluation import mmlu, mmlu_files
 from evaluation.held_out import check_not_trained_on_by, read_windows, separator_of_text
 from evaluation.lengths import check_max_length, check_memory, check_retrieval
@@ -176,7 +176,7 @@ def _find_checkpoint(args: EvalArguments, tokenizer: PreTrainedTokenizerBase | N
 def _find_hybrid(
     args: EvalArguments, student: ModelSource, teacher: ModelSource, trained: ModelSource | None
 ) -> ModelSource:
-    """Returns the student as untrained hybrid. Without --layers and --heads, it has the trained one's, if any."""
+    """Returns the student as untrained hybrid, with what the trained one has, so that they differ by training alone."""
     if student.layers or student.heads:
         own = named_parts(student.layers or [], student.heads)
         raise ValueError(
@@ -184,7 +184,8 @@ def _find_hybrid(
             "that it was made from, or score it as student or as --ckpt"
         )
     layers, heads = args.layers, args.kept_heads
-    if not args.parts_given and trained is not None and trained.layers is not None:
+    if trained is not None and trained.layers is not None:
+        check_same_teacher("--which hybrid: --ckpt", trained.config, teacher.config)
         layers, heads = trained.layers, trained.heads
     check_replacements(student.config, teacher.config, layers, heads)
     layers, parts = whole_and_parts(layers, heads, student.config.ssm_cfg["n_v_heads"])  # as its config will have them

@@ -16,7 +16,7 @@ from distillation.pairing import (
     warn_of_cut_mixers,
 )
 from tests.model_files import cache_of_the_hub, change_json
-from tests.tiny import tiny_config, tiny_hybrid, tiny_teacher
+from tests.tiny import tiny_config, tiny_family, tiny_hybrid, tiny_teacher
 
 TINY = Path(__file__).parents[2] / "presets" / "tiny"
 
@@ -85,6 +85,8 @@ def test_a_student_of_its_teachers_shape_can_be_aligned():
         (llama(64, hidden_size=40), None, {}, "student has 4 layers of width 32, the teacher 4 of 40"),
         (llama(64), None, {"layers": "0 1 2 3"}, "all 4 layers are the teacher's"),
         (llama(64), None, {"seq_length": 65, "kl_weight": 0}, "the teacher can read 64 tokens"),
+        (tiny_family("qwen3").config, tiny_hybrid().config, {"layers": "1 3"}, "model_type is llama, and qwen3 of"),
+        (llama(64, rms_norm_eps=0.1), tiny_hybrid().config, {"layers": "1 3"}, "rms_norm_eps is 1e-06, and 0.1 of"),
     ],
 )
 def test_what_cannot_be_aligned_is_one_line(teacher, student, options, message):
