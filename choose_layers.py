@@ -1,9 +1,10 @@
-"""Chooses which of the teacher's layers a hybrid keeps, by measurement: forward passes alone, before any training.
+"""Chooses which of the teacher's layers and heads a hybrid keeps, by measurement: forward passes alone, before any
+training.
 
-    torchrun --standalone --nproc_per_node=4 choose_layers.py --preset llama-1b --budget 4
+    torchrun --standalone --nproc_per_node=4 choose_layers.py --preset llama-1b --budget 4 --head_budget 16
 
-Prints the line `--layers ...` for train_gpus.py, and writes choice.json, the report choice.md and the picture
-choice.svg into a folder beside the student. The same command resumes a choice that was stopped.
+Prints the line `--layers ... --heads ...` for train_gpus.py, and writes choice.json, the report choice.md and the
+picture choice.svg into a folder beside the student. The same command resumes a choice that was stopped.
 """
 
 import sys
@@ -22,7 +23,7 @@ from selection.checks import Checked, check_choice, cost_of, planned_tokens
 from selection.cost import GB
 from selection.folder import taken
 from selection.options import training_of
-from selection.report import layers_line
+from selection.report import options_line
 from selection.running import make_choice
 from utils import setup_logging
 
@@ -41,14 +42,15 @@ def main(args: ChooseArguments | None = None) -> int:
         with taken(checked.folder) if ranks.is_main else contextlib.nullcontext():
             choice = make_choice(args, checked, ranks)
         if ranks.is_main:
-            print(f"{checked.folder}: choice.md, choice.svg, choice.json\n{layers_line(choice)}")
+            print(f"{checked.folder}: choice.md, choice.svg, choice.json\n{options_line(choice)}")
     return 0
 
 
 def print_plan(args: ChooseArguments, checked: Checked) -> None:
     """Prints what the choice would cost."""
     cost = cost_of(args, checked.configs, checked.n_kept, None, planned_tokens(training_of(args.preset)))
-    print(f"Keeps {checked.n_kept} of {checked.configs[1].n_layer} layers; result in {checked.folder}")
+    heads = f" and {args.head_budget} heads of others" if args.head_budget else ""
+    print(f"Keeps {checked.n_kept} of {checked.configs[1].n_layer} layers{heads}; result in {checked.folder}")
     print(f"At most about {cost}")
     print(f"Both models, before what they share: {cost.model_bytes / GB:.1f} GB on each rank's device")
     print(f"Hidden states: {cost.state_bytes / GB:.2f} GB of each rank's host memory")

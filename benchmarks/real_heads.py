@@ -3,11 +3,13 @@ beside them, and after training with a hybrid of whole layers. From the reposito
 has made:
 
     python -m benchmarks.real_heads --teacher teachers/smollm2-135m --student runs/demo-real/students/closed_form \\
-        --text runs/demo-real/text --output runs/heads --heads 11 32 --groups 11
+        --text runs/demo-real/text --output runs/heads --far 11 --groups 11
 
-Heads are those without which the teacher's probes lose most; groups are all heads of a key/value head, which have one
-cache. With `--align 60 --distil 120` each hybrid is trained so many steps of 512 tokens, and so is one with the whole
-`--layers`. All figures are of texts that no head was chosen on. The same command resumes: what is made stays.
+--far takes the key/value heads that have to look far, with all their query heads, as `--heads auto:K` does. --heads and
+--groups are there to compare with: those heads, and those key/value heads with all of theirs, without which the
+teacher's probes lose most when they are zeroed. With `--align 60 --distil 120` each hybrid is trained so many steps of
+512 tokens, and so is one with the whole `--layers`. All figures are of texts that no head was chosen on. The same
+command resumes: what is made stays.
 """
 
 import argparse
@@ -24,13 +26,16 @@ import torch.nn.functional as F
 import make_student
 from benchmarks.harness import ROOT, Row, report
 from conversion.options import parse_make_args
-from inputs.teacher_parts import Heads, named_parts
+from inputs.teacher_parts import Heads, named_parts, parse_heads
 from model_utils import apply_replacements, get_student_model, get_teacher_model
+from processes.ranks import process_groups
 from selection.ablation import ablation_scores
 from selection.checks import Checked, check_choice, read_material
+from selection.dealing import Dealt
+from selection.far_heads import find_heads, shapes_of_heads
 from selection.material import Material, build_probes
 from selection.options import parse_choose_args
-from selection.statistics import estimate
+from selection.statistics import Estimate, estimate
 from utils import write_whole
 
 CPU = torch.device("cpu")
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     teacher = get_teacher_model(args.teacher, torch.float32, CPU)
     hybrids = Hybrids(args, teacher)
     rows = [figures_of("the teacher", teacher, teacher, material)]
-    for name, layers, heads in named(args, scores_of(teacher, checked, args.output / "ablation.json"), teacher.config):
+    for name, layers, heads in named(args, teacher, checked):
         for how, hybrid in hybrids.of(name, layers, heads):
             rows.append(figures_of(f"{name}{how}", hybrid, teacher, material))
             print(rows[-1], flush=True)
@@ -64,8 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--text", type=Path, required=True, help="folder of train.jsonl and heldout.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="folder of what is measured and trained")
-    parser.add_argument("--heads", type=int, nargs="*", default=[], help="numbers of heads")
-    parser.add_argument("--groups", type=int, nargs="*", default=[], help="numbers of groups, each with all its heads")
+    parser.add_argument("--far", type=int, nargs="*", default=[], help="numbers of key/value heads, by search")
+    parser.add_argument("--heads", type=int, nargs="*", default=[], help="numbers of heads, by ablation")
+    parser.add_argument("--groups", type=int, nargs="*", default=[], help="numbers of key/value heads, by ablation")
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="whole layers to compare with")
     parser.add_argument("--align", type=int, default=0, help="steps of alignment")
     parser.add_argument("--distil", type=int, default=0, help="steps of distillation after it")
@@ -74,20 +80,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def scores_of(teacher: Any, checked: Checked, file: Path) -> list[list[float]]:
-    """Returns how much the probes lose without each head, (L, H), on texts of their own."""
+def material_to_choose_on(teacher: Any, checked: Checked) -> Material:
+    """Returns probes of texts of their own, of which the first four are for choosing."""
+    context = teacher.config.max_position_embeddings
+    probes, left_out = build_probes(checked.tokenizer, TEXTS_TO_RANK_ON * 3 // 2, 0, context)
+    return Material(torch.zeros(3, 2, dtype=torch.int64), probes, left_out)
+
+
+def scores_of(teacher: Any, material: Material, file: Path) -> list[list[float]]:
+    """Returns how much the probes lose without each head, (L, H)."""
     if not file.exists():
-        probes, _ = build_probes(checked.tokenizer, TEXTS_TO_RANK_ON, 0, teacher.config.max_position_embeddings)
-        write_whole(file, json.dumps(ablation_scores(teacher, probes)[1]).encode())
+        write_whole(file, json.dumps(ablation_scores(teacher, material.part(False).probes)[1]).encode())
     return json.loads(file.read_text())
 
 
-def named(args: argparse.Namespace, scores: list[list[float]], config: Any) -> list[tuple[str, list[int], Heads]]:
+def far(teacher: Any, material: Material, n_groups: int, file: Path) -> Heads:
+    """Returns the heads of the key/value heads that have to look far."""
+    size = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
+    with process_groups(CPU) as ranks:
+        dealt = Dealt(ranks, file, shapes_of_heads(material.part(False), material.part(True)))
+        found = find_heads(teacher, n_groups * size, [], dealt, material)
+        dealt.rows.close()
+    for one in found["sets"]:
+        print(one["n_groups"], {name: str(Estimate(**figures["acc"])) for name, figures in one["probes"].items()})
+    return parse_heads(found["names"])
+
+
+def named(args: argparse.Namespace, teacher: Any, checked: Checked) -> list[tuple[str, list[int], Heads]]:
     """Returns the names of hybrids with their layers and heads."""
-    size = config.num_attention_heads // config.num_key_value_heads
-    found: list[tuple[str, list[int], Heads]] = [("no heads", [], {})]
-    found += [(f"{n} heads", [], strongest(scores, n, 1)) for n in args.heads]
-    found += [(f"{n} groups of {size}", [], strongest(scores, n, size)) for n in args.groups]
+    size = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
+    material, found = material_to_choose_on(teacher, checked), [("no heads", list[int](), Heads())]
+    found += [(f"{n} far", [], far(teacher, material, n, args.output / "far.jsonl")) for n in args.far]
+    if args.heads or args.groups:
+        scores = scores_of(teacher, material, args.output / "ablation.json")
+        found += [(f"{n} heads", [], strongest(scores, n, 1)) for n in args.heads]
+        found += [(f"{n} groups of {size}", [], strongest(scores, n, size)) for n in args.groups]
     return [*found, *([(f"{len(args.layers)} layers", args.layers, {})] if args.layers else [])]
 
 

@@ -80,7 +80,7 @@ class MakeArguments(CommonArguments):
         if self.auto_layers is not None:
             yield f"--layers auto:{self.auto_layers}: is for train_gpus.py; name layers, or -1"
         if self.auto_heads is not None:
-            yield f"--heads auto:{self.auto_heads}: is for train_gpus.py; name heads, as choose_layers.py ranks them"
+            yield f"--heads auto:{self.auto_heads}: is for train_gpus.py; name heads, as choose_layers.py finds them"
         if self.output is None:
             yield (
                 f"--output: has no default with --teacher_model {self.teacher_model} and --preset {self.preset}, which "

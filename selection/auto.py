@@ -16,14 +16,13 @@ from transformers import PretrainedConfig
 
 from arguments import TrainArguments
 from distillation.models import check_models
-from inputs.teacher_parts import head_problems, named_parts
+from inputs.teacher_parts import named_parts
 from llamba import LlambaConfig
 from model_utils import get_configs, locate_model
 from processes.ranks import Ranks
-from selection.checks import check_choice, check_pair, cost_of, planned_tokens
+from selection.checks import check_choice, check_head_budget, check_pair, cost_of, planned_tokens
 from selection.choosing import evenly
 from selection.folder import MODELS, RESULT, differences, identity, read_choice, taken
-from selection.material import no_probe
 from selection.options import FOLDER, ChooseArguments
 from selection.running import make_choice
 from text.sources import TextSource
@@ -68,20 +67,6 @@ def chosen(args: TrainArguments, device: torch.device, ranks: Ranks) -> dict[str
     return {"args": args, "models": check_models(args, None)}
 
 
-def strongest_heads(args: TrainArguments, choice: dict[str, Any]) -> list[str]:
-    """Returns as many heads as `--heads auto:K` says, without which the teacher's probes lose most, of layers that are
-    not kept whole. Raises ValueError if no probe could be used.
-    """
-    if args.auto_heads is None:
-        return []
-    if choice["ablation"] is None:
-        raise ValueError(f"{_flag(args)}: {no_probe(choice['left_out'])}")
-    whole = args.layers if args.auto_layers is None else choice["layers"]
-    rows = [row for row in choice["ablation"]["heads"] if row["place"][0] not in whole]
-    rows.sort(key=lambda row: (-row["score"], row["place"]))
-    return ["{}:{}".format(*row["place"]) for row in rows[: args.auto_heads]]
-
-
 def for_plan(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig]) -> tuple[TrainArguments, str]:
     """Returns the options that a plan counts with, and what it says of `auto:K`: the layers and heads of a choice that
     is there, else as many at equal distances, which take as much memory.
@@ -94,33 +79,35 @@ def for_plan(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig
     if choice is not None:
         known = _resolved(args, choice)
         return known, f"{_flag(args)}: {named_parts(known.layers, known.kept_heads)}, of {folder / RESULT}."
-    n_layer, n_heads = configs[1].n_layer, configs[0].num_attention_heads
+    n_layer = configs[1].n_layer
     layers = (
         args.layers if args.auto_layers is None else sorted(set(range(n_layer)) - evenly(n_layer, args.auto_layers))
     )
-    places = [f"{layer}:{head}" for head in range(n_heads) for layer in range(n_layer) if layer not in layers]
+    heads = _heads_of_many_layers(configs, layers)[: args.auto_heads or 0]
     cost = cost_of(options_of_choice(args), configs, args.auto_layers or 0, None, planned_tokens(args))
     words = f"{_flag(args)}: they are chosen first, at most about {cost}; the plan has as many at equal distances."
-    return _with_parts(args, layers, places[: args.auto_heads or 0]), words
+    return _with_parts(args, layers, heads), words
+
+
+def _heads_of_many_layers(configs: tuple[PretrainedConfig, LlambaConfig], whole: list[int]) -> list[str]:
+    """Returns the heads of layers that are not whole: those of one key/value head of each layer, then of the next."""
+    teacher, student = configs
+    n_groups, others = teacher.num_key_value_heads, [layer for layer in range(student.n_layer) if layer not in whole]
+    per_group = teacher.num_attention_heads // n_groups
+    groups = [(layer, group) for group in range(n_groups) for layer in others]
+    return [f"{layer}:{group * per_group + i}" for layer, group in groups for i in range(per_group)]
 
 
 def check_budget(args: TrainArguments, configs: tuple[PretrainedConfig, LlambaConfig]) -> None:
     """Raises ValueError of one line if this teacher cannot give this student so many layers or heads."""
     check_pair(configs, _flag(args))
-    teacher, student = configs
-    n_layer, n_whole = student.n_layer, len(args.layers) if args.auto_layers is None else args.auto_layers
+    n_layer, n_whole = configs[1].n_layer, len(args.layers) if args.auto_layers is None else args.auto_layers
     if args.auto_layers is not None and not 1 <= args.auto_layers < n_layer:
         raise ValueError(
             f"{_flag(args)}: expected --layers auto:1 to auto:{n_layer - 1}; the student has {n_layer} layers"
         )
     if args.auto_heads is not None:
-        most = teacher.num_attention_heads * (n_layer - n_whole)
-        if not 1 <= args.auto_heads <= most:
-            raise ValueError(
-                f"{_flag(args)}: expected --heads auto:1 to auto:{most}, those of layers that are not whole"
-            )
-        if problems := head_problems(student, teacher, [], {0: [0]}):
-            raise ValueError(f"{_flag(args)}: {problems[0].removeprefix('--heads 0:0: ')}")
+        check_head_budget(args.auto_heads, configs, n_whole, _flag(args))
 
 
 def _is_asked(args: TrainArguments) -> bool:
@@ -128,8 +115,8 @@ def _is_asked(args: TrainArguments) -> bool:
 
 
 def _resolved(args: TrainArguments, choice: dict[str, Any]) -> TrainArguments:
-    """Returns the options with what was chosen in place of `auto:K`. Raises ValueError as `strongest_heads` does."""
-    return _with_parts(args, choice.get("layers", []), strongest_heads(args, choice))
+    """Returns the options with what was chosen in place of `auto:K`."""
+    return _with_parts(args, choice["layers"], [] if args.auto_heads is None else choice["heads"]["names"])
 
 
 def _with_parts(args: TrainArguments, layers: list[int], heads: list[str]) -> TrainArguments:
@@ -165,6 +152,8 @@ def options_of_choice(args: TrainArguments) -> ChooseArguments:
         dtype=args.dtype,
         document_separator=args.document_separator,
         budget=args.auto_layers,
+        head_budget=args.auto_heads,
+        ablation=args.auto_layers is not None,  # nobody would see it
         output=str(folder_of_run(args)),
         seq_length=min(args.seq_length, ChooseArguments.seq_length),
     )
@@ -203,7 +192,14 @@ def _finished(args: TrainArguments, paths: tuple[str, str]) -> dict[str, Any] | 
         raise ValueError(f"{_flag(args)}: {error}; move {folder} away, and it is made again before training") from error
     if args.auto_layers not in (None, choice["request"]["n_kept"]):
         return None
-    return None if args.auto_heads is not None and not choice["request"]["ablation"] else choice
+    return choice if args.auto_heads is None or _has_heads(args, choice) else None
+
+
+def _has_heads(args: TrainArguments, choice: dict[str, Any]) -> bool:
+    """Returns whether a choice has as many heads as are asked for, beside the same whole layers."""
+    found = choice.get("heads") or {"names": [], "whole": []}
+    is_beside = args.auto_layers is not None or sorted(args.layers) == found["whole"]
+    return is_beside and len(found["names"]) == args.auto_heads
 
 
 def _paths(args: TrainArguments) -> tuple[str, str]:

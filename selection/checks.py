@@ -1,6 +1,7 @@
 """What can be wrong with a choice, found before a weight is read, and the texts that it is made on."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from arguments import TrainArguments
 from evaluation.copying import WORDS
 from evaluation.held_out import check_not_trained_on_by, read_windows
 from inputs.context import shortest
-from inputs.teacher_parts import named_parts, pairs_of
+from inputs.teacher_parts import head_problems, named_parts, pairs_of, parse_heads
 from llamba import LlambaConfig
 from llamba.export import STATE_FILE
 from model_utils import check_replacements, get_configs, get_tokenizer, locate_model
@@ -40,7 +41,7 @@ class Checked:
     configs: tuple[PretrainedConfig, LlambaConfig]
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    n_kept: int  # 0: no layers are chosen, only heads compared
+    n_kept: int  # 0: no layers are chosen, only heads
     folder: Path
     text: TextSource
 
@@ -55,6 +56,8 @@ def check_choice(args: ChooseArguments, flag: str | None = None, text: TextSourc
     student = locate_model("--student_model", args.student_model, args.local_files_only, needs_weights)
     configs = get_configs(teacher, student)
     n_kept = budget_of(args, configs, flag)
+    if args.head_budget is not None and flag is None:
+        check_head_budget(args.head_budget, configs, n_kept, f"--head_budget {args.head_budget}")
     tokenizer = get_tokenizer("--teacher_model", teacher)
     for name, config in zip(("--teacher_model", "--student_model"), configs, strict=True):
         check_tokenizer(tokenizer, name, config.vocab_size)
@@ -86,6 +89,18 @@ def budget_of(args: ChooseArguments, configs: tuple[PretrainedConfig, LlambaConf
             f"{flag}: expected 1 to {student.n_layer - 1} layers of the teacher's; the student has {student.n_layer}"
         )
     return args.budget
+
+
+def check_head_budget(n_heads: int, configs: tuple[PretrainedConfig, LlambaConfig], n_whole: int, flag: str) -> None:
+    """Raises ValueError of one line that begins with `flag` if so many heads cannot be kept beside the whole layers."""
+    teacher, student = configs
+    most = teacher.num_attention_heads * (student.n_layer - n_whole)
+    per_group = teacher.num_attention_heads // teacher.num_key_value_heads
+    if not 1 <= n_heads <= most or n_heads % per_group:
+        steps = f", a multiple of {per_group}: so many share a key/value head and its cache" if per_group > 1 else ""
+        raise ValueError(f"{flag}: expected {per_group} to {most} heads, those of layers that are not whole{steps}")
+    if problems := head_problems(student, teacher, [], {0: [0]}):
+        raise ValueError(f"{flag}: {problems[0].removeprefix('--heads 0:0: ')}")
 
 
 def check_pair(configs: tuple[PretrainedConfig, LlambaConfig], flag: str) -> None:
@@ -179,7 +194,7 @@ def cost_of(
     material: Material | None,
     planned: int,
 ) -> Cost:
-    """Returns what the choice costs. n_kept: 0 where only heads are compared. material: None before the texts are read,
+    """Returns what the choice costs. n_kept: layers, 0 where none are chosen. material: None before the texts are read,
     which then count as they are asked for. planned: tokens that the run trains on.
     """
     if material is None:
@@ -188,7 +203,8 @@ def cost_of(
     else:
         n_text = material.windows[:, 1:].numel()
         n_probe = sum(probe.ids.numel() for probe in material.probes)
-    return choice_cost(configs, n_kept, (n_text, n_probe), args.ablation, planned, args.dtype)
+    asked = (n_kept, args.head_budget or 0)
+    return choice_cost(configs, asked, (n_text, n_probe), args.ablation, planned, args.dtype)
 
 
 def settings_of(args: ChooseArguments, checked: Checked, material: Material) -> dict[str, Any]:
@@ -204,5 +220,9 @@ def settings_of(args: ChooseArguments, checked: Checked, material: Material) -> 
 
 def caches(args: ChooseArguments, checked: Checked) -> list[int]:
     """Returns the bytes of a hybrid's cache by how many layers it keeps, from 0."""
-    n_layers = checked.configs[1].n_layer
-    return [cache_bytes(*checked.configs, k, args.context_length, args.dtype) for k in range(n_layers + 1)]
+    return [cache_of(args, checked, range(k)) for k in range(checked.configs[1].n_layer + 1)]
+
+
+def cache_of(args: ChooseArguments, checked: Checked, layers: Iterable[int], heads: Iterable[str] = ()) -> int:
+    """Returns the bytes of the cache of a hybrid with some layers and heads of the teacher's."""
+    return cache_bytes(checked.configs, layers, parse_heads(heads), args.context_length, args.dtype)

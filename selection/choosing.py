@@ -1,10 +1,11 @@
 """A choice from beginning to end: which probes the teacher can do, what its heads do for them, what each of the
-student's layers costs in its place, sets by both directions of the search, and their figures on texts kept aside. The
-ranks measure one set or ablation each at a time; what is chosen does not depend on how many they are.
+student's layers costs in its place, sets by both directions of the search, and their figures on texts kept aside; then
+which heads of the other layers have to look far. The ranks measure one set or ablation each at a time; what is chosen
+does not depend on how many they are.
 """
 
+import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
 from selection.ablation import Ablations, growth, mean_growth
+from selection.dealing import Dealt, check_finite
+from selection.far_heads import find_heads, shapes_of_heads
 from selection.greedy import Direction, Objective, Step, greedy, pareto, ranked
 from selection.material import Material, no_probe, usable
-from selection.measurements import Measured, name_of
-from selection.probes import Score
+from selection.measurements import name_of
+from selection.probes import Score, estimates
 from selection.statistics import estimate
 from selection.swaps import Figures, Recurrent, Swaps
 
@@ -30,43 +33,12 @@ class Request:
     """Says what is to be chosen, and on what."""
 
     material: Material
-    n_kept: int
+    n_kept: int  # whole layers; 0: none are chosen
     probe_weight: float
     ablates: bool = True
-    needs_probes: bool = False  # to compare heads: then it is an error that none can be used
+    n_heads: int = 0  # of layers that are not whole
+    whole: tuple[int, ...] = ()  # layers that are whole, where none are chosen
     directions: tuple[Direction, ...] = DIRECTIONS
-
-
-class Dealt:
-    """Deals what has to be measured to the ranks, and has all results on each of them. The main rank writes them."""
-
-    def __init__(self, ranks: Ranks, path: Path | None, shapes: Mapping[str, tuple[int, Mapping[str, int]]]) -> None:
-        self.ranks = ranks
-        self.rows = Measured(path if ranks.is_main else None, shapes)
-        self.rows.rows = ranks.share(self.rows.rows)[0]
-
-    def __call__(self, names: Sequence[str], measure: Callable[[int], Figures]) -> list[Figures]:
-        """Returns the figures of some names, of which those are measured, by their index, that have none."""
-        missing = [names.index(name) for name in dict.fromkeys(names) if name not in self.rows]
-        for start in range(0, len(missing), self.ranks.world_size):
-            turn = missing[start : start + self.ranks.world_size]
-            own = measure(turn[self.ranks.rank]) if self.ranks.rank < len(turn) else None
-            for i, figures in zip(turn, self.ranks.share(own), strict=False):
-                _check_finite(
-                    f"{names[i]!r} (layers that are recurrent, or a layer and a head that are ablated)", figures
-                )
-                self.rows.put(names[i], figures)
-        return [self.rows[name] for name in names]
-
-    def sets(self, kind: str, swaps: Swaps) -> Callable[[Sequence[Recurrent]], list[Figures]]:
-        """Returns what measures sets of recurrent layers. kind: "choosing" or "aside", the texts of `swaps`."""
-
-        def measure(sets: Sequence[Recurrent]) -> list[Figures]:
-            names = [name_of(kind, sorted(one)) for one in sets]
-            swaps.prepare([one for one, name in zip(sets, names, strict=True) if name not in self.rows])
-            return self(names, lambda i: swaps.figures(sets[i]))
-
-        return measure
 
 
 def choose(
@@ -84,31 +56,43 @@ def choose(
     del swaps
     swaps = Swaps(teacher, student, aside.windows, aside.probes)
     found |= _last_figures(dealt.sets("aside", swaps), _of_teacher(swaps, ranks), request, found)
-    dealt.rows.close()
-    return found
+    del swaps
+    return found | _end(teacher, dataclasses.replace(request, whole=tuple(found["layers"])), dealt, material)
 
 
-def compare_heads(teacher: Any, request: Request, ranks: Ranks, path: Path | None = None) -> dict[str, Any]:
-    """Returns what ablations of the teacher have found, as `choose` does, and chooses no layers. Raises ValueError."""
-    dealt, _, found = _begin(teacher, request, ranks, path)
+def choose_heads(teacher: Any, request: Request, ranks: Ranks, path: Path | None = None) -> dict[str, Any]:
+    """Returns which heads are kept beside the request's whole layers, as `choose` does, and chooses no layers. Raises
+    ValueError.
+    """
+    dealt, material, found = _begin(teacher, request, ranks, path)
+    found |= {"n_kept": 0, "n_layers": teacher.config.num_hidden_layers, "layers": list(request.whole)}
+    return found | _end(teacher, request, dealt, material)
+
+
+def _end(teacher: Any, request: Request, dealt: Dealt, material: Material) -> dict[str, Any]:
+    """Returns the heads that are kept, None if none were asked for. The last thing that is measured."""
+    found = find_heads(teacher, request.n_heads, request.whole, dealt, material) if request.n_heads else None
     dealt.rows.close()
-    return found
+    return {"heads": found}
 
 
 def _begin(teacher: Any, request: Request, ranks: Ranks, path: Path | None) -> tuple[Dealt, Material, dict[str, Any]]:
     """Returns what deals, the texts without probes that the teacher cannot do, and what ablations have found."""
     ablations = Ablations(teacher, request.material.part(False).probes)
-    material = usable(request.material, ranks.share(ablations.teacher_scores)[0])
+    own = ranks.share(ablations.teacher_scores)[0]
+    material = usable(request.material, own)
     choosing, aside = material.part(False), material.part(True)
     for name, reason in material.left_out.items():
         logger.warning("the probe %s is left out: %s", name, reason)
-    if not choosing.probes and request.needs_probes:
+    if not choosing.probes and request.n_heads:
         raise ValueError(no_probe(material.left_out))
     if not choosing.probes and request.probe_weight:
         logger.warning("no probe could be used: layers are chosen by the KL alone, which hardly sees copying")
     shapes = {"ablation": (0, choosing.shape[1]), "choosing": choosing.shape, "aside": aside.shape}
+    shapes |= shapes_of_heads(choosing, aside)
     dealt = Dealt(ranks, path, shapes)
     found: dict[str, Any] = {"left_out": material.left_out, "ablation": None}
+    found["teacher"] = {"probes": estimates({probe.name: own[probe.name] for probe in material.probes})}
     if request.ablates and choosing.probes:
         if len(choosing.probes) < len(request.material.probes):
             ablations = Ablations(teacher, choosing.probes)
@@ -121,7 +105,7 @@ def _of_teacher(swaps: Swaps, ranks: Ranks) -> Figures:
     with NaN would seem to lose nothing.
     """
     figures = ranks.share(swaps.teacher_figures)[0]
-    _check_finite("the teacher", figures)
+    check_finite("the teacher", figures)
     return figures
 
 
@@ -229,14 +213,4 @@ def _row(step: Step[Figures], n_layers: int) -> dict[str, Any]:
 
 def _summary(figures: Figures) -> dict[str, Any]:
     """Returns means and intervals: of the KL over windows, of a probe's loss and accuracy over its texts."""
-    probes = {
-        name: {"loss": estimate(score.loss)._asdict(), "acc": estimate(score.acc)._asdict()}
-        for name, score in figures.probes.items()
-    }
-    return {"kl": estimate(figures.kl)._asdict(), "probes": probes}
-
-
-def _check_finite(what: str, figures: Figures) -> None:
-    values = [*figures.kl, *(x for score in figures.probes.values() for x in (*score.loss, *score.acc))]
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"the figures of {what} are not finite; use --dtype float32 or bfloat16, or other models")
+    return {"kl": estimate(figures.kl)._asdict(), "probes": estimates(figures.probes)}

@@ -3,6 +3,7 @@ memory, and the bytes of a hybrid's cache.
 """
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -10,7 +11,9 @@ from transformers import PretrainedConfig
 import llamba
 from inputs.model_files import parameter_sizes
 from llamba import LlambaConfig, attention_cfg_from
+from llamba.configuration import whole_and_parts
 from model_utils import DTYPES
+from selection.reach import rounds
 
 GB = 1e9
 PLANNED_RANKS = 4  # of configs/production.yaml
@@ -40,45 +43,61 @@ def evaluations(n_layers: int, n_kept: int) -> int:
 
 def choice_cost(
     configs: tuple[PretrainedConfig, LlambaConfig],
-    n_kept: int,
+    asked: tuple[int, int],
     n_tokens: tuple[int, int],
     ablates: bool,
     planned: int,
     dtype: str,
 ) -> Cost:
-    """Returns the cost of a choice. n_kept: 0 where only heads are compared, by the probes alone. n_tokens: of all
-    windows, and of all probes; two thirds of both choose.
+    """Returns the cost of a choice. asked: how many layers and heads are kept, 0 where none are chosen. n_tokens: of
+    all windows, and of all probes; two thirds of both choose.
     """
     teacher, student = configs
-    n_layers, tokens = student.n_layer, 0
-    choosing, aside = 2 * (sum(n_tokens) if n_kept else n_tokens[1]) // 3, sum(n_tokens) // 3
+    n_kept, n_heads = asked
+    n_layers, tokens, of_probes = student.n_layer, 0, 2 * n_tokens[1] // 3
+    choosing, aside = 2 * sum(n_tokens) // 3 if n_kept else of_probes, sum(n_tokens) // 3
     if n_kept:
-        rounds = n_kept + (n_layers - n_kept) + 2
-        tokens += choosing * (evaluations(n_layers, n_kept) + rounds) // 2 + 5 * aside
+        n_rounds = n_kept + (n_layers - n_kept) + 2
+        tokens += choosing * (evaluations(n_layers, n_kept) + n_rounds) // 2 + 5 * aside
     if ablates:
         n_ablations = n_layers * (1 + teacher.num_attention_heads)
         n_passes = n_ablations * (n_layers + 1) // (2 * n_layers) + 1  # one of the whole, and of the rest of each
-        tokens += 2 * n_tokens[1] // 3 * n_passes
+        tokens += of_probes * n_passes
+    if n_heads:
+        n_groups = (n_layers - n_kept) * teacher.num_key_value_heads
+        sizes = rounds(n_groups, n_heads * teacher.num_key_value_heads // teacher.num_attention_heads)
+        tokens += of_probes * (1 + len(sizes) + sum(sizes) * (n_layers + 1) // (2 * n_layers))
+        tokens += n_tokens[1] // 3 * 2 * (len(sizes) + 2)
     size = DTYPES[dtype].itemsize
     n_parameters = sum(sum(parameter_sizes(config).values()) for config in configs)
     states = (n_layers + 1) * choosing * student.d_model * size
     return Cost(tokens, planned, n_parameters * size, states)
 
 
-def cache_bytes(teacher: PretrainedConfig, student: LlambaConfig, n_kept: int, length: int, dtype: str) -> int:
-    """Returns the bytes of the cache of one sequence of `length` tokens, `n_kept` of whose layers are the teacher's."""
+def cache_bytes(
+    configs: tuple[PretrainedConfig, LlambaConfig],
+    layers: Iterable[int],
+    heads: Mapping[int, Iterable[int]],
+    length: int,
+    dtype: str,
+) -> int:
+    """Returns the bytes of the cache of one sequence of `length` tokens, of a hybrid that keeps some of the teacher's
+    layers, and heads of others.
+    """
+    teacher, student = configs
     hybrid = copy.deepcopy(student)
-    hybrid.attention_layers, hybrid.attention_cfg = list(range(n_kept)), attention_cfg_from(teacher)
+    hybrid.attention_cfg = attention_cfg_from(teacher)
+    hybrid.attention_layers, hybrid.attention_heads = whole_and_parts(layers, heads, teacher.num_attention_heads)
     return llamba.cache_bytes(hybrid, 1, length, DTYPES[dtype])
 
 
 def most_layers(teacher: PretrainedConfig, student: LlambaConfig, n_bytes: int, length: int, dtype: str) -> int:
     """Returns how many layers a cache of `n_bytes` has room for. Raises ValueError if not for one."""
-    fits = [k for k in range(1, student.n_layer) if cache_bytes(teacher, student, k, length, dtype) <= n_bytes]
+    sizes = [cache_bytes((teacher, student), range(k), {}, length, dtype) for k in range(1, student.n_layer)]
+    fits = [k for k, size in enumerate(sizes, 1) if size <= n_bytes]
     if not fits:
-        least = cache_bytes(teacher, student, 1, length, dtype)
         raise ValueError(
-            f"--cache_bytes {n_bytes}: a single layer of the teacher's, with the states of the others, takes {least} "
-            f"at --context_length {length}; give at least that"
+            f"--cache_bytes {n_bytes}: a single layer of the teacher's, with the states of the others, takes "
+            f"{sizes[0]} at --context_length {length}; give at least that"
         )
     return max(fits)

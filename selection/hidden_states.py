@@ -72,8 +72,9 @@ class TeacherLayers:
         self.layers, self.rotary = teacher.base_model.layers, teacher.base_model.rotary_emb
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}  # by the length of a text
 
-    def __call__(self, index: int, x: Tensor) -> Tensor:
+    def __call__(self, index: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: (1, H, S, S), added to the scores; None for what is causal."""
         length = x.shape[1]
         if length not in self.angles:
             self.angles[length] = self.rotary(x, torch.arange(length, device=x.device)[None])
-        return self.layers[index](x, position_embeddings=self.angles[length], attention_mask=None)
+        return self.layers[index](x, position_embeddings=self.angles[length], attention_mask=mask)

@@ -30,6 +30,13 @@ class ChooseArguments(CommonArguments):
     cache_bytes: int | None = option(
         None, "instead: as many as fit a cache of so many bytes at --context_length", CHOICE, least=1, most=10**15
     )
+    head_budget: int | None = option(
+        None,
+        "heads of the teacher's that the hybrid keeps in the other layers, all of a key/value head together",
+        CHOICE,
+        least=1,
+        most=10**6,
+    )
     context_length: int = option(
         8192, "tokens of the sequence that caches are counted for", CHOICE, least=1, most=LONGEST_CONTEXT
     )
@@ -66,8 +73,8 @@ class ChooseArguments(CommonArguments):
         return [*out_of_bounds(self), *self._pairs()]
 
     def _pairs(self) -> Iterator[str]:
-        if self.budget is None and self.cache_bytes is None:
-            yield "--budget: is missing; give how many of the teacher's layers to keep, or --cache_bytes"
+        if self.budget is None and self.cache_bytes is None and self.head_budget is None:
+            yield "--budget: is missing; give how many of the teacher's layers to keep, --cache_bytes, or --head_budget"
         if self.budget is not None and self.cache_bytes is not None:
             yield f"--budget {self.budget} --cache_bytes {self.cache_bytes}: both say how many layers; give one of them"
 

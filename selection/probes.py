@@ -5,9 +5,9 @@ Shapes: n rows of L tokens, padded on the right, where a causal model does not l
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation import copying, retrieval
 from evaluation.held_out import wide_logits
+from selection.statistics import estimate
 
 ABOVE_CHANCE = 0.2  # a teacher that is right less often than chance and this cannot do a probe
 NOT_AN_ANSWER = -1
@@ -27,6 +28,14 @@ class Score(NamedTuple):
 
     loss: list[float]
     acc: list[float]
+
+
+def estimates(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Returns means and intervals over texts by the name of the probe, as JSON has them."""
+    return {
+        name: {"loss": estimate(score.loss)._asdict(), "acc": estimate(score.acc)._asdict()}
+        for name, score in scores.items()
+    }
 
 
 @dataclass(frozen=True)

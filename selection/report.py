@@ -5,9 +5,10 @@ interval by Student's t.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from inputs.teacher_parts import named_parts, parse_heads
 from selection.statistics import Estimate
 
-MOST_HEADS = 20  # rows of the table of heads
+MOST_HEADS = 20  # rows of the table of ablated heads, and heads that are named in a row
 GB = 1e9
 BY = {
     "keep": "greedily, from all recurrent",
@@ -19,19 +20,23 @@ BY = {
 
 def format_report(choice: dict[str, Any]) -> str:
     """Returns the report as Markdown."""
-    parts = [_head(choice), _aside(choice), _curve(choice), _pareto(choice), _swaps(choice), _ablation(choice)]
-    return "\n".join(part for part in [*parts, _probes(choice), _made_with(choice)] if part)
+    of_layers = [_aside, _curve, _pareto, _swaps] if choice["n_kept"] else []
+    parts = [part(choice) for part in (_head, *of_layers, _far_heads, _ablation, _probes, _made_with)]
+    return "\n".join(part for part in parts if part)
 
 
-def layers_line(choice: dict[str, Any]) -> str:
-    """Returns the option to paste."""
-    return f"--layers {' '.join(map(str, choice['layers']))}"
+def options_line(choice: dict[str, Any]) -> str:
+    """Returns the options to paste."""
+    return named_parts(choice["layers"], parse_heads(choice["heads"]["names"] if choice["heads"] else []))
 
 
 def _head(choice: dict[str, Any]) -> str:
+    teacher, student = choice["models"]
+    line = f"    {options_line(choice)}\n"
+    if not choice["n_kept"]:
+        return f"# Heads of {teacher} to keep in {student}\n\n{line}"
     return (
-        f"# Layers of {choice['models'][0]} to keep in {choice['models'][1]}\n\n"
-        f"    {layers_line(choice)}\n\n"
+        f"# Layers of {teacher} to keep in {student}\n\n{line}\n"
         f"{len(choice['layers'])} of {choice['n_layers']} layers are the teacher's, found {BY[choice['chosen_by']]}. "
         f"The smaller, the better: {_objective(choice)}. Every figure is a mean over texts, with its 95% interval "
         "(Student's t over texts).\n"
@@ -88,11 +93,36 @@ def _swaps(choice: dict[str, Any]) -> str:
     return _section("## Each layer by itself", note, ["layer", *_columns(choice), "objective"], rows)
 
 
+def _far_heads(choice: dict[str, Any]) -> str:
+    heads = choice["heads"]
+    if heads is None:
+        return ""
+    rows = []
+    for one in heads["sets"]:
+        cache, names = f"{one['cache_bytes'] / GB:.4f}", ",".join(one["heads"])
+        is_short = len(one["heads"]) <= MOST_HEADS or one["heads"] == heads["names"]
+        rows.append([str(one["n_groups"]), cache, *_of_probes(one), names if is_short else "in choice.json"])
+    note = (
+        f"The teacher, of which only so many key/value heads see all tokens{_beside(heads['whole'])}. The others see "
+        f"the first {heads['first']} and the last {heads['last']}, which a recurrent head can stand for. On texts of "
+        f"the probes that were kept aside; cache of one sequence of {choice['context_length']} tokens. "
+        "`make_student.py --heads` fits the mixers beside the heads that are kept."
+    )
+    header = ["key/value heads", "cache, GB", *_columns_of_probes(heads["sets"][0]), "which heads"]
+    return _section("## Heads that have to look far", note, header, rows)
+
+
+def _beside(whole: Sequence[int]) -> str:
+    return f", beside those of layers {_layers(whole)}" if whole else ""
+
+
 def _ablation(choice: dict[str, Any]) -> str:
     if choice["ablation"] is None:
         return ""
     columns = [
-        column for name in choice["teacher"]["probes"] for column in (f"{name}: growth", f"{name}: fewer right answers")
+        column
+        for name in choice["ablation"]["layers"][0]["probes"]
+        for column in (f"{name}: growth", f"{name}: fewer right answers")
     ]
     note = (
         "The teacher's own attention with the output of a layer, or of a head, zeroed. Nothing of the student is in it."
@@ -111,17 +141,7 @@ def _ablation(choice: dict[str, Any]) -> str:
         n_more = len(choice["ablation"][what]) - len(ranked)
         shown = f", {n_more} more in choice.json" * (n_more > 0)
         parts.append(_section(f"## {title} of the teacher, ablated{shown}", note, [first, *columns], rows))
-    return "\n".join([*parts, _heads_line(choice)])
-
-
-def _heads_line(choice: dict[str, Any]) -> str:
-    ranked = sorted(choice["ablation"]["heads"], key=lambda row: -row["score"])
-    places = [row["place"] for row in ranked if row["place"][0] not in choice["layers"]]
-    heads = ",".join("{}:{}".format(*place) for place in places[:MOST_HEADS])
-    return (
-        "To keep single heads beside the layers above, take as many of these as the cache has room for, from the first "
-        f"on; `make_student.py` fits the mixers beside them:\n\n    --heads {heads}\n"
-    )
+    return "\n".join(parts)
 
 
 def _probes(choice: dict[str, Any]) -> str:
@@ -145,12 +165,20 @@ def _section(title: str, note: str, header: Sequence[str], rows: Sequence[Sequen
 
 def _columns(choice: dict[str, Any]) -> Iterator[str]:
     yield "KL"
-    for name in choice["teacher"]["probes"]:
+    yield from _columns_of_probes(choice["teacher"])
+
+
+def _columns_of_probes(row: dict[str, Any]) -> Iterator[str]:
+    for name in row["probes"]:
         yield from (f"{name}: loss", f"{name}: right answers")
 
 
 def _figures(row: dict[str, Any], is_teacher: bool = False) -> Iterator[str]:
     yield "0" if is_teacher else _words(row["kl"])
+    yield from _of_probes(row)
+
+
+def _of_probes(row: dict[str, Any]) -> Iterator[str]:
     for found in row["probes"].values():
         yield from (_words(found["loss"]), _words(found["acc"]))
 

@@ -21,14 +21,15 @@ def test_the_strongest_heads_and_groups():
 def test_a_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(real_heads, "PRESET", "tiny")
     line = f"--teacher {TINY}/teacher --student {TINY}/student --text {TINY}/text --output {tmp_path} --probe_texts 3"
-    argv = [*line.split(), *["--heads", "2", "--layers", "0", "--align", "16", "--distil", "16"]]
+    argv = [*line.split(), *["--far", "2", "--heads", "2", "--layers", "0", "--align", "16", "--distil", "16"]]
     rows = main(argv)
     assert [row["case"] for row in rows] == [
         "the teacher",
         "no heads",
-        *(f"2 heads{how}" for how in (" cut out", " fitted beside", ", trained")),
+        *(f"2 {what}{how}" for what in ("far", "heads") for how in (" cut out", " fitted beside", ", trained")),
         "1 layers",
         "1 layers, trained",
     ]
+    assert [row["key/value heads"] for row in rows[2:5]] == [2] * 3  # with all their query heads
     assert rows[0]["kl"] < 1e-5 and all(row["kl"] > 0.01 for row in rows[1:])
     assert main(argv) == rows  # of what was made

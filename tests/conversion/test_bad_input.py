@@ -84,7 +84,7 @@ def test_layers_that_the_teacher_has_not(tmp_path, teacher):
     [
         (["--heads", "0:0,1:9"], "--heads 0:0,1:9: 1:9 out of range; the teacher's layers have heads 0 to "),
         (["--layers", 1, "--heads", "1:0"], "--heads 1:0: --layers keeps [1] whole; name a layer in one of them"),
-        (["--heads", "auto:3"], "--heads auto:3: is for train_gpus.py; name heads, as choose_layers.py ranks them"),
+        (["--heads", "auto:3"], "--heads auto:3: is for train_gpus.py; name heads, as choose_layers.py"),
     ],
 )
 def test_heads_that_cannot_stand_beside_mixers(tmp_path, teacher, given, expected):

@@ -28,7 +28,7 @@ def models():
     return tiny_teacher(initializer_range=0.3), tiny_student()
 
 
-def choice(path=None, n_kept=2, weight=0.3, ablates=True, texts=None):
+def choice(path=None, n_kept=2, weight=0.3, ablates=True, texts=None, n_heads=0):
     """Returns what is chosen for the tiny models."""
     assert choosing.DIRECTIONS == ("keep", "recur")
-    return choose(*models(), Request(texts or material(), n_kept, weight, ablates), RANK, path)
+    return choose(*models(), Request(texts or material(), n_kept, weight, ablates, n_heads), RANK, path)

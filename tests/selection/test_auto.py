@@ -13,9 +13,11 @@ import train_gpus
 from arguments import parse_eval_args, parse_train_args
 from conversion.options import parse_make_args
 from inputs.value_types import AutoLayers
+from model_utils import get_configs
 from selection import auto, folder, material
-from selection.ablation import Ablations, mean_growth
+from selection.ablation import mean_growth
 from selection.material import Material, build_probes
+from selection.reach import ShortSighted, thinned_out
 from tests import fresh
 from tests.selection.one_rank import RANK
 from tests.selection.test_choose_layers import all_probes_count, stop_after_five_rows
@@ -112,31 +114,50 @@ def test_a_choice_that_is_there_is_used(models, student, tmp_path):
         auto.check_auto(args, None)
 
 
-def test_a_run_keeps_the_strongest_heads_of_layers_that_are_not_whole(models, student, tmp_path):
-    argv = argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3")
+def test_a_run_keeps_the_heads_that_have_to_look_far(models, student, tmp_path):
+    argv = argv_of(models, student, tmp_path / "run", layers="3", heads="auto:4")
     codes, log = train(argv, 2)
-    assert codes == [0, 0] and "--heads auto:3: at most about" not in log, log
+    assert codes == [0, 0] and "--heads auto:4: at most about" not in log, log
     rows = (student / "choice" / "measured.jsonl").read_text().splitlines()
     names = [json.loads(row)["name"].split() for row in rows]
-    assert {kind for kind, _ in names} == {"ablation"} and len(names) == 20  # no layers were searched for
+    assert {kind for kind, _ in names} == {"heads", "heads_aside"}  # no layers were searched for
     assert not (student / "choice" / "choice.json").exists()
-    scored = Ablations(AutoModelForCausalLM.from_pretrained(models / "teacher"), probes_of(models))
-    scores = {(i, j): mean_growth(scored.without(i, [j]), scored.teacher_scores) for i in range(3) for j in range(4)}
-    best = sorted(scores, key=lambda place: -scores[place])[:3]
+    best = expected_heads(models, [3], 2)
     config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
-    kept = {(int(layer), head) for layer, heads in config["attention_heads"].items() for head in heads}
-    assert kept == set(best) and config["attention_layers"] == [3]
+    assert {(int(layer), head) for layer, heads in config["attention_heads"].items() for head in heads} == best
+    assert config["attention_layers"] == [3]
     options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert set(options["heads"]) == {f"{layer}:{head}" for layer, head in best} and options["layers"] == [3]
     codes, log = train(
-        [*argv_of(models, student, tmp_path / "run", layers="3", heads="auto:3", max_steps=4), "--resume", "auto"]
+        [*argv_of(models, student, tmp_path / "run", layers="3", heads="auto:4", max_steps=4), "--resume", "auto"]
     )
     assert codes == [0] and "no choice in" not in log, log
 
     codes, log = train(argv_of(models, student, tmp_path / "both", layers="auto:1", heads="auto:2"))
     assert codes == [0], log
-    later = (student / "choice" / "measured.jsonl").read_text().splitlines()
-    assert later[: len(rows)] == rows and not any('"ablation' in row for row in later[len(rows) :])
+    assert (student / "choice" / "measured.jsonl").read_text().splitlines()[: len(rows)] == rows
+    choice = json.loads((student / "choice" / "choice.json").read_text())
+    assert yaml.safe_load((tmp_path / "both" / "args.yaml").read_text())["heads"] == choice["heads"]["names"]
+    assert choice["heads"]["whole"] == choice["layers"] and len(choice["ablation"]["heads"]) == 16
+    args = parse_train_args(
+        argv_of(models, student, tmp_path / "fourth", layers=str(choice["layers"][0]), heads="auto:2")
+    )
+    assert auto._finished(args, auto._paths(args)) == choice  # beside the same layers
+    for changes in (dict(layers="-1"), dict(heads="auto:4"), dict(layers="auto:1", heads="auto:4")):
+        args = parse_train_args(argv_of(models, student, tmp_path / "fourth", **{"heads": "auto:2", **changes}))
+        assert auto._finished(args, auto._paths(args)) is None
+
+
+def expected_heads(models, whole, n_groups):
+    """Returns the heads that are found in the teacher."""
+    short = ShortSighted(AutoModelForCausalLM.from_pretrained(models / "teacher"), probes_of(models))
+    fixed, every = frozenset(short.groups_of(whole)), frozenset(short.groups_of(range(4)))
+    own = short.scores(every)
+
+    def losses(far, some):
+        return [mean_growth(short.scores(fixed | far - {group}), own) for group in some]
+
+    return set(short.heads_of(thinned_out(every - fixed, n_groups, losses)[-1]))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +165,9 @@ def test_a_run_keeps_the_strongest_heads_of_layers_that_are_not_whole(models, st
     [
         (dict(heads="auto:0"), "--heads auto:0: expected at least 1 head"),
         (dict(heads="auto:2 1:3"), "--heads auto:2 1:3: auto:K stands alone"),
-        (dict(heads="auto:13", layers="3"), "--heads auto:13: expected --heads auto:1 to auto:12"),
-        (dict(heads="auto:13", layers="auto:1"), "--layers auto:1 --heads auto:13: expected --heads auto:1 to auto:12"),
+        (dict(heads="auto:14", layers="3"), "--heads auto:14: expected 2 to 12 heads, those of layers that are not"),
+        (dict(heads="auto:14", layers="auto:1"), "--layers auto:1 --heads auto:14: expected 2 to 12 heads"),
+        (dict(heads="auto:3"), "a multiple of 2: so many share a key/value head and its cache"),
     ],
 )
 def test_heads_that_cannot_be_chosen_are_one_line(models, tmp_path, changes, words):
@@ -280,6 +302,8 @@ def test_the_plan_says_what_is_chosen_first(models, student, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("--layers auto:2: they are chosen first, at most about ") and "equal distances" in printed
     assert not (student / "choice").exists() and not (tmp_path / "run").exists()
-    argv = argv_of(models, student, tmp_path / "run", heads="auto:3", dry_run=True)
+    argv = argv_of(models, student, tmp_path / "run", heads="auto:4", dry_run=True)
     assert train_gpus.main(parse_train_args(argv)) == 0
-    assert capsys.readouterr().out.startswith("--layers auto:2 --heads auto:3: they are chosen first")
+    assert capsys.readouterr().out.startswith("--layers auto:2 --heads auto:4: they are chosen first")
+    planned, _ = auto.for_plan(parse_train_args(argv), get_configs(models / "teacher", student))
+    assert planned.layers == [1, 3] and planned.heads == ["0:0", "0:1", "2:0", "2:1"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -82,10 +83,7 @@ def test_the_report_says_what_was_measured_on_what(made):
         "Heads of the teacher, ablated", "Probes", "Made with",
     ]  # fmt: skip
     assert f"    --layers {' '.join(map(str, choice['layers']))}\n" in report
-    (heads,) = re.findall(r"^    --heads (.*)$", report, re.MULTILINE)
-    score = {"{}:{}".format(*row["place"]): row["score"] for row in choice["ablation"]["heads"]}
-    others = [place for place in score if int(place.split(":")[0]) not in choice["layers"]]
-    assert heads.split(",") == sorted(others, key=lambda place: -score[place])[:20]
+    assert choice["heads"] is None and "--heads" not in report
     assert (
         "nats per answer, over 2 texts." in report
         and "copying: left out; its texts have 240 tokens, and the teacher reads 128." in report
@@ -103,6 +101,35 @@ def test_the_picture_has_a_panel_for_heads_curves_and_caches(made):
     ElementTree.fromstring(text)
     for title in ("loss without a head", "KL to the teacher", "retrieval: right answers", "MB of the cache"):
         assert title in text
+
+
+def test_heads_beside_the_layers_and_without_any(models, made, tmp_path):
+    """The rows of the layers are used; without `--budget` no layers are chosen."""
+    folder = tmp_path / "out"
+    shutil.copytree(made[0], folder)
+    codes, log = run(command(models, folder, head_budget=2))
+    choice, before = (json.loads((at / "choice.json").read_text()) for at in (folder, made[0]))
+    names = choice["heads"]["names"]
+    assert codes == [0] and f"--layers {' '.join(map(str, before['layers']))} --heads {','.join(names)}\n" in log, log
+    assert choice["layers"] == before["layers"] == choice["heads"]["whole"] and choice["swaps"] == before["swaps"]
+    report = (folder / "choice.md").read_text()
+    section = report.split("## Heads that have to look far")[1].split("##")[0]
+    assert f"beside those of layers {' '.join(map(str, before['layers']))}. The others see the first 4" in section
+    assert section.count("\n| ") == 2 + 5  # 4, 3, 2, 1 key/value heads, and none
+    caches = [one["cache_bytes"] for one in choice["heads"]["sets"]]
+    assert caches == sorted(caches, reverse=True)
+    assert caches[0] == choice["cache_bytes"][4] and caches[-1] == choice["cache_bytes"][2]
+    ElementTree.fromstring((folder / "choice.svg").read_text())
+
+    codes, log = run(command(models, tmp_path / "heads", budget=None, head_budget=2), 2)
+    assert codes == [0, 0] and re.search(r"^--layers -1 --heads \d:\d,\d:\d$", log, re.MULTILINE), log
+    report = (tmp_path / "heads" / "choice.md").read_text()
+    assert re.findall("^## (.*)$", report, re.MULTILINE) == [
+        "Heads that have to look far", "Layers of the teacher, ablated", "Heads of the teacher, ablated",
+        "Probes", "Made with",
+    ]  # fmt: skip
+    codes, log = run(command(models, tmp_path / "heads", budget=None, head_budget=2))
+    assert codes == [0] and "holds this choice already" in log
 
 
 def test_two_ranks_choose_the_same(models, made, tmp_path):
@@ -162,6 +189,11 @@ def refusal(argv):
         ({"budget": 4}, "--budget 4: expected 1 to 3 layers of the teacher's; the student has 4"),
         ({"budget": 0}, "--budget 0: expected at least 1"),
         ({"budget": None}, "--budget: is missing; give how many"),
+        (
+            {"head_budget": 10},
+            "--head_budget 10: expected 2 to 8 heads, those of layers that are not whole, a multiple",
+        ),
+        ({"budget": None, "head_budget": 3}, "--head_budget 3: expected 2 to 16 heads"),
         ({"cache_bytes": 10**6}, "--budget 2 --cache_bytes 1000000: both say how many layers; give one of them"),
         ({"budget": None, "cache_bytes": 5}, "--cache_bytes 5: a single layer of the teacher's"),
         (
@@ -221,7 +253,7 @@ def test_a_result_that_cannot_be_written_is_one_line_and_its_rows_are_kept(model
 def test_the_plan_reads_no_weights(models, tmp_path, capsys):
     assert choose_layers.main(parse_choose_args([*command(models, tmp_path), "--dry_run"])) == 0
     printed = capsys.readouterr().out
-    assert "Keeps 2 of 4 layers" in printed and "tokens forward" in printed and "GB" in printed
+    assert "Keeps 2 of 4 layers;" in printed and "tokens forward" in printed and "GB" in printed
     assert not list(tmp_path.iterdir())
 
 

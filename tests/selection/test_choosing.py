@@ -7,7 +7,7 @@ import math
 import pytest
 
 from selection.ablation import Ablations, mean_growth
-from selection.choosing import Request, compare_heads, evenly
+from selection.choosing import Request, choose_heads, evenly
 from selection.cost import choice_cost
 from selection.greedy import Objective
 from selection.hidden_states import HiddenStates
@@ -111,7 +111,7 @@ def test_another_budget_uses_what_was_measured(tmp_path):
 
 def test_figures_that_are_not_finite_are_one_line(monkeypatch):
     monkeypatch.setattr(Swaps, "_kl", lambda *_: math.nan)
-    with pytest.raises(ValueError, match=r"'choosing 0' .* are not finite; use --dtype float32"):
+    with pytest.raises(ValueError, match=r"'choosing 0' of measured.jsonl are not finite; use --dtype float32"):
         choice()
 
 
@@ -135,8 +135,8 @@ def test_equal_distances(n_layers, n_kept, kept):
     assert set(range(n_layers)) - evenly(n_layers, n_kept) == kept
 
 
-@pytest.mark.parametrize("n_kept", [0, 2])
-def test_what_was_run_is_what_the_plan_says(monkeypatch, n_kept):
+@pytest.mark.parametrize("n_kept,n_heads", [(0, 0), (0, 4), (2, 0), (2, 4)])
+def test_what_was_run_is_what_the_plan_says(monkeypatch, n_kept, n_heads):
     """To a fifth: which layers a round measures decides where its sets start."""
     texts, all_states = material(), []
     init = HiddenStates.__init__
@@ -149,12 +149,12 @@ def test_what_was_run_is_what_the_plan_says(monkeypatch, n_kept):
     monkeypatch.setattr(HiddenStates, "__init__", remembered)
     teacher, student = models()
     if n_kept:
-        choice(n_kept=n_kept)
+        choice(n_kept=n_kept, n_heads=n_heads)
     else:
-        compare_heads(teacher, Request(texts, 0, 0.3), RANK)
+        choose_heads(teacher, Request(texts, 0, 0.3, n_heads=n_heads), RANK)
     cost = choice_cost(
         (teacher.config, student.config),
-        n_kept,
+        (n_kept, n_heads),
         (texts.windows[:, 1:].numel(), texts.probes[0].ids.numel()),
         True,
         1,

@@ -20,13 +20,13 @@ def test_the_bytes_are_those_of_a_cache(dtype, layers):
     apply_replacements(hybrid, teacher, layers)
     cache = hybrid(tokens(1, 30), use_cache=True).past_key_values
     states = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    counted = cache_bytes(teacher.config, student.config, len(layers), 30, dtype)
+    counted = cache_bytes((teacher.config, student.config), range(len(layers)), {}, 30, dtype)
     assert counted == sum(state.nbytes for state in states)
 
 
 def test_as_many_layers_as_fit():
     teacher, student = tiny_teacher().config, tiny_student().config
-    sizes = [cache_bytes(teacher, student, k, 1000, "float32") for k in range(5)]
+    sizes = [cache_bytes((teacher, student), range(k), {}, 1000, "float32") for k in range(5)]
     assert [most_layers(teacher, student, size, 1000, "float32") for size in sizes[1:4]] == [1, 2, 3]
     assert most_layers(teacher, student, sizes[2] - 1, 1000, "float32") == 1
     assert most_layers(teacher, student, 10**12, 1000, "float32") == 3  # all would be no hybrid
