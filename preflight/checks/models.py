@@ -25,7 +25,7 @@ from preflight.checks.basics import FAILURE, OK, WARNING, CheckSkipped, Finding,
 from preflight.checks.machine import GB, default_nproc
 from preflight.footprint import build_models, find_configs
 from preflight.update_footprint import n_bytes
-from selection.auto import for_plan
+from selection.auto import check_auto, for_plan
 from text.encoding import Encoder, check_tokenizer
 from text.separators import Separator, choose_separator
 
@@ -49,10 +49,13 @@ def first_step(run: PlannedRun) -> int:
 
 @functools.cache
 def offline(run: PlannedRun) -> TrainArguments:
-    """Returns the run's options, but without downloads and with the checkpoint as the student of a resumed run."""
+    """Returns the run's options, but without downloads. A resumed run has the checkpoint as student, and the layers and
+    heads of that in place of `auto:K`.
+    """
     args, (resume, _) = dataclasses.replace(run.args, local_files_only=True), resumed(run)
-    checkpoint = None if resume is None else resume.checkpoint
-    return args if checkpoint is None else dataclasses.replace(args, student_model=str(checkpoint))
+    if resume is None or resume.checkpoint is None:
+        return args
+    return check_auto(dataclasses.replace(args, student_model=str(resume.checkpoint)), resume.parts)
 
 
 @functools.cache

@@ -116,6 +116,13 @@ def test_a_resumed_run_with_the_same_options_is_the_same_run(tmp_path):
     assert "resuming with --max_lr 0.5 where the run had 0.002" in changed.found
 
 
+def test_a_resumed_run_has_the_layers_and_heads_that_were_chosen_for_it(tmp_path):
+    options = ("--output_dir", tmp_path, "--resume", "auto", "--layers")
+    checkpoint_of(tmp_path, 6, *options, 2, 3, "--heads", "5:0,4:1")
+    (well,) = found(models.check_configs, *options, "auto:2", "--heads", "auto:2")
+    assert well.status == OK and well.found.endswith("with --layers 2 3 --heads 4:1,5:0 from the teacher")
+
+
 def test_a_vocabulary_that_is_too_small(copy_of):
     folder = copy_of("student")
     change_json(folder / "config.json", vocab_size=1000)
