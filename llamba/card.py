@@ -51,13 +51,9 @@ DISTILLED = """\
 Distilled from a teacher: the student learns from text and from the teacher's distribution over the next token.\
 """
 ALIGNED = """\
-Aligned with a teacher, and not distilled: given the teacher's hidden states, each mixer learns
-{target}. Nothing else was trained.\
+Aligned with a teacher, and not distilled: given the teacher's hidden states, each mixer learns the output of the
+attention in whose place it is, or what the heads beside it leave of that. Nothing else was trained.\
 """
-TARGETS = {
-    "attention": "the output of the attention in whose place it is",
-    "block": "what makes its layer give the output of the teacher's",
-}
 RUN = """
 ## How it was made
 
@@ -105,7 +101,8 @@ def model_card(
     if state is not None:
         counters = {name: state[name] for name in ("step", "micro_step", "tokens")}
         options = _rows({**_start(state["arguments"], near), **_options(state["arguments"])})
-        card += RUN.format(what=_what(state["arguments"]), options=options, **counters)
+        what = ALIGNED if _is_alignment(state["arguments"]) else DISTILLED
+        card += RUN.format(what=what, options=options, **counters)
     return card
 
 
@@ -137,10 +134,6 @@ def _front_matter(run: dict[str, Any] | None, near: Path) -> str:
         lines += ["base_model:", *(f"- {name}" for name in models)] if models else []
         lines += ["datasets:", f"- {run['dataset_name']}"] if _is_hub_name(run["dataset_name"], near) else []
     return "\n".join(lines)
-
-
-def _what(run: dict[str, Any]) -> str:
-    return ALIGNED.format(target=TARGETS[run["align"]]) if _is_alignment(run) else DISTILLED
 
 
 def _is_alignment(run: dict[str, Any]) -> bool:
