@@ -22,6 +22,7 @@ from conversion.measure import HeldOutStreams, add_mlp, attend, in_parts
 from conversion.student_config import student_config
 from conversion.teacher_weights import TeacherWeights
 from conversion.unfinished import FIGURES, UnfinishedStudent, finished_figures
+from inputs.model_files import one_line
 from inputs.teacher_parts import Heads, pairs_of
 from llamba import DiscreteMamba2, LlambaBlock, LlambaConfig, LlambaModel
 from llamba.families import DecoderLayer
@@ -71,6 +72,8 @@ def build_student(
         logger.info("%s is finished already", output)
         return figures
     work = UnfinishedStudent(output, made_with, config.n_layer + 2)
+    if figures is None and not work.has_progress:
+        teacher.check_values(DTYPES[recipe.dtype])  # the last layer's would else be read after hours
     with work.locked():
         if figures is None:
             figures = _Building(teacher, config, recipe, device, work, windows.calibration.shape[1]).build(windows)
@@ -229,7 +232,9 @@ def _write_rest(work: UnfinishedStudent, config: LlambaConfig, tokenizer: PreTra
     config.dtype = DTYPES[work.made_with["dtype"]]
     config.save_pretrained(work.folder)
     GenerationConfig.from_model_config(config).save_pretrained(work.folder)
-    tokenizer.save_pretrained(work.folder)
+    cannot = f"--output {work.output}: its tokenizer cannot be written to {work.folder}"
+    with one_line(cannot, "make room, and give the same command to resume"):  # the library raises no OSError
+        tokenizer.save_pretrained(work.folder)
     work.write_index()
 
 

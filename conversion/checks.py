@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from conversion.gguf import GGUFModel, is_gguf, partial_folder
 from conversion.options import MakeArguments
 from conversion.student_config import problems_of_teacher, student_config
-from conversion.unfinished import FIGURES, unfinished_folder
+from conversion.unfinished import FIGURES, problem_of_new, unfinished_folder
 from inputs.context import shortest
 from inputs.model_files import one_line, read_config
 from inputs.option_values import PRESETS, preset_values
@@ -69,6 +69,8 @@ def teacher_config(args: MakeArguments) -> TeacherConfig:
         path = locate_model(TEACHER, name, args.local_files_only, needs_weights=False)
     with one_line(f"{TEACHER} {name}: cannot read its config.json"):
         values, _ = PretrainedConfig.get_config_dict(path)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}; expected the fields of a config")
     if problems := problems_of_teacher(values, args.ssm_bias):
         raise ValueError("\n".join(f"{TEACHER} {name}: {problem}" for problem in problems))
     config = read_config(TEACHER, name, path)
@@ -96,10 +98,10 @@ def _problems_of_output(args: MakeArguments, student: LlambaConfig) -> list[str]
     assert args.output is not None
     output = Path(args.output)
     with readable(f"--output {output}", output):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / FIGURES).is_file():
-            return [f"--output {output}: is there already and holds something else; give the name of a new folder"]
         if (output / FIGURES).is_file():
             return []  # finished, or another one, which `check_output` says
+        if problem := problem_of_new(output):
+            return [problem]
         place = next(folder for folder in output.absolute().parents if folder.is_dir())
         begun = (unfinished_folder(output), partial_folder(converted_folder(args)))  # what is there is overwritten
         done = sum(file.stat().st_size for folder in begun for file in folder.glob("*.safetensors"))

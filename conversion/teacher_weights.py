@@ -45,6 +45,7 @@ class TeacherWeights:
         self.family = FAMILIES[config.model_type]
         self.config = config
         self.config._attn_implementation = "sdpa"
+        self.own_head: tuple[str, Path] | None = None  # stored beside the embedding that it should be
         self.stored = self._find()
 
     def _find(self) -> dict[str, tuple[str, Path, tuple[int, ...]]]:
@@ -58,14 +59,33 @@ class TeacherWeights:
                 name = next((own for own in (stored, f"model.{stored}") if own in wanted), None)
                 if name is None:
                     unexpected.append(stored)
+                    self.own_head = (stored, file) if stored == HEAD else self.own_head
                 else:
                     found[name] = (stored, file, shape)
-        if self.config.tie_word_embeddings:
-            unexpected = [stored for stored in unexpected if stored != HEAD]
+        if self.config.tie_word_embeddings and HEAD in unexpected:
+            unexpected.remove(HEAD)
         misshapen = [(name, found[name][2], wanted[name]) for name in found if found[name][2] != wanted[name]]
         info = {"missing_keys": sorted(wanted.keys() - found.keys()), "mismatched_keys": misshapen}
         check_all_used(self.flag, self.name, model, {**info, "unexpected_keys": unexpected})
         return found
+
+    def check_values(self, dtype: torch.dtype) -> None:
+        """Raises ValueError if a tensor is not finite in `dtype`, or if the files have a head of their own where the
+        config ties it to the embedding: transformers would use that head. Reads all, one tensor at a time.
+        """
+        for name in self.stored:
+            self.tensor(name, dtype)
+        if self.own_head is None:
+            return
+        stored, file = self.own_head
+        with self._opened(file) as opened:
+            head = opened[stored] if isinstance(opened, dict) else opened.get_tensor(stored)
+            is_embedding = torch.equal(head.float(), self.embedding(torch.float32))
+        if not is_embedding:
+            raise ValueError(
+                f"{self.flag} {self.name}: its config.json says tie_word_embeddings, and {stored} in {file.name} is "
+                "another tensor than its embedding; correct one of them, or copy the model again"
+            )
 
     def _shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the tensors in a file."""

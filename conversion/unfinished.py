@@ -35,10 +35,21 @@ class UnfinishedStudent:
         it.
         """
         check_output(self.output, self.made_with)
-        with lock_dir("--output", self.folder):
+        with lock_dir("--output", self.folder), self._explaining_write_errors():
             if not any((self.folder / name).exists() for name in (MADE_WITH, FIGURES)):
                 self.write_json(MADE_WITH, self.made_with)
             yield
+
+    @contextlib.contextmanager
+    def _explaining_write_errors(self) -> Iterator[None]:
+        """Turns an OSError of writing into a ValueError of one line."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"--output {self.output}: {self.folder} cannot be written ({error.strerror}); make room, or correct "
+                "this, and give the same command to resume"
+            ) from error
 
     def write_json(self, name: str, content: Any) -> None:
         write_whole(self.folder / name, json.dumps(content, indent=2).encode() + b"\n")
@@ -66,30 +77,48 @@ class UnfinishedStudent:
         content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(self.folder / PROGRESS, save(content, metadata={"figures": json.dumps(figures)}))
 
+    @property
+    def has_progress(self) -> bool:
+        return (self.folder / PROGRESS).exists()
+
     def progress(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Returns what was last saved as progress, or None."""
-        file = self.folder / PROGRESS
-        if not file.exists():
+        """Returns what was last saved as progress, or None. Raises ValueError if it, or a shard, is damaged or gone."""
+        if not self.has_progress:
             return None
-        with (
-            one_line(f"--output {self.output}: {file} is damaged", "delete that folder, and start again"),
-            safe_open(file, "pt") as opened,
-        ):
-            tensors = {name: opened.get_tensor(name).to(device, copy=True) for name in list(opened.keys())}
-            return tensors, json.loads(opened.metadata()["figures"])
+        with one_line(f"--output {self.output}: {self.folder} is damaged", "delete that folder, and start again"):
+            with safe_open(self.folder / PROGRESS, "pt") as opened:
+                tensors = {name: opened.get_tensor(name).to(device, copy=True) for name in list(opened.keys())}
+                figures = json.loads(opened.metadata()["figures"])
+            for number in range(len(figures["errors"]) + 1):  # the embedding, and a layer each
+                with safe_open(self.folder / self.shard_name(number), "pt"):  # compares the header with the file
+                    pass
+            return tensors, figures
 
     def publish(self) -> None:
         """Gives the finished student its name."""
         for file in list(self.folder.iterdir()):
             if file.name in (PROGRESS, MADE_WITH) or _is_passing(file):
                 file.unlink()
-        flush_to_disk(self.folder)
+        for file in [*self.folder.iterdir(), self.folder]:  # the libraries' files too
+            flush_to_disk(file)
         self.folder.rename(self.output)
         flush_to_disk(self.output.parent)
 
 
 def unfinished_folder(output: Path) -> Path:
+    """Returns where a student is until it is finished. Raises ValueError for a path without a name."""
+    if not output.name:
+        raise ValueError(f"--output {output}: has no name of its own; give the name of a new folder")
     return output.with_name(f"{output.name}.unfinished")
+
+
+def problem_of_new(output: Path) -> str | None:
+    """Returns why a finished student could not be given this name; None if it can."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        return f"--output {output}: is there already and holds something else; give the name of a new folder"
+    if output.is_symlink():  # which no folder can replace
+        return f"--output {output}: is a link; give the name of a new folder, such as where it leads"
+    return None
 
 
 def _made_with(folder: Path) -> dict[str, Any]:
@@ -123,10 +152,8 @@ def check_output(output: Path, made_with: dict[str, Any]) -> None:
     try:
         if is_finished := (output / FIGURES).is_file():
             folder = output
-        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(
-                f"--output {output}: is there already and holds something else; give the name of a new folder"
-            )
+        elif problem := problem_of_new(output):
+            raise ValueError(problem)
         elif not folder.exists() or all(map(_is_passing, folder.iterdir())):
             return
         different = differences(_made_with(folder), made_with)

@@ -48,6 +48,7 @@ CONFIGS = [
     ({"num_local_experts": 8}, "num_local_experts 8, experts"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised, by gptq"),
     ({"num_hidden_layers": 0}, "0 layers; expected 1 to"),
+    ({"tie_word_embeddings": True}, "says tie_word_embeddings, and lm_head.weight in model.safetensors is another"),
 ]
 
 
@@ -102,6 +103,25 @@ def test_a_folder_that_holds_something(tmp_path, teacher, place):
     (tmp_path / place).write_text("mine")
     assert error_of(tmp_path).startswith(f"--output {tmp_path / 'made'}: is there already and holds something else")
     assert (tmp_path / place).read_text() == "mine"
+
+
+@pytest.mark.parametrize("leads_to", ["nowhere", "empty", "made"])
+def test_a_link_where_the_folder_is_to_be(tmp_path, teacher, leads_to):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "made").symlink_to(leads_to)
+    assert error_of(tmp_path).startswith(f"--output {tmp_path / 'made'}: is a link; give the name of a new folder")
+
+
+def test_a_folder_without_a_name(tmp_path, teacher, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert error_of(tmp_path, "--output", ".") == ("--output .: has no name of its own; give the name of a new folder")
+
+
+def test_a_config_that_is_a_list(tmp_path, teacher):
+    (teacher / "config.json").write_text("[]")
+    message = error_of(tmp_path)
+    assert message.startswith(f"--teacher_model {teacher}: cannot read its config.json: it holds a list; expected")
 
 
 def test_states_are_on_the_disk_twice_while_they_are_written(tmp_path, teacher):
@@ -162,11 +182,19 @@ def test_fewer_tokens_than_are_enough_are_named(tmp_path, caplog):
     assert caplog.messages[0].startswith("--calibration_tokens 512: are fewer than the 576 inputs of out_proj")
 
 
-def test_weights_that_are_no_numbers(tmp_path, teacher):
-    """They are seen when their layer is read."""
-    change_weight(teacher, "model.layers.1.mlp.down_proj.weight", lambda weight: weight * float("inf"))
-    with pytest.raises(ValueError, match=f"^--teacher_model {teacher}: model.layers.1.mlp.down_proj.weight holds"):
-        make_student.main(options(tmp_path))
+WEIGHTS = [
+    ("model.layers.5.mlp.down_proj.weight", float("inf"), "float32"),
+    ("lm_head.weight", 1e6, "float16"),
+    ("model.embed_tokens.weight", 1e6, "float16"),
+]
+
+
+@pytest.mark.parametrize("name,value,dtype", WEIGHTS)
+def test_weights_that_are_no_numbers_in_the_student(tmp_path, teacher, name, value, dtype):
+    """They are seen before a layer is fitted, even of tokens that no text has."""
+    change_weight(teacher, name, lambda weight: weight.float().index_fill(0, torch.tensor(weight.shape[0] - 1), value))
+    message = error_of(tmp_path, "--dtype", dtype)
+    assert message.startswith(f"--teacher_model {teacher}: {name} holds inf in {dtype}, expected numbers; ")
 
 
 def test_activations_that_are_not_finite(tmp_path, teacher):

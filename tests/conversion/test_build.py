@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import errno
 import gc
 import json
 import math
+import os
 import weakref
 from pathlib import Path
 
@@ -335,3 +337,62 @@ def test_only_one_layer_is_in_memory(make, monkeypatch):
     make()
     assert len(alive) > 4 * 18
     assert reads == [set()] * 4
+
+
+@pytest.fixture
+def stopped(make, monkeypatch):
+    """A conversion that was killed behind layer 1."""
+    save_progress = unfinished.UnfinishedStudent.save_progress
+
+    def save_and_die(work, tensors, figures):
+        save_progress(work, tensors, figures)
+        if len(figures["errors"]) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patches, pytest.raises(Killed):
+        patches.setattr(unfinished.UnfinishedStudent, "save_progress", save_and_die)
+        make()
+
+
+@pytest.mark.parametrize("name,n_bytes", [("model-00002-of-00006", 0), ("model-00002-of-00006", 100), ("progress", 9)])
+def test_a_file_that_was_cut_or_deleted_since_is_named(make, stopped, tmp_path, name, n_bytes):
+    folder = tmp_path / "student.unfinished"
+    os.truncate(folder / f"{name}.safetensors", n_bytes)
+    if not n_bytes:
+        (folder / f"{name}.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"^--output {tmp_path / 'student'}: {folder} is damaged: .*; delete that f"):
+        make()
+
+
+@pytest.mark.parametrize("owner,name", [(unfinished, "write_whole"), (LlambaConfig, "save_pretrained")])
+def test_a_disk_that_is_full_is_one_line_and_the_same_command_resumes(
+    make, stopped, tmp_path, monkeypatch, owner, name
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patches, pytest.raises(ValueError) as error:
+        patches.setattr(owner, name, fail)
+        make()
+    assert str(error.value) == (
+        f"--output {tmp_path / 'student'}: {tmp_path / 'student.unfinished'} cannot be written (No space left on "
+        "device); make room, or correct this, and give the same command to resume"
+    )
+    make()
+
+
+def test_a_tokenizer_that_cannot_be_written(make, stopped, tokenizer, monkeypatch):
+    def fail(*_):
+        raise Exception("No space left on device (os error 28)")  # so does the library tokenizers
+
+    with monkeypatch.context() as patches, pytest.raises(ValueError, match="its tokenizer cannot be written to .*28"):
+        patches.setattr(type(tokenizer), "save_pretrained", fail)
+        make()
+    make()
+
+
+def test_all_files_are_on_the_disk_before_the_student_has_its_name(make, tmp_path, monkeypatch):
+    flushed, flush = set(), unfinished.flush_to_disk
+    monkeypatch.setattr(unfinished, "flush_to_disk", lambda path: (flushed.add(path.name), flush(path)))
+    make()
+    assert {file.name for file in (tmp_path / "student").iterdir()} <= flushed
