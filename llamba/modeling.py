@@ -168,6 +168,11 @@ class LlambaModel(LlambaPreTrainedModel):
             position_ids = _positions(x, n_past, attention_mask, seq_idx)
         same_document = None
         if seq_idx is not None:
+            if (form := self.rotary_emb.config._attn_implementation) not in ("eager", "sdpa"):
+                raise ValueError(
+                    f"seq_idx: attn_implementation {form!r} takes no mask, and documents would see one another; "
+                    "expected 'sdpa' or 'eager'"
+                )
 
             def same_document(b, h, q, kv):
                 return seq_idx[b, q] == seq_idx[b, kv]

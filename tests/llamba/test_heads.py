@@ -220,6 +220,13 @@ def test_the_form_of_attention_can_be_changed_for_all_that_attend(monkeypatch):
     assert [module.layer_idx for module in called] == [0, 1, 2, 3]
 
 
+def test_packed_documents_are_refused_by_attention_that_takes_no_mask():
+    made = hybrid()
+    made.backbone.rotary_emb.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no mask, and documents would see one another"):
+        made(tokens(), seq_idx=torch.zeros(2, 21, dtype=torch.long), use_cache=False)
+
+
 def spy(attend, called):
     def attend_and_note(module, *args, **kwargs):
         called.append(module)
