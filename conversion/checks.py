@@ -131,7 +131,7 @@ def disk_bytes(args: MakeArguments, student: LlambaConfig) -> int:
 
 def converted_folder(args: MakeArguments) -> Path:
     """Returns where a teacher in a GGUF file is converted to."""
-    return Path(f"{args.output}-teacher")
+    return Path(f"{Path(args.output or '')}-teacher")  # of a path that ends with a slash, too
 
 
 def states_bytes(args: MakeArguments, student: LlambaConfig) -> int:

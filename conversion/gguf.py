@@ -66,7 +66,7 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
     with readable(f"{flag} {file}", file):
         if not file.is_file():
             raise ValueError(f"{flag} {file}: there is no such file; give the path of a .gguf file")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_symlink() or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if not _is_made_of(folder, file):
                 raise ValueError(
                     f"{flag} {file}: would be converted to {folder}, which holds something else; move it away, or "
@@ -74,7 +74,6 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
                 )
             return folder
     model = GGUFModel.open(flag, file)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(folder)
     with lock_dir(flag, partial):
         try:
@@ -89,9 +88,12 @@ def convert_gguf(flag: str, file: Path, folder: Path) -> Path:
             (partial / LOCK).unlink()
             os.replace(partial, folder)  # also over an empty folder
             flush_to_disk(folder.parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            if not isinstance(error, OSError):
+                raise
+            what = f"{flag} {file}: cannot be converted to {folder} ({error.strerror})"
+            raise ValueError(f"{what}; make room, or choose another folder") from error
     return folder
 
 
@@ -177,7 +179,7 @@ class GGUFModel:
             tokenizer.save_pretrained(folder)
         self.config.save_pretrained(folder)
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
-        with one_line(f"{where}: its weights cannot be converted"):
+        with one_line(f"{where}: its weights cannot be converted", "make room if the disk is full, else copy it again"):
             write_safetensors(folder / "model.safetensors", self.header(), self.blocks())
 
     def header(self) -> dict[str, tuple[str, list[int], int]]:

@@ -212,7 +212,8 @@ def test_activations_that_are_not_finite(tmp_path, teacher):
 def test_a_gguf_file_becomes_a_student_and_its_teacher_a_folder(tmp_path):
     model = tiny_llama()
     file = write_gguf(tmp_path / "teacher.gguf", tensors_of(model), values_of(model.config), matrices="Q8_0")
-    args = options(tmp_path, "--teacher_model", file, "--dtype", "float32", "--layers", -1)
+    ending = ("--output", f"{tmp_path / 'made'}/")  # as a shell completes it
+    args = options(tmp_path, "--teacher_model", file, "--dtype", "float32", "--layers", -1, *ending)
     assert make_student.main(args) == 0
     made = LlamaForCausalLM.from_pretrained(tmp_path / "made-teacher", dtype=torch.float32)
     assert made.config.num_hidden_layers == 2

@@ -1,6 +1,7 @@
 """A GGUF file becomes a folder with the same model and tokenizer, or one line says why not."""
 
 import builtins
+import errno
 import itertools
 import json
 import shutil
@@ -252,6 +253,27 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, llama, monkeyp
     monkeypatch.setattr(door.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="0.0 GB free; make room"):
         convert(tmp_path, llama)
+
+
+@pytest.mark.parametrize("name", ["flush_to_disk", "write_safetensors"])
+def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left(tmp_path, llama, monkeypatch, name):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(door, name, fail)
+    with pytest.raises(ValueError, match="^--teacher_model .*No space left on device.*; make room"):
+        convert(tmp_path, llama)
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_link_or_a_file_is_not_replaced_by_the_folder(tmp_path, llama):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "tiny").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="which holds something else; move it away"):
+        convert(tmp_path, llama)
+    file = tmp_path / "tiny.gguf"
+    with pytest.raises(ValueError, match=r"tiny.gguf/.sub.partial: cannot be written \(Not a directory\)"):
+        convert_gguf("--teacher_model", file, file / "sub")
 
 
 def test_the_missing_package_is_named(tmp_path, llama, monkeypatch):
