@@ -110,18 +110,26 @@ def check_layer_map(interval: int, student: LlambaConfig, teacher: PretrainedCon
 
 
 def warn_of_cut_mixers(args: TrainArguments, student: LlambaConfig) -> None:
-    """Logs a warning, on rank 0, if mixers are to lose heads beside which they were never fitted or trained. What is
-    left of such a mixer is further from what the heads leave of the attention than the whole was from all of it.
+    """Logs what `cut_mixers` returns, on rank 0."""
+    if (text := cut_mixers(args, student)) is not None and is_main_rank():
+        logger.warning(text)
+
+
+def cut_mixers(args: TrainArguments, student: LlambaConfig) -> str | None:
+    """Returns a warning if mixers are to lose heads beside which they were never fitted or trained. What is left of
+    such a mixer is further from what the heads leave of the attention than the whole was from all of it.
     """
+    if student.has_attention or args.stage == "align":
+        return None
     n_heads = student.ssm_cfg["n_v_heads"]  # as many as the teacher's, as `head_problems` has checked
     _, kept = whole_and_parts(args.layers, args.kept_heads, n_heads)  # a layer that keeps all has no mixer
-    cut = sorted({*pairs_of(kept)} - {*pairs_of(student.fitted_beside)})
-    if cut and not student.has_attention and args.stage != "align" and is_main_rank():
-        logger.warning(
-            "--heads %s: the mixers of --student_model were not fitted beside these heads, and the hybrid may begin "
-            "far from the teacher; make a student with `make_student.py --heads ...`, or align this one first",
-            ",".join(cut),
-        )
+    fitted = pairs_of(student.fitted_beside)
+    if not (cut := [pair for pair in pairs_of(kept) if pair not in fitted]):
+        return None
+    return (
+        f"--heads {','.join(cut)}: the mixers of --student_model were not fitted beside these heads, and the hybrid "
+        "may begin far from the teacher; make a student with `make_student.py --heads ...`, or align this one first"
+    )
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------

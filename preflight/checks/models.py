@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from arguments import TrainArguments
 from checkpointing.resume import Resume
 from distillation.losses import shared_vocab
-from distillation.pairing import SAME_TOKENIZER, own_tokenizer, tokenizer_difference
+from distillation.pairing import SAME_TOKENIZER, cut_mixers, own_tokenizer, tokenizer_difference
 from inputs.model_files import folder_of, read_config
 from inputs.option_values import command_that_makes
 from inputs.teacher_parts import named_parts
@@ -173,6 +173,8 @@ def check_configs(run: PlannedRun) -> Iterator[Finding]:
     parts = named_parts(student.config.attention_layers, student.config.attention_heads)
     found = f"hybrid of {total:,} parameters, {trained:,} trained, with {parts} from the teacher"
     yield Finding(OK, "teacher and student together", f"{found}; {chosen.removesuffix('.')}" if chosen else found)
+    if not chosen and (warning := cut_mixers(args, configs(run)[1])) is not None:
+        yield Finding.of_error(WARNING, "mixers", warning)
 
 
 # --- tokens --------------------------------------------------------------------------------------------------

@@ -116,10 +116,16 @@ def test_a_resumed_run_with_the_same_options_is_the_same_run(tmp_path):
     assert "resuming with --max_lr 0.5 where the run had 0.002" in changed.found
 
 
+def test_mixers_that_were_not_fitted_beside_the_heads():
+    bad = the_bad_one(found(models.check_configs, "--heads", "0:3,4:1,5:2"), WARNING)
+    assert bad.found.startswith("--heads 0:3,4:1,5:2: the mixers of --student_model were not fitted beside")
+    assert "align this one first" in bad.remedy
+
+
 def test_a_resumed_run_has_the_layers_and_heads_that_were_chosen_for_it(tmp_path):
     options = ("--output_dir", tmp_path, "--resume", "auto", "--layers")
     checkpoint_of(tmp_path, 6, *options, 2, 3, "--heads", "5:0,4:1")
-    (well,) = found(models.check_configs, *options, "auto:2", "--heads", "auto:2")
+    well, _ = found(models.check_configs, *options, "auto:2", "--heads", "auto:2")
     assert well.status == OK and well.found.endswith("with --layers 2 3 --heads 4:1,5:0 from the teacher")
 
 
