@@ -21,8 +21,8 @@ from conversion.heads import constant_norms, plain_heads
 from conversion.measure import HeldOutStreams, add_mlp, attend, in_parts
 from conversion.student_config import student_config
 from conversion.teacher_weights import TeacherWeights
-from conversion.unfinished import FIGURES, UnfinishedStudent, finished_figures
-from inputs.model_files import one_line
+from conversion.unfinished import FIGURES, UnfinishedStudent, check_shards, finished_figures
+from inputs.model_files import one_line, weight_files
 from inputs.teacher_parts import Heads, pairs_of
 from llamba import DiscreteMamba2, LlambaBlock, LlambaConfig, LlambaModel
 from llamba.families import DecoderLayer
@@ -69,6 +69,7 @@ def build_student(
     device = torch.device(device)
     made_with = {"teacher": _identity(teacher), **recipe.made_with(device), "text": _digest(windows)}
     if (figures := finished_figures(output, made_with)) is not None and output.is_dir():
+        check_shards(output, output, weight_files("--output", str(output), output))
         logger.info("%s is finished already", output)
         return figures
     work = UnfinishedStudent(output, made_with, config.n_layer + 2)

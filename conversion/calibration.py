@@ -65,7 +65,7 @@ def _take(
             return torch.from_numpy(np.concatenate(stacks)[:n_windows].astype(np.int64))
     raise ValueError(
         f"{source.flags.name} {source.name!r}: split {source.split!r} fills {n_found} windows of {size} tokens; "
-        f"expected {n_windows} for {use}; use more text, or lower that"
+        f"expected {n_windows} for {use}; use more text (a document that is there twice counts once), or lower that"
     )
 
 

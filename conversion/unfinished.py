@@ -85,14 +85,15 @@ class UnfinishedStudent:
         """Returns what was last saved as progress, or None. Raises ValueError if it, or a shard, is damaged or gone."""
         if not self.has_progress:
             return None
-        with one_line(f"--output {self.output}: {self.folder} is damaged", "delete that folder, and start again"):
-            with safe_open(self.folder / PROGRESS, "pt") as opened:
-                tensors = {name: opened.get_tensor(name).to(device, copy=True) for name in list(opened.keys())}
-                figures = json.loads(opened.metadata()["figures"])
-            for number in range(len(figures["errors"]) + 1):  # the embedding, and a layer each
-                with safe_open(self.folder / self.shard_name(number), "pt"):  # compares the header with the file
-                    pass
-            return tensors, figures
+        with (
+            one_line(f"--output {self.output}: {self.folder} is damaged", "delete that folder, and start again"),
+            safe_open(self.folder / PROGRESS, "pt") as opened,
+        ):
+            tensors = {name: opened.get_tensor(name).to(device, copy=True) for name in list(opened.keys())}
+            figures = json.loads(opened.metadata()["figures"])
+        n_done = len(figures["errors"]) + 1  # the embedding, and a layer each
+        check_shards(self.output, self.folder, [self.folder / self.shard_name(number) for number in range(n_done)])
+        return tensors, figures
 
     def publish(self) -> None:
         """Gives the finished student its name."""
@@ -103,6 +104,14 @@ class UnfinishedStudent:
             flush_to_disk(file)
         self.folder.rename(self.output)
         flush_to_disk(self.output.parent)
+
+
+def check_shards(output: Path, folder: Path, files: list[Path]) -> None:
+    """Raises ValueError if one of these files in the `folder` of a student is gone, or is shorter than it says."""
+    with one_line(f"--output {output}: {folder} is damaged", "delete that folder, and start again"):
+        for file in files:
+            with safe_open(file, "pt"):  # which compares them
+                pass
 
 
 def unfinished_folder(output: Path) -> Path:

@@ -271,6 +271,9 @@ def test_a_finished_student_is_left_as_it_is(make, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "fit_mixer", None)
     assert make()[2] == figures
     assert files_of(tmp_path / "student") == before
+    (tmp_path / "student" / "model-00003-of-00006.safetensors").unlink()
+    with pytest.raises(ValueError, match="student is damaged: .*00003-of-00006.*; delete that folder, and"):
+        make()
 
 
 class Killed(BaseException):
@@ -365,9 +368,7 @@ def test_a_file_that_was_cut_or_deleted_since_is_named(make, stopped, tmp_path, 
 
 
 @pytest.mark.parametrize("owner,name", [(unfinished, "write_whole"), (LlambaConfig, "save_pretrained")])
-def test_a_disk_that_is_full_is_one_line_and_the_same_command_resumes(
-    make, stopped, tmp_path, monkeypatch, owner, name
-):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(make, stopped, tmp_path, monkeypatch, owner, name):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

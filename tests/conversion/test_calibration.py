@@ -40,5 +40,7 @@ def test_no_document_is_in_both_parts(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("tokens,part", [((10**5, 64), "--calibration_tokens"), ((64, 10**5), "--held_out_tokens")])
 def test_too_little_text_is_one_line(tmp_path, tokenizer, tokens, part):
-    with pytest.raises(ValueError, match=rf"--calibration '.*text.jsonl'.* expected 1563 for {part}.*use more text"):
+    with pytest.raises(
+        ValueError, match=rf"--calibration '.*text.jsonl'.* expected 1563 for {part}.*use more text .a doc.* twice"
+    ):
         read_windows(source_of(tmp_path, ["A text of some words."] * 3 + ["B " * 300]), tokenizer, tokens, 64, seed=0)
