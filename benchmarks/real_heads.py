@@ -35,6 +35,7 @@ from selection.dealing import Dealt
 from selection.far_heads import find_heads, shapes_of_heads
 from selection.material import Material, build_probes
 from selection.options import parse_choose_args
+from selection.reach import ShortSighted
 from selection.statistics import Estimate, estimate
 from utils import write_whole
 
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     hybrids = Hybrids(args, teacher)
     rows = [figures_of("the teacher", teacher, teacher, material)]
     for name, layers, heads in named(args, teacher, checked):
+        if heads:
+            rows.append(short_sighted(f"{name}, the teacher's others short-sighted", heads, teacher, material))
         for how, hybrid in hybrids.of(name, layers, heads):
             rows.append(figures_of(f"{name}{how}", hybrid, teacher, material))
             print(rows[-1], flush=True)
@@ -194,6 +197,14 @@ def figures_of(case: str, model: Any, teacher: Any, material: Material) -> Row:
         hidden = model.base_model(probe.ids, use_cache=False).last_hidden_state
         row[probe.name] = estimate(probe.score(hidden, model.get_output_embeddings()).acc).mean
     return row
+
+
+def short_sighted(case: str, heads: Heads, teacher: Any, material: Material) -> Row:
+    """Returns a row of the teacher itself, of which only these heads, with all of their key/value heads, see far."""
+    short = ShortSighted(teacher, material.probes)
+    far = frozenset((layer, head // short.per_group) for layer, kept in heads.items() for head in kept)
+    scores = short.scores(far)
+    return {"case": case, "key/value heads": len(far), **{name: estimate(scores[name].acc).mean for name in scores}}
 
 
 def kl_of(model: Any, teacher: Any, windows: torch.Tensor) -> list[float]:

@@ -101,7 +101,7 @@ def _far_heads(choice: dict[str, Any]) -> str:
     for one in heads["sets"]:
         cache, names = f"{one['cache_bytes'] / GB:.4f}", ",".join(one["heads"])
         is_short = len(one["heads"]) <= MOST_HEADS or one["heads"] == heads["names"]
-        rows.append([str(one["n_groups"]), cache, *_of_probes(one), names if is_short else "in choice.json"])
+        rows.append([str(one["n_groups"]), cache, *_of_probes(one), names or "none" if is_short else "in choice.json"])
     note = (
         f"The teacher, of which only so many key/value heads see all tokens{_beside(heads['whole'])}. The others see "
         f"the first {heads['first']} and the last {heads['last']}, which a recurrent head can stand for. On texts of "

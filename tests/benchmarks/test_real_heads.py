@@ -7,6 +7,7 @@ import pytest
 from benchmarks import real_heads
 from benchmarks.real_heads import main, strongest
 
+HOW = (", the teacher's others short-sighted", " cut out", " fitted beside", ", trained")
 TINY = Path(__file__).parents[2] / "presets" / "tiny"
 
 
@@ -26,10 +27,10 @@ def test_a_trial(tmp_path, monkeypatch):
     assert [row["case"] for row in rows] == [
         "the teacher",
         "no heads",
-        *(f"2 {what}{how}" for what in ("far", "heads") for how in (" cut out", " fitted beside", ", trained")),
+        *(f"2 {what}{how}" for what in ("far", "heads") for how in HOW),
         "1 layers",
         "1 layers, trained",
     ]
-    assert [row["key/value heads"] for row in rows[2:5]] == [2] * 3  # with all their query heads
-    assert rows[0]["kl"] < 1e-5 and all(row["kl"] > 0.01 for row in rows[1:])
+    assert [row["key/value heads"] for row in rows[2:6]] == [2] * 4  # with all their query heads
+    assert rows[0]["kl"] < 1e-5 and all(row.get("kl", 1) > 0.01 for row in rows[1:])
     assert main(argv) == rows  # of what was made
