@@ -92,6 +92,19 @@ def test_bad_options_are_reported_before_a_model_is_loaded(change, expected, opt
         assert part in message
 
 
+def test_a_student_that_waits_for_heads_is_not_scored_without_a_word(models, options, tmp_path, caplog):
+    shutil.copytree(models.root / "student", tmp_path / "student")
+    change_json(tmp_path / "student" / "config.json", fitted_beside={"1": [0, 2]})
+    options |= {"student_model": [str(tmp_path / "student")]}
+    check_inputs(parse_eval_args(command_line(only(options, "student"))))
+    [warned] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned.startswith("--which student: its mixers were fitted beside heads") and warned.endswith("1:0,1:2")
+    caplog.clear()
+    heads = {"layers": ["-1"], "heads": ["1:0,1:2"]}
+    check_inputs(parse_eval_args(command_line(only(options | heads, "hybrid"))))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 @pytest.mark.parametrize(
     ("trained_on", "words"),
     [

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.checks import _check_output, _find_checkpoint
+from evaluation.checks import _check_output
 from evaluation.mmlu_files import load_mmlu
+from evaluation.sources import find_checkpoint
 from inputs.model_files import dead_links, folder_of
 from model_utils import locate_model
 from monitoring.trackers import check_trackers
@@ -51,7 +52,7 @@ CALLS = {
     "--dataset_name '{}' ": lambda path: local_path(TextSource.for_training(options(path))),
     "--held_out '{}'": lambda path: open_source(TextSource.for_eval_script(eval_options(f"--held_out {path}"))),
     "--mmlu_dir {}": lambda path: load_mmlu(str(path)),
-    "--ckpt {}": lambda path: _find_checkpoint(eval_options(f"--which hybrid_ft --ckpt {path}"), None),
+    "--ckpt {}": lambda path: find_checkpoint(eval_options(f"--which hybrid_ft --ckpt {path}"), None),
 }
 
 
