@@ -5,9 +5,9 @@ has made:
     python -m benchmarks.real_heads --teacher teachers/smollm2-135m --student runs/demo-real/students/closed_form \\
         --text runs/demo-real/text --output runs/heads --far 11 --groups 11
 
---far takes the key/value heads that have to look far, with all their query heads, as `--heads auto:K` does. --heads and
---groups are there to compare with: those heads, and those key/value heads with all of theirs, without which the
-teacher's probes lose most when they are zeroed. With `--align 60 --distil 120` each hybrid is trained so many steps of
+--groups takes the key/value heads without which the teacher's probes lose most when they are zeroed, with all their
+query heads, as `--heads auto:K` does; --heads single ones. --far takes those that have to look far, as
+`choose_layers.py --head_choice search` does. With `--align 60 --distil 120` each hybrid is trained so many steps of
 512 tokens, and so is one with the whole `--layers`. All figures are of texts that no head was chosen on. The same
 command resumes: what is made stays.
 """
@@ -32,7 +32,7 @@ from processes.ranks import process_groups
 from selection.ablation import ablation_scores
 from selection.checks import Checked, check_choice, read_material
 from selection.dealing import Dealt
-from selection.far_heads import find_heads, shapes_of_heads
+from selection.heads import find_heads, shapes_of_heads
 from selection.material import Material, build_probes
 from selection.options import parse_choose_args
 from selection.reach import ShortSighted

@@ -153,7 +153,6 @@ def options_of_choice(args: TrainArguments) -> ChooseArguments:
         document_separator=args.document_separator,
         budget=args.auto_layers,
         head_budget=args.auto_heads,
-        ablation=args.auto_layers is not None,  # nobody would see it
         output=str(folder_of_run(args)),
         seq_length=min(args.seq_length, ChooseArguments.seq_length),
     )

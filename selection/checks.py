@@ -203,7 +203,7 @@ def cost_of(
     else:
         n_text = material.windows[:, 1:].numel()
         n_probe = sum(probe.ids.numel() for probe in material.probes)
-    asked = (n_kept, args.head_budget or 0)
+    asked = (n_kept, args.head_budget or 0 if args.head_choice == "search" else 0)
     return choice_cost(configs, asked, (n_text, n_probe), args.ablation, planned, args.dtype)
 
 

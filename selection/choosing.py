@@ -15,8 +15,8 @@ from llamba import LlambaForCausalLM
 from processes.ranks import Ranks
 from selection.ablation import Ablations, growth, mean_growth
 from selection.dealing import Dealt, check_finite
-from selection.far_heads import find_heads, shapes_of_heads
 from selection.greedy import Direction, Objective, Step, greedy, pareto, ranked
+from selection.heads import find_heads, shapes_of_heads, strongest_heads
 from selection.material import Material, no_probe, usable
 from selection.measurements import name_of
 from selection.probes import Score, estimates
@@ -37,6 +37,7 @@ class Request:
     probe_weight: float
     ablates: bool = True
     n_heads: int = 0  # of layers that are not whole
+    searches_heads: bool = False  # for those that have to look far; else they are the strongest when ablated
     whole: tuple[int, ...] = ()  # layers that are whole, where none are chosen
     directions: tuple[Direction, ...] = DIRECTIONS
 
@@ -57,7 +58,7 @@ def choose(
     swaps = Swaps(teacher, student, aside.windows, aside.probes)
     found |= _last_figures(dealt.sets("aside", swaps), _of_teacher(swaps, ranks), request, found)
     del swaps
-    return found | _end(teacher, dataclasses.replace(request, whole=tuple(found["layers"])), dealt, material)
+    return _with_heads(found, teacher, dataclasses.replace(request, whole=tuple(found["layers"])), dealt, material)
 
 
 def choose_heads(teacher: Any, request: Request, ranks: Ranks, path: Path | None = None) -> dict[str, Any]:
@@ -66,14 +67,21 @@ def choose_heads(teacher: Any, request: Request, ranks: Ranks, path: Path | None
     """
     dealt, material, found = _begin(teacher, request, ranks, path)
     found |= {"n_kept": 0, "n_layers": teacher.config.num_hidden_layers, "layers": list(request.whole)}
-    return found | _end(teacher, request, dealt, material)
+    return _with_heads(found, teacher, request, dealt, material)
 
 
-def _end(teacher: Any, request: Request, dealt: Dealt, material: Material) -> dict[str, Any]:
-    """Returns the heads that are kept, None if none were asked for. The last thing that is measured."""
-    found = find_heads(teacher, request.n_heads, request.whole, dealt, material) if request.n_heads else None
+def _with_heads(
+    found: dict[str, Any], teacher: Any, request: Request, dealt: Dealt, material: Material
+) -> dict[str, Any]:
+    """Returns what was found with the heads that are kept, None if none were asked for. The last thing measured."""
+    found["heads"] = None
+    if request.n_heads and request.searches_heads:
+        found["heads"] = find_heads(teacher, request.n_heads, request.whole, dealt, material)
+    elif request.n_heads:
+        rows = found["ablation"]["heads"]
+        found["heads"] = strongest_heads(rows, request.n_heads, request.whole, teacher.config)
     dealt.rows.close()
-    return {"heads": found}
+    return found
 
 
 def _begin(teacher: Any, request: Request, ranks: Ranks, path: Path | None) -> tuple[Dealt, Material, dict[str, Any]]:

@@ -49,7 +49,7 @@ def choice_cost(
     planned: int,
     dtype: str,
 ) -> Cost:
-    """Returns the cost of a choice. asked: how many layers and heads are kept, 0 where none are chosen. n_tokens: of
+    """Returns the cost of a choice. asked: how many layers and heads are searched for, 0 for none. n_tokens: of
     all windows, and of all probes; two thirds of both choose.
     """
     teacher, student = configs

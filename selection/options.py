@@ -37,6 +37,11 @@ class ChooseArguments(CommonArguments):
         least=1,
         most=10**6,
     )
+    head_choice: Literal["ablation", "search"] = option(
+        "ablation",
+        "which heads: those without which the probes lose most, or a search for those that have to look far",
+        CHOICE,
+    )
     context_length: int = option(
         8192, "tokens of the sequence that caches are counted for", CHOICE, least=1, most=LONGEST_CONTEXT
     )
@@ -47,7 +52,7 @@ class ChooseArguments(CommonArguments):
         least=0,
         most=1000,
     )
-    ablation: bool = option(True, "also ablate each head and each layer of the teacher; changes no choice", CHOICE)
+    ablation: bool = option(True, "also ablate each head and each layer of the teacher; chooses no layers", CHOICE)
     output: str | None = path_option(None, "folder of the result (default: choice in the student's)", CHOICE)
     device: str | None = option(None, "device to run on (default: a GPU for each rank, else the CPU)", CHOICE)
 
@@ -73,6 +78,8 @@ class ChooseArguments(CommonArguments):
         return [*out_of_bounds(self), *self._pairs()]
 
     def _pairs(self) -> Iterator[str]:
+        if self.head_budget is not None and self.head_choice == "ablation" and not self.ablation:
+            yield f"--head_budget {self.head_budget} --no_ablation: nothing says which; give --head_choice search"
         if self.budget is None and self.cache_bytes is None and self.head_budget is None:
             yield "--budget: is missing; give how many of the teacher's layers to keep, --cache_bytes, or --head_budget"
         if self.budget is not None and self.cache_bytes is not None:

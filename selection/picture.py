@@ -37,7 +37,7 @@ def _panels(choice: dict[str, Any]) -> Iterator[Callable[[Axes, dict[str, Any]],
     """Yields what draws each panel."""
     if choice["ablation"] is not None:
         yield _draw_ablation
-    if choice["heads"] is not None:
+    if choice["heads"] is not None and choice["heads"]["sets"]:
         yield _draw_far_heads
     if choice["n_kept"]:
         yield functools.partial(_draw_curve, title="KL to the teacher", figure_of=lambda row: row["kl"])

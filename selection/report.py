@@ -95,7 +95,7 @@ def _swaps(choice: dict[str, Any]) -> str:
 
 def _far_heads(choice: dict[str, Any]) -> str:
     heads = choice["heads"]
-    if heads is None:
+    if heads is None or not heads["sets"]:
         return ""
     rows = []
     for one in heads["sets"]:
@@ -141,6 +141,11 @@ def _ablation(choice: dict[str, Any]) -> str:
         n_more = len(choice["ablation"][what]) - len(ranked)
         shown = f", {n_more} more in choice.json" * (n_more > 0)
         parts.append(_section(f"## {title} of the teacher, ablated{shown}", note, [first, *columns], rows))
+    if choice["heads"] is not None and not choice["heads"]["sets"]:
+        parts.append(
+            "The heads to keep are those of the key/value heads, in layers that are not whole, whose heads have the "
+            "largest sums of growth. `make_student.py --heads` fits the mixers beside them.\n"
+        )
     return "\n".join(parts)
 
 

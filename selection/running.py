@@ -42,14 +42,15 @@ def make_choice(
     asked = {
         "n_kept": checked.n_kept,
         "n_heads": args.head_budget or 0,
+        "head_choice": args.head_choice if args.head_budget else None,
         "probe_weight": args.probe_weight,
         "ablation": args.ablation,
         "context_length": args.context_length,
     }
     whole = () if training is None or checked.n_kept else tuple(sorted(training.layers))
-    request = Request(
-        material, checked.n_kept, args.probe_weight, args.ablation, n_heads=args.head_budget or 0, whole=whole
-    )
+    searches = args.head_choice == "search"
+    heads = (args.head_budget or 0, searches, whole)
+    request = Request(material, checked.n_kept, args.probe_weight, args.ablation, *heads)
     if ranks.is_main:
         prepare(checked.folder, settings, training is not None)
     is_written = checked.n_kept > 0 or training is None  # heads beside given layers are of that run alone

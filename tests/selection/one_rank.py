@@ -31,4 +31,4 @@ def models():
 def choice(path=None, n_kept=2, weight=0.3, ablates=True, texts=None, n_heads=0):
     """Returns what is chosen for the tiny models."""
     assert choosing.DIRECTIONS == ("keep", "recur")
-    return choose(*models(), Request(texts or material(), n_kept, weight, ablates, n_heads), RANK, path)
+    return choose(*models(), Request(texts or material(), n_kept, weight, ablates, n_heads, True), RANK, path)

@@ -15,9 +15,8 @@ from conversion.options import parse_make_args
 from inputs.value_types import AutoLayers
 from model_utils import get_configs
 from selection import auto, folder, material
-from selection.ablation import mean_growth
+from selection.ablation import Ablations, mean_growth
 from selection.material import Material, build_probes
-from selection.reach import ShortSighted, thinned_out
 from tests import fresh
 from tests.selection.one_rank import RANK
 from tests.selection.test_choose_layers import all_probes_count, stop_after_five_rows
@@ -114,18 +113,19 @@ def test_a_choice_that_is_there_is_used(models, student, tmp_path):
         auto.check_auto(args, None)
 
 
-def test_a_run_keeps_the_heads_that_have_to_look_far(models, student, tmp_path):
+def test_a_run_keeps_the_heads_that_the_probes_miss_most(models, student, tmp_path):
     argv = argv_of(models, student, tmp_path / "run", layers="3", heads="auto:4")
     codes, log = train(argv, 2)
     assert codes == [0, 0] and "--heads auto:4: at most about" not in log, log
     rows = (student / "choice" / "measured.jsonl").read_text().splitlines()
     names = [json.loads(row)["name"].split() for row in rows]
-    assert {kind for kind, _ in names} == {"heads", "heads_aside"}  # no layers were searched for
+    assert {kind for kind, _ in names} == {"ablation"} and len(names) == 20  # no layers were searched for
     assert not (student / "choice" / "choice.json").exists()
     best = expected_heads(models, [3], 2)
     config = json.loads((tmp_path / "run" / "latest" / "config.json").read_text())
-    assert {(int(layer), head) for layer, heads in config["attention_heads"].items() for head in heads} == best
-    assert config["attention_layers"] == [3]
+    kept = {(int(layer), head) for layer, heads in config["attention_heads"].items() for head in heads}
+    kept |= {(layer, head) for layer in config["attention_layers"] if layer != 3 for head in range(4)}
+    assert kept == best and 3 in config["attention_layers"]
     options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert set(options["heads"]) == {f"{layer}:{head}" for layer, head in best} and options["layers"] == [3]
     codes, log = train(
@@ -149,15 +149,17 @@ def test_a_run_keeps_the_heads_that_have_to_look_far(models, student, tmp_path):
 
 
 def expected_heads(models, whole, n_groups):
-    """Returns the heads that are found in the teacher."""
-    short = ShortSighted(AutoModelForCausalLM.from_pretrained(models / "teacher"), probes_of(models))
-    fixed, every = frozenset(short.groups_of(whole)), frozenset(short.groups_of(range(4)))
-    own = short.scores(every)
-
-    def losses(far, some):
-        return [mean_growth(short.scores(fixed | far - {group}), own) for group in some]
-
-    return set(short.heads_of(thinned_out(every - fixed, n_groups, losses)[-1]))
+    """Returns the heads that are found in the teacher: both of each key/value head."""
+    ablations = Ablations(AutoModelForCausalLM.from_pretrained(models / "teacher"), probes_of(models))
+    own = ablations.teacher_scores
+    sums = {
+        (layer, group): sum(mean_growth(ablations.without(layer, [2 * group + i]), own) for i in range(2))
+        for layer in range(4)
+        for group in range(2)
+        if layer not in whole
+    }
+    best = sorted(sums, key=lambda group: -sums[group])[:n_groups]
+    return {(layer, 2 * group + i) for layer, group in best for i in range(2)}
 
 
 @pytest.mark.parametrize(

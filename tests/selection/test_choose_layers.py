@@ -107,7 +107,7 @@ def test_heads_beside_the_layers_and_without_any(models, made, tmp_path):
     """The rows of the layers are used; without `--budget` no layers are chosen."""
     folder = tmp_path / "out"
     shutil.copytree(made[0], folder)
-    codes, log = run(command(models, folder, head_budget=2))
+    codes, log = run(command(models, folder, head_budget=2, head_choice="search"))
     choice, before = (json.loads((at / "choice.json").read_text()) for at in (folder, made[0]))
     names = choice["heads"]["names"]
     assert codes == [0] and f"--layers {' '.join(map(str, before['layers']))} --heads {','.join(names)}\n" in log, log
@@ -121,15 +121,29 @@ def test_heads_beside_the_layers_and_without_any(models, made, tmp_path):
     assert caches[0] == choice["cache_bytes"][4] and caches[-1] == choice["cache_bytes"][2]
     ElementTree.fromstring((folder / "choice.svg").read_text())
 
-    codes, log = run(command(models, tmp_path / "heads", budget=None, head_budget=2), 2)
+    only_heads = command(models, tmp_path / "heads", budget=None, head_budget=2)
+    codes, log = run([*only_heads, "--head_choice", "search"], 2)
     assert codes == [0, 0] and re.search(r"^--layers -1 --heads \d:\d,\d:\d$", log, re.MULTILINE), log
     report = (tmp_path / "heads" / "choice.md").read_text()
     assert re.findall("^## (.*)$", report, re.MULTILINE) == [
         "Heads that have to look far", "Layers of the teacher, ablated", "Heads of the teacher, ablated",
         "Probes", "Made with",
     ]  # fmt: skip
-    codes, log = run(command(models, tmp_path / "heads", budget=None, head_budget=2))
+    codes, log = run([*only_heads, "--head_choice", "search"])
     assert codes == [0] and "holds this choice already" in log
+    rows = (tmp_path / "heads" / "measured.jsonl").read_bytes()
+    codes, log = run(only_heads)  # by ablation
+    assert codes == [0] and "it is made again, of the rows" in log
+    assert (tmp_path / "heads" / "measured.jsonl").read_bytes() == rows
+    choice = json.loads((tmp_path / "heads" / "choice.json").read_text())
+    sums = {}
+    for row in choice["ablation"]["heads"]:
+        layer, head = row["place"]
+        sums[layer, head // 2] = sums.get((layer, head // 2), 0) + row["score"]
+    layer, group = max(sums, key=sums.get)
+    assert choice["heads"]["names"] == [f"{layer}:{2 * group}", f"{layer}:{2 * group + 1}"]
+    report = (tmp_path / "heads" / "choice.md").read_text()
+    assert "look far" not in report and "have the largest sums of growth" in report
 
 
 def test_two_ranks_choose_the_same(models, made, tmp_path):
@@ -219,6 +233,12 @@ def test_what_cannot_be_used_is_one_line(models, changes, words):
         (models / "shallow" / "tokenizer.json").write_bytes((models / "teacher" / "tokenizer.json").read_bytes())
     assert words in refusal(argv)
     assert not (models / "nowhere").exists()
+
+
+def test_heads_need_something_that_says_which(models):
+    argv = [*command(models, head_budget=2), "--no_ablation"]
+    assert "--head_budget 2 --no_ablation: nothing says which; give --head_choice search" in refusal(argv)
+    assert parse_choose_args([*argv, "--head_choice", "search"]).head_budget == 2
 
 
 def test_a_student_of_the_hub_has_no_folder_to_write_into(models, monkeypatch):

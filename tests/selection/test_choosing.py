@@ -151,7 +151,7 @@ def test_what_was_run_is_what_the_plan_says(monkeypatch, n_kept, n_heads):
     if n_kept:
         choice(n_kept=n_kept, n_heads=n_heads)
     else:
-        choose_heads(teacher, Request(texts, 0, 0.3, n_heads=n_heads), RANK)
+        choose_heads(teacher, Request(texts, 0, 0.3, n_heads=n_heads, searches_heads=True), RANK)
     cost = choice_cost(
         (teacher.config, student.config),
         (n_kept, n_heads),

@@ -8,7 +8,7 @@ from benchmarks.planted_teacher import VOCAB, planted_teacher
 from selection import reach
 from selection.ablation import mean_growth
 from selection.dealing import Dealt
-from selection.far_heads import find_heads, shapes_of_heads
+from selection.heads import find_heads, shapes_of_heads
 from selection.material import Material
 from selection.probes import random_copies
 from selection.reach import ShortSighted, rounds, thinned_out

@@ -1,5 +1,6 @@
-"""The search for the key/value heads of the teacher that have to look far, and what is left of the probes with fewer
-and fewer of them, on texts that were kept aside.
+"""Which heads are kept in layers that are not whole: those without which the probes lose most, or, by a search, those
+that have to look far, with what is left of the probes with fewer and fewer of them. Heads that share a key/value head
+are kept together.
 """
 
 import logging
@@ -23,8 +24,24 @@ def shapes_of_heads(choosing: Material, aside: Material) -> dict[str, tuple[int,
     return {CHOOSING: (0, choosing.shape[1]), ASIDE: (0, aside.shape[1])}
 
 
+def strongest_heads(rows: Sequence[dict[str, Any]], n_heads: int, whole: Sequence[int], config: Any) -> dict[str, Any]:
+    """Returns the heads of the key/value heads whose query heads the probes miss most, by the sums of their scores.
+
+    rows: of the ablated heads, each with its `place` and `score`.
+    """
+    size = config.num_attention_heads // config.num_key_value_heads
+    sums: dict[Group, float] = {}
+    for row in rows:
+        layer, head = row["place"]
+        if layer not in whole:
+            sums[layer, head // size] = sums.get((layer, head // size), 0.0) + row["score"]
+    groups = sorted(sorted(sums, key=lambda group: (-sums[group], group))[: n_heads // size])
+    names = [f"{layer}:{group * size + i}" for layer, group in groups for i in range(size)]
+    return {"names": names, "whole": list(whole), "sets": []}
+
+
 def find_heads(teacher: Any, n_heads: int, whole: Sequence[int], dealt: Dealt, material: Material) -> dict[str, Any]:
-    """Returns the heads that are kept, as `names`, and the figures of all sets on the way, as JSON has them.
+    """Returns the heads that have to look far, as `names`, and the figures of all sets on the way, as JSON has them.
 
     n_heads: a multiple of the query heads of a key/value head. whole: layers that are kept anyway, and see far.
     """
