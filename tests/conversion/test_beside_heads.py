@@ -84,7 +84,9 @@ def test_with_these_heads_it_is_a_hybrid_like_any_other(layers, heads):
 
 
 def test_layers_are_not_chosen_of_such_a_student():
-    with pytest.raises(ValueError, match="--budget 2: --student_model was fitted|--budget 2: .*give nothing"):
+    with pytest.raises(
+        ValueError, match="--budget 2: the mixers of --student_model were fitted beside heads .* 0:1,0:2,2:3"
+    ):
         check_pair((tiny_teacher().config, waiting_config()), "--budget 2")
 
 
