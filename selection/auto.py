@@ -23,6 +23,7 @@ from processes.ranks import Ranks
 from selection.checks import check_choice, check_head_budget, check_pair, cost_of, planned_tokens
 from selection.choosing import evenly
 from selection.folder import MODELS, RESULT, differences, identity, read_choice, taken
+from selection.heads import strongest_heads
 from selection.options import FOLDER, ChooseArguments
 from selection.running import make_choice
 from text.sources import TextSource
@@ -191,14 +192,23 @@ def _finished(args: TrainArguments, paths: tuple[str, str]) -> dict[str, Any] | 
         raise ValueError(f"{_flag(args)}: {error}; move {folder} away, and it is made again before training") from error
     if args.auto_layers not in (None, choice["request"]["n_kept"]):
         return None
-    return choice if args.auto_heads is None or _has_heads(args, choice) else None
+    if args.auto_heads is None:
+        return choice
+    heads = _heads(args, choice, get_configs(*paths)[0])
+    return None if heads is None else choice | {"heads": heads}
 
 
-def _has_heads(args: TrainArguments, choice: dict[str, Any]) -> bool:
-    """Returns whether a choice has as many heads as are asked for, beside the same whole layers."""
-    found = choice.get("heads") or {"names": [], "whole": []}
-    is_beside = args.auto_layers is not None or sorted(args.layers) == found["whole"]
-    return is_beside and len(found["names"]) == args.auto_heads
+def _heads(args: TrainArguments, choice: dict[str, Any], teacher: PretrainedConfig) -> dict[str, Any] | None:
+    """Returns as many heads as are asked for, beside the same whole layers: those of the choice, or by what it has of
+    ablations. None if it has neither.
+    """
+    assert args.auto_heads is not None
+    found, whole = choice.get("heads"), sorted(args.layers) if args.auto_layers is None else choice["layers"]
+    if found is not None and found["whole"] == whole and len(found["names"]) == args.auto_heads:
+        return found
+    if choice["ablation"] is None:
+        return None
+    return strongest_heads(choice["ablation"]["heads"], args.auto_heads, whole, teacher)
 
 
 def _paths(args: TrainArguments) -> tuple[str, str]:

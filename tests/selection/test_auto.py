@@ -51,7 +51,7 @@ def train(argv, n_ranks=1, arm=all_probes_count):
 
 def probes_of(models):
     """Returns the probes of a run, those of their texts that it chooses on."""
-    probes, _ = build_probes(AutoTokenizer.from_pretrained(models / "teacher"), 6, 1234, 128)
+    probes, _ = build_probes(AutoTokenizer.from_pretrained(models / "teacher"), 6, 0, 128)
     return Material(torch.zeros(3, 2), probes).part(False).probes
 
 
@@ -143,9 +143,14 @@ def test_a_run_keeps_the_heads_that_the_probes_miss_most(models, student, tmp_pa
         argv_of(models, student, tmp_path / "fourth", layers=str(choice["layers"][0]), heads="auto:2")
     )
     assert auto._finished(args, auto._paths(args)) == choice  # beside the same layers
-    for changes in (dict(layers="-1"), dict(heads="auto:4"), dict(layers="auto:1", heads="auto:4")):
-        args = parse_train_args(argv_of(models, student, tmp_path / "fourth", **{"heads": "auto:2", **changes}))
-        assert auto._finished(args, auto._paths(args)) is None
+    for layers, n_groups in (("-1", 1), (str(choice["layers"][0]), 2), ("auto:1", 2)):  # of what was ablated
+        changes = dict(layers=layers, heads=f"auto:{2 * n_groups}")
+        args = parse_train_args(argv_of(models, student, tmp_path / "fourth", **changes))
+        heads = expected_heads(models, [] if layers == "-1" else choice["layers"], n_groups)
+        found = auto._finished(args, auto._paths(args))["heads"]["names"]
+        assert set(found) == {f"{layer}:{head}" for layer, head in heads}
+    args = parse_train_args(argv_of(models, student, tmp_path / "fourth", layers="auto:2", heads="auto:2"))
+    assert auto._finished(args, auto._paths(args)) is None  # its layers have to be chosen first
 
 
 def expected_heads(models, whole, n_groups):

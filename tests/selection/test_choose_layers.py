@@ -136,14 +136,20 @@ def test_heads_beside_the_layers_and_without_any(models, made, tmp_path):
     assert codes == [0] and "it is made again, of the rows" in log
     assert (tmp_path / "heads" / "measured.jsonl").read_bytes() == rows
     choice = json.loads((tmp_path / "heads" / "choice.json").read_text())
-    sums = {}
-    for row in choice["ablation"]["heads"]:
-        layer, head = row["place"]
-        sums[layer, head // 2] = sums.get((layer, head // 2), 0) + row["score"]
+    sums = sums_of_groups(choice["ablation"]["heads"])
     layer, group = max(sums, key=sums.get)
     assert choice["heads"]["names"] == [f"{layer}:{2 * group}", f"{layer}:{2 * group + 1}"]
     report = (tmp_path / "heads" / "choice.md").read_text()
     assert "look far" not in report and "have the largest sums of growth" in report
+
+
+def sums_of_groups(rows):
+    """Returns the sums of the scores of both heads of each key/value head."""
+    sums = {}
+    for row in rows:
+        layer, head = row["place"]
+        sums[layer, head // 2] = sums.get((layer, head // 2), 0) + row["score"]
+    return sums
 
 
 def test_two_ranks_choose_the_same(models, made, tmp_path):
