@@ -32,10 +32,10 @@ from processes.ranks import process_groups
 from selection.ablation import ablation_scores
 from selection.checks import Checked, check_choice, read_material
 from selection.dealing import Dealt
-from selection.heads import find_heads, shapes_of_heads
+from selection.heads import find_heads, shapes_of_heads, strongest_heads
 from selection.material import Material, build_probes
 from selection.options import parse_choose_args
-from selection.reach import ShortSighted
+from selection.reach import ShortSighted, heads_per_group
 from selection.statistics import Estimate, estimate
 from utils import write_whole
 
@@ -99,7 +99,7 @@ def scores_of(teacher: Any, material: Material, file: Path) -> list[list[float]]
 
 def far(teacher: Any, material: Material, n_groups: int, file: Path) -> Heads:
     """Returns the heads of the key/value heads that have to look far."""
-    size = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
+    size = heads_per_group(teacher.config)
     with process_groups(CPU) as ranks:
         dealt = Dealt(ranks, file, shapes_of_heads(material.part(False), material.part(True)))
         found = find_heads(teacher, n_groups * size, [], dealt, material)
@@ -111,7 +111,7 @@ def far(teacher: Any, material: Material, n_groups: int, file: Path) -> Heads:
 
 def named(args: argparse.Namespace, teacher: Any, checked: Checked) -> list[tuple[str, list[int], Heads]]:
     """Returns the names of hybrids with their layers and heads."""
-    size = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
+    size = heads_per_group(teacher.config)
     material, found = material_to_choose_on(teacher, checked), [("no heads", list[int](), Heads())]
     found += [(f"{n} far", [], far(teacher, material, n, args.output / "far.jsonl")) for n in args.far]
     if args.heads or args.groups:
@@ -123,15 +123,8 @@ def named(args: argparse.Namespace, teacher: Any, checked: Checked) -> list[tupl
 
 def strongest(scores: list[list[float]], n: int, size: int) -> Heads:
     """Returns the heads of the `n` groups of `size` heads with the largest sums of scores."""
-    sums = {
-        (layer, first): sum(row[first : first + size])
-        for layer, row in enumerate(scores)
-        for first in range(0, len(row), size)
-    }
-    heads: Heads = {}
-    for layer, first in sorted(sorted(sums, key=lambda place: (-sums[place], place))[:n]):
-        heads.setdefault(layer, []).extend(range(first, first + size))
-    return heads
+    rows = [{"place": (i, j), "score": score} for i, of_layer in enumerate(scores) for j, score in enumerate(of_layer)]
+    return parse_heads(strongest_heads(rows, n * size, [], size)["names"])
 
 
 class Hybrids:

@@ -25,6 +25,7 @@ from selection.choosing import evenly
 from selection.folder import MODELS, RESULT, differences, identity, read_choice, taken
 from selection.heads import strongest_heads
 from selection.options import FOLDER, ChooseArguments
+from selection.reach import heads_per_group
 from selection.running import make_choice
 from text.sources import TextSource
 
@@ -94,7 +95,7 @@ def _heads_of_many_layers(configs: tuple[PretrainedConfig, LlambaConfig], whole:
     """Returns the heads of layers that are not whole: those of one key/value head of each layer, then of the next."""
     teacher, student = configs
     n_groups, others = teacher.num_key_value_heads, [layer for layer in range(student.n_layer) if layer not in whole]
-    per_group = teacher.num_attention_heads // n_groups
+    per_group = heads_per_group(teacher)
     groups = [(layer, group) for group in range(n_groups) for layer in others]
     return [f"{layer}:{group * per_group + i}" for layer, group in groups for i in range(per_group)]
 
@@ -208,7 +209,7 @@ def _heads(args: TrainArguments, choice: dict[str, Any], teacher: PretrainedConf
         return found
     if choice["ablation"] is None:
         return None
-    return strongest_heads(choice["ablation"]["heads"], args.auto_heads, whole, teacher)
+    return strongest_heads(choice["ablation"]["heads"], args.auto_heads, whole, heads_per_group(teacher))
 
 
 def _paths(args: TrainArguments) -> tuple[str, str]:

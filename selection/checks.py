@@ -22,6 +22,7 @@ from selection.cost import PLANNED_RANKS, Cost, cache_bytes, choice_cost, most_l
 from selection.folder import digest, identity
 from selection.material import RETRIEVAL_LENGTH, Material, build_probes, ids_of
 from selection.options import FOLDER, ChooseArguments, training_of
+from selection.reach import heads_per_group
 from text.encoding import check_tokenizer
 from text.overlap import TrainedOn, check_not_trained_on
 from text.separators import choose_separator
@@ -95,7 +96,7 @@ def check_head_budget(n_heads: int, configs: tuple[PretrainedConfig, LlambaConfi
     """Raises ValueError of one line that begins with `flag` if so many heads cannot be kept beside the whole layers."""
     teacher, student = configs
     most = teacher.num_attention_heads * (student.n_layer - n_whole)
-    per_group = teacher.num_attention_heads // teacher.num_key_value_heads
+    per_group = heads_per_group(teacher)
     if not 1 <= n_heads <= most or n_heads % per_group:
         steps = f", a multiple of {per_group}: so many share a key/value head and its cache" if per_group > 1 else ""
         raise ValueError(f"{flag}: expected {per_group} to {most} heads, those of layers that are not whole{steps}")

@@ -20,6 +20,7 @@ from selection.heads import find_heads, shapes_of_heads, strongest_heads
 from selection.material import Material, no_probe, usable
 from selection.measurements import name_of
 from selection.probes import Score, estimates
+from selection.reach import heads_per_group
 from selection.statistics import estimate
 from selection.swaps import Figures, Recurrent, Swaps
 
@@ -79,7 +80,7 @@ def _with_heads(
         found["heads"] = find_heads(teacher, request.n_heads, request.whole, dealt, material)
     elif request.n_heads:
         rows = found["ablation"]["heads"]
-        found["heads"] = strongest_heads(rows, request.n_heads, request.whole, teacher.config)
+        found["heads"] = strongest_heads(rows, request.n_heads, request.whole, heads_per_group(teacher.config))
     dealt.rows.close()
     return found
 

@@ -13,7 +13,7 @@ from inputs.model_files import parameter_sizes
 from llamba import LlambaConfig, attention_cfg_from
 from llamba.configuration import whole_and_parts
 from model_utils import DTYPES
-from selection.reach import rounds
+from selection.reach import heads_per_group, rounds
 
 GB = 1e9
 PLANNED_RANKS = 4  # of configs/production.yaml
@@ -65,7 +65,7 @@ def choice_cost(
         tokens += of_probes * n_passes
     if n_heads:
         n_groups = (n_layers - n_kept) * teacher.num_key_value_heads
-        sizes = rounds(n_groups, n_heads * teacher.num_key_value_heads // teacher.num_attention_heads)
+        sizes = rounds(n_groups, n_heads // heads_per_group(teacher))
         tokens += of_probes * (1 + len(sizes) + sum(sizes) * (n_layers + 1) // (2 * n_layers))
         tokens += n_tokens[1] // 3 * 2 * (len(sizes) + 2)
     size = DTYPES[dtype].itemsize

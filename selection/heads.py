@@ -24,12 +24,11 @@ def shapes_of_heads(choosing: Material, aside: Material) -> dict[str, tuple[int,
     return {CHOOSING: (0, choosing.shape[1]), ASIDE: (0, aside.shape[1])}
 
 
-def strongest_heads(rows: Sequence[dict[str, Any]], n_heads: int, whole: Sequence[int], config: Any) -> dict[str, Any]:
+def strongest_heads(rows: Sequence[dict[str, Any]], n_heads: int, whole: Sequence[int], size: int) -> dict[str, Any]:
     """Returns the heads of the key/value heads whose query heads the probes miss most, by the sums of their scores.
 
-    rows: of the ablated heads, each with its `place` and `score`.
+    rows: of the ablated heads, each with its `place` and `score`. size: query heads of a key/value head.
     """
-    size = config.num_attention_heads // config.num_key_value_heads
     sums: dict[Group, float] = {}
     for row in rows:
         layer, head = row["place"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from selection.hidden_states import HiddenStates, TeacherLayers
 from selection.probes import Probe, Score
@@ -24,6 +25,11 @@ Group = tuple[int, int]  # a layer, and a key/value head of it
 Far = frozenset[Group]  # those that see all tokens
 
 
+def heads_per_group(teacher: PretrainedConfig) -> int:
+    """Returns how many query heads share a key/value head."""
+    return teacher.num_attention_heads // teacher.num_key_value_heads
+
+
 class ShortSighted:
     """Scores a teacher of which only some groups see far."""
 
@@ -31,7 +37,7 @@ class ShortSighted:
         self.teacher, self.probes = teacher, probes
         self.layers = TeacherLayers(teacher)
         self.n_layers, self.n_groups = teacher.config.num_hidden_layers, teacher.config.num_key_value_heads
-        self.per_group = teacher.config.num_attention_heads // self.n_groups
+        self.per_group = heads_per_group(teacher.config)
         parts = [probe.ids for probe in probes]
         every = self._kinds(frozenset(self.groups_of(range(self.n_layers))))
         self.states = HiddenStates(teacher.get_input_embeddings(), parts, every, self._apply)

@@ -48,9 +48,15 @@ def make_choice(
         "context_length": args.context_length,
     }
     whole = () if training is None or checked.n_kept else tuple(sorted(training.layers))
-    searches = args.head_choice == "search"
-    heads = (args.head_budget or 0, searches, whole)
-    request = Request(material, checked.n_kept, args.probe_weight, args.ablation, *heads)
+    request = Request(
+        material,
+        checked.n_kept,
+        args.probe_weight,
+        args.ablation,
+        n_heads=args.head_budget or 0,
+        searches_heads=args.head_choice == "search",
+        whole=whole,
+    )
     if ranks.is_main:
         prepare(checked.folder, settings, training is not None)
     is_written = checked.n_kept > 0 or training is None  # heads beside given layers are of that run alone
